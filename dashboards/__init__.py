@@ -1,0 +1,1 @@
+"""Pareto tables and figures of finished and running sweeps."""

@@ -1,0 +1,1 @@
+"""The sweep: driver, workers, measurement store, study, tracking."""

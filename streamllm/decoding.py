@@ -1,0 +1,132 @@
+"""Token-by-token decoding: the interface of every method, and the loop that runs it."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .backends import Backend
+from .models import LoadedModel
+from .policy import EvictionPolicy, Schedule
+
+
+class Decoder(ABC):
+    """One method of decoding a stream, at batch 1."""
+
+    kv_length: int
+    """Tokens the next query will find in the cache."""
+
+    @abstractmethod
+    def feed(self, tokens: Tensor) -> Tensor:
+        """Processes the next tokens of the stream (n) and returns the logits (vocabulary) that follow the last one.
+
+        Several tokens at once are a prefill: right as long as the policy evicts nothing before the last of them."""
+
+
+class KVCache(ABC):
+    """The keys and values of one stream, a method's way: an `AttentionState` that a schedule evicts from.
+
+    Tensors are (1, KV heads, held tokens, head size), per layer; cache order is sinks first, then oldest to newest.
+    """
+
+    def __init__(self, loaded: LoadedModel, backend: Backend) -> None:
+        self.rotary = loaded.rotary
+        self.backend = backend
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def position_ids(self, held: int, count: int) -> Tensor:
+        """Where the model is to rotate the next `count` tokens, `held` being in the cache: their cache positions."""
+        return torch.arange(held, held + count)
+
+    @abstractmethod
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """As `AttentionState.attend`; takes the new tokens in."""
+
+    @abstractmethod
+    def evict(self, n_sink: int, drop: int) -> None:
+        """Forgets the `drop` oldest tokens behind the first `n_sink`."""
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values of a layer, the new ones included."""
+        if layer == len(self.keys):
+            self.keys.append(key)
+            self.values.append(value)
+        else:
+            self.keys[layer] = torch.cat((self.keys[layer], key), dim=2)
+            self.values[layer] = torch.cat((self.values[layer], value), dim=2)
+        return self.keys[layer], self.values[layer]
+
+
+def without(held: Tensor, n_sink: int, drop: int) -> Tensor:
+    """A copy of `held` (1, KV heads, tokens, size) less the `drop` tokens behind the sinks."""
+    if n_sink == 0:
+        return held[:, :, drop:].contiguous()
+    return torch.cat((held[:, :, :n_sink], held[:, :, n_sink + drop :]), dim=2)
+
+
+class CachedDecoder(Decoder):
+    """Decodes with a KV cache that follows the policy's schedule."""
+
+    def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, cache: KVCache) -> None:
+        self.loaded = loaded
+        self.cache = cache
+        self.schedule = Schedule(policy)
+
+    @property
+    def kv_length(self) -> int:  # type: ignore[override]
+        return self.schedule.held
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        positions = self.cache.position_ids(self.schedule.held, len(tokens))
+        output = self.loaded.forward(tokens[None], positions, self.cache, logits_to_keep=1)
+        drops = [self.schedule.after_token() for _ in range(len(tokens))]
+        assert not any(drops[:-1]), "the prefill goes past the first eviction"
+        if drops[-1]:
+            self.cache.evict(self.schedule.policy.n_sink, drops[-1])
+        return output.logits[0, -1]
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRun:
+    """What a decode loop over a whole text measured; times in seconds."""
+
+    losses: np.ndarray
+    """float64 nats; element i is the negative log-likelihood of token i + 1."""
+    peak_kv: int
+    first_token_sec: float
+    runtime_sec: float
+
+
+@torch.inference_mode()
+def decode_loop(
+    decoder: Decoder, tokens: np.ndarray, device: torch.device, progress: Callable[[int], None] | None = None
+) -> DecodeRun:
+    """Feeds every token but the last, one by one. tokens (n) -> n - 1 losses."""
+    stream = torch.from_numpy(tokens).to(device)
+    losses = torch.empty(len(tokens) - 1, dtype=torch.float64, device=device)
+    peak, first_token = 0, 0.0
+    started = time.perf_counter()
+    for i in range(len(losses)):
+        peak = max(peak, decoder.kv_length + 1)
+        logits = decoder.feed(stream[i : i + 1])
+        losses[i] = negative_log_likelihood(logits[None], stream[i + 1 : i + 2])[0]
+        if i == 0:
+            losses[0].item()  # waits for the device
+            first_token = time.perf_counter() - started
+        if progress is not None:
+            progress(i + 1)
+    values = losses.cpu().numpy()
+    return DecodeRun(values, peak, first_token, time.perf_counter() - started)
+
+
+def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
+    """logits (n, vocabulary), targets (n) -> nats (n), in float64."""
+    logits = logits.double()
+    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]

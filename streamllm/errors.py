@@ -1,0 +1,6 @@
+"""What a user can get wrong."""
+
+
+class UsageError(ValueError):
+    """Bad input. The message is one line that names the value, what is allowed and the fix; command lines print it and
+    exit with code 2."""

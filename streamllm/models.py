@@ -1,0 +1,180 @@
+"""Loading: any causal language model with rotary positions that `transformers` knows, prepared for the engine.
+
+Nothing here depends on a model family. What cannot be evaluated exactly is refused: by what its configuration says, and
+by a short forward pass through the engine that must give the model's own logits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .attention import ATTENTION_NAME, AttentionState, register_attention
+from .errors import UsageError
+from .rotary import Rotary, UnsupportedModelError
+from .testbed import MODEL_FOLDER
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+class ModelNotFoundError(UsageError):
+    """No such model folder, or a hub id that cannot be had now."""
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, ready for `forward`."""
+
+    name: str
+    model: PreTrainedModel
+    rotary: Rotary
+    device: torch.device
+    dtype: torch.dtype
+    digest: str
+    """Names the weights: the hub's commit, or a hash of the local files."""
+
+    @property
+    def trained_length(self) -> int | None:
+        """Positions the model was trained on (`max_position_embeddings`)."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def head_size(self) -> int:
+        config = self.model.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, state: AttentionState, logits_to_keep: int = 0) -> Any:
+        """input_ids (batch, n), position_ids (n) -> output with `logits` (batch, n or logits_to_keep, vocabulary)."""
+        return self.model(
+            input_ids=input_ids.to(self.device),
+            position_ids=position_ids[None].to(self.device),
+            use_cache=False,
+            logits_to_keep=logits_to_keep,
+            attention_state=state,
+        )
+
+
+def resolve_model(name: str) -> str:
+    """`testbed` is the embedded checkpoint; anything else is a local folder or a hub id."""
+    return str(MODEL_FOLDER) if name == "testbed" else name
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 or float16 on an accelerator, by what it does well, and float32 on a CPU."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cpu":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def load_model(name: str, dtype: str = "auto", device: torch.device | None = None) -> LoadedModel:
+    """Loads safetensors weights only, and no remote code.
+
+    Raises ModelNotFoundError, or UnsupportedModelError for what the engine cannot evaluate exactly."""
+    from transformers import AutoModelForCausalLM
+
+    device = device or default_device()
+    torch_dtype = resolve_dtype(dtype, device)
+    model = _from_pretrained(
+        AutoModelForCausalLM.from_pretrained, name, dtype=torch_dtype, use_safetensors=True, attn_implementation="sdpa"
+    )
+    return prepare(model.to(device), name, _digest(resolve_model(name), model))
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer.from_pretrained, name)
+    return tokenizer
+
+
+def trained_length(name: str) -> int | None:
+    """`max_position_embeddings` of a model, from its configuration alone."""
+    from transformers import AutoConfig
+
+    return getattr(_from_pretrained(AutoConfig.from_pretrained, name), "max_position_embeddings", None)
+
+
+def prepare(model: PreTrainedModel, name: str, digest: str) -> LoadedModel:
+    """Hands a model's attention to the engine, once the engine was seen to give the model's own logits."""
+    register_attention()
+    model.eval()
+    loaded = LoadedModel(name, model, Rotary(model), model.device, model.dtype, digest)
+    probe = torch.arange(7, 7 + 48, device=model.device) % model.config.vocab_size
+    with torch.inference_mode():
+        expected = model(input_ids=probe[None], use_cache=False).logits[0].log_softmax(-1)
+        model.set_attn_implementation(ATTENTION_NAME)
+        _check_layers(loaded, probe, expected)
+    return loaded
+
+
+def _check_layers(loaded: LoadedModel, probe: Tensor, expected: Tensor) -> None:
+    from .block_parallel import BlockState
+    from .policy import EvictionPolicy
+
+    state = BlockState(loaded, EvictionPolicy(compress_every=0), len(probe))
+    state.begin_block(0, len(probe))
+    found = loaded.forward(probe[None], torch.zeros_like(probe), state).logits[0].log_softmax(-1)
+    layers = loaded.model.config.num_hidden_layers
+    if len(state.keys) != layers:
+        raise UnsupportedModelError(
+            f"{loaded.name}: {len(state.keys)} of {layers} layers use transformers' attention interface"
+        )
+    # A wrong rotation or visibility moves log-probabilities by a tenth and more; rounding stays far below.
+    allowed = 0.2 if torch.finfo(loaded.dtype).bits == 16 else 2e-3
+    error = (found - expected).abs().mean().item()
+    if not error <= allowed:
+        raise UnsupportedModelError(
+            f"{loaded.name}: the engine's logits differ from the model's own by {error:.2g} on average "
+            f"(allowed {allowed:g}); its attention is more than rotary positions and a softmax"
+        )
+
+
+def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any:
+    """Calls a `from_pretrained`, turning the many ways a name can be wrong into one line."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        return load(resolve_model(name), trust_remote_code=False, **options)
+    except (OSError, ValueError) as error:
+        if name == "testbed" or isinstance(error, UnsupportedModelError):
+            raise
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        where = "folder" if Path(name).exists() else "hub id that is cached or can be downloaded now"
+        raise ModelNotFoundError(
+            f"model {name!r}: not a usable {where} ({reason[:200]}); give 'testbed', a folder or a hub id"
+        ) from error
+
+
+def _digest(source: str, model: PreTrainedModel) -> str:
+    commit = getattr(model.config, "_commit_hash", None)
+    if commit:
+        return str(commit)
+    digest = hashlib.sha256()
+    for path in sorted(Path(source).glob("*.safetensors")) + [Path(source) / "config.json"]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def limit_threads(count: int | None) -> None:
+    """Keeps torch to `count` threads; OpenMP must not spin where processes share cores."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if count is not None:
+        torch.set_num_threads(count)

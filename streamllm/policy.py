@@ -1,0 +1,155 @@
+"""Which tokens stay in the KV cache: the eviction policy and its schedule.
+
+Visibility depends on the policy alone, never on the data. `Schedule` is the single source of that truth: the decode
+loop runs it token by token, the block-parallel evaluator and the timing ask it for whole streams. No torch in here.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+from .errors import UsageError
+
+CapAccounting = Literal["nominal", "peak"]
+
+
+class PolicyError(UsageError):
+    """A policy, or a total-KV cap, that cannot be meant; the message names value, range and fix."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvictionPolicy:
+    """StreamingLLM's attention sinks and window (Xiao et al. 2023), with lazy pruning and softlite eviction.
+
+    After the forward pass of token t = 1, 2, ... the cache holds n tokens. If `compress_every` > 0 divides t and
+    n > n_sink + window_size + cache_slack, pruning starts: the oldest tokens that are not sinks are evicted, at most
+    `max_drop` after each token, until n_sink + window_size are left.
+
+    Raises PolicyError for values out of range.
+    """
+
+    n_sink: int = 4
+    """S: first tokens never evicted."""
+    window_size: int = 252
+    """W: most recent tokens kept by a prune."""
+    compress_every: int = 1
+    """R: a prune starts only when it divides the count of processed tokens; 0 = never evict."""
+    cache_slack: int = 0
+    """sigma: a prune starts only when the cache holds more than S + W + sigma."""
+    max_drop: int = 0
+    """delta: most tokens evicted after any one token; 0 = no limit."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value, least = getattr(self, field.name), 1 if field.name == "window_size" else 0
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise PolicyError(f"{field.name} {value!r}: must be a whole number >= {least}")
+
+    @property
+    def kept(self) -> int:
+        """Tokens left by a finished prune: S + W."""
+        return self.n_sink + self.window_size
+
+
+class Schedule:
+    """Runs a policy token by token: call `after_token()` once per processed token, evict as many as it says."""
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self.policy = policy
+        self.seen = 0
+        """t: tokens processed so far."""
+        self.held = 0
+        """n: tokens in the cache."""
+        self.pruning = False
+
+    def after_token(self) -> int:
+        """Counts one processed token in and returns how many tokens to evict now."""
+        policy = self.policy
+        self.seen += 1
+        self.held += 1
+        due = policy.compress_every > 0 and self.seen % policy.compress_every == 0
+        if due and self.held > policy.kept + policy.cache_slack:
+            self.pruning = True
+        if not self.pruning:
+            return 0
+        drop = self.held - policy.kept
+        if policy.max_drop > 0:
+            drop = min(drop, policy.max_drop)
+        self.held -= drop
+        self.pruning = self.held > policy.kept
+        return drop
+
+    @property
+    def state(self) -> tuple[int, int, bool]:
+        """What decides everything that follows."""
+        return self.seen % max(self.policy.compress_every, 1), self.held, self.pruning
+
+
+def evicted_before(policy: EvictionPolicy, n_tokens: int) -> list[int]:
+    """Element t: tokens evicted before query t (counted from 0), so that it attends to t + 1 - element t keys."""
+    schedule = Schedule(policy)
+    drops = (schedule.after_token() for _ in range(n_tokens - 1))
+    return list(itertools.accumulate(drops, initial=0))[:n_tokens]
+
+
+def peak_kv(policy: EvictionPolicy, n_tokens: int) -> int:
+    """Largest number of keys any of the first `n_tokens` queries attends to, its own included."""
+    return max(t + 1 - evicted for t, evicted in enumerate(evicted_before(policy, n_tokens)))
+
+
+@dataclass(frozen=True, slots=True)
+class SteadyState:
+    """What a full cache settles into: the same `cycle` tokens, prunes included, over and over."""
+
+    start: int
+    """Tokens processed when the first whole cycle begins."""
+    cycle: int
+    """Tokens in a cycle."""
+    peak_kv: int
+    """Largest number of keys attended to, from the first token on."""
+
+
+def steady_state(policy: EvictionPolicy) -> SteadyState | None:
+    """Where the policy's schedule becomes periodic; None if it never evicts."""
+    if policy.compress_every == 0:
+        return None
+    schedule, peak = Schedule(policy), 0
+    first_seen: dict[tuple[int, int, bool], int] = {}
+    for tokens in itertools.count():
+        start = first_seen.setdefault(schedule.state, tokens)
+        if start < tokens:
+            return SteadyState(start, tokens - start, peak)
+        peak = max(peak, schedule.held + 1)
+        schedule.after_token()
+    raise AssertionError("unreachable: a schedule is a finite automaton")
+
+
+def with_derived_window(policy: EvictionPolicy, cap: int, accounting: CapAccounting = "nominal") -> EvictionPolicy:
+    """The policy with the largest window the total-KV cap leaves; its own window is ignored.
+
+    nominal: S + W + sigma <= cap (the source documents' Auto-cap).
+    peak:    no query attends to more than `cap` keys, lazy growth and the query's own key included.
+
+    Raises PolicyError if no window of at least one token is left.
+    """
+    least = policy.n_sink + policy.cache_slack + 1
+    if cap < least:
+        raise PolicyError(
+            f"cap {cap}: below n_sink {policy.n_sink} + cache_slack {policy.cache_slack} + a window of 1; "
+            f"raise the cap to at least {least} or lower n_sink or cache_slack"
+        )
+    widest = cap - policy.n_sink - policy.cache_slack
+    if accounting == "nominal":
+        return replace(policy, window_size=widest)
+    for window in range(widest, 0, -1):
+        candidate = replace(policy, window_size=window)
+        state = steady_state(candidate)
+        if state is not None and state.peak_kv <= cap:
+            return candidate
+    raise PolicyError(
+        f"cap {cap} by peak accounting: pruning every {policy.compress_every} tokens with n_sink {policy.n_sink}, "
+        f"cache_slack {policy.cache_slack}, max_drop {policy.max_drop} grows past it with any window; "
+        f"raise the cap or lower compress_every (0 never prunes)"
+    )

@@ -1,0 +1,123 @@
+"""The token stream a policy is evaluated on, pinned by a digest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .errors import UsageError
+from .testbed import TEXT_FILE
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+HUB_DATASETS = {"wikitext": ("Salesforce/wikitext", "wikitext-103-v1"), "pg19": ("emozilla/pg19", None)}
+"""Short names -> hub id and default configuration. Script data sets are gone from `datasets`: these are parquet."""
+
+
+class TextError(UsageError):
+    """No such text, or too little of it; the message says what to give instead."""
+
+
+@dataclass(frozen=True, slots=True)
+class TextSource:
+    """Where tokens come from: a text file, a JSON list of token ids, a data set, or (all None) the embedded text."""
+
+    text: Path | None = None
+    token_ids: Path | None = None
+    dataset_name: str | None = None
+    dataset_config: str | None = None
+    split: str = "test"
+    max_eval_tokens: int | None = None
+
+    @property
+    def label(self) -> str:
+        """A short name for tables and tags."""
+        if self.dataset_name is not None:
+            return Path(self.dataset_name).name
+        file = self.text or self.token_ids
+        return file.stem if file is not None else "testbed"
+
+    def check(self) -> None:
+        """Raises TextError for what can be seen to be wrong without reading anything."""
+        given = [value for value in (self.text, self.token_ids, self.dataset_name) if value is not None]
+        if len(given) > 1:
+            raise TextError("give one of --text, --token-ids and --dataset-name, not several")
+        for path in (self.text, self.token_ids):
+            if path is not None and not path.is_file():
+                raise TextError(f"text {str(path)!r}: no such file")
+        if self.max_eval_tokens is not None and self.max_eval_tokens < 2:
+            raise TextError(f"max_eval_tokens {self.max_eval_tokens}: must be >= 2 (one token to predict another)")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStream:
+    tokens: np.ndarray
+    """int64 (n)."""
+    label: str
+    digest: str
+    """sha256 of the token ids."""
+
+
+def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> TokenStream:
+    """Reads and tokenizes; `tokenizer` is needed unless the source is token ids.
+
+    Raises TextError for unreadable, empty or foreign input."""
+    source.check()
+    if source.token_ids is not None:
+        ids = _read_ids(source.token_ids)
+    elif tokenizer is None:
+        raise TextError("this model has no tokenizer; give --token-ids FILE.json")
+    else:
+        ids = tokenizer(_read_text(source), verbose=False)["input_ids"]
+    tokens = np.array(ids[: source.max_eval_tokens], dtype=np.int64)
+    if len(tokens) < 2:
+        raise TextError(f"text {source.label!r}: {len(tokens)} tokens, at least 2 are needed")
+    if tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise TextError(f"text {source.label!r}: token ids reach {tokens.max()}, the model knows 0 .. {vocabulary - 1}")
+    return TokenStream(tokens, source.label, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
+
+
+def _read_ids(path: Path) -> list[int]:
+    try:
+        ids = json.loads(path.read_text())
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise TextError(f"token ids {str(path)!r}: not JSON ({error})") from error
+    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
+        raise TextError(f"token ids {str(path)!r}: must be one JSON list of whole numbers")
+    return ids
+
+
+def _read_text(source: TextSource) -> str:
+    if source.dataset_name is not None:
+        return _read_dataset(source)
+    path = source.text or TEXT_FILE
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise TextError(f"text {str(path)!r}: not UTF-8 ({error.reason})") from error
+
+
+def _read_dataset(source: TextSource) -> str:
+    """The `text` column of a split: WikiText's lines joined, of PG19 the first book."""
+    import datasets
+
+    name, config = HUB_DATASETS.get(str(source.dataset_name), (source.dataset_name, None))
+    datasets.disable_progress_bars()
+    try:
+        rows = datasets.load_dataset(name, source.dataset_config or config, split=source.split)
+    except Exception as error:  # `datasets` raises a dozen kinds for a name, a split or a network that is not there
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise TextError(
+            f"data set {source.dataset_name!r}: {reason[:200]}; give a cached hub id, a local folder or --text FILE"
+        ) from error
+    if "text" not in rows.column_names:
+        raise TextError(f"data set {source.dataset_name!r}: no column 'text' among {', '.join(rows.column_names)}")
+    if Path(str(source.dataset_name)).name == "pg19":
+        return str(rows[0]["text"])
+    return "".join(rows["text"]) if str(rows[0]["text"]).endswith("\n") else "\n".join(rows["text"])
