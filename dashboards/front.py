@@ -1,0 +1,40 @@
+"""The Pareto front: which trials nobody beats on every objective at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Row = Mapping[str, Any]
+"""One finished trial, flat: knobs, metrics with `_low` and `_high`, what was used, `state`."""
+
+
+def pareto_front(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row]:
+    """The complete, feasible rows that no other one dominates, best first in the first objective. Of rows with equal
+    objectives all are kept; rows with a missing, NaN or infinite objective are never on the front.
+
+    objectives: name -> "minimize" or "maximize".
+    """
+    points = [(point, row) for row in rows if (point := _point(row, objectives)) is not None]
+    points.sort(key=lambda pair: pair[0])
+    front: list[tuple[tuple[float, ...], Row]] = []
+    for point, row in points:  # in this order a later point never dominates an earlier one
+        if not any(_dominates(other, point) for other, _ in front):
+            front.append((point, row))
+    return [row for _, row in front]
+
+
+def _point(row: Row, objectives: Mapping[str, str]) -> tuple[float, ...] | None:
+    """The row's objectives, all to be minimised; None if it cannot be on a front."""
+    if row.get("state") != "complete" or not row.get("feasible", True):
+        return None
+    values = [row.get(name) for name in objectives]
+    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
+        return None
+    signs = (-1.0 if direction == "maximize" else 1.0 for direction in objectives.values())
+    return tuple(sign * float(value) for sign, value in zip(signs, values, strict=True) if value is not None)
+
+
+def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one != other and all(a <= b for a, b in zip(one, other, strict=True))

@@ -1,0 +1,112 @@
+"""The resolved configuration of a sweep: everything that decides its results, as written to `sweep.json`."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import streamllm
+from search_spaces import OBJECTIVES, SearchSpace
+from streamllm.errors import UsageError
+from streamllm.text import TextSource
+
+_MAY_CHANGE = {"study_id", "trials", "workers", "output", "summary", "versions", "commit"}
+"""What a study may be continued with a different value of."""
+
+
+@dataclass(frozen=True, slots=True)
+class SweepConfiguration:
+    study: str
+    output: Path
+    model: str
+    source: TextSource
+    dtype: str
+    space: SearchSpace
+    cap: int
+    """Total KV: the space's cap, or the model's trained length where that is shorter."""
+    trials: int
+    workers: int
+    """0: one per accelerator, or per core."""
+    seed: int
+
+    @property
+    def journal(self) -> Path:
+        return self.output / "journal.log"
+
+    @property
+    def store(self) -> Path:
+        """Shared by all studies next to this one: what one has measured, none measures again."""
+        return self.output.parent / ".store"
+
+    @property
+    def summary(self) -> str:
+        return (
+            f"{self.model} on {self.source.label}, space {self.space.name}, "
+            f"total KV {self.cap} ({self.space.cap_accounting})"
+        )
+
+    def to_dict(self, study_id: str) -> dict[str, Any]:
+        values = asdict(self)
+        values["space"]["parameters"] = {name: list(choices) for name, choices in self.space.parameters.items()}
+        values["space"]["known"] = [dict(known) for known in self.space.known]
+        values |= {
+            "study_id": study_id,
+            "summary": self.summary,
+            "objectives": {name: OBJECTIVES[name] for name in self.space.objectives},
+            "versions": _versions(),
+            "commit": commit(),
+        }
+        return json.loads(json.dumps(values, default=str))
+
+    def claim(self) -> str:
+        """Writes `sweep.json`, or checks that the one there is of the same sweep. Returns the study's id.
+
+        Raises UsageError that shows the difference."""
+        path = self.output / "sweep.json"
+        if not path.exists():
+            study_id = uuid.uuid4().hex
+        else:
+            before = json.loads(path.read_text())
+            study_id = before["study_id"]
+            changed = _differences(before, self.to_dict(study_id))
+            if changed:
+                raise UsageError(
+                    f"study {self.study!r} exists with other settings ({'; '.join(changed)}); "
+                    f"repeat those, or give another --study"
+                )
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(self.to_dict(study_id), indent=2) + "\n")
+        temporary.replace(path)
+        return study_id
+
+
+def commit() -> str:
+    """The commit of the checkout that runs, or the package's version."""
+    folder = Path(streamllm.__file__).parent
+    try:
+        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return f"streamllm-sweep {streamllm.__version__}"
+    return found.stdout.strip()
+
+
+def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    changed = []
+    for name in now:
+        if name not in _MAY_CHANGE and before.get(name) != now[name]:
+            if isinstance(now[name], dict) and isinstance(before.get(name), dict):
+                inner = [key for key in now[name] if before[name].get(key) != now[name][key]]
+                changed += [f"{name}.{key}: {before[name].get(key)!r} then, {now[name][key]!r} now" for key in inner]
+            else:
+                changed.append(f"{name}: {before.get(name)!r} then, {now[name]!r} now")
+    return changed
+
+
+def _versions() -> dict[str, str]:
+    from importlib.metadata import version
+
+    return {name: version(name) for name in ("torch", "transformers", "optuna", "ray", "mlflow")}

@@ -1,0 +1,75 @@
+"""From measurements to the rows of a table: what a trial means beside the baseline."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+
+from streamllm.policy import EvictionPolicy
+from streamllm.quality import paired_increase
+
+from .study import OpenTrial
+from .worker import TrialMeasurement, TrialSpec
+
+BASELINE = "baseline"
+
+
+def baseline_spec(cap: int) -> TrialSpec:
+    """The fixed baseline: a sliding window of the whole cap, computed anew for every token."""
+    n_sink = min(4, cap - 1)
+    return TrialSpec("recompute", "auto", EvictionPolicy(n_sink=n_sink, window_size=cap - n_sink))
+
+
+def baseline_row(measurement: TrialMeasurement) -> dict[str, Any]:
+    return {
+        "trial": BASELINE,
+        "state": "complete",
+        **measurement.record,
+        "speedup": 1.0,
+        "ppl_increase_percent": 0.0,
+        "reused": not (measurement.measured_quality or measurement.measured_speed),
+    }
+
+
+def trial_row(
+    trial: OpenTrial, measurement: TrialMeasurement, baseline: TrialMeasurement, cap: int, worker: int
+) -> dict[str, Any]:
+    """One flat row. `ppl_increase_percent` is paired: both perplexities over the tokens the baseline was sampled at."""
+    positions, baseline_losses = baseline.losses[:, 0], baseline.losses[:, 1]
+    own = measurement.losses[np.searchsorted(measurement.losses[:, 0], positions), 1]
+    increase = paired_increase(own, baseline_losses)
+    record = measurement.record
+    excess = nominal_total(trial.spec.policy) - cap
+    return {
+        "trial": trial.number,
+        "state": "complete",
+        **record,
+        "speedup": baseline.record["tpot_ms"] / record["tpot_ms"],
+        "ppl_increase_percent": increase.value,
+        "ppl_increase_percent_low": increase.low,
+        "ppl_increase_percent_high": increase.high,
+        "cap_excess": excess,
+        "feasible": excess <= 0,
+        "reused": not (measurement.measured_quality or measurement.measured_speed),
+        "worker": worker,
+    }
+
+
+def failed_row(trial: OpenTrial, reason: str, worker: int) -> dict[str, Any]:
+    spec = trial.spec
+    return {
+        "trial": trial.number,
+        "state": "failed",
+        "reason": reason,
+        "method": spec.method,
+        "backend_requested": spec.attn_backend,
+        **asdict(spec.policy),
+        "feasible": False,
+        "worker": worker,
+    }
+
+
+def nominal_total(policy: EvictionPolicy) -> int:
+    return policy.kept + policy.cache_slack

@@ -1,0 +1,197 @@
+"""`python -m orchestrator.sweep`: search the knobs of StreamingLLM for the best speed-quality trade-offs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from search_spaces import SHIPPED, load_space
+from streamllm.commands.evaluate import add_text_arguments, text_source
+from streamllm.errors import UsageError
+from streamllm.evaluation import DTYPES
+
+if TYPE_CHECKING:
+    from .configuration import SweepConfiguration
+    from .study import Study
+
+_EXAMPLES = """examples:
+  python -m orchestrator.sweep                                  the embedded model and text: minutes, no GPU, no network
+  python -m orchestrator.sweep --trials 100                     go on with the same study
+  python -m orchestrator.sweep --model EleutherAI/pythia-2.8b --dataset-name pg19 --max-eval-tokens 20000 --study pythia
+  python -m orchestrator.sweep --model ./my-model --text book.txt --space my_space.yaml --study mine
+
+Interrupt it as you like: the same command goes on where it was, nothing finished is measured again.
+"""
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator.sweep",
+        description="Search the knobs of StreamingLLM for the best trade-offs of speed and perplexity on this machine.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_argument_group("what is swept")
+    what.add_argument("--model", default="testbed", metavar="MODEL", help="testbed, a folder or a hub id (testbed)")
+    add_text_arguments(what)
+    what.add_argument("--dtype", choices=DTYPES, default="auto", help="float32 on CPU, bfloat16 on a GPU (auto)")
+    what.add_argument(
+        "--space", default="default", metavar="SPACE", help=f"{', '.join(SHIPPED)}, or a YAML file (default)"
+    )
+
+    how = parser.add_argument_group("how")
+    how.add_argument("--trials", type=int, default=24, metavar="N", help="configurations to measure in all (24)")
+    how.add_argument(
+        "--workers", type=int, default=0, metavar="N", help="actors (one per GPU; without any, one per core)"
+    )
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (0)")
+    how.add_argument("--address", metavar="ADDRESS", help="join a Ray cluster, for example 'auto' (start one here)")
+
+    where = parser.add_argument_group("where")
+    where.add_argument("--study", metavar="NAME", help="name of the study (MODEL-TEXT-SPACE)")
+    where.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (sweeps/STUDY)")
+    return parser.parse_args(argv)
+
+
+def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
+    """Checks all that can be checked before anything is started. Raises UsageError."""
+    source = text_source(arguments)
+    space = load_space(arguments.space)
+    for name, least in (("trials", 1), ("workers", 0), ("seed", 0)):
+        if getattr(arguments, name) < least:
+            raise UsageError(f"{name} {getattr(arguments, name)}: must be a whole number >= {least}")
+    label = Path(arguments.model).name or arguments.model
+    study = arguments.study or f"{label}-{source.label}-{space.name}"
+    if not re.fullmatch(r"[\w.][\w.+-]*", study):
+        raise UsageError(f"study {study!r}: use letters, digits, '.', '_', '+' and '-' only")
+
+    from streamllm.models import trained_length
+
+    from .configuration import SweepConfiguration
+    from .study import check_cap
+
+    trained = trained_length(arguments.model)
+    cap = min(space.cap, trained or space.cap)
+    check_cap(space, cap)
+    return SweepConfiguration(
+        study=study,
+        output=arguments.output or Path("sweeps") / study,
+        model=arguments.model,
+        source=source,
+        dtype=arguments.dtype,
+        space=space,
+        cap=cap,
+        trials=arguments.trials,
+        workers=arguments.workers,
+        seed=arguments.seed,
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    from .lease import study_lease
+
+    try:
+        configuration = resolve(arguments)
+        configuration.output.mkdir(parents=True, exist_ok=True)
+        with study_lease(configuration.output):
+            return _sweep(configuration, configuration.claim(), arguments.address)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _sweep(configuration: SweepConfiguration, study_id: str, address: str | None) -> int:
+    from .configuration import commit
+    from .display import Display
+    from .driver import Driver, SweepError
+    from .pool import WorkerPool
+    from .study import Study
+    from .tracking import Tracker
+    from .worker import WorkerSetup
+
+    study = Study(
+        configuration.study, configuration.journal, configuration.space, configuration.cap, configuration.seed
+    )
+    display = Display(configuration.trials, study.rows, configuration.space.objectives)
+    _introduce(configuration, study, display)
+    tracker = Tracker(configuration.study, study_id, commit())
+    setup = WorkerSetup(configuration.model, configuration.source, configuration.dtype, configuration.store.absolute())
+    pool = WorkerPool(setup, configuration.workers, address)
+    driver = Driver(study, pool, configuration.cap, configuration.trials, [display, tracker])
+    status, code = "FINISHED", 0
+    try:
+        with display:
+            driver.run()
+    except SweepError as error:
+        display.note(f"error: {error}")
+        status, code = "FAILED", 1
+    except KeyboardInterrupt:
+        display.note("interrupted: the same command goes on from here")
+        status, code = "KILLED", 130
+    finally:
+        pool.shutdown()
+    if driver.baseline is not None:
+        _conclude(configuration, study, driver, tracker, display, status)
+    return code
+
+
+def _introduce(configuration: SweepConfiguration, study: Study, display: Any) -> None:
+    display.note(f"study {configuration.study}: {configuration.summary}")
+    if configuration.cap < configuration.space.cap:
+        display.note(
+            f"total KV is capped at {configuration.cap}, the model's trained length, not at the space's "
+            f"{configuration.space.cap}"
+        )
+    if study.rows:
+        display.note(f"going on: {len(study.rows)} of {configuration.trials} trials are finished")
+
+
+def _conclude(
+    configuration: SweepConfiguration, study: Study, driver: Any, tracker: Any, display: Any, status: str
+) -> None:
+    """Tables, figure, MLflow, and what to type next."""
+    from dashboards.figures import pareto_figure
+    from dashboards.pareto import FORMATS, export, print_table
+    from dashboards.study import load_study
+
+    from .results import baseline_row
+
+    rows = [baseline_row(driver.baseline), *study.rows]
+    output = configuration.output
+    temporary = output / "trials.tmp"
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    temporary.replace(output / "trials.jsonl")
+    results = load_study(str(output))
+    artifacts = [*export(results, list(FORMATS)), pareto_figure(results, output / "pareto.png"), output / "sweep.json"]
+    print_table(results)
+    if tracker.backlog:
+        display.note(f"MLflow: logging {tracker.backlog} more runs")
+    tracker.finish(rows, [row["trial"] for row in results.front], artifacts, status)
+    if tracker.problem is not None:
+        display.note(f"warning: {tracker.problem}; the results are complete in {output}, MLflow is not")
+    print(_next_steps(configuration))
+
+
+def _next_steps(configuration: SweepConfiguration) -> str:
+    uri = os.environ.get("MLFLOW_TRACKING_URI")
+    browse = f"see {uri}" if uri and uri.startswith("http") else "mlflow ui"
+    return "\n".join(
+        (
+            f"results   {configuration.output}/pareto.md, pareto.csv, pareto.png",
+            f"browse    {browse}",
+            f"export    python -m dashboards.pareto {configuration.output} --format md,csv --all",
+            f"go on     the same command with --trials {2 * configuration.trials}",
+            "bigger    python -m orchestrator.sweep --model EleutherAI/pythia-2.8b --dataset-name pg19 --max-eval-tokens 20000",
+        )
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
