@@ -40,7 +40,7 @@ class Column:
 
 
 COLUMNS = (
-    Column("trial", "trial"),
+    Column("#", "trial"),
     Column("method", "method"),
     Column("backend", "backend"),
     Column("sinks", "n_sink"),
@@ -97,7 +97,7 @@ def rich_table(rows: Sequence[Row], title: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for column in COLUMNS:
         words = column.key in ("method", "backend")
-        table.add_column(column.header, justify="left" if words else "right", no_wrap=column.interval or words)
+        table.add_column(column.header, justify="left" if words else "right", no_wrap=column.key != "compress_every")
     for row in rows:
         table.add_row(*(column.text(row) for column in COLUMNS))
     return table
@@ -143,7 +143,7 @@ def print_table(study: StudyResults, everything: bool = False) -> None:
 
     rows = study.trials if everything else study.front
     what = f"{len(rows)} trials" if everything else f"Pareto front: {len(rows)} of {len(study.trials)} trials"
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 132)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
     console.print(rich_table([*rows, *([study.baseline] if study.baseline is not None else [])], what))
 
 

@@ -43,7 +43,7 @@ class Display:
         self._live.stop()
 
     def note(self, message: str) -> None:
-        self.console.print(Text(message))
+        self.console.print(Text(message), soft_wrap=True)
 
     def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
         where = f"GPU {description['visible_devices']}, " if description["visible_devices"] else ""

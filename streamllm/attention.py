@@ -7,7 +7,9 @@ any architecture is copied, and no `transformers` cache class is needed.
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
@@ -91,15 +93,23 @@ def _eager_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, 
     return logits.softmax(-1, dtype=precision).to(query.dtype) @ value
 
 
-class KernelRecorder(TorchDispatchMode):
-    """Notes which attention kernel torch dispatches to while active: `recorder.used`."""
+_KERNELS = {
+    "aten::_scaled_dot_product_flash_attention": "flash",
+    "aten::_scaled_dot_product_flash_attention_for_cpu": "flash",
+    "aten::_scaled_dot_product_efficient_attention": "efficient",
+    "aten::_scaled_dot_product_cudnn_attention": "cudnn",
+}
 
-    _KERNELS = {
-        "_scaled_dot_product_flash_attention": "flash",
-        "_scaled_dot_product_flash_attention_for_cpu": "flash",
-        "_scaled_dot_product_efficient_attention": "efficient",
-        "_scaled_dot_product_cudnn_attention": "cudnn",
-    }
+
+@contextlib.contextmanager
+def recorded_kernel(requested: Backend) -> Iterator[KernelRecorder]:
+    """Notes in `.used` which attention kernel torch dispatches to inside the block."""
+    # In inference mode torch shows a dispatch mode the composite operator only, not the kernel it chooses.
+    with torch.inference_mode(False), torch.no_grad(), KernelRecorder(requested) as recorder:
+        yield recorder
+
+
+class KernelRecorder(TorchDispatchMode):
 
     def __init__(self, requested: Backend) -> None:
         super().__init__()
@@ -107,7 +117,7 @@ class KernelRecorder(TorchDispatchMode):
         self.used = "eager" if requested.eager else "math"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.used = self._KERNELS.get(func._schema.name.removeprefix("aten::"), self.used)
+        self.used = _KERNELS.get(func._schema.name, self.used)
         return func(*args, **(kwargs or {}))
 
 

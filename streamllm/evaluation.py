@@ -126,13 +126,13 @@ def evaluate_decode_loop(
     import numpy as np
     import torch
 
-    from .attention import KernelRecorder
+    from .attention import recorded_kernel
     from .decoding import decode_loop
     from .methods import make_decoder
     from .quality import check_finite
 
     first_token = torch.from_numpy(stream.tokens[:1])
-    with backend.active(), torch.inference_mode(), KernelRecorder(backend) as recorder:
+    with backend.active(), recorded_kernel(backend) as recorder:
         make_decoder(method, loaded, policy, backend).feed(first_token)
     with backend.active():
         run = decode_loop(make_decoder(method, loaded, policy, backend), stream.tokens, loaded.device, progress)

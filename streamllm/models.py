@@ -112,7 +112,7 @@ def trained_length(name: str) -> int | None:
 def prepare(model: PreTrainedModel, name: str, digest: str) -> LoadedModel:
     """Hands a model's attention to the engine, once the engine was seen to give the model's own logits."""
     register_attention()
-    model.eval()
+    model.eval().requires_grad_(False)
     loaded = LoadedModel(name, model, Rotary(model), model.device, model.dtype, digest)
     probe = torch.arange(7, 7 + 48, device=model.device) % model.config.vocab_size
     with torch.inference_mode():

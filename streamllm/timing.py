@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .attention import KernelRecorder
+from .attention import recorded_kernel
 from .backends import Backend
 from .decoding import Decoder
 from .methods import effective_policy, make_decoder
@@ -52,8 +52,7 @@ def measure_speed(
     with backend.active(), _no_garbage_collection():
         prefill = max(policy.kept - 1, 1)
         decoder.feed(torch.cat(list(islice(stream, prefill))))
-        recorder = KernelRecorder(backend)
-        with recorder:
+        with recorded_kernel(backend) as recorder:
             decoder.feed(next(stream))
         period = steady.cycle if steady else 1
         growing = max(steady.start - prefill - 1, 0) if steady else 0
