@@ -1,4 +1,4 @@
-"""A sweep's output folder, as dashboards read it: `sweep.json` and one JSON row per finished trial in `trials.jsonl`."""
+"""A sweep's output folder as dashboards read it: `sweep.json`, and a JSON row per finished trial in `trials.jsonl`."""
 
 from __future__ import annotations
 

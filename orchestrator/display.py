@@ -62,7 +62,7 @@ class Display:
         if row["trial"] == BASELINE:
             self.note(
                 f"baseline: re-computing the last {row['n_sink'] + row['window_size']} tokens: "
-                f"{row['tpot_ms']:.2f} ms/token, perplexity {row['perplexity']:.2f}{' (from the store)' * row['reused']}"
+                f"{row['tpot_ms']:.2f} ms/token, PPL {row['perplexity']:.2f}{' (from the store)' * row['reused']}"
             )
             return
         self._rows.append(row)

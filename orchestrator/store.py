@@ -1,7 +1,7 @@
 """The measurement store: every finished measurement, under a name that says everything that determined it.
 
-It is at once the cache that stops duplicates, the baseline that is run once and reused, and what survives a killed sweep.
-Entries are JSON files written atomically; a measurement's array lies beside it as .npy and is written first.
+It is at once the cache that stops duplicates, the baseline that is run once and reused, and what survives a killed
+sweep. Entries are JSON files written atomically; a measurement's array lies beside it as .npy and is written first.
 """
 
 from __future__ import annotations

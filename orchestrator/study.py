@@ -139,7 +139,7 @@ def check_cap(space: SearchSpace, cap: int) -> None:
 
 
 def _mend(journal: Path) -> None:
-    """Cuts a line torn by a kill in mid-write, and takes away the lock such a process left (we hold the study's own)."""
+    """Cuts a line torn by a kill in mid-write, and removes the lock such a process left: we hold the study's own."""
     Path(f"{journal}.lock").unlink(missing_ok=True)
     if journal.exists():
         content = journal.read_bytes()

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -180,17 +181,27 @@ def _conclude(
 
 
 def _next_steps(configuration: SweepConfiguration) -> str:
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    browse = f"see {uri}" if uri and uri.startswith("http") else "mlflow ui"
+    python = _python()
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    browse = uri if uri.startswith("http") else f"{python} -m mlflow ui"
     return "\n".join(
         (
             f"results   {configuration.output}/pareto.md, pareto.csv, pareto.png",
             f"browse    {browse}",
-            f"export    python -m dashboards.pareto {configuration.output} --format md,csv --all",
+            f"export    {python} -m dashboards.pareto {configuration.output} --format md,csv --all",
             f"go on     the same command with --trials {2 * configuration.trials}",
-            "bigger    python -m orchestrator.sweep --model EleutherAI/pythia-2.8b --dataset-name pg19 --max-eval-tokens 20000",
+            f"bigger    {python} -m orchestrator.sweep --model EleutherAI/pythia-2.8b --dataset-name pg19 "
+            f"--max-eval-tokens 20000",
         )
     )
+
+
+def _python() -> str:
+    """How to type the interpreter that runs this."""
+    executable = Path(sys.executable)
+    if shutil.which("python") == str(executable):
+        return "python"
+    return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
 
 
 if __name__ == "__main__":

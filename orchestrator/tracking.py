@@ -1,7 +1,7 @@
 """MLflow as a projection of the sweep: a parent run per study, a child run per trial.
 
-Logging happens in a thread of its own, so that no worker waits for it, and only ever from rows the study has kept: whatever
-a killed sweep did not log is logged when it goes on, under the same run.
+Logging happens in a thread of its own, so that no worker waits for it, and only ever from rows the study has kept:
+whatever a killed sweep did not log is logged when it goes on, under the same run.
 """
 
 from __future__ import annotations

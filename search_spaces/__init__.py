@@ -1,4 +1,4 @@
-"""Declarative search spaces: YAML files in this folder, or anywhere, and the loader that explains what is wrong with one.
+"""Declarative search spaces: YAML files, in this folder or anywhere, and a loader that explains what is wrong with one.
 
 A parameter is a list of choices, a range of whole numbers `{low, high, step}`, or a single fixed value.
 """

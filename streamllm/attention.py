@@ -110,6 +110,7 @@ def recorded_kernel(requested: Backend) -> Iterator[KernelRecorder]:
 
 
 class KernelRecorder(TorchDispatchMode):
+    """`recorded_kernel` enters it."""
 
     def __init__(self, requested: Backend) -> None:
         super().__init__()

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 PROTOCOLS = ("fast", "decode-loop")
-"""fast: block-parallel quality, steady-state timing. decode-loop: both from decoding every token (the source documents)."""
+"""fast: quality block-parallel, timing in the steady state. decode-loop: both from decoding token by token."""
 
 
 @dataclass(frozen=True, slots=True)

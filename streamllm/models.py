@@ -146,10 +146,12 @@ def _check_layers(loaded: LoadedModel, probe: Tensor, expected: Tensor) -> None:
 
 def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any:
     """Calls a `from_pretrained`, turning the many ways a name can be wrong into one line."""
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    hub_logging.set_verbosity_error()
     try:
         return load(resolve_model(name), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
@@ -167,7 +169,7 @@ def _digest(source: str, model: PreTrainedModel) -> str:
     if commit:
         return str(commit)
     digest = hashlib.sha256()
-    for path in sorted(Path(source).glob("*.safetensors")) + [Path(source) / "config.json"]:
+    for path in [*sorted(Path(source).glob("*.safetensors")), Path(source) / "config.json"]:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

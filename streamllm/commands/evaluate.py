@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         choices=tuple(EVALUATORS),
         default="fast",
-        help="fast: all losses in a few block forwards, TPOT from a steady-state sample. decode-loop: every token decoded "
-        "one by one (fast)",
+        help="fast: all losses in a few block forwards, TPOT from a steady-state sample; decode-loop: every token is "
+        "decoded one by one (fast)",
     )
     how.add_argument("--attn-backend", choices=tuple(BACKENDS), default="auto", help="attention kernel (auto)")
     how.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
@@ -165,7 +165,7 @@ def _write(result: dict[str, Any], quality: "Quality", n_losses: int, arguments:
 def _warn_beyond_trained(loaded: "LoadedModel", peak: int) -> None:
     if loaded.trained_length is not None and peak > loaded.trained_length:
         _say(
-            f"warning: queries attend to up to {peak} keys, the model was trained on {loaded.trained_length} positions; "
+            f"warning: queries attend to up to {peak} keys, the model was trained on {loaded.trained_length}; "
             f"expect its perplexity to suffer"
         )
 

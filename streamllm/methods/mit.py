@@ -1,6 +1,6 @@
 """`mit`: keys stored un-rotated, all rotated at their cache position on every read.
 
-The reference implementation's way (mit-han-lab/streaming-llm, `pos_shift`): eviction is a slice, each token costs O(S + W).
+The reference implementation's way (mit-han-lab/streaming-llm, `pos_shift`): eviction slices, a token costs O(S + W).
 """
 
 from __future__ import annotations

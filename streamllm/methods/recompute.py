@@ -1,7 +1,7 @@
 """`recompute`: the fixed baseline. For each token the model runs again on the last S + W tokens; no cache is reused.
 
-What the source documents call sliding window with re-computation (`run_fixed_baseline.py`): O(W^2) per token, the quality
-that streaming is measured against.
+What the source documents call sliding window with re-computation (`run_fixed_baseline.py`): O(W^2) per token, the
+quality that streaming is measured against.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def effective(policy: EvictionPolicy) -> EvictionPolicy:
 def losses_at(
     loaded: LoadedModel, tokens: np.ndarray, window: int, positions: Sequence[int], backend: Backend, batch: int = 8
 ) -> np.ndarray:
-    """Losses (float64 nats) of tokens[p + 1] for each p of the ascending `positions`, after the window that ends at p."""
+    """Losses (float64 nats) of tokens[p + 1], after the window that ends at p, for each p of ascending `positions`."""
     stream = torch.from_numpy(tokens).to(loaded.device)
     places = torch.tensor(positions, device=loaded.device)
     state = WholeWindow(backend)

@@ -1,4 +1,4 @@
-"""The embedded testbed: a small trained GPT-NeoX, and a held-out text to evaluate it on. See README.md beside this file."""
+"""The embedded testbed: a small trained GPT-NeoX, and a held-out text to evaluate it on; README.md is the card."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """Trains the embedded checkpoint: `python -m streamllm.testbed.train --output FOLDER`.
 
 A Pythia-shaped GPT-NeoX of three million parameters, trained on CPython's documentation in windows of 256 tokens. One
-run, scheduled by step, deterministic for a given Python, torch build and number of threads: about half an hour on two cores.
+run, scheduled by step, deterministic for a given Python, torch build and number of threads.
 
 Attention sinks do not arise by themselves in a model this small, so an auxiliary loss induces them: every head of every
 layer but the first is asked to leave a part of its attention on the first token of its window (`SinkLoss`).
@@ -48,7 +48,7 @@ class Recipe:
 
 
 class SinkLoss:
-    """Eager causal attention that also collects mean(relu(log mass - log(attention on token 0))) of every layer but the first.
+    """Causal attention that collects mean(relu(log mass - log(attention on token 0))) of all layers but the first.
 
     The logarithm matters: a loss linear in the mass has no gradient worth the name where the mass is near zero.
     """

@@ -1,0 +1,130 @@
+"""The driver over a pool of pretend workers, in this process."""
+
+import numpy as np
+import pytest
+
+from orchestrator.driver import Driver, SweepError
+from orchestrator.pool import Finished
+from orchestrator.study import Study
+from orchestrator.worker import TrialMeasurement
+from search_spaces import load_space
+from streamllm.errors import UsageError
+
+from .test_study import SPACE
+
+
+class PretendPool:
+    """Answers each trial at once, as `answer(worker, spec)` says; `late` holds the baseline back."""
+
+    def __init__(self, count, answer=None):
+        self.count = count
+        self.answer = answer or measured
+        self.submitted = []
+        self._ready = [Finished(worker, description={}) for worker in range(count)]
+
+    def submit(self, worker, spec):
+        self.submitted.append(spec)
+        result = self.answer(worker, spec)
+        # The baseline takes longest: everything else is back before it.
+        self._ready.insert(0 if spec.method == "recompute" else len(self._ready), result)
+
+    def wait(self, timeout):
+        result = self._ready.pop()
+        yield result
+        if result.died and not result.lost:
+            self._ready.append(Finished(result.worker, description={}))
+
+
+def measured(worker, spec):
+    record = {"tpot_ms": 10.0 if spec.method == "recompute" else 2.0 + spec.policy.n_sink, "method": spec.method}
+    losses = np.column_stack((np.arange(50.0), np.full(50, 1.0)))
+    if spec.method == "recompute":
+        losses = losses[::10]
+    return Finished(worker, measurement=TrialMeasurement(record, losses, True, True))
+
+
+class Log:
+    def __init__(self):
+        self.rows = []
+
+    def worker_ready(self, worker, description):
+        pass
+
+    def trial_started(self, worker, spec):
+        pass
+
+    def trial_finished(self, row):
+        self.rows.append(row)
+
+
+@pytest.fixture
+def drive(tmp_path):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    space = load_space(str(tmp_path / "space.yaml"))
+
+    def drive(pool, trials):
+        study, log = Study("s", tmp_path / "journal.log", space, 32, seed=1), Log()
+        Driver(study, pool, 32, trials, [log]).run()
+        return study, log
+
+    return drive
+
+
+def test_rows_wait_for_the_baseline_and_are_paired_with_it(drive):
+    pool = PretendPool(3)
+    study, log = drive(pool, 4)
+    assert pool.submitted[0].method == "recompute"
+    assert [row["trial"] for row in log.rows] == ["baseline", *(row["trial"] for row in study.rows)]
+    assert len(study.rows) == 4
+    for row in study.rows:
+        assert row["speedup"] == pytest.approx(10.0 / row["tpot_ms"])
+        assert row["ppl_increase_percent"] == pytest.approx(0.0)
+
+
+def test_going_on_measures_only_what_is_missing(drive):
+    drive(PretendPool(1), 2)
+    pool = PretendPool(1)
+    study, _ = drive(pool, 5)
+    assert len(study.rows) == 5
+    assert len(pool.submitted) == 1 + 3
+
+
+def test_an_exhausted_space_ends_the_sweep(drive):
+    study, _ = drive(PretendPool(2), 100)
+    assert len(study.rows) == 6
+
+
+def test_a_failing_trial_does_not_take_the_sweep_along(drive):
+    def answer(worker, spec):
+        return Finished(worker, error="ValueError: nope") if spec.policy.n_sink == 1 else measured(worker, spec)
+
+    study, _ = drive(PretendPool(2, answer), 6)
+    assert [row["state"] for row in study.rows].count("failed") == 2
+    assert {row["reason"] for row in study.rows if row["state"] == "failed"} == {"ValueError: nope"}
+
+
+def test_a_dead_workers_trial_is_tried_again_and_a_deadly_one_given_up(drive):
+    deaths = []
+
+    def answer(worker, spec):
+        deadly = spec.policy.n_sink == 1
+        unlucky = spec.policy.n_sink == 2 and not deaths
+        if deadly or unlucky:
+            deaths.append(spec)
+            return Finished(worker, error="the worker died", died=True)
+        return measured(worker, spec)
+
+    study, _ = drive(PretendPool(2, answer), 6)
+    failed = [row for row in study.rows if row["state"] == "failed"]
+    assert {row["n_sink"] for row in failed} == {1}
+    assert len(study.rows) == 6
+    assert len(deaths) == 1 + 2 * 2
+
+
+def test_no_worker_left_and_unusable_input_end_the_sweep_with_the_reason(drive):
+    with pytest.raises(SweepError, match="no worker is left: boom"):
+        drive(PretendPool(1, lambda worker, spec: Finished(worker, error="boom", died=True, lost=True)), 2)
+    pool = PretendPool(1)
+    pool._ready = [Finished(0, error="TextError: too short")]
+    with pytest.raises(UsageError, match="too short"):
+        drive(pool, 2)

@@ -1,0 +1,36 @@
+import numpy as np
+
+from orchestrator.store import Measurement, MeasurementStore
+
+KEY = {"policy": [4, 60], "model": "a"}
+
+
+def test_what_is_put_is_found_under_its_key_only(tmp_path):
+    store = MeasurementStore(tmp_path)
+    losses = np.array([[0.0, 1.5], [7.0, 2.5]])
+    store.put(KEY, Measurement({"perplexity": 3.0}, losses))
+    found = MeasurementStore(tmp_path).get(dict(reversed(KEY.items())))
+    assert found.record == {"perplexity": 3.0}
+    np.testing.assert_array_equal(found.losses, losses)
+    assert store.get(KEY | {"model": "b"}) is None
+    assert not list(tmp_path.rglob(".*")), "no temporary files stay behind"
+
+
+def test_a_torn_entry_is_kept_aside_and_measured_again(tmp_path):
+    store = MeasurementStore(tmp_path)
+    for damage in ("*.json", "*.npy"):
+        store.put(KEY, Measurement({"perplexity": 3.0}, np.zeros((2, 2))))
+        (file,) = tmp_path.rglob(damage)
+        file.write_bytes(file.read_bytes()[:10])
+        assert store.get(KEY) is None
+        assert len(list(tmp_path.rglob("*.damaged"))) == 1
+        store.put(KEY, Measurement({"perplexity": 3.0}))
+        assert store.get(KEY).record == {"perplexity": 3.0}
+
+
+def test_losses_without_their_record_are_no_measurement(tmp_path):
+    """A kill between the two writes."""
+    store = MeasurementStore(tmp_path)
+    store.put(KEY, Measurement({}, np.zeros((2, 2))))
+    next(tmp_path.rglob("*.json")).unlink()
+    assert store.get(KEY) is None

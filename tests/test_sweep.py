@@ -1,0 +1,171 @@
+"""The sweep as its users run it: whole processes, real Ray workers, a real MLflow store."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from .conftest import GOLDEN
+
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
+
+SPACE = """
+cap: 48
+parameters:
+  method: [ours, mit]
+  attn_backend: [math, flash]
+  n_sink: [0, 4]
+  compress_every: [1, 16]
+known:
+  - {method: mit, attn_backend: math, n_sink: 4, compress_every: 1}
+"""
+
+
+def arguments(*more):
+    model = ("--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"))
+    return [*model, "--max-eval-tokens", "300", "--space", "space.yaml", "--study", "s", *more]
+
+
+def sweep(folder, *more, code=None):
+    command = [sys.executable, *(("-c", code) if code else ("-m", "orchestrator.sweep")), *arguments(*more)]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=OFFLINE)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    return tmp_path
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "sweeps/s/trials.jsonl").read_text().splitlines()]
+
+
+def runs_of(folder):
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    return client.search_runs([e.experiment_id for e in client.search_experiments()])
+
+
+def test_a_sweep_from_end_to_end(folder):
+    done = sweep(folder, "--trials", "4", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "capped at" not in done.stderr, "the space's cap is below the trained length"
+    assert "[4/4]" in done.stderr
+    assert "Pareto front" in done.stdout and "python -m dashboards.pareto" in done.stdout
+
+    baseline, *trials = rows_of(folder)
+    assert baseline["method"] == "recompute" and baseline["window_size"] + baseline["n_sink"] == 48
+    assert len(trials) == 4
+    for row in trials:
+        assert row["state"] == "complete"
+        assert row["n_sink"] + row["window_size"] == 48
+        assert row["backend"] == row["backend_requested"]
+        assert row["speedup"] == pytest.approx(baseline["tpot_ms"] / row["tpot_ms"])
+    output = folder / "sweeps/s"
+    front = list(csv.DictReader((output / "pareto.csv").open()))
+    assert 1 <= len(front) <= 4
+    assert (output / "pareto.md").read_text().count("\n| ") == 1 + len(front) + 1
+    assert (output / "pareto.png").read_bytes().startswith(b"\x89PNG")
+    assert json.loads((output / "sweep.json").read_text())["cap"] == 48
+
+    runs = runs_of(folder)
+    parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert [run.info.run_name for run in parents] == ["s"]
+    children = {run.data.tags["trial"]: run for run in runs if run not in parents}
+    assert set(children) == {"baseline", *(str(row["trial"]) for row in trials)}
+    on_front = {row["#"] if "#" in row else row["trial"] for row in front}
+    for row in trials:
+        run = children[str(row["trial"])]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
+        assert run.data.tags["backend.used"] == row["backend"]
+        assert run.data.tags["pareto"] == str(str(row["trial"]) in on_front)
+        assert run.data.metrics["tpot_ms"] == pytest.approx(row["tpot_ms"])
+        assert run.data.params["n_sink"] == str(row["n_sink"])
+
+    exported = subprocess.run(
+        [sys.executable, "-m", "dashboards.pareto", "s", "--format", "csv", "--all"], cwd=folder, capture_output=True
+    )
+    assert exported.returncode == 0
+    assert len(list(csv.DictReader((output / "pareto.csv").open()))) == 4
+
+    other = sweep(folder, "--trials", "4", "--seed", "7")
+    assert other.returncode == 2
+    assert "seed: 0 then, 7 now" in other.stderr
+
+
+def test_killed_in_the_middle_and_started_again(folder):
+    command = [sys.executable, "-m", "orchestrator.sweep", *arguments("--trials", "6", "--workers", "2")]
+    log = folder / "log"
+    with log.open("w") as stderr:
+        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr)
+        deadline = time.monotonic() + 120
+        while "[2/6]" not in log.read_text() and time.monotonic() < deadline:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finished_before = log.read_text().count("/6]")
+    assert 2 <= finished_before < 6
+    stored_before = {path: path.stat().st_mtime_ns for path in (folder / "sweeps/.store").rglob("*.json")}
+
+    done = sweep(folder, "--trials", "6", "--workers", "2")
+    assert done.returncode == 0, done.stderr
+    assert "of 6 trials are finished" in done.stderr
+    trials = rows_of(folder)[1:]
+    assert len(trials) == 6 == len({(r["method"], r["backend"], r["n_sink"], r["compress_every"]) for r in trials})
+    for path, written in stored_before.items():
+        assert path.stat().st_mtime_ns == written, "a finished measurement was made again"
+    children = [run for run in runs_of(folder) if "trial" in run.data.tags]
+    assert sorted(run.data.tags["trial"] for run in children) == sorted(
+        ["baseline", *(str(r["trial"]) for r in trials)]
+    )
+    assert {run.info.status for run in runs_of(folder)} == {"FINISHED"}
+
+
+def test_each_worker_sees_its_own_accelerator(folder):
+    code = (
+        "import os, ray, sys; from orchestrator.sweep import main\n"
+        "ray.init(num_gpus=4, num_cpus=4, include_dashboard=False, log_to_driver=False)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = sweep(folder, "--trials", "4", code=code)
+    assert done.returncode == 0, done.stderr
+    seen = sorted(line.split(": ")[1].split(",")[0] for line in done.stderr.splitlines() if line.startswith("worker "))
+    assert seen == ["GPU 0", "GPU 1", "GPU 2", "GPU 3"]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (("--space", "nowhere"), "space 'nowhere'"),
+        (("--trials", "0"), "trials 0"),
+        (("--study", "a/b"), "study 'a/b'"),
+        (("--text", "nowhere.txt"), "not several"),
+        (("--model", "nowhere"), "model 'nowhere'"),
+        (("--space", "small.yaml"), "cap 3: below n_sink 4"),
+    ],
+)
+def test_bad_input_is_one_line_and_starts_nothing(folder, bad, message):
+    (folder / "small.yaml").write_text("cap: 3\nparameters: {n_sink: [0, 4]}")
+    done = sweep(folder, *bad)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    assert sorted(path.name for path in folder.iterdir()) == ["small.yaml", "space.yaml"]
+
+
+def test_a_second_driver_is_told_who_has_the_study(folder):
+    from orchestrator.lease import study_lease
+
+    (folder / "sweeps/s").mkdir(parents=True)
+    with study_lease(folder / "sweeps/s"):
+        done = sweep(folder)
+    assert done.returncode == 2
+    assert f"run by process {os.getpid()}" in done.stderr
