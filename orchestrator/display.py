@@ -16,7 +16,7 @@ from dashboards.pareto import rich_table
 from search_spaces import OBJECTIVES
 
 from .results import BASELINE
-from .worker import TrialSpec
+from .trial import TrialSpec
 
 _FRONT_ROWS = 8
 

@@ -10,7 +10,7 @@ from streamllm.errors import UsageError
 from .pool import Finished, WorkerPool
 from .results import baseline_row, baseline_spec, failed_row, trial_row
 from .study import OpenTrial, Study
-from .worker import TrialMeasurement, TrialSpec
+from .trial import TrialMeasurement, TrialSpec
 
 _ATTEMPTS = 2
 """Workers a trial may take down before it counts as failed."""

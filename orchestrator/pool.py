@@ -10,7 +10,8 @@ from typing import Any
 
 from streamllm.errors import UsageError
 
-from .worker import TrialMeasurement, TrialSpec, Worker, WorkerSetup
+from .trial import TrialMeasurement, TrialSpec, WorkerSetup
+from .worker import Worker
 
 _DEATHS_IN_A_ROW = 3
 

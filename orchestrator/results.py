@@ -11,7 +11,7 @@ from streamllm.policy import EvictionPolicy
 from streamllm.quality import paired_increase
 
 from .study import OpenTrial
-from .worker import TrialMeasurement, TrialSpec
+from .trial import TrialMeasurement, TrialSpec
 
 BASELINE = "baseline"
 

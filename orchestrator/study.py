@@ -22,7 +22,7 @@ from optuna.trial import Trial, TrialState
 from search_spaces import OBJECTIVES, SearchSpace
 from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
 
-from .worker import TrialSpec
+from .trial import TrialSpec
 
 _DUPLICATES_IN_A_ROW = 5
 _ROW = "row"

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from search_spaces import SHIPPED, load_space
 from streamllm.commands.evaluate import add_text_arguments, text_source
 from streamllm.errors import UsageError
-from streamllm.evaluation import DTYPES
+from streamllm.options import DTYPES
 
 if TYPE_CHECKING:
     from .configuration import SweepConfiguration
@@ -115,7 +115,7 @@ def _sweep(configuration: SweepConfiguration, study_id: str, address: str | None
     from .pool import WorkerPool
     from .study import Study
     from .tracking import Tracker
-    from .worker import WorkerSetup
+    from .trial import WorkerSetup
 
     study = Study(
         configuration.study, configuration.journal, configuration.space, configuration.cap, configuration.seed

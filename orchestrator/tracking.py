@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .results import BASELINE
-from .worker import TrialSpec
+from .trial import TrialSpec
 
 EXPERIMENT = "streamllm-sweep"
 

@@ -1,53 +1,21 @@
 """A worker: one accelerator, or a share of the cores, with the model and the text loaded once; it measures trials.
 
-Workers know nothing of Optuna, MLflow or Ray; `pool` makes actors of them.
+Workers know nothing of Optuna, MLflow or Ray; `pool` makes actors of them. The driver imports this module too, without
+a use for torch: what is heavy is imported inside.
 """
 
 from __future__ import annotations
 
 import os
 import socket
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from streamllm.policy import EvictionPolicy
-from streamllm.text import TextSource
-
 from .lease import timing_lease
 from .store import Measurement, MeasurementStore, code_digest
-
-
-@dataclass(frozen=True, slots=True)
-class WorkerSetup:
-    """What every worker of a sweep is started with."""
-
-    model: str
-    source: TextSource
-    dtype: str
-    store: Path
-
-
-@dataclass(frozen=True, slots=True)
-class TrialSpec:
-    """What one trial measures."""
-
-    method: str
-    attn_backend: str
-    policy: EvictionPolicy
-
-
-@dataclass(frozen=True, slots=True)
-class TrialMeasurement:
-    record: dict[str, Any]
-    """Identity, quality and speed, flat."""
-    losses: np.ndarray
-    """(n, 2): position, nats."""
-    measured_quality: bool
-    """False where the store had it; likewise for the speed."""
-    measured_speed: bool
+from .trial import TrialMeasurement, TrialSpec, WorkerSetup
 
 
 class Worker:
@@ -96,9 +64,10 @@ class Worker:
 
     def _quality(self, spec: TrialSpec, identity: dict[str, Any]) -> tuple[Measurement, bool]:
         from streamllm.evaluation import measure_quality
+        from streamllm.methods import sampled_losses
 
         # A policy's perplexity depends neither on the cache implementation nor on the hardware.
-        kind = "recompute" if spec.method == "recompute" else "streaming"
+        kind = "streaming" if sampled_losses(spec.method) is None else spec.method
         names = ("model_digest", "text_digest", "protocol", "dtype", *asdict(spec.policy))
         key = {"kind": f"quality of {kind}", "code": code_digest()} | {name: identity[name] for name in names}
         found = self.store.get(key)

@@ -1,27 +1,29 @@
-"""One evaluation: what can be asked for, its quality, its speed, and the flat result that tables are made of."""
+"""One evaluation: its quality, its speed, and the flat result that tables are made of."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .methods import effective_policy
+import numpy as np
+import torch
+
+from . import __version__
+from .attention import recorded_kernel
+from .backends import BACKENDS, Backend
+from .block_parallel import block_parallel_losses
+from .decoding import decode_loop
+from .methods import effective_policy, make_decoder, sampled_losses
+from .models import LoadedModel
 from .policy import EvictionPolicy, peak_kv
+from .quality import Estimate, baseline_positions, check_finite, perplexity
+from .text import TokenStream
+from .timing import Speed, device_name, measure_speed
 
-if TYPE_CHECKING:
-    import numpy as np
-
-    from .backends import Backend
-    from .models import LoadedModel
-    from .quality import Estimate
-    from .text import TokenStream
-    from .timing import Speed
-
-DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-PROTOCOLS = ("fast", "decode-loop")
-"""fast: quality block-parallel, timing in the steady state. decode-loop: both from decoding token by token."""
+Progress = Callable[[int], None]
+"""Called with the number of tokens done so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +37,7 @@ class Quality:
     peak_kv: int
     seconds: float
 
-    def at(self, positions: np.ndarray) -> np.ndarray:
-        """The losses at a subset of `positions`."""
-        import numpy as np
-
-        return self.losses[np.searchsorted(self.positions, positions)]
-
     def summary(self) -> dict[str, Any]:
-        from .quality import perplexity
-
         return {
             **_flat("perplexity", perplexity(self.losses)),
             "evaluated_tokens": len(self.losses),
@@ -53,26 +47,16 @@ class Quality:
 
 
 def measure_quality(
-    loaded: LoadedModel,
-    stream: TokenStream,
-    method: str,
-    policy: EvictionPolicy,
-    progress: Callable[[int], None] | None = None,
+    loaded: LoadedModel, stream: TokenStream, method: str, policy: EvictionPolicy, progress: Progress | None = None
 ) -> Quality:
     """Protocol `fast`: every token, block-parallel; of `recompute`, a sample of tokens spread over the text.
 
     Raises NonFiniteLossError."""
-    import numpy as np
-
-    from .backends import BACKENDS
-    from .block_parallel import block_parallel_losses
-    from .methods.recompute import losses_at
-    from .quality import baseline_positions, check_finite
-
     policy = effective_policy(method, policy)
     started = time.perf_counter()
     n_losses = len(stream.tokens) - 1
-    if method == "recompute":
+    losses_at = sampled_losses(method)
+    if losses_at is not None:
         positions = baseline_positions(len(stream.tokens))
         losses = losses_at(loaded, stream.tokens, policy.kept, positions.tolist(), BACKENDS["auto"])
         peak = min(policy.kept, n_losses)
@@ -102,11 +86,9 @@ def evaluate_fast(
     method: str,
     policy: EvictionPolicy,
     backend: Backend,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
     """Quality block-parallel, speed from a steady-state sample. Raises NonFiniteLossError."""
-    from .timing import measure_speed
-
     started = time.perf_counter()
     quality = measure_quality(loaded, stream, method, policy, progress)
     speed = measure_speed(loaded, method, policy, backend, stream.tokens)
@@ -120,17 +102,9 @@ def evaluate_decode_loop(
     method: str,
     policy: EvictionPolicy,
     backend: Backend,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
     """Quality and speed from decoding every token one by one. Raises NonFiniteLossError."""
-    import numpy as np
-    import torch
-
-    from .attention import recorded_kernel
-    from .decoding import decode_loop
-    from .methods import make_decoder
-    from .quality import check_finite
-
     first_token = torch.from_numpy(stream.tokens[:1])
     with backend.active(), recorded_kernel(backend) as recorder:
         make_decoder(method, loaded, policy, backend).feed(first_token)
@@ -151,17 +125,13 @@ def evaluate_decode_loop(
 
 
 EVALUATORS = {"fast": evaluate_fast, "decode-loop": evaluate_decode_loop}
+"""By protocol."""
 
 
 def identity(
     loaded: LoadedModel, stream: TokenStream, method: str, policy: EvictionPolicy, protocol: str
 ) -> dict[str, Any]:
-    """What was evaluated on what: the part of a flat result that is known beforehand."""
-    import torch
-
-    from . import __version__
-    from .timing import device_name
-
+    """What is evaluated on what: the part of a flat result that is known beforehand."""
     return {
         "model": loaded.name,
         "model_digest": loaded.digest,

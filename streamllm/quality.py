@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BASELINE_POSITIONS = 512
+BASELINE_POSITIONS = 1024
 """Tokens of a text at which the baseline, which costs a whole window each, is evaluated."""
 
 _RESAMPLES = 1000

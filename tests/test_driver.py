@@ -6,7 +6,7 @@ import pytest
 from orchestrator.driver import Driver, SweepError
 from orchestrator.pool import Finished
 from orchestrator.study import Study
-from orchestrator.worker import TrialMeasurement
+from orchestrator.trial import TrialMeasurement
 from search_spaces import load_space
 from streamllm.errors import UsageError
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..backends import BACKENDS
 from ..errors import UsageError
-from ..evaluation import DTYPES, EVALUATORS, identity
 from ..methods import METHODS
+from ..options import DTYPES, PROTOCOLS
 from ..policy import EvictionPolicy, with_derived_window
 from ..text import TextSource
 
@@ -58,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("how it is measured")
     how.add_argument(
         "--protocol",
-        choices=tuple(EVALUATORS),
+        choices=PROTOCOLS,
         default="fast",
         help="fast: all losses in a few block forwards, TPOT from a steady-state sample; decode-loop: every token is "
         "decoded one by one (fast)",
@@ -114,6 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise UsageError(f"output {str(path)!r}: no such folder {str(path.parent)!r}")
 
     from ..attention import resolve_backend
+    from ..evaluation import EVALUATORS, identity
     from ..models import limit_threads, load_model, load_tokenizer
     from ..quality import NonFiniteLossError
     from ..text import load_tokens

@@ -1,18 +1,27 @@
 """The methods: one file each, its name the method's.
 
-A method's module has `decoder(loaded, policy, backend) -> Decoder` and, where it means only a part of the policy,
-`effective(policy) -> EvictionPolicy`. Whatever lies in this folder is a method: adding one is adding a file.
+A method's module has `decoder(loaded, policy, backend) -> Decoder`, and where it needs them
+
+- `effective(policy) -> EvictionPolicy`, the part of a policy it means;
+- `losses_at(loaded, tokens, window, positions, backend) -> ndarray`, if no eviction schedule says what it sees: its
+  quality is then sampled instead of computed block-parallel.
+
+Whatever lies in this folder is a method: adding one is adding a file.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ..policy import EvictionPolicy
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from ..backends import Backend
     from ..decoding import Decoder
     from ..models import LoadedModel
@@ -22,12 +31,20 @@ METHODS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.
 
 def effective_policy(method: str, policy: EvictionPolicy) -> EvictionPolicy:
     """The policy as the method understands it: `window` has no sinks, `dense` never evicts."""
-    adapt = getattr(import_module(f".{method}", __package__), "effective", None)
+    adapt = getattr(_module(method), "effective", None)
     return adapt(policy) if adapt is not None else policy
 
 
 def make_decoder(method: str, loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> Decoder:
     """A decoder with an empty cache."""
-    module = import_module(f".{method}", __package__)
-    decoder: Decoder = module.decoder(loaded, effective_policy(method, policy), backend)
+    decoder: Decoder = _module(method).decoder(loaded, effective_policy(method, policy), backend)
     return decoder
+
+
+def sampled_losses(method: str) -> Callable[..., np.ndarray] | None:
+    """The method's `losses_at`; None if the block-parallel evaluator gives its quality."""
+    return getattr(_module(method), "losses_at", None)
+
+
+def _module(method: str) -> ModuleType:
+    return import_module(f".{method}", __package__)

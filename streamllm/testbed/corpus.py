@@ -1,8 +1,8 @@
 """The text of the embedded testbed: documentation that every CPython installation carries.
 
 `evaluation_text` is what we ship (`text.txt`); `training_documents` is what the checkpoint was trained on. No
-paragraph of the second shares eight consecutive words with the first, so that a perplexity measured on the text is a held-out one.
-The documents differ a little between Python releases; the shipped files were made with CPython 3.11.7.
+paragraph of the second shares eight consecutive words with the first: perplexity on the text is a held-out one. The
+documents differ a little between Python releases; the shipped files were made with CPython 3.11.7.
 """
 
 import ast
