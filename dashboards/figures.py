@@ -67,7 +67,7 @@ def _scatter(axes: Any, rows: Sequence[Row], x: str, y: str, color: str, marker:
 
 
 def _limit(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
-    """The axes span the points, not the widest interval; a few points far off bend the axis instead of flattening it."""
+    """The axes span the points, not the widest interval; far points bend the axis instead of flattening it."""
     if not rows:
         return
     for values, set_limits in (([row[x] for row in rows], axes.set_xlim), ([row[y] for row in rows], axes.set_ylim)):

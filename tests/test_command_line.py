@@ -75,10 +75,14 @@ def test_evaluate_prints_one_flat_json_object(protocol, tmp_path):
 
 
 def test_the_baselines_sample_leaves_nan_elsewhere(tmp_path):
-    losses = tmp_path / "losses.npy"
-    done = evaluate("--method", "recompute", "--window-size", "28", "--per-token-losses", str(losses), "--json")
-    assert json.loads(done.stdout)["evaluated_tokens"] == 899
-    assert np.isfinite(np.load(losses)).sum() == 899
+    losses, ids = tmp_path / "losses.npy", tmp_path / "ids.json"
+    ids.write_text(json.dumps([i % 251 for i in range(1500)]))
+    more = ("--token-ids", str(ids), "--method", "recompute", "--window-size", "28")
+    done = evaluate(*more, "--per-token-losses", str(losses), "--json")
+    assert json.loads(done.stdout)["evaluated_tokens"] == 1024
+    written = np.load(losses)
+    assert written.shape == (1499,)
+    assert np.isfinite(written).sum() == 1024
 
 
 @pytest.mark.parametrize(
