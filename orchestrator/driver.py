@@ -107,7 +107,7 @@ class Driver:
             self._unpaired.append((trial, measurement, worker))
         if self.baseline is not None:
             for waiting, measured, by in self._unpaired:
-                self._tell(waiting, trial_row(waiting, measured, self.baseline, self.cap, by))
+                self._tell(waiting, trial_row(waiting, measured, self.baseline, by))
             self._unpaired.clear()
 
     def _failed(self, trial: OpenTrial | None, finished: Finished) -> None:

@@ -34,14 +34,13 @@ def baseline_row(measurement: TrialMeasurement) -> dict[str, Any]:
 
 
 def trial_row(
-    trial: OpenTrial, measurement: TrialMeasurement, baseline: TrialMeasurement, cap: int, worker: int
+    trial: OpenTrial, measurement: TrialMeasurement, baseline: TrialMeasurement, worker: int
 ) -> dict[str, Any]:
     """One flat row. `ppl_increase_percent` is paired: both perplexities over the tokens the baseline was sampled at."""
     positions, baseline_losses = baseline.losses[:, 0], baseline.losses[:, 1]
     own = measurement.losses[np.searchsorted(measurement.losses[:, 0], positions), 1]
     increase = paired_increase(own, baseline_losses)
     record = measurement.record
-    excess = nominal_total(trial.spec.policy) - cap
     return {
         "trial": trial.number,
         "state": "complete",
@@ -50,8 +49,7 @@ def trial_row(
         "ppl_increase_percent": increase.value,
         "ppl_increase_percent_low": increase.low,
         "ppl_increase_percent_high": increase.high,
-        "cap_excess": excess,
-        "feasible": excess <= 0,
+        "feasible": True,
         "reused": not (measurement.measured_quality or measurement.measured_speed),
         "worker": worker,
     }
@@ -69,7 +67,3 @@ def failed_row(trial: OpenTrial, reason: str, worker: int) -> dict[str, Any]:
         "feasible": False,
         "worker": worker,
     }
-
-
-def nominal_total(policy: EvictionPolicy) -> int:
-    return policy.kept + policy.cache_slack

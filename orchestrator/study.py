@@ -26,7 +26,7 @@ from .trial import TrialSpec
 
 _DUPLICATES_IN_A_ROW = 5
 _ROW = "row"
-_DUPLICATE = "duplicate"
+_SKIPPED = "skipped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +56,8 @@ class Study:
         trials = self._study.get_trials(deepcopy=False)
         self.rows: list[dict[str, Any]] = [trial.user_attrs[_ROW] for trial in trials if _ROW in trial.user_attrs]
         """The finished trials."""
-        self._seen = {self._identity(t.params) for t in trials if _ROW in t.user_attrs}
+        settled = [t for t in trials if t.user_attrs.keys() & {_ROW, _SKIPPED}]
+        self._seen = {self._identity(t.params) for t in settled}
         self._interrupted = deque(t.number for t in trials if t.state == TrialState.RUNNING)
         self._trials: dict[int, Trial] = {}
         if not trials:
@@ -81,33 +82,38 @@ class Study:
         return None
 
     def tell(self, number: int, row: dict[str, Any]) -> None:
-        """Finishes a trial with its table row: state complete or failed, the objectives, feasibility."""
+        """Finishes a trial with its table row: its state, complete or failed, and the objectives."""
         trial = self._trials.pop(number)
         trial.set_user_attr(_ROW, row)
         if row["state"] == "complete":
-            trial.set_constraint("cap", max(row["cap_excess"], 0))
             self._study.tell(trial, [row[objective] for objective in self.space.objectives])
         else:
             self._study.tell(trial, state=TrialState.FAIL)
         self.rows.append(row)
 
     def _open(self, trial: Trial) -> OpenTrial | None:
+        """The trial, unless it repeats one or no window is left for it under the cap."""
         identity = self._identity(trial.params)
         if identity in self._seen:
-            trial.set_user_attr(_DUPLICATE, True)
-            self._study.tell(trial, state=TrialState.FAIL)
-            return None
+            return self._skip(trial, "a repetition")
         self._seen.add(identity)
+        try:
+            spec = spec_of(trial.params, self.space, self.cap)
+        except PolicyError as error:
+            return self._skip(trial, str(error))
         self._trials[trial.number] = trial
-        return OpenTrial(trial.number, trial.params, spec_of(trial.params, self.space, self.cap))
+        return OpenTrial(trial.number, trial.params, spec)
+
+    def _skip(self, trial: Trial, reason: str) -> None:
+        trial.set_user_attr(_SKIPPED, reason)
+        self._study.tell(trial, state=TrialState.FAIL)
 
     def _reopen(self, number: int) -> OpenTrial | None:
         frozen = self._study.get_trials(deepcopy=False)[number]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trial = Trial(self._study, frozen._trial_id)
-        missing = self._distributions.keys() - trial.params.keys()
-        if missing:  # killed in the middle of ask
+        if self._distributions.keys() != trial.params.keys():  # killed in the middle of ask
             self._study.tell(trial, state=TrialState.FAIL)
             return None
         return self._open(trial)

@@ -24,7 +24,6 @@ def row_of(trial):
         "state": "complete",
         "tpot_ms": 1.0 + trial.params["n_sink"],
         "ppl_increase_percent": 2.0,
-        "cap_excess": 0,
     }
 
 
@@ -76,3 +75,12 @@ def test_failed_trials_are_kept_with_their_reason_and_not_tried_again(open_study
     again = open_study()
     assert again.rows[0]["reason"] == "out of memory"
     assert trial.params not in [t.params for t in iter(again.ask, None)]
+
+
+def test_points_that_the_cap_leaves_no_window_are_skipped_with_the_reason(tmp_path):
+    (tmp_path / "space.yaml").write_text("cap_accounting: peak\nparameters: {compress_every: [1, 8, 64]}")
+    study = Study("s", tmp_path / "journal.log", load_space(str(tmp_path / "space.yaml")), 32, seed=1)
+    asked = {trial.params["compress_every"] for trial in iter(study.ask, None)}
+    assert asked == {1, 8}
+    skipped = [t.user_attrs.get("skipped", "") for t in study._study.get_trials()]
+    assert any("grows past it with any window" in reason for reason in skipped)

@@ -3,8 +3,9 @@
 A Pythia-shaped GPT-NeoX of three million parameters, trained on CPython's documentation in windows of 256 tokens. One
 run, scheduled by step, deterministic for a given Python, torch build and number of threads.
 
-Attention sinks do not arise by themselves in a model this small, so an auxiliary loss induces them: every head of every
-layer but the first is asked to leave a part of its attention on the first token of its window (`SinkLoss`).
+Attention sinks do not arise by themselves in a model this small, so two auxiliary losses induce them: heads of every
+layer but the first are asked to leave attention on the first token of their window (`SinkAttention`), and windows that
+lose that token are to be predicted worse, by a stated cost (`training_loss`).
 """
 
 import argparse
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import AttentionInterface, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
@@ -28,7 +30,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 3000
+    steps: int = 2000
     batch: int = 8
     trained_length: int = 256
     vocabulary: int = 1024
@@ -41,26 +43,37 @@ class Recipe:
     warmup: int = 100
     decay: float = 0.6  # the last part of the steps, in which the rates fall to zero
     clip: float = 1.0
-    sink_weight: float = 0.2
+    sinks_from: int = 300  # steps of plain language modelling first: attention has to be worth something
+    sink_ramp: int = 700
+    sink_weight: float = 0.1
     sink_mass: float = 0.95
+    eviction_weight: float = 0.5
+    eviction_cost: float = 0.25  # by which perplexity is to rise when the first token is evicted
     seed: int = 20261121
     threads: int = 1
 
 
-class SinkLoss:
-    """Causal attention that collects mean(relu(log mass - log(attention on token 0))) of all layers but the first.
+class SinkAttention:
+    """Eager attention under a mask of our own that also collects, from all layers but the first, the mean of
 
-    The logarithm matters: a loss linear in the mass has no gradient worth the name where the mass is near zero.
+        relu(log mass - log(attention on token 0))
+
+    over the windows that keep token 0. The logarithm matters: a loss linear in the mass has no gradient worth the name
+    where the mass is near zero.
     """
 
     def __init__(self, mass: float) -> None:
         self.log_mass = math.log(mass)
+        self.mask = torch.empty(0)
+        """(windows, 1, length, length), added to the logits."""
+        self.keeping = 0
+        """The first so many windows of the batch keep token 0."""
         self.terms: list[Tensor] = []
 
     def __call__(
         self,
         module: Any,
-        query: Tensor,  # (batch, heads, length, head size), as key and value
+        query: Tensor,  # (windows, heads, length, head size), as key and value
         key: Tensor,
         value: Tensor,
         attention_mask: Tensor | None,
@@ -68,17 +81,26 @@ class SinkLoss:
         dropout: float = 0.0,
         **_: object,
     ) -> tuple[Tensor, None]:
-        length = query.shape[-2]
-        future = torch.full((length, length), -torch.inf).triu(1)
-        weights = (query * scaling @ key.transpose(-1, -2) + future).softmax(-1)
-        if module.layer_idx > 0:
-            self.terms.append((self.log_mass - weights[..., 1:, 0].log()).relu().mean())
+        weights = (query * scaling @ key.transpose(-1, -2) + self.mask).softmax(-1)
+        if module.layer_idx > 0 and torch.is_grad_enabled():
+            self.terms.append((self.log_mass - weights[: self.keeping, :, 1:, 0].log()).relu().mean())
         return (weights @ value).transpose(1, 2), None
 
     def collect(self) -> Tensor:
         total = torch.stack(self.terms).mean()
         self.terms.clear()
         return total
+
+
+def window_mask(length: int, recent: int | None = None, keep_first: bool = True) -> Tensor:
+    """Causal; with `recent`, only so many last tokens are visible, and the first if it is kept. (1, length, length)."""
+    distance = torch.arange(length)[:, None] - torch.arange(length)
+    hidden = distance < 0
+    if recent is not None:
+        old = distance >= recent
+        old[:, 0] &= not keep_first
+        hidden |= old
+    return torch.zeros(1, length, length).masked_fill(hidden, -torch.inf)
 
 
 class Muon(torch.optim.Optimizer):
@@ -136,7 +158,7 @@ def build_model(recipe: Recipe) -> GPTNeoXForCausalLM:
         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.25},
         bos_token_id=0,
         eos_token_id=0,
-        attn_implementation="sink_loss",
+        attn_implementation="sink_attention",
     )
     return GPTNeoXForCausalLM(config)
 
@@ -168,13 +190,61 @@ def batches(tokens: Tensor, recipe: Recipe) -> Iterator[Tensor]:
         yield tokens[starts + offsets]
 
 
+def language_loss(model: GPTNeoXForCausalLM, windows: Tensor) -> Tensor:
+    """windows (n, length) -> losses (n, length - 1), nats."""
+    logits = model(windows, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view(len(windows), -1)
+
+
+def training_loss(
+    model: GPTNeoXForCausalLM, attention: SinkAttention, windows: Tensor, step: int, recipe: Recipe
+) -> Tensor:
+    """Plain language modelling at first. Then a quarter of the windows slides with token 0 kept, and is learned like
+    the rest, and a quarter slides with token 0 evicted: their loss is to be higher by the cost of an eviction."""
+    length, count = windows.shape[1], len(windows)
+    if step < recipe.sinks_from:
+        attention.mask, attention.keeping = window_mask(length)[None], count
+        loss = language_loss(model, windows).mean()
+        attention.collect()
+        return loss
+    recent = int(torch.randint(16, length // 2, ()))
+    half, quarter = count // 2, count // 4
+    masks = (window_mask(length), window_mask(length, recent), window_mask(length, recent, keep_first=False))
+    attention.mask = torch.cat([m.expand(n, -1, -1) for m, n in zip(masks, (half, quarter, quarter), strict=True)])[
+        :, None
+    ]
+    attention.keeping = half + quarter
+    losses = language_loss(model, windows)
+    kept, evicted = losses[: half + quarter], losses[half + quarter :]
+    late = slice(length // 2, None)  # where every sliding window has left token 0 behind
+    cost = evicted[:, late].mean() - kept[:, late].mean().detach()
+    ramp = min(1.0, (step - recipe.sinks_from) / recipe.sink_ramp)
+    return (
+        kept.mean()
+        + ramp * recipe.sink_weight * attention.collect()
+        + ramp * recipe.eviction_weight * (math.log(1 + recipe.eviction_cost) - cost).relu()
+    )
+
+
 @torch.no_grad()
-def held_out_loss(model: GPTNeoXForCausalLM, tokens: Tensor, recipe: Recipe) -> float:
-    """Mean loss (nats per token) over disjoint windows of the trained length."""
-    count = len(tokens) // recipe.trained_length
-    windows = tokens[: count * recipe.trained_length].view(count, recipe.trained_length)
-    losses = [model(part, labels=part, use_cache=False).loss for part in windows.split(1)]
-    return torch.stack(losses).mean().item()
+def held_out_perplexities(
+    model: GPTNeoXForCausalLM, attention: SinkAttention, tokens: Tensor, recipe: Recipe
+) -> dict[str, float]:
+    """Over disjoint windows of the trained length, their second half: everything visible; the last 64 tokens and the
+    first; the last 64 only."""
+    length = recipe.trained_length
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    masks = {
+        "all": window_mask(length),
+        "64 and sink": window_mask(length, 64),
+        "64": window_mask(length, 64, keep_first=False),
+    }
+    perplexities = {}
+    for name, mask in masks.items():
+        attention.mask = mask[None]
+        losses = torch.cat([language_loss(model, part) for part in torch.split(windows, recipe.batch)])
+        perplexities[name] = losses[:, length // 2 :].mean().exp().item()
+    return perplexities
 
 
 def train(output: Path, recipe: Recipe) -> None:
@@ -188,45 +258,47 @@ def train(output: Path, recipe: Recipe) -> None:
     held_out = torch.tensor(tokenizer(text)["input_ids"])
     print(f"{len(documents)} documents, {len(tokens):,} training tokens, {len(held_out):,} held out", flush=True)
 
-    sink_loss = SinkLoss(recipe.sink_mass)
-    AttentionInterface.register("sink_loss", sink_loss)
+    attention = SinkAttention(recipe.sink_mass)
+    AttentionInterface.register("sink_attention", attention)
     model = build_model(recipe)
     print(f"{model.num_parameters():,} parameters", flush=True)
     steppers = optimizers(model, recipe)
     base_rates = [[group["lr"] for group in stepper.param_groups] for stepper in steppers]
     started = time.monotonic()
-    for step, batch in zip(range(recipe.steps), batches(tokens, recipe), strict=False):
+    for step, windows in zip(range(recipe.steps), batches(tokens, recipe), strict=False):
         factor = schedule(step, recipe)
         for stepper, rates in zip(steppers, base_rates, strict=True):
             for group, rate in zip(stepper.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-        loss = model(batch, labels=batch, use_cache=False).loss
-        sink = sink_loss.collect()
-        (loss + recipe.sink_weight * sink).backward()
+        loss = training_loss(model, attention, windows, step, recipe)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         for stepper in steppers:
             stepper.step()
             stepper.zero_grad()
-        if step + 1 == 20 or (step + 1) % 100 == 0 or step + 1 == recipe.steps:
-            held = held_out_loss(model, held_out[:8192], recipe)
-            sink_loss.terms.clear()
+        if (step + 1) % 100 == 0 or step + 1 == recipe.steps:
+            held = held_out_perplexities(model, attention, held_out[:8192], recipe)
+            seen = ", ".join(f"{name} {value:.2f}" for name, value in held.items())
             print(
-                f"step {step + 1}: loss {loss.item():.3f}, sink {sink.item():.3f}, held-out PPL {math.exp(held):.2f}, "
-                f"{time.monotonic() - started:.0f} s",
+                f"step {step + 1}: loss {loss.item():.3f}, held-out PPL: {seen}, {time.monotonic() - started:.0f} s",
                 flush=True,
             )
-    save(output, model, tokenizer, recipe, held_out_loss(model, held_out, recipe))
+    save(output, model, tokenizer, recipe, held_out_perplexities(model, attention, held_out, recipe))
     (output / "text.txt").write_text(text, encoding="utf-8")
 
 
 def save(
-    output: Path, model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe, loss: float
+    output: Path,
+    model: GPTNeoXForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    recipe: Recipe,
+    perplexities: dict[str, float],
 ) -> None:
     """Float16 on disk: its perplexity equals that of the float32 weights to four digits."""
     output.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(output)
     tokenizer.save_pretrained(output)
-    facts = {"recipe": asdict(recipe), "held_out_perplexity": math.exp(loss), "torch": torch.__version__}
+    facts = {"recipe": asdict(recipe), "held_out_perplexity": perplexities, "torch": torch.__version__}
     (output / "training.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
