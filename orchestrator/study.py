@@ -95,12 +95,14 @@ class Study:
         """The trial, unless it repeats one or no window is left for it under the cap."""
         identity = self._identity(trial.params)
         if identity in self._seen:
-            return self._skip(trial, "a repetition")
+            self._skip(trial, "a repetition")
+            return None
         self._seen.add(identity)
         try:
             spec = spec_of(trial.params, self.space, self.cap)
         except PolicyError as error:
-            return self._skip(trial, str(error))
+            self._skip(trial, str(error))
+            return None
         self._trials[trial.number] = trial
         return OpenTrial(trial.number, trial.params, spec)
 
