@@ -29,9 +29,9 @@ class Worker:
 
     def load(self) -> dict[str, Any]:
         """Loads model and text; says what this worker is and sees. Raises UsageError for input it cannot use."""
-        from streamllm.models import limit_threads, load_model, load_tokenizer
+        from streamllm.models import load_model, load_tokenizer
         from streamllm.text import load_tokens
-        from streamllm.timing import device_name
+        from streamllm.timing import device_name, limit_threads
 
         setup = self.setup
         limit_threads(len(self.cores) or None)

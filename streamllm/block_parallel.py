@@ -22,7 +22,7 @@ from torch import Tensor
 from .attention import attention
 from .backends import BACKENDS
 from .decoding import negative_log_likelihood, without
-from .models import LoadedModel
+from .loaded import LoadedModel
 from .policy import EvictionPolicy, evicted_before
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
-from .models import LoadedModel
+from .loaded import LoadedModel
 from .policy import EvictionPolicy, Schedule
 
 

@@ -15,8 +15,8 @@ from .attention import recorded_kernel
 from .backends import BACKENDS, Backend
 from .block_parallel import block_parallel_losses
 from .decoding import decode_loop
+from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder, sampled_losses
-from .models import LoadedModel
 from .policy import EvictionPolicy, peak_kv
 from .quality import Estimate, baseline_positions, check_finite, perplexity
 from .text import TokenStream

@@ -7,17 +7,18 @@ by a short forward pass through the engine that must give the model's own logits
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .attention import ATTENTION_NAME, AttentionState, register_attention
+from .attention import ATTENTION_NAME, register_attention
+from .block_parallel import BlockState
 from .errors import UsageError
+from .loaded import LoadedModel
+from .policy import EvictionPolicy
 from .rotary import Rotary, UnsupportedModelError
 from .testbed import MODEL_FOLDER
 
@@ -27,39 +28,6 @@ if TYPE_CHECKING:
 
 class ModelNotFoundError(UsageError):
     """No such model folder, or a hub id that cannot be had now."""
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in evaluation mode, ready for `forward`."""
-
-    name: str
-    model: PreTrainedModel
-    rotary: Rotary
-    device: torch.device
-    dtype: torch.dtype
-    digest: str
-    """Names the weights: the hub's commit, or a hash of the local files."""
-
-    @property
-    def trained_length(self) -> int | None:
-        """Positions the model was trained on (`max_position_embeddings`)."""
-        return getattr(self.model.config, "max_position_embeddings", None)
-
-    @property
-    def head_size(self) -> int:
-        config = self.model.config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-    def forward(self, input_ids: Tensor, position_ids: Tensor, state: AttentionState, logits_to_keep: int = 0) -> Any:
-        """input_ids (batch, n), position_ids (n) -> output with `logits` (batch, n or logits_to_keep, vocabulary)."""
-        return self.model(
-            input_ids=input_ids.to(self.device),
-            position_ids=position_ids[None].to(self.device),
-            use_cache=False,
-            logits_to_keep=logits_to_keep,
-            attention_state=state,
-        )
 
 
 def resolve_model(name: str) -> str:
@@ -123,9 +91,6 @@ def prepare(model: PreTrainedModel, name: str, digest: str) -> LoadedModel:
 
 
 def _check_layers(loaded: LoadedModel, probe: Tensor, expected: Tensor) -> None:
-    from .block_parallel import BlockState
-    from .policy import EvictionPolicy
-
     state = BlockState(loaded, EvictionPolicy(compress_every=0), len(probe))
     state.begin_block(0, len(probe))
     found = loaded.forward(probe[None], torch.zeros_like(probe), state).logits[0].log_softmax(-1)
@@ -173,10 +138,3 @@ def _digest(source: str, model: PreTrainedModel) -> str:
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
-
-
-def limit_threads(count: int | None) -> None:
-    """Keeps torch to `count` threads; OpenMP must not spin where processes share cores."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if count is not None:
-        torch.set_num_threads(count)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -19,8 +20,8 @@ import torch
 from .attention import recorded_kernel
 from .backends import Backend
 from .decoding import Decoder
+from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder
-from .models import LoadedModel
 from .policy import EvictionPolicy, steady_state
 from .quality import Estimate, median_interval
 
@@ -103,3 +104,10 @@ def device_name(device: torch.device) -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
+
+
+def limit_threads(count: int | None) -> None:
+    """Keeps torch to `count` threads; OpenMP must not spin where processes share cores."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if count is not None:
+        torch.set_num_threads(count)

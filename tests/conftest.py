@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from streamllm.models import LoadedModel, load_model
+from streamllm.loaded import LoadedModel
+from streamllm.models import load_model
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("neox-tiny", "llama-tiny")

@@ -23,7 +23,7 @@ from ..text import TextSource
 
 if TYPE_CHECKING:
     from ..evaluation import Quality
-    from ..models import LoadedModel
+    from ..loaded import LoadedModel
 
 HELP = "perplexity, time per token and peak KV of one policy"
 
@@ -115,9 +115,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..attention import resolve_backend
     from ..evaluation import EVALUATORS, identity
-    from ..models import limit_threads, load_model, load_tokenizer
+    from ..models import load_model, load_tokenizer
     from ..quality import NonFiniteLossError
     from ..text import load_tokens
+    from ..timing import limit_threads
 
     limit_threads(arguments.threads)
     loaded = load_model(arguments.model, arguments.dtype)

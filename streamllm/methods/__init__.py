@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from ..backends import Backend
     from ..decoding import Decoder
-    from ..models import LoadedModel
+    from ..loaded import LoadedModel
 
 METHODS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")))
 

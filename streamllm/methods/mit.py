@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attention import attention
 from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache, without
-from ..models import LoadedModel
+from ..loaded import LoadedModel
 from ..policy import EvictionPolicy
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..attention import attention
 from ..backends import Backend
 from ..decoding import Decoder, negative_log_likelihood
-from ..models import LoadedModel
+from ..loaded import LoadedModel
 from ..policy import EvictionPolicy
 
 

@@ -1,0 +1,48 @@
+"""A model in memory, ready for the engine; `models` loads it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .attention import AttentionState
+from .rotary import Rotary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode, ready for `forward`."""
+
+    name: str
+    model: PreTrainedModel
+    rotary: Rotary
+    device: torch.device
+    dtype: torch.dtype
+    digest: str
+    """Names the weights: the hub's commit, or a hash of the local files."""
+
+    @property
+    def trained_length(self) -> int | None:
+        """Positions the model was trained on (`max_position_embeddings`)."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
+    @property
+    def head_size(self) -> int:
+        config = self.model.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, state: AttentionState, logits_to_keep: int = 0) -> Any:
+        """input_ids (batch, n), position_ids (n) -> output with `logits` (batch, n or logits_to_keep, vocabulary)."""
+        return self.model(
+            input_ids=input_ids.to(self.device),
+            position_ids=position_ids[None].to(self.device),
+            use_cache=False,
+            logits_to_keep=logits_to_keep,
+            attention_state=state,
+        )
