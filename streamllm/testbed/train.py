@@ -3,9 +3,9 @@
 A Pythia-shaped GPT-NeoX of three million parameters, trained on CPython's documentation in windows of 256 tokens. One
 run, scheduled by step, deterministic for a given Python, torch build and number of threads.
 
-Attention sinks do not arise by themselves in a model this small, so two auxiliary losses induce them: heads of every
-layer but the first are asked to leave attention on the first token of their window (`SinkAttention`), and windows that
-lose that token are to be predicted worse, by a stated cost (`training_loss`).
+Attention sinks do not arise by themselves in a model this small, so an auxiliary loss induces them: every head of every
+layer but the first is asked to leave attention on the first token of its window where it has no better use for it
+(`SinkAttention`), once the model has learned what attention is good for (`sink_weight`).
 """
 
 import argparse
@@ -30,7 +30,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int = 2000
+    steps: int = 2600
     batch: int = 8
     trained_length: int = 256
     vocabulary: int = 1024
@@ -44,11 +44,9 @@ class Recipe:
     decay: float = 0.6  # the last part of the steps, in which the rates fall to zero
     clip: float = 1.0
     sinks_from: int = 300  # steps of plain language modelling first: attention has to be worth something
-    sink_ramp: int = 700
+    sinks_full: int = 1000
     sink_weight: float = 0.1
     sink_mass: float = 0.95
-    eviction_weight: float = 0.5
-    eviction_cost: float = 0.25  # by which perplexity is to rise when the first token is evicted
     seed: int = 20261121
     threads: int = 1
 
@@ -58,16 +56,13 @@ class SinkAttention:
 
         relu(log mass - log(attention on token 0))
 
-    over the windows that keep token 0. The logarithm matters: a loss linear in the mass has no gradient worth the name
-    where the mass is near zero.
+    The logarithm matters: a loss linear in the mass has no gradient worth the name where the mass is near zero.
     """
 
-    def __init__(self, mass: float) -> None:
-        self.log_mass = math.log(mass)
-        self.mask = torch.empty(0)
-        """(windows, 1, length, length), added to the logits."""
-        self.keeping = 0
-        """The first so many windows of the batch keep token 0."""
+    def __init__(self, recipe: Recipe) -> None:
+        self.log_mass = math.log(recipe.sink_mass)
+        self.mask = window_mask(recipe.trained_length)
+        """(length, length), added to the logits."""
         self.terms: list[Tensor] = []
 
     def __call__(
@@ -83,7 +78,7 @@ class SinkAttention:
     ) -> tuple[Tensor, None]:
         weights = (query * scaling @ key.transpose(-1, -2) + self.mask).softmax(-1)
         if module.layer_idx > 0 and torch.is_grad_enabled():
-            self.terms.append((self.log_mass - weights[: self.keeping, :, 1:, 0].log()).relu().mean())
+            self.terms.append((self.log_mass - weights[..., 1:, 0].log()).relu().mean())
         return (weights @ value).transpose(1, 2), None
 
     def collect(self) -> Tensor:
@@ -93,14 +88,14 @@ class SinkAttention:
 
 
 def window_mask(length: int, recent: int | None = None, keep_first: bool = True) -> Tensor:
-    """Causal; with `recent`, only so many last tokens are visible, and the first if it is kept. (1, length, length)."""
+    """Causal; with `recent`, only so many last tokens are visible, and the first if it is kept."""
     distance = torch.arange(length)[:, None] - torch.arange(length)
     hidden = distance < 0
     if recent is not None:
         old = distance >= recent
         old[:, 0] &= not keep_first
         hidden |= old
-    return torch.zeros(1, length, length).masked_fill(hidden, -torch.inf)
+    return torch.zeros(length, length).masked_fill(hidden, -torch.inf)
 
 
 class Muon(torch.optim.Optimizer):
@@ -190,40 +185,10 @@ def batches(tokens: Tensor, recipe: Recipe) -> Iterator[Tensor]:
         yield tokens[starts + offsets]
 
 
-def language_loss(model: GPTNeoXForCausalLM, windows: Tensor) -> Tensor:
-    """windows (n, length) -> losses (n, length - 1), nats."""
-    logits = model(windows, use_cache=False).logits[:, :-1]
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view(len(windows), -1)
-
-
-def training_loss(
-    model: GPTNeoXForCausalLM, attention: SinkAttention, windows: Tensor, step: int, recipe: Recipe
-) -> Tensor:
-    """Plain language modelling at first. Then a quarter of the windows slides with token 0 kept, and is learned like
-    the rest, and a quarter slides with token 0 evicted: their loss is to be higher by the cost of an eviction."""
-    length, count = windows.shape[1], len(windows)
-    if step < recipe.sinks_from:
-        attention.mask, attention.keeping = window_mask(length)[None], count
-        loss = language_loss(model, windows).mean()
-        attention.collect()
-        return loss
-    recent = int(torch.randint(16, length // 2, ()))
-    half, quarter = count // 2, count // 4
-    masks = (window_mask(length), window_mask(length, recent), window_mask(length, recent, keep_first=False))
-    attention.mask = torch.cat([m.expand(n, -1, -1) for m, n in zip(masks, (half, quarter, quarter), strict=True)])[
-        :, None
-    ]
-    attention.keeping = half + quarter
-    losses = language_loss(model, windows)
-    kept, evicted = losses[: half + quarter], losses[half + quarter :]
-    late = slice(length // 2, None)  # where every sliding window has left token 0 behind
-    cost = evicted[:, late].mean() - kept[:, late].mean().detach()
-    ramp = min(1.0, (step - recipe.sinks_from) / recipe.sink_ramp)
-    return (
-        kept.mean()
-        + ramp * recipe.sink_weight * attention.collect()
-        + ramp * recipe.eviction_weight * (math.log(1 + recipe.eviction_cost) - cost).relu()
-    )
+def sink_weight(step: int, recipe: Recipe) -> float:
+    """Nothing, then a ramp. A sink loss from the start would be met at once, by heads that never learn to attend."""
+    ramp = (step - recipe.sinks_from) / (recipe.sinks_full - recipe.sinks_from)
+    return recipe.sink_weight * min(1.0, max(0.0, ramp))
 
 
 @torch.no_grad()
@@ -232,18 +197,25 @@ def held_out_perplexities(
 ) -> dict[str, float]:
     """Over disjoint windows of the trained length, their second half: everything visible; the last 64 tokens and the
     first; the last 64 only."""
-    length = recipe.trained_length
-    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    length, trained_mask = recipe.trained_length, attention.mask
     masks = {
-        "all": window_mask(length),
+        "all": trained_mask,
         "64 and sink": window_mask(length, 64),
         "64": window_mask(length, 64, keep_first=False),
     }
+    windows = tokens[: len(tokens) // length * length].view(-1, length)
+    late = slice(length // 2, None)
     perplexities = {}
     for name, mask in masks.items():
-        attention.mask = mask[None]
-        losses = torch.cat([language_loss(model, part) for part in torch.split(windows, recipe.batch)])
-        perplexities[name] = losses[:, length // 2 :].mean().exp().item()
+        attention.mask = mask
+        losses = [
+            F.cross_entropy(
+                model(part, use_cache=False).logits[:, late][:, :-1].flatten(0, 1), part[:, late][:, 1:].flatten()
+            )
+            for part in torch.split(windows, 1)
+        ]
+        perplexities[name] = torch.stack(losses).mean().exp().item()
+    attention.mask = trained_mask
     return perplexities
 
 
@@ -258,7 +230,7 @@ def train(output: Path, recipe: Recipe) -> None:
     held_out = torch.tensor(tokenizer(text)["input_ids"])
     print(f"{len(documents)} documents, {len(tokens):,} training tokens, {len(held_out):,} held out", flush=True)
 
-    attention = SinkAttention(recipe.sink_mass)
+    attention = SinkAttention(recipe)
     AttentionInterface.register("sink_attention", attention)
     model = build_model(recipe)
     print(f"{model.num_parameters():,} parameters", flush=True)
@@ -270,8 +242,8 @@ def train(output: Path, recipe: Recipe) -> None:
         for stepper, rates in zip(steppers, base_rates, strict=True):
             for group, rate in zip(stepper.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-        loss = training_loss(model, attention, windows, step, recipe)
-        loss.backward()
+        loss = model(windows, labels=windows, use_cache=False).loss
+        (loss + sink_weight(step, recipe) * attention.collect()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
         for stepper in steppers:
             stepper.step()
