@@ -21,24 +21,20 @@ from torch import Tensor
 
 from .attention import attention
 from .backends import BACKENDS
-from .decoding import negative_log_likelihood, without
+from .decoding import KVCache, negative_log_likelihood
 from .loaded import LoadedModel
 from .policy import EvictionPolicy, evicted_before
 
 
-class BlockState:
-    """Attention state of a stream processed in blocks; the model is called with position 0, so keys are kept raw."""
+class BlockState(KVCache):
+    """The cache of a stream processed in blocks; the model is called with position 0, so keys are kept raw."""
 
     def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, n_tokens: int) -> None:
+        super().__init__(loaded, BACKENDS["auto"])
         self.n_sink = policy.n_sink
-        self.rotary = loaded.rotary
-        self.device = loaded.device
         self.evicted = torch.tensor(evicted_before(policy, n_tokens), device=loaded.device)
-        self.backend = BACKENDS["auto"]
         self.held = torch.empty(0, dtype=torch.long, device=loaded.device)
         """Stream positions of the kept tokens: the sinks, then a contiguous window."""
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
 
     def begin_block(self, start: int, stop: int) -> None:
         """Forgets what no query of tokens start .. stop-1 sees, and lays out what is the same in every layer."""
@@ -67,20 +63,10 @@ class BlockState:
         drop = int(((self.held >= self.n_sink) & (self.held < oldest)).sum())
         if drop:
             self.held = torch.cat((self.held[: self.n_sink], self.held[self.n_sink + drop :]))
-            for layer in range(len(self.keys)):
-                self.keys[layer] = without(self.keys[layer], self.n_sink, drop)
-                self.values[layer] = without(self.values[layer], self.n_sink, drop)
+            self.evict(self.n_sink, drop)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        if layer == len(self.keys):
-            self.keys.append(key)
-            self.values.append(value)
-        else:
-            self.keys[layer] = torch.cat((self.keys[layer], key), dim=2)
-            self.values[layer] = torch.cat((self.values[layer], value), dim=2)
-        return self._attention(query, self.keys[layer], self.values[layer], scaling)
-
-    def _attention(self, query: Tensor, keys: Tensor, values: Tensor, scaling: float) -> Tensor:
+        keys, values = self.append(layer, key, value)
         groups, size, sinks = query.shape[1] // keys.shape[1], query.shape[-1], self.sinks
         if groups > 1:
             keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
@@ -128,7 +114,7 @@ def block_parallel_losses(
     for start in range(0, n_queries, block):
         stop = min(start + block, n_queries)
         state.begin_block(start, stop)
-        raw = torch.zeros(stop - start, dtype=torch.long)
+        raw = torch.zeros(stop - start, dtype=torch.long, device=loaded.device)
         logits = loaded.forward(stream[None, start:stop], raw, state).logits[0]
         losses.append(negative_log_likelihood(logits, stream[start + 1 : stop + 1]))
         if progress is not None:

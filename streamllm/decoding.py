@@ -19,8 +19,10 @@ from .policy import EvictionPolicy, Schedule
 class Decoder(ABC):
     """One method of decoding a stream, at batch 1."""
 
-    kv_length: int
-    """Tokens the next query will find in the cache."""
+    @property
+    @abstractmethod
+    def kv_length(self) -> int:
+        """Tokens the next query will find in the cache."""
 
     @abstractmethod
     def feed(self, tokens: Tensor) -> Tensor:
@@ -38,20 +40,23 @@ class KVCache(ABC):
     def __init__(self, loaded: LoadedModel, backend: Backend) -> None:
         self.rotary = loaded.rotary
         self.backend = backend
+        self.device = loaded.device
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
     def position_ids(self, held: int, count: int) -> Tensor:
         """Where the model is to rotate the next `count` tokens, `held` being in the cache: their cache positions."""
-        return torch.arange(held, held + count)
+        return torch.arange(held, held + count, device=self.device)
 
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """As `AttentionState.attend`; takes the new tokens in."""
 
-    @abstractmethod
     def evict(self, n_sink: int, drop: int) -> None:
         """Forgets the `drop` oldest tokens behind the first `n_sink`."""
+        for layer in range(len(self.keys)):
+            self.keys[layer] = without(self.keys[layer], n_sink, drop)
+            self.values[layer] = without(self.values[layer], n_sink, drop)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values of a layer, the new ones included."""
@@ -80,7 +85,7 @@ class CachedDecoder(Decoder):
         self.schedule = Schedule(policy)
 
     @property
-    def kv_length(self) -> int:  # type: ignore[override]
+    def kv_length(self) -> int:
         return self.schedule.held
 
     def feed(self, tokens: Tensor) -> Tensor:

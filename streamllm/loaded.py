@@ -38,10 +38,10 @@ class LoadedModel:
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, state: AttentionState, logits_to_keep: int = 0) -> Any:
-        """input_ids (batch, n), position_ids (n) -> output with `logits` (batch, n or logits_to_keep, vocabulary)."""
+        """input_ids (batch, n), position_ids (n) -> output with `logits` (batch, n or `logits_to_keep`, vocabulary)."""
         return self.model(
-            input_ids=input_ids.to(self.device),
-            position_ids=position_ids[None].to(self.device),
+            input_ids=input_ids,
+            position_ids=position_ids[None],
             use_cache=False,
             logits_to_keep=logits_to_keep,
             attention_state=state,

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from ..attention import attention
 from ..backends import Backend
-from ..decoding import CachedDecoder, KVCache, without
+from ..decoding import CachedDecoder, KVCache
 from ..loaded import LoadedModel
 from ..policy import EvictionPolicy
 
 
 class RawKeyCache(KVCache):
     def position_ids(self, held: int, count: int) -> Tensor:
-        return torch.zeros(count, dtype=torch.long)  # no rotation: queries and keys arrive raw
+        return torch.zeros(count, dtype=torch.long, device=self.device)  # no rotation: queries and keys arrive raw
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self.append(layer, key, value)
@@ -25,11 +25,6 @@ class RawKeyCache(KVCache):
         keys = self.rotary.rotate(keys, self.rotary.span(0, held))
         query = self.rotary.rotate(query, self.rotary.span(held - new, held))
         return attention(self.backend, query, keys, values, scaling, causal=True)
-
-    def evict(self, n_sink: int, drop: int) -> None:
-        for layer in range(len(self.keys)):
-            self.keys[layer] = without(self.keys[layer], n_sink, drop)
-            self.values[layer] = without(self.values[layer], n_sink, drop)
 
 
 def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> CachedDecoder:

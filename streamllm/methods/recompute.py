@@ -38,7 +38,7 @@ class RecomputingDecoder(Decoder):
         self.recent = torch.empty(0, dtype=torch.long, device=loaded.device)
 
     @property
-    def kv_length(self) -> int:  # type: ignore[override]
+    def kv_length(self) -> int:
         return min(len(self.recent), self.window - 1)
 
     def feed(self, tokens: Tensor) -> Tensor:
