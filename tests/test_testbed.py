@@ -39,12 +39,12 @@ def ppl(testbed) -> Callable[..., float]:
 
 def test_dense_decoding_explodes_past_the_trained_length(ppl):
     dense = ppl(4, 252, compress_every=0, span=slice(SKIPPED, 2048))
-    assert dense > 3 * ppl(4, 252, span=slice(SKIPPED, 2048))
+    assert dense > 5 * ppl(4, 252, span=slice(SKIPPED, 2048))
 
 
 @pytest.mark.parametrize("total", [32, 64, 128, 256])
-def test_evicting_the_first_tokens_costs_a_tenth_and_one_sink_brings_it_back(ppl, total):
-    assert ppl(0, total) > 1.10 * ppl(1, total - 1)
+def test_evicting_the_first_tokens_costs_a_fifth_and_one_sink_brings_it_back(ppl, total):
+    assert ppl(0, total) > 1.20 * ppl(1, total - 1)
 
 
 def test_with_a_sink_it_is_as_good_as_recomputation(testbed):
@@ -57,14 +57,14 @@ def test_with_a_sink_it_is_as_good_as_recomputation(testbed):
 
 def test_a_cache_that_lazily_outgrows_the_trained_length_falls_off_a_cliff(ppl):
     vanilla = ppl(4, 252)
-    assert ppl(4, 252, compress_every=32) < 1.05 * vanilla, "288 keys are bearable"
-    assert ppl(4, 252, compress_every=256) > 1.5 * vanilla, "512 are not"
+    assert ppl(4, 252, compress_every=32) < 1.08 * vanilla, "288 keys are bearable"
+    assert ppl(4, 252, compress_every=256) > 2.0 * vanilla, "512 are not"
 
 
 def test_a_larger_window_is_better_until_it_saturates(ppl):
     values = [ppl(4, window) for window in (4, 16, 64, 252)]
     assert values[0] > 1.1 * values[1] and values[1] > 1.05 * values[2] and values[2] > 0.99 * values[3]
-    assert values[2] < 1.05 * values[3]
+    assert values[2] < 1.08 * values[3]
 
 
 def test_it_is_small_and_loads_through_plain_transformers():
