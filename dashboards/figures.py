@@ -30,7 +30,7 @@ def pareto_figure(study: StudyResults, path: Path) -> Path:
     front = study.front
     others = [row for row in study.trials if row["state"] == "complete" and row not in front]
     figure, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
-    _scatter(axes, others, x, y, _OTHERS, "o", "beaten on both")
+    _scatter(axes, others, x, y, _OTHERS, "o", "dominated")
     _scatter(axes, front, x, y, _FRONT, "D", "Pareto front")
     axes.plot([row[x] for row in front], [row[y] for row in front], color=_FRONT, linewidth=1, drawstyle="steps-post")
     for row in front:

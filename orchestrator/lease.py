@@ -15,9 +15,21 @@ from streamllm.errors import UsageError
 @contextmanager
 def timing_lease() -> Iterator[None]:
     """One timing at a time per node: workers that time at once would time one another."""
-    path = Path(tempfile.gettempdir()) / f"streamllm-timing-{os.getuid()}.lock"
-    with path.open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with _node_lock(fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def computing_lease() -> Iterator[None]:
+    """Any number of computations at a time, but none beside a timing: on a CPU they share caches, memory and clock."""
+    with _node_lock(fcntl.LOCK_SH):
+        yield
+
+
+@contextmanager
+def _node_lock(operation: int) -> Iterator[None]:
+    with (Path(tempfile.gettempdir()) / f"streamllm-timing-{os.getuid()}.lock").open("a") as file:
+        fcntl.flock(file, operation)
         yield
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -83,6 +84,8 @@ class Tracker:
         return self._jobs.qsize()
 
     def _work(self) -> None:
+        if sys.platform == "linux":  # where niceness is a thread's own: on a CPU, logging must not show in the timings
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
         while (job := self._jobs.get()) is not None:
             if self.problem is not None:
                 continue

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import nullcontext
 from dataclasses import asdict
 from typing import Any
 
 import numpy as np
 
-from .lease import timing_lease
+from .lease import computing_lease, timing_lease
 from .store import Measurement, MeasurementStore, code_digest
 from .trial import TrialMeasurement, TrialSpec, WorkerSetup
 
@@ -73,7 +74,9 @@ class Worker:
         found = self.store.get(key)
         if found is not None:
             return found, False
-        quality = measure_quality(self.loaded, self.stream, spec.method, spec.policy)
+        on_cpu = self.loaded.device.type == "cpu"
+        with computing_lease() if on_cpu else nullcontext():
+            quality = measure_quality(self.loaded, self.stream, spec.method, spec.policy)
         measured = Measurement(quality.summary(), np.column_stack((quality.positions, quality.losses)))
         self.store.put(key, measured)
         return measured, True

@@ -3,7 +3,7 @@ import os
 import signal
 import time
 
-from orchestrator.lease import timing_lease
+from orchestrator.lease import computing_lease, timing_lease
 
 
 def hold(taken, seconds):
@@ -12,9 +12,9 @@ def hold(taken, seconds):
         time.sleep(seconds)
 
 
-def take(events):
-    with timing_lease():
-        events.put("taken")
+def take(lease, events):
+    with lease():
+        events.put(lease.__name__)
 
 
 def test_one_timing_at_a_time_and_the_dead_hold_nothing():
@@ -24,11 +24,12 @@ def test_one_timing_at_a_time_and_the_dead_hold_nothing():
     holder = context.Process(target=hold, args=(taken, 600))
     holder.start()
     assert taken.wait(60)
-    waiter = context.Process(target=take, args=(events,))
-    waiter.start()
-    waiter.join(3)
-    assert waiter.is_alive() and events.empty(), "it has to wait"
+    waiters = [context.Process(target=take, args=(lease, events)) for lease in (timing_lease, computing_lease)]
+    for waiter in waiters:
+        waiter.start()
+    time.sleep(4)
+    assert all(waiter.is_alive() for waiter in waiters) and events.empty(), "both have to wait"
     os.kill(holder.pid, signal.SIGKILL)
-    assert events.get(timeout=60) == "taken"
-    waiter.join()
-    holder.join()
+    assert {events.get(timeout=60) for _ in waiters} == {"timing_lease", "computing_lease"}
+    for process in (*waiters, holder):
+        process.join()
