@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
 
     how = parser.add_argument_group("how")
-    how.add_argument("--trials", type=int, default=24, metavar="N", help="configurations to measure in all (24)")
+    how.add_argument("--trials", type=int, default=16, metavar="N", help="configurations to measure in all (16)")
     how.add_argument(
         "--workers", type=int, default=0, metavar="N", help="actors (one per GPU; without any, one per core)"
     )
