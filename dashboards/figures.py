@@ -44,7 +44,7 @@ def pareto_figure(study: StudyResults, path: Path) -> Path:
     axes.set_ylabel(_LABELS[y])
     axes.set_title(study.configuration["summary"], fontsize=10, loc="left")
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(1.01, 0))
     figure.savefig(path, dpi=150)
     plt.close(figure)
     return path
