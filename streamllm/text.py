@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from .errors import UsageError
 from .testbed import TEXT_FILE
 
 if TYPE_CHECKING:
+    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 HUB_DATASETS = {"wikitext": ("Salesforce/wikitext", "wikitext-103-v1"), "pg19": ("emozilla/pg19", None)}
@@ -68,6 +67,8 @@ def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, v
     """Reads and tokenizes; `tokenizer` is needed unless the source is token ids.
 
     Raises TextError for unreadable, empty or foreign input."""
+    import numpy as np
+
     source.check()
     if source.token_ids is not None:
         ids = _read_ids(source.token_ids)
