@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,8 +16,10 @@ class Backend:
     name: str
     kernel: str | None = None
     """Name in `torch.nn.attention.SDPBackend`; None leaves the choice to torch."""
-    eager: bool = False
-    """Plain matrix products and a softmax instead of torch's SDPA."""
+    library: Literal["sdpa", "eager", "flash_attn"] = "sdpa"
+    """torch's scaled_dot_product_attention, plain matrix products and a softmax, or the flash-attn package."""
+    masks: bool = True
+    """Whether its GPU kernel takes a mask. Masked calls (a ring that is not full) go to another kernel if not."""
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -33,8 +37,16 @@ BACKENDS = {
     backend.name: backend
     for backend in (
         Backend("auto"),
-        Backend("eager", eager=True),
+        Backend("eager", library="eager"),
         Backend("math", "MATH"),
-        Backend("flash", "FLASH_ATTENTION"),
+        Backend("efficient", "EFFICIENT_ATTENTION"),
+        Backend("flash", "FLASH_ATTENTION", masks=False),
+        Backend("cudnn", "CUDNN_ATTENTION"),
+        Backend("flash_attention_2", library="flash_attn", masks=False),
     )
 }
+
+
+def default_backend() -> str:
+    """`FLASH_SDPA=1` in the environment asks for flash and `FLASH_SDPA=0` for math, as in the source documents."""
+    return {"1": "flash", "0": "math"}.get(os.environ.get("FLASH_SDPA", ""), "auto")

@@ -25,10 +25,11 @@ class Decoder(ABC):
         """Tokens the next query will find in the cache."""
 
     @abstractmethod
-    def feed(self, tokens: Tensor) -> Tensor:
-        """Processes the next tokens of the stream (n) and returns the logits (vocabulary) that follow the last one.
+    def feed(self, tokens: Tensor, logits_to_keep: int = 1) -> Tensor:
+        """Processes the next tokens of the stream (n); returns the logits (kept, vocabulary) that follow the last
+        `logits_to_keep` of them, 0 meaning all, as in transformers.
 
-        Several tokens at once are a prefill: right as long as the policy evicts nothing before the last of them."""
+        Several tokens at once are right as long as the policy evicts nothing before the last of them."""
 
 
 class KVCache(ABC):
@@ -44,8 +45,9 @@ class KVCache(ABC):
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def position_ids(self, held: int, count: int) -> Tensor:
-        """Where the model is to rotate the next `count` tokens, `held` being in the cache: their cache positions."""
+    def begin(self, held: int, count: int) -> Tensor:
+        """Prepares for a forward pass of `count` tokens, `held` being in the cache; returns the position_ids (count) at
+        which the model is to rotate them: their cache positions, unless a method has other ideas."""
         return torch.arange(held, held + count, device=self.device)
 
     @abstractmethod
@@ -88,14 +90,14 @@ class CachedDecoder(Decoder):
     def kv_length(self) -> int:
         return self.schedule.held
 
-    def feed(self, tokens: Tensor) -> Tensor:
-        positions = self.cache.position_ids(self.schedule.held, len(tokens))
-        output = self.loaded.forward(tokens[None], positions, self.cache, logits_to_keep=1)
+    def feed(self, tokens: Tensor, logits_to_keep: int = 1) -> Tensor:
+        positions = self.cache.begin(self.schedule.held, len(tokens))
+        output = self.loaded.forward(tokens[None], positions, self.cache, logits_to_keep)
         drops = [self.schedule.after_token() for _ in range(len(tokens))]
-        assert not any(drops[:-1]), "the prefill goes past the first eviction"
+        assert not any(drops[:-1]), "several tokens at once go past an eviction"
         if drops[-1]:
             self.cache.evict(self.schedule.policy.n_sink, drops[-1])
-        return output.logits[0, -1]
+        return output.logits[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +123,7 @@ def decode_loop(
     for i in range(len(losses)):
         peak = max(peak, decoder.kv_length + 1)
         logits = decoder.feed(stream[i : i + 1])
-        losses[i] = negative_log_likelihood(logits[None], stream[i + 1 : i + 2])[0]
+        losses[i] = negative_log_likelihood(logits, stream[i + 1 : i + 2])[0]
         if i == 0:
             losses[0].item()  # waits for the device
             first_token = time.perf_counter() - started

@@ -33,6 +33,14 @@ class LoadedModel:
         return getattr(self.model.config, "max_position_embeddings", None)
 
     @property
+    def attention_span(self) -> int | None:
+        """Most keys a query of the model itself attends to: its sliding window, None if it has none."""
+        config = self.model.config
+        if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+            return None
+        return getattr(config, "sliding_window", None)
+
+    @property
     def head_size(self) -> int:
         config = self.model.config
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

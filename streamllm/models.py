@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from .attention import ATTENTION_NAME, register_attention
+from .backends import BACKENDS
 from .block_parallel import BlockState
-from .errors import UsageError
+from .errors import UnsupportedModelError, UsageError
 from .loaded import LoadedModel
+from .methods.ours import RerotatedCache
 from .policy import EvictionPolicy
-from .rotary import Rotary, UnsupportedModelError
+from .rotary import Rotary
 from .testbed import MODEL_FOLDER
 
 if TYPE_CHECKING:
@@ -79,6 +81,7 @@ def trained_length(name: str) -> int | None:
 
 def prepare(model: PreTrainedModel, name: str, digest: str) -> LoadedModel:
     """Hands a model's attention to the engine, once the engine was seen to give the model's own logits."""
+    _check_configuration(model)
     register_attention()
     model.eval().requires_grad_(False)
     loaded = LoadedModel(name, model, Rotary(model), model.device, model.dtype, digest)
@@ -86,19 +89,35 @@ def prepare(model: PreTrainedModel, name: str, digest: str) -> LoadedModel:
     with torch.inference_mode():
         expected = model(input_ids=probe[None], use_cache=False).logits[0].log_softmax(-1)
         model.set_attn_implementation(ATTENTION_NAME)
+        loaded.rotary.take_over()
         _check_layers(loaded, probe, expected)
     return loaded
 
 
+def _check_configuration(model: PreTrainedModel) -> None:
+    config = model.config
+    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if unknown:
+        raise UnsupportedModelError(f"{type(model).__name__} has layers of another kind: {', '.join(sorted(unknown))}")
+
+
 def _check_layers(loaded: LoadedModel, probe: Tensor, expected: Tensor) -> None:
-    state = BlockState(loaded, EvictionPolicy(compress_every=0), len(probe))
-    state.begin_block(0, len(probe))
-    found = loaded.forward(probe[None], torch.zeros_like(probe), state).logits[0].log_softmax(-1)
+    """The probe's logits, once rotated by the model at our angles, once all by ourselves."""
+    positions = torch.arange(len(probe), device=loaded.device)
+    whole = RerotatedCache(loaded, BACKENDS["auto"])
+    _check_logits(loaded, loaded.forward(probe[None], positions, whole).logits[0], expected)
     layers = loaded.model.config.num_hidden_layers
-    if len(state.keys) != layers:
+    if len(whole.keys) != layers:
         raise UnsupportedModelError(
-            f"{loaded.name}: {len(state.keys)} of {layers} layers use transformers' attention interface"
+            f"{loaded.name}: {len(whole.keys)} of {layers} layers use transformers' attention interface"
         )
+    block = BlockState(loaded, EvictionPolicy(compress_every=0), len(probe))
+    block.begin_block(0, len(probe))
+    _check_logits(loaded, loaded.forward(probe[None], torch.zeros_like(positions), block).logits[0], expected)
+
+
+def _check_logits(loaded: LoadedModel, logits: Tensor, expected: Tensor) -> None:
+    found = logits.log_softmax(-1)
     # A wrong rotation or visibility moves log-probabilities by a tenth and more; rounding stays far below.
     allowed = 0.2 if torch.finfo(loaded.dtype).bits == 16 else 2e-3
     error = (found - expected).abs().mean().item()

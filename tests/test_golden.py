@@ -20,7 +20,7 @@ def test_block_parallel(family, entry, golden_model, golden_tokens):
     np.testing.assert_allclose(losses, entry["losses"], rtol=0, atol=TOLERANCE[family])
 
 
-@pytest.mark.parametrize("method", ["mit", "ours"])
+@pytest.mark.parametrize("method", ["mit", "ours", "ring"])
 @pytest.mark.parametrize(("family", "entry"), golden_cases())
 def test_decode_loop(family, entry, method, golden_model, golden_tokens):
     loaded, policy = golden_model(family), EvictionPolicy(**entry["policy"])

@@ -3,6 +3,7 @@
 A method's module has `decoder(loaded, policy, backend) -> Decoder`, and where it needs them
 
 - `effective(policy) -> EvictionPolicy`, the part of a policy it means;
+- `PROTOCOLS`, if it does not go with all of them;
 - `losses_at(loaded, tokens, window, positions, backend) -> ndarray`, if no eviction schedule says what it sees: its
   quality is then sampled instead of computed block-parallel.
 
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from ..options import PROTOCOLS
 from ..policy import EvictionPolicy
 
 if TYPE_CHECKING:
@@ -44,6 +46,11 @@ def make_decoder(method: str, loaded: LoadedModel, policy: EvictionPolicy, backe
 def sampled_losses(method: str) -> Callable[..., np.ndarray] | None:
     """The method's `losses_at`; None if the block-parallel evaluator gives its quality."""
     return getattr(_module(method), "losses_at", None)
+
+
+def protocols(method: str) -> tuple[str, ...]:
+    """The protocols a method can be measured by."""
+    return getattr(_module(method), "PROTOCOLS", PROTOCOLS)
 
 
 def _module(method: str) -> ModuleType:

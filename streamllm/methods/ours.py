@@ -21,7 +21,7 @@ class RerotatedCache(KVCache):
         return attention(self.backend, query, keys, values, scaling, causal=True)
 
     def evict(self, n_sink: int, drop: int) -> None:
-        angles = self.rotary.backwards(drop)
+        angles = self.rotary.by(-drop)
         for layer, keys in enumerate(self.keys):
             moved = self.rotary.rotate(keys[:, :, n_sink + drop :], angles)
             self.keys[layer] = torch.cat((keys[:, :, :n_sink], moved), dim=2)

@@ -7,7 +7,6 @@ quality that streaming is measured against.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -41,9 +40,13 @@ class RecomputingDecoder(Decoder):
     def kv_length(self) -> int:
         return min(len(self.recent), self.window - 1)
 
-    def feed(self, tokens: Tensor) -> Tensor:
-        self.recent = torch.cat((self.recent, tokens.to(self.loaded.device)))[-self.window :]
-        return _last_logits(self.loaded, self.recent[None], self.state)[0]
+    def feed(self, tokens: Tensor, logits_to_keep: int = 1) -> Tensor:
+        seen = torch.cat((self.recent, tokens.to(self.loaded.device)))
+        ends = range(len(seen) - (logits_to_keep or len(tokens)) + 1, len(seen) + 1)
+        windows = (seen[max(end - self.window, 0) : end] for end in ends)
+        logits = torch.cat([_last_logits(self.loaded, window[None], self.state) for window in windows])
+        self.recent = seen[-self.window :]
+        return logits
 
 
 def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> RecomputingDecoder:
@@ -52,7 +55,7 @@ def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> Re
 
 def effective(policy: EvictionPolicy) -> EvictionPolicy:
     """Only the total matters."""
-    return replace(policy, compress_every=1, cache_slack=0, max_drop=0)
+    return EvictionPolicy(n_sink=0, window_size=policy.kept)
 
 
 @torch.inference_mode()

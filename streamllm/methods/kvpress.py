@@ -1,0 +1,66 @@
+"""`kvpress`: NVIDIA's kvpress library decides what is kept and re-rotates it: KeyRerotationPress(StreamingLLMPress).
+
+An optional extra that pins transformers < 5.3: it wants an environment of its own. It cannot re-rotate keys of which only
+a part is rotary, and looks for `model.layers[i].self_attn`: no GPT-NeoX (Pythia), for both reasons. Its DecodingPress
+refuses KeyRerotationPress (0.5), so the press is called here, between tokens, on the schedule of the policy.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..attention import attention
+from ..backends import Backend
+from ..decoding import CachedDecoder, KVCache
+from ..errors import UnsupportedModelError, UsageError
+from ..loaded import LoadedModel
+from ..policy import EvictionPolicy
+
+PROTOCOLS = ("decode-loop", "chunked")
+
+
+class PressedCache(KVCache):
+    def __init__(self, loaded: LoadedModel, n_sink: int, backend: Backend) -> None:
+        super().__init__(loaded, backend)
+        self.layers = _attention_layers(loaded)
+        try:
+            import kvpress
+        except ImportError as error:
+            raise UsageError(
+                "method 'kvpress': the library is not installed; `pip install -e '.[kvpress]'` in an environment of its "
+                "own (it pins transformers < 5.3)"
+            ) from error
+        self.press = kvpress.KeyRerotationPress(kvpress.StreamingLLMPress(n_sink=n_sink))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys, values = self.append(layer, key, value)
+        return attention(self.backend, query, keys, values, scaling, causal=True)
+
+    def evict(self, n_sink: int, drop: int) -> None:
+        held = self.keys[0].shape[2]
+        self.press.compression_ratio = (drop - 0.5) / held  # kvpress keeps int(held * (1 - ratio))
+        for i, layer in enumerate(self.layers):
+            self.keys[i], self.values[i] = self.press.compress(layer, None, self.keys[i], self.values[i], None, {})
+
+
+def _attention_layers(loaded: LoadedModel) -> list[Any]:
+    model = getattr(loaded.model, "model", None)
+    if not hasattr(model, "layers") or not hasattr(model.layers[0], "self_attn"):
+        raise UnsupportedModelError(
+            f"method 'kvpress': the library does not know the layers of {type(loaded.model).__name__}; use another method"
+        )
+    if loaded.rotary.size != loaded.head_size or loaded.rotary.interleaved:
+        raise UnsupportedModelError(
+            f"method 'kvpress': the library re-rotates whole heads in halves only, "
+            f"{type(loaded.model).__name__} rotates otherwise; use another method"
+        )
+    layers = [layer.self_attn for layer in model.layers]
+    for layer in layers:
+        layer.rotary_emb = loaded.rotary.embedding  # as the press itself does when it is entered
+    return layers
+
+
+def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> CachedDecoder:
+    return CachedDecoder(loaded, policy, PressedCache(loaded, policy.n_sink, backend))
