@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-import numpy as np
-
 from streamllm.policy import EvictionPolicy
 from streamllm.quality import paired_increase
 
@@ -37,9 +35,7 @@ def trial_row(
     trial: OpenTrial, measurement: TrialMeasurement, baseline: TrialMeasurement, worker: int
 ) -> dict[str, Any]:
     """One flat row. `ppl_increase_percent` is paired: both perplexities over the tokens the baseline was sampled at."""
-    positions, baseline_losses = baseline.losses[:, 0], baseline.losses[:, 1]
-    own = measurement.losses[np.searchsorted(measurement.losses[:, 0], positions), 1]
-    increase = paired_increase(own, baseline_losses)
+    increase = paired_increase(measurement.losses, baseline.losses)
     record = measurement.record
     return {
         "trial": trial.number,

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from search_spaces import SHIPPED, load_space
-from streamllm.commands.evaluate import add_text_arguments, text_source
+from streamllm.arguments import add_model_arguments, add_text_arguments, text_source
 from streamllm.errors import UsageError
-from streamllm.options import DTYPES
 
 if TYPE_CHECKING:
     from .configuration import SweepConfiguration
@@ -39,9 +38,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what is swept")
-    what.add_argument("--model", default="testbed", metavar="MODEL", help="testbed, a folder or a hub id (testbed)")
+    add_model_arguments(what)
     add_text_arguments(what)
-    what.add_argument("--dtype", choices=DTYPES, default="auto", help="float32 on CPU, bfloat16 on a GPU (auto)")
     what.add_argument(
         "--space", default="default", metavar="SPACE", help=f"{', '.join(SHIPPED)}, or a YAML file (default)"
     )

@@ -205,8 +205,8 @@ def resolve_backend(name: str, loaded: LoadedModel, strict: bool = False) -> Bac
     probe = probe_backend(BACKENDS[name], loaded.device, loaded.dtype, loaded.head_size, heads, kv_heads)
     if probe.available:
         return probe.backend
-    dtype = str(loaded.dtype).removeprefix("torch.")
-    problem = f"attention backend {name!r} does not run on {loaded.device.type} in {dtype} ({probe.error or probe.kernel})"
+    where = f"{loaded.device.type} in {str(loaded.dtype).removeprefix('torch.')}"
+    problem = f"attention backend {name!r} does not run on {where} ({probe.error or probe.kernel})"
     if strict:
         raise BackendError(f"{problem}; leave out --strict, or ask for one that `streamllm backends` shows")
     warnings.warn(f"{problem}: using 'auto'", stacklevel=2)

@@ -12,8 +12,6 @@ beforehand and fed through extra head dimensions in which sink keys are one-hot 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from .attention import attention
 from .backends import BACKENDS
-from .decoding import KVCache, negative_log_likelihood
+from .decoding import KVCache, Progress, negative_log_likelihood
 from .loaded import LoadedModel
 from .policy import EvictionPolicy, evicted_before
 
@@ -104,7 +102,7 @@ def block_parallel_losses(
     tokens: np.ndarray,
     policy: EvictionPolicy,
     block: int = 256,
-    progress: Callable[[int], None] | None = None,
+    progress: Progress | None = None,
 ) -> np.ndarray:
     """tokens (n) -> losses (n - 1), float64 nats; element i is the negative log-likelihood of token i + 1."""
     stream = torch.from_numpy(tokens).to(loaded.device)
@@ -118,5 +116,5 @@ def block_parallel_losses(
         logits = loaded.forward(stream[None, start:stop], raw, state).logits[0]
         losses.append(negative_log_likelihood(logits, stream[start + 1 : stop + 1]))
         if progress is not None:
-            progress(stop)
+            progress(stop, n_queries)
     return torch.cat(losses).cpu().numpy()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,9 @@ from torch import Tensor
 from .backends import Backend
 from .loaded import LoadedModel
 from .policy import EvictionPolicy, Schedule
+
+Progress = Callable[[int, int], None]
+"""Called with the steps done so far, and all there are."""
 
 
 class Decoder(ABC):
@@ -102,35 +105,40 @@ class CachedDecoder(Decoder):
 
 @dataclass(frozen=True, slots=True)
 class DecodeRun:
-    """What a decode loop over a whole text measured; times in seconds."""
+    """What a decode loop over a whole text measured."""
 
     losses: np.ndarray
     """float64 nats; element i is the negative log-likelihood of token i + 1."""
     peak_kv: int
-    first_token_sec: float
+    elapsed: dict[int, float]
+    """Seconds from the start until so many tokens were processed, for every mark; 0 for 0."""
     runtime_sec: float
 
 
 @torch.inference_mode()
 def decode_loop(
-    decoder: Decoder, tokens: np.ndarray, device: torch.device, progress: Callable[[int], None] | None = None
+    decoder: Decoder,
+    tokens: np.ndarray,
+    device: torch.device,
+    progress: Progress | None = None,
+    marks: Sequence[int] = (),
 ) -> DecodeRun:
-    """Feeds every token but the last, one by one. tokens (n) -> n - 1 losses."""
+    """Feeds every token but the last, one by one. tokens (n) -> n - 1 losses, and the clock at `marks`."""
     stream = torch.from_numpy(tokens).to(device)
     losses = torch.empty(len(tokens) - 1, dtype=torch.float64, device=device)
-    peak, first_token = 0, 0.0
+    peak, elapsed = 0, {0: 0.0}
     started = time.perf_counter()
     for i in range(len(losses)):
         peak = max(peak, decoder.kv_length + 1)
         logits = decoder.feed(stream[i : i + 1])
         losses[i] = negative_log_likelihood(logits, stream[i + 1 : i + 2])[0]
-        if i == 0:
-            losses[0].item()  # waits for the device
-            first_token = time.perf_counter() - started
+        if i + 1 in marks:
+            losses[i].item()  # waits for the device
+            elapsed[i + 1] = time.perf_counter() - started
         if progress is not None:
-            progress(i + 1)
+            progress(i + 1, len(losses))
     values = losses.cpu().numpy()
-    return DecodeRun(values, peak, first_token, time.perf_counter() - started)
+    return DecodeRun(values, peak, elapsed, time.perf_counter() - started)
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:

@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from . import __version__
-from .attention import recorded_kernel
 from .backends import BACKENDS, Backend
 from .block_parallel import block_parallel_losses
-from .decoding import decode_loop
+from .chunked import chunk_losses
+from .decoding import Progress, decode_loop
+from .device import device_name, peak_memory
+from .errors import UnsupportedModelError, UsageError
 from .loaded import LoadedModel
-from .methods import effective_policy, make_decoder, sampled_losses
-from .policy import EvictionPolicy, peak_kv
-from .quality import Estimate, baseline_positions, check_finite, perplexity
+from .methods import effective_policy, make_decoder, protocols, sampled_losses
+from .policy import EvictionPolicy, peak_kv, steady_state
+from .quality import Estimate, baseline_positions, check_finite, median_interval, perplexity
 from .text import TokenStream
-from .timing import Speed, device_name, measure_speed
-
-Progress = Callable[[int], None]
-"""Called with the number of tokens done so far."""
+from .timing import SEGMENTS, Speed, attention_ms, measure_speed, used_backend
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +34,12 @@ class Quality:
     """Ascending (n): losses[i] is the negative log-likelihood of token positions[i] + 1."""
     peak_kv: int
     seconds: float
+    warning: str | None = None
+
+    @property
+    def table(self) -> np.ndarray:
+        """(n, 2): position, loss."""
+        return np.column_stack((self.positions, self.losses))
 
     def summary(self) -> dict[str, Any]:
         return {
@@ -43,6 +47,7 @@ class Quality:
             "evaluated_tokens": len(self.losses),
             "peak_kv": self.peak_kv,
             "quality_sec": self.seconds,
+            **({"warning": self.warning} if self.warning else {}),
         }
 
 
@@ -51,27 +56,31 @@ def measure_quality(
 ) -> Quality:
     """Protocol `fast`: every token, block-parallel; of `recompute`, a sample of tokens spread over the text.
 
-    Raises NonFiniteLossError."""
+    Raises NonFiniteLossError; UnsupportedModelError if the model itself attends to fewer keys than the policy holds."""
     policy = effective_policy(method, policy)
     started = time.perf_counter()
     n_losses = len(stream.tokens) - 1
     losses_at = sampled_losses(method)
+    peak = peak_kv(policy, n_losses) if losses_at is None else min(policy.kept, n_losses)
+    _check_span(loaded, peak)
     if losses_at is not None:
         positions = baseline_positions(len(stream.tokens))
-        losses = losses_at(loaded, stream.tokens, policy.kept, positions.tolist(), BACKENDS["auto"])
-        peak = min(policy.kept, n_losses)
+        losses = losses_at(loaded, stream.tokens, policy.kept, positions.tolist(), BACKENDS["auto"], progress)
     else:
         positions = np.arange(n_losses)
         losses = block_parallel_losses(loaded, stream.tokens, policy, progress=progress)
-        peak = peak_kv(policy, n_losses)
     check_finite(losses, str(loaded.dtype))
-    return Quality(losses, positions, peak, time.perf_counter() - started)
+    return Quality(losses, positions, peak, time.perf_counter() - started, _warning(loaded, policy, peak, n_losses))
 
 
 def speed_summary(speed: Speed, requested: str) -> dict[str, Any]:
     return {
         **_flat("tpot_ms", speed.tpot_ms),
         "decode_toks_per_sec": 1e3 / speed.tpot_ms.value,
+        "prefill_sec": speed.prefill_sec,
+        "first_token_latency_sec": speed.first_token_latency_sec,
+        "avg_attn_ms": speed.avg_attn_ms,
+        "peak_memory_mb": speed.peak_memory_mb,
         "tokens_per_segment": speed.tokens_per_segment,
         "segments": len(speed.segment_tpot_ms),
         "warmup_tokens": speed.warmup_tokens,
@@ -88,7 +97,7 @@ def evaluate_fast(
     backend: Backend,
     progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
-    """Quality block-parallel, speed from a steady-state sample. Raises NonFiniteLossError."""
+    """Quality block-parallel, speed from a steady-state sample. Raises as `measure_quality`."""
     started = time.perf_counter()
     quality = measure_quality(loaded, stream, method, policy, progress)
     speed = measure_speed(loaded, method, policy, backend, stream.tokens)
@@ -104,28 +113,86 @@ def evaluate_decode_loop(
     backend: Backend,
     progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
-    """Quality and speed from decoding every token one by one. Raises NonFiniteLossError."""
-    first_token = torch.from_numpy(stream.tokens[:1])
-    with backend.active(), recorded_kernel(backend) as recorder:
-        make_decoder(method, loaded, policy, backend).feed(first_token)
+    """Quality and speed from decoding every token one by one; `prefill_sec` is until the cache is full, the TPOT that
+    of the rest. Raises as `measure_quality`."""
+    policy = effective_policy(method, policy)
+    n_losses = len(stream.tokens) - 1
+    peak = peak_kv(policy, n_losses)
+    _check_span(loaded, peak)
+    marks = _segment_ends(policy, n_losses)
+    with backend.active(), peak_memory(loaded.device) as memory:
+        decoder = make_decoder(method, loaded, policy, backend)
+        run = decode_loop(decoder, stream.tokens, loaded.device, progress, marks=[1, *marks])
     with backend.active():
-        run = decode_loop(make_decoder(method, loaded, policy, backend), stream.tokens, loaded.device, progress)
+        attn_ms = attention_ms(loaded, method, policy, backend, stream.tokens)
+        used = used_backend(loaded, method, policy, backend, stream.tokens)
     check_finite(run.losses, str(loaded.dtype))
-    quality = Quality(run.losses, np.arange(len(run.losses)), run.peak_kv, run.runtime_sec)
-    rest = max(len(run.losses) - 1, 1)
-    tpot_ms = 1e3 * (run.runtime_sec - run.first_token_sec) / rest
+    warning = _warning(loaded, policy, run.peak_kv, n_losses)
+    quality = Quality(run.losses, np.arange(n_losses), run.peak_kv, run.runtime_sec, warning)
+    tpot = median_interval(1e3 * np.diff([run.elapsed[mark] for mark in marks]) / np.diff(marks))
     return quality, quality.summary() | {
-        "tpot_ms": tpot_ms,
-        "decode_toks_per_sec": 1e3 / tpot_ms,
-        "first_token_latency_sec": run.first_token_sec,
+        **_flat("tpot_ms", tpot),
+        "decode_toks_per_sec": 1e3 / tpot.value,
+        "prefill_sec": run.elapsed[marks[0]],
+        "first_token_latency_sec": run.elapsed[1],
+        "avg_attn_ms": attn_ms,
+        "peak_memory_mb": memory.megabytes,
         "runtime_sec": run.runtime_sec,
-        "backend": recorder.used,
+        "backend": used,
         "backend_requested": backend.name,
     }
 
 
-EVALUATORS = {"fast": evaluate_fast, "decode-loop": evaluate_decode_loop}
+def evaluate_chunked(
+    loaded: LoadedModel,
+    stream: TokenStream,
+    method: str,
+    policy: EvictionPolicy,
+    backend: Backend,
+    progress: Progress | None = None,
+) -> tuple[Quality, dict[str, Any]]:
+    """Quality and speed from chunks of the text, each with a cache of its own: a prefill of `compress_every` tokens in
+    one forward pass, one compression to S + W, and `CONTINUATION_TOKENS` in one forward pass, whose losses count.
+    kvpress' and MIT's own pipeline; its times are not those of a decode loop. Times are medians over chunks.
+
+    Raises NonFiniteLossError, UnsupportedModelError; UsageError for a text shorter than a chunk."""
+    policy = replace(policy, cache_slack=0, max_drop=0)
+    _check_span(loaded, policy.compress_every)
+    started = time.perf_counter()
+    with backend.active():
+        with peak_memory(loaded.device) as memory:
+            run = chunk_losses(loaded, stream.tokens, method, policy, backend, progress)
+        attn_ms = attention_ms(loaded, method, policy, backend, stream.tokens)
+    check_finite(run.losses, str(loaded.dtype))
+    seconds = time.perf_counter() - started
+    warning = _warning(loaded, policy, run.peak_kv, len(stream.tokens))
+    quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning)
+    tpot = median_interval(1e3 * run.continuation_sec / run.continuation_tokens)
+    return quality, quality.summary() | {
+        **_flat("tpot_ms", tpot),
+        "decode_toks_per_sec": 1e3 / tpot.value,
+        "prefill_sec": float(np.median(run.prefill_sec)),
+        "first_token_latency_sec": float(np.median(run.prefill_sec)),
+        "avg_attn_ms": attn_ms,
+        "peak_memory_mb": memory.megabytes,
+        "runtime_sec": float(np.median(run.prefill_sec + run.continuation_sec)),
+        "chunks": len(run.prefill_sec),
+        "prefill_tokens": policy.compress_every,
+        "continuation_tokens": run.continuation_tokens,
+        "backend": run.backend_used,
+        "backend_requested": backend.name,
+    }
+
+
+EVALUATORS = {"fast": evaluate_fast, "decode-loop": evaluate_decode_loop, "chunked": evaluate_chunked}
 """By protocol."""
+
+
+def check_protocol(method: str, protocol: str) -> None:
+    """Raises UsageError for a method that cannot be measured so."""
+    allowed = protocols(method)
+    if protocol not in allowed:
+        raise UsageError(f"protocol {protocol!r}: method {method!r} is measured by {' or '.join(allowed)} only")
 
 
 def identity(
@@ -144,8 +211,38 @@ def identity(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": device_name(loaded.device),
         "threads": torch.get_num_threads() if loaded.device.type == "cpu" else None,
+        "execution": "eager",
         "version": __version__,
     }
+
+
+def _segment_ends(policy: EvictionPolicy, n_tokens: int) -> list[int]:
+    """Counts of tokens between which a loop's steady state is timed: whole prune cycles, about a dozen segments, from
+    when the cache is full; in too short a text, all of it or what there is."""
+    steady = steady_state(policy)
+    start, cycle = (steady.start, steady.cycle) if steady is not None else (policy.kept, 1)
+    if start + cycle > n_tokens:
+        return [0, n_tokens]
+    length = max((n_tokens - start) // SEGMENTS // cycle, 1) * cycle
+    return list(range(start, n_tokens + 1, length))
+
+
+def _check_span(loaded: LoadedModel, peak: int) -> None:
+    span = loaded.attention_span
+    if span is not None and peak > span:
+        raise UnsupportedModelError(
+            f"{loaded.name}: attends to its last {span} tokens only (sliding window), the policy holds up to {peak}; "
+            f"keep the cache within {span}"
+        )
+
+
+def _warning(loaded: LoadedModel, policy: EvictionPolicy, peak: int, n_tokens: int) -> str | None:
+    trained = loaded.trained_length
+    if trained is not None and peak > trained + 1:  # a full cache and the query's own key are meant
+        return f"queries attend to up to {peak} keys, the model was trained on {trained}: perplexity may suffer"
+    if policy.compress_every > 0 and peak >= n_tokens:
+        return f"the text's {n_tokens} tokens all fit in the cache: nothing was evicted"
+    return None
 
 
 def _flat(name: str, estimate: Estimate) -> dict[str, float]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from .attention import ATTENTION_NAME, register_attention
 from .backends import BACKENDS
 from .block_parallel import BlockState
+from .device import default_device, resolve_dtype
 from .errors import UnsupportedModelError, UsageError
 from .loaded import LoadedModel
 from .methods.ours import RerotatedCache
@@ -35,20 +36,6 @@ class ModelNotFoundError(UsageError):
 def resolve_model(name: str) -> str:
     """`testbed` is the embedded checkpoint; anything else is a local folder or a hub id."""
     return str(MODEL_FOLDER) if name == "testbed" else name
-
-
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 or float16 on an accelerator, by what it does well, and float32 on a CPU."""
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type == "cpu":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
 
 
 def load_model(name: str, dtype: str = "auto", device: torch.device | None = None) -> LoadedModel:

@@ -3,5 +3,5 @@
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 EXECUTIONS = ("eager",)
 PROTOCOLS = ("fast", "decode-loop", "chunked")
-"""fast: quality block-parallel, timing in the steady state. decode-loop: both from decoding token by token. chunked: both
-from chunks of the text, each a prefill, one compression and a short continuation."""
+"""fast: quality block-parallel, timing in the steady state. decode-loop: both from decoding token by token. chunked:
+both from chunks of the text, each a prefill, one compression and a short continuation."""

@@ -51,9 +51,15 @@ def perplexity(losses: np.ndarray, seed: int = 0) -> Estimate:
 
 
 def paired_increase(losses: np.ndarray, baseline: np.ndarray, seed: int = 0) -> Estimate:
-    """Percent by which perplexity exceeds the baseline's, both (n) over the same tokens; bootstrap over tokens."""
-    differences = losses - baseline
-    ratio = _exp_of_mean(differences.mean(), differences, seed)
+    """Percent by which perplexity exceeds the baseline's over the tokens that both (n, 2: position, loss) have.
+
+    Bootstrap over tokens, or over blocks of them where they are neighbours. Raises ValueError if they share none."""
+    shared, own, theirs = np.intersect1d(losses[:, 0], baseline[:, 0], assume_unique=True, return_indices=True)
+    if not len(shared):
+        raise ValueError("no token has both losses")
+    differences = losses[own, 1] - baseline[theirs, 1]
+    neighbours = len(shared) == 1 or np.median(np.diff(shared)) == 1
+    ratio = _exp_of_mean(differences.mean(), _block_means(differences) if neighbours else differences, seed)
     return Estimate(*(100 * (x - 1) for x in (ratio.value, ratio.low, ratio.high)))
 
 

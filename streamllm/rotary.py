@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 class Rotary:
-    """Rotates queries and keys by whole positions. All angles are computed in float64: float32 ones are off by 0.07 rad at
-    position 1,000,000."""
+    """Rotates queries and keys by whole positions. All angles are computed in float64: float32 ones are off by some
+    hundredths at position 1,000,000."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.embedding = _rotary_embedding(model)
@@ -44,7 +44,7 @@ class Rotary:
         self.embedding.forward = self._embed
 
     def _embed(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What the model's rotary embedding returns: x of any shape, position_ids (batch, n) -> cos and sin (batch, n, _)."""
+        """What the model's rotary embedding returns: position_ids (batch, n) -> cos and sin (batch, n, _)."""
         angles = self._arrange(position_ids[..., None] * self._frequencies)
         return (angles.cos() * self._scaling).to(self._dtype), (angles.sin() * self._scaling).to(self._dtype)
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
 from .testbed import TEXT_FILE
@@ -25,13 +25,16 @@ class TextError(UsageError):
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """Where tokens come from: a text file, a JSON list of token ids, a data set, or (all None) the embedded text."""
+    """Where tokens come from: a text file (plain, JSON lines or parquet), a JSON list of token ids, a data set, or (all
+    None) the embedded text."""
 
     text: Path | None = None
     token_ids: Path | None = None
     dataset_name: str | None = None
     dataset_config: str | None = None
     split: str = "test"
+    offset: int = 0
+    """Tokens to skip."""
     max_eval_tokens: int | None = None
 
     @property
@@ -50,6 +53,8 @@ class TextSource:
         for path in (self.text, self.token_ids):
             if path is not None and not path.is_file():
                 raise TextError(f"text {str(path)!r}: no such file")
+        if self.offset < 0:
+            raise TextError(f"offset {self.offset}: must be >= 0 tokens")
         if self.max_eval_tokens is not None and self.max_eval_tokens < 2:
             raise TextError(f"max_eval_tokens {self.max_eval_tokens}: must be >= 2 (one token to predict another)")
 
@@ -76,9 +81,12 @@ def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, v
         raise TextError("this model has no tokenizer; give --token-ids FILE.json")
     else:
         ids = tokenizer(_read_text(source), verbose=False)["input_ids"]
-    tokens = np.array(ids[: source.max_eval_tokens], dtype=np.int64)
+    tokens = np.array(ids[source.offset :][: source.max_eval_tokens], dtype=np.int64)
     if len(tokens) < 2:
-        raise TextError(f"text {source.label!r}: {len(tokens)} tokens, at least 2 are needed")
+        raise TextError(
+            f"text {source.label!r}: {len(tokens)} of its {len(ids)} tokens are left after offset {source.offset}, "
+            f"at least 2 are needed"
+        )
     if tokens.min() < 0 or tokens.max() >= vocabulary:
         raise TextError(f"text {source.label!r}: token ids reach {tokens.max()}, the model knows 0 .. {vocabulary - 1}")
     return TokenStream(tokens, source.label, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
@@ -98,27 +106,43 @@ def _read_text(source: TextSource) -> str:
     if source.dataset_name is not None:
         return _read_dataset(source)
     path = source.text or TEXT_FILE
+    reader = _READERS.get(path.suffix)
+    if reader is not None:
+        return _text_of(_load(f"text {str(path)!r}", reader, data_files=str(path), split="train"), str(path))
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise TextError(f"text {str(path)!r}: not UTF-8 ({error.reason})") from error
 
 
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+"""File suffix -> the `datasets` builder that reads it; any other file is plain text."""
+
+
 def _read_dataset(source: TextSource) -> str:
     """The `text` column of a split: WikiText's lines joined, of PG19 the first book."""
+    name, config = HUB_DATASETS.get(str(source.dataset_name), (str(source.dataset_name), None))
+    if source.dataset_config is not None and source.dataset_config != source.dataset_name:
+        config = source.dataset_config  # (the source documents write `--dataset-config pg19`: it has no such)
+    rows = _load(f"data set {source.dataset_name!r}", name, name=config, split=source.split)
+    if "text" in rows.column_names and Path(str(source.dataset_name)).name == "pg19":
+        return str(rows[0]["text"])
+    return _text_of(rows, str(source.dataset_name))
+
+
+def _load(what: str, *arguments: Any, **options: Any) -> Any:
     import datasets
 
-    name, config = HUB_DATASETS.get(str(source.dataset_name), (source.dataset_name, None))
     datasets.disable_progress_bars()
     try:
-        rows = datasets.load_dataset(name, source.dataset_config or config, split=source.split)
+        return datasets.load_dataset(*arguments, **options)
     except Exception as error:  # `datasets` raises a dozen kinds for a name, a split or a network that is not there
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise TextError(
-            f"data set {source.dataset_name!r}: {reason[:200]}; give a cached hub id, a local folder or --text FILE"
-        ) from error
+        raise TextError(f"{what}: {reason[:200]}; give a cached hub id, a local folder or --text FILE") from error
+
+
+def _text_of(rows: Any, name: str) -> str:
     if "text" not in rows.column_names:
-        raise TextError(f"data set {source.dataset_name!r}: no column 'text' among {', '.join(rows.column_names)}")
-    if Path(str(source.dataset_name)).name == "pg19":
-        return str(rows[0]["text"])
-    return "".join(rows["text"]) if str(rows[0]["text"]).endswith("\n") else "\n".join(rows["text"])
+        raise TextError(f"{name!r}: no column 'text' among {', '.join(rows.column_names)}")
+    texts = rows["text"]
+    return "".join(texts) if str(texts[0]).endswith("\n") else "\n".join(texts)

@@ -1,25 +1,24 @@
-"""Speed: time per output token (TPOT) of a decoder in the steady state of a full cache."""
+"""Speed of a decoder in the steady state of a full cache: time per output token (TPOT), attention's share, memory."""
 
 from __future__ import annotations
 
 import gc
 import math
-import os
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field
 from itertools import cycle, islice
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from .attention import recorded_kernel
+from .attention import AttentionState, recorded_kernel
 from .backends import Backend
 from .decoding import Decoder
+from .device import peak_memory, synchronize
 from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder
 from .policy import EvictionPolicy, steady_state
@@ -28,6 +27,7 @@ from .quality import Estimate, median_interval
 SEGMENTS = 12
 SEGMENT_SEC = 0.1
 WARMUP_TOKENS = 16
+_RECORDED_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,53 +37,157 @@ class Speed:
     segment_tpot_ms: list[float]
     tokens_per_segment: int
     warmup_tokens: int
+    prefill_sec: float
+    """Filling the cache in one forward pass of S + W tokens."""
+    first_token_latency_sec: float
+    """The same, until the next token is picked."""
+    avg_attn_ms: float
+    """Per token, of all layers together; from extra tokens, beside the timing."""
+    peak_memory_mb: float
     backend_used: str
+
+
+class _Run:
+    """A decoder that goes through the phases of a measurement; token ids come from a text, over and over."""
+
+    def __init__(
+        self, loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray
+    ) -> None:
+        self.backend = backend
+        self.device = loaded.device
+        self.decoder: Decoder = make_decoder(method, loaded, policy, backend)
+        steady = steady_state(policy)
+        prefill = policy.kept - 1
+        self.period = steady.cycle if steady else 1
+        self.growing = max(steady.start - prefill, 0) if steady else 0
+        """Tokens between the prefill and the first whole cycle."""
+        stream = torch.from_numpy(tokens).to(loaded.device)
+        self._prompt = stream.repeat(math.ceil(prefill / len(stream)))[:prefill]
+        self._stream = cycle(stream.split(1))
+
+    def whole_cycles(self, tokens: float) -> int:
+        return self.period * math.ceil(tokens / self.period)
+
+    def prefill(self) -> tuple[float, float]:
+        """Seconds until the cache is full, and until the next token is picked."""
+        if not len(self._prompt):
+            return 0.0, 0.0
+        synchronize(self.device)
+        started = time.perf_counter()
+        logits = self.decoder.feed(self._prompt)
+        synchronize(self.device)
+        filled = time.perf_counter() - started
+        logits[-1].argmax().item()
+        return filled, time.perf_counter() - started
+
+    def decode(self, count: int) -> float:
+        """Seconds per token."""
+        tokens = list(islice(self._stream, count))
+        synchronize(self.device)
+        started = time.perf_counter()
+        for token in tokens:
+            self.decoder.feed(token)
+        synchronize(self.device)
+        return (time.perf_counter() - started) / max(count, 1)
 
 
 @torch.inference_mode()
 def measure_speed(
     loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray
 ) -> Speed:
-    """Fills the cache, warms up, then times segments of whole prune cycles. Token ids are taken from `tokens`, over and
-    over; speed does not depend on them."""
+    """Fills the cache, warms up, then times segments of whole prune cycles. Speed does not depend on the tokens."""
     policy = effective_policy(method, policy)
-    steady = steady_state(policy)
-    decoder = make_decoder(method, loaded, policy, backend)
-    stream = iter(cycle(torch.from_numpy(tokens).to(loaded.device).split(1)))
-    with backend.active(), _no_garbage_collection():
-        prefill = max(policy.kept - 1, 1)
-        decoder.feed(torch.cat(list(islice(stream, prefill))))
-        with recorded_kernel(backend) as recorder:
-            decoder.feed(next(stream))
-        period = steady.cycle if steady else 1
-        growing = max(steady.start - prefill - 1, 0) if steady else 0
-        warmup = growing + period * math.ceil(WARMUP_TOKENS / period)
-        _segment(decoder, stream, growing, loaded.device)
-        pace = _segment(decoder, stream, warmup - growing, loaded.device)
-        length = period * math.ceil(SEGMENT_SEC / pace / period)
-        segments = [_segment(decoder, stream, length, loaded.device) for _ in range(SEGMENTS)]
-    tpot = [1e3 * seconds for seconds in segments]
-    return Speed(median_interval(np.array(tpot)), tpot, length, warmup, recorder.used)
+    with backend.active():
+        used = used_backend(loaded, method, policy, backend, tokens)  # initialises libraries too
+        with no_garbage_collection(), peak_memory(loaded.device) as memory:
+            run = _Run(loaded, method, policy, backend, tokens)
+            filled, first_token = run.prefill()
+            run.decode(run.growing)
+            pace = run.decode(run.whole_cycles(WARMUP_TOKENS))
+            length = run.whole_cycles(SEGMENT_SEC / pace)
+            tpot = [1e3 * run.decode(length) for _ in range(SEGMENTS)]
+        attn_ms = attention_ms(loaded, method, policy, backend, tokens)
+    return Speed(
+        tpot_ms=median_interval(np.array(tpot)),
+        segment_tpot_ms=tpot,
+        tokens_per_segment=length,
+        warmup_tokens=run.growing + run.whole_cycles(WARMUP_TOKENS),
+        prefill_sec=filled,
+        first_token_latency_sec=first_token,
+        avg_attn_ms=attn_ms,
+        peak_memory_mb=memory.megabytes,
+        backend_used=used,
+    )
 
 
-def _segment(decoder: Decoder, stream: Iterator[torch.Tensor], length: int, device: torch.device) -> float:
-    """Decodes `length` tokens; mean seconds per token."""
-    tokens = list(islice(stream, length))
-    _synchronize(device)
-    started = time.perf_counter()
-    for token in tokens:
-        decoder.feed(token)
-    _synchronize(device)
-    return (time.perf_counter() - started) / max(length, 1)
+def used_backend(loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray) -> str:
+    """The attention kernels seen in a cycle of the steady state, or in its first `_RECORDED_TOKENS` tokens."""
+    with recorded_kernel(backend) as recorder:
+        run = _Run(loaded, method, effective_policy(method, policy), backend, tokens)
+        run.prefill()
+        run.decode(run.growing)
+        recorder.kernels.clear()
+        run.decode(min(run.period, _RECORDED_TOKENS))
+    return recorder.used
 
 
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+@torch.inference_mode()
+def attention_ms(
+    loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray
+) -> float:
+    """Milliseconds per token in the attention of all layers (taking the new key in, rotation on read, kernel; no prune),
+    in the steady state."""
+    clock = _AttentionClock(loaded.device)
+    timed = _TimedModel(**vars(loaded), clock=clock)
+    run = _Run(timed, method, effective_policy(method, policy), backend, tokens)
+    run.prefill()
+    run.decode(run.growing + run.period)
+    clock.spans.clear()
+    count = run.whole_cycles(WARMUP_TOKENS)
+    run.decode(count)
+    return clock.milliseconds() / count
+
+
+@dataclass
+class _AttentionClock:
+    device: torch.device
+    spans: list[tuple[Any, Any]] = field(default_factory=list)
+
+    def now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self) -> float:
+        if self.device.type != "cuda":
+            return 1e3 * sum(stop - start for start, stop in self.spans)
+        return sum(start.elapsed_time(stop) for start, stop in self.spans)
+
+
+@dataclass(frozen=True)
+class _TimedState:
+    state: AttentionState
+    clock: _AttentionClock
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        start = self.clock.now()
+        output = self.state.attend(layer, query, key, value, scaling)
+        self.clock.spans.append((start, self.clock.now()))
+        return output
+
+
+@dataclass(frozen=True)
+class _TimedModel(LoadedModel):
+    clock: _AttentionClock
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, state: AttentionState, logits_to_keep: int = 0) -> Any:
+        return super().forward(input_ids, position_ids, _TimedState(state, self.clock), logits_to_keep)
 
 
 @contextmanager
-def _no_garbage_collection() -> Iterator[None]:
+def no_garbage_collection() -> Iterator[None]:
     """A collection in the middle of a segment would be timed with it."""
     gc.collect()
     gc.disable()
@@ -91,23 +195,3 @@ def _no_garbage_collection() -> Iterator[None]:
         yield
     finally:
         gc.enable()
-
-
-@cache
-def device_name(device: torch.device) -> str:
-    """What the speed was measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def limit_threads(count: int | None) -> None:
-    """Keeps torch to `count` threads; OpenMP must not spin where processes share cores."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if count is not None:
-        torch.set_num_threads(count)

@@ -1,6 +1,6 @@
 import numpy as np
 
-from orchestrator.store import Measurement, MeasurementStore
+from streamllm.store import Measurement, MeasurementStore
 
 KEY = {"policy": [4, 60], "model": "a"}
 

@@ -1,189 +1,145 @@
 """examples:
 python -m streamllm evaluate                                        the embedded model and text, vanilla StreamingLLM
-python -m streamllm evaluate --method recompute                     the baseline it is compared with
+python -m streamllm evaluate --mode both                            beside the re-computation baseline, which is kept
 python -m streamllm evaluate --n-sink 0                             what happens without sinks
+python -m streamllm evaluate --method mit --protocol decode-loop    token by token
 python -m streamllm evaluate --model EleutherAI/pythia-70m --dataset-name pg19 --max-eval-tokens 20000 --json
 """
 
 import argparse
 import json
 import sys
-import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..backends import BACKENDS
+from ..arguments import (
+    add_measuring_arguments,
+    add_model_arguments,
+    add_policy_arguments,
+    add_text_arguments,
+    complete_policy,
+    given_policy,
+    text_source,
+)
 from ..errors import UsageError
 from ..methods import METHODS
-from ..options import DTYPES, PROTOCOLS
-from ..policy import EvictionPolicy, with_derived_window
-from ..text import TextSource
+from ..policy import EvictionPolicy
+from ..session import measure_baseline, messages_on_stderr, open_measurements, report, show_progress
 
 if TYPE_CHECKING:
-    from ..evaluation import Quality
-    from ..loaded import LoadedModel
+    import numpy as np
+
+    from ..measurements import Measurements
+    from ..session import Measured
 
 HELP = "perplexity, time per token and peak KV of one policy"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is evaluated")
-    what.add_argument("--model", default="testbed", metavar="MODEL", help="testbed, a folder or a hub id (testbed)")
+    add_model_arguments(what)
     add_text_arguments(what)
-    what.add_argument("--dtype", choices=DTYPES, default="auto", help="float32 on CPU, bfloat16 on a GPU (auto)")
 
     policy = parser.add_argument_group("the policy")
-    policy.add_argument("--method", choices=METHODS, default="ours", help="how the cache is implemented (ours)")
-    policy.add_argument("--n-sink", type=int, default=4, metavar="S", help="first tokens never evicted (4)")
     policy.add_argument(
-        "--window-size",
-        type=int,
-        metavar="W",
-        help="recent tokens kept by a prune (what 2048 or the trained length leaves)",
+        "--method", "--streaming-mode", choices=METHODS, default="ours", help="how the cache is implemented (ours)"
     )
-    policy.add_argument(
-        "--compress-every",
-        type=int,
-        default=1,
-        metavar="R",
-        help="prune only when R divides the token count; 0 never (1)",
-    )
-    policy.add_argument("--cache-slack", type=int, default=0, metavar="X", help="prune only above S + W + X tokens (0)")
-    policy.add_argument(
-        "--max-drop", type=int, default=0, metavar="D", help="evict at most D tokens after a token; 0 no limit (0)"
-    )
+    add_policy_arguments(policy)
 
     how = parser.add_argument_group("how it is measured")
     how.add_argument(
-        "--protocol",
-        choices=PROTOCOLS,
-        default="fast",
-        help="fast: all losses in a few block forwards, TPOT from a steady-state sample; decode-loop: every token is "
-        "decoded one by one (fast)",
+        "--mode",
+        choices=("streaming", "baseline", "both"),
+        default="streaming",
+        help="streaming is compared with a baseline that is already stored; both measures it if it is not (streaming)",
     )
-    how.add_argument("--attn-backend", choices=tuple(BACKENDS), default="auto", help="attention kernel (auto)")
-    how.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
+    add_measuring_arguments(how)
 
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one flat JSON object on stdout, nothing else")
-    output.add_argument("--output-file", type=Path, metavar="FILE", help="write the same JSON object to FILE")
+    output.add_argument(
+        "--output-file", type=Path, metavar="FILE", help="write JSON with the objects `baseline` and `streaming`"
+    )
     output.add_argument(
         "--per-token-losses",
         type=Path,
-        metavar="FILE.npy",
-        help="float64 nats; element i belongs to token i + 1, NaN where the baseline's sample leaves one out",
+        metavar="FILE",
+        help="float64 nats; .npy: element i belongs to token i + 1, else NaN; .parquet: columns token, loss",
     )
-
-
-def add_text_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--text", type=Path, metavar="FILE", help="a UTF-8 text file (the embedded text)")
-    group.add_argument("--token-ids", type=Path, metavar="FILE.json", help="a JSON list of token ids instead of text")
-    group.add_argument(
-        "--dataset-name", metavar="NAME", help="wikitext, pg19, a hub id or a folder in the hub's layout"
-    )
-    group.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set")
-    group.add_argument("--max-eval-tokens", type=int, metavar="N", help="only the first N tokens (all)")
-
-
-def text_source(arguments: argparse.Namespace) -> TextSource:
-    """Raises TextError."""
-    source = TextSource(
-        text=arguments.text,
-        token_ids=arguments.token_ids,
-        dataset_name=arguments.dataset_name,
-        dataset_config=arguments.dataset_config,
-        max_eval_tokens=arguments.max_eval_tokens,
-    )
-    source.check()
-    return source
 
 
 def run(arguments: argparse.Namespace) -> int:
-    source = text_source(arguments)
-    given = EvictionPolicy(
-        n_sink=arguments.n_sink,
-        window_size=1 if arguments.window_size is None else arguments.window_size,
-        compress_every=arguments.compress_every,
-        cache_slack=arguments.cache_slack,
-        max_drop=arguments.max_drop,
-    )
+    text_source(arguments)
+    given_policy(arguments)
     for path in (arguments.output_file, arguments.per_token_losses):
         if path is not None and not path.parent.is_dir():
             raise UsageError(f"output {str(path)!r}: no such folder {str(path.parent)!r}")
+    file = arguments.per_token_losses
+    if file is not None and file.suffix not in (".npy", ".parquet"):
+        raise UsageError(f"per_token_losses {str(file)!r}: must end in .npy or .parquet")
 
-    from ..attention import resolve_backend
-    from ..evaluation import EVALUATORS, identity
-    from ..models import load_model, load_tokenizer
+    from ..evaluation import check_protocol
     from ..quality import NonFiniteLossError
-    from ..text import load_tokens
-    from ..timing import limit_threads
 
-    limit_threads(arguments.threads)
-    loaded = load_model(arguments.model, arguments.dtype)
-    tokenizer = None if source.token_ids is not None else load_tokenizer(arguments.model)
-    stream = load_tokens(source, tokenizer, loaded.model.config.vocab_size)
-    policy = given
-    if arguments.window_size is None:
-        policy = with_derived_window(given, min(2048, loaded.trained_length or 2048))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        backend = resolve_backend(arguments.attn_backend, loaded.device, loaded.dtype, loaded.head_size)
-    for warning in caught:
-        _say(f"warning: {warning.message}")
-    evaluate = EVALUATORS[arguments.protocol]
+    check_protocol(arguments.method, arguments.protocol)
+    measurements = open_measurements(arguments)
+    policy = complete_policy(arguments, measurements.loaded)
+    result: dict[str, Any] = {}
     try:
-        quality, measured = evaluate(
-            loaded, stream, arguments.method, policy, backend, _progress(len(stream.tokens) - 1)
-        )
+        with messages_on_stderr():
+            baseline = measure_baseline(measurements, arguments, policy, only_stored=arguments.mode == "streaming")
+            if baseline is not None:
+                result["baseline"], losses = baseline
+            if arguments.mode != "baseline":
+                result["streaming"], losses = _measure_streaming(measurements, arguments, policy, baseline)
     except NonFiniteLossError as error:
-        _say(f"error: {error}")
+        print(f"error: {error}", file=sys.stderr)
         return 1
-    result = identity(loaded, stream, arguments.method, policy, arguments.protocol) | measured
-    result["backend_requested"] = arguments.attn_backend
-    _warn_beyond_trained(loaded, result["peak_kv"])
-    _write(result, quality, len(stream.tokens) - 1, arguments)
+    if "warning" in result.get("streaming", {}):
+        print(f"warning: {result['streaming']['warning']}", file=sys.stderr)
+    if file is not None:
+        _write_losses(losses, len(measurements.stream.tokens) - 1, file)
+    if arguments.output_file is not None:
+        arguments.output_file.write_text(json.dumps(result, indent=2) + "\n")
+    asked_for = result["baseline" if arguments.mode == "baseline" else "streaming"]
+    print(json.dumps(asked_for) if arguments.json else report(result))
     return 0
 
 
-def _write(result: dict[str, Any], quality: "Quality", n_losses: int, arguments: argparse.Namespace) -> None:
+def _measure_streaming(
+    measurements: "Measurements", arguments: argparse.Namespace, policy: EvictionPolicy, baseline: "Measured | None"
+) -> "Measured":
+    from ..attention import resolve_backend
+    from ..evaluation import EVALUATORS, identity
+    from ..quality import paired_increase
+
+    loaded, stream, method, protocol = measurements.loaded, measurements.stream, arguments.method, arguments.protocol
+    backend = resolve_backend(arguments.attn_backend, loaded, arguments.strict)
+    quality, measured = EVALUATORS[protocol](loaded, stream, method, policy, backend, show_progress(method))
+    record = identity(loaded, stream, method, policy, protocol) | measured
+    record["backend_requested"] = arguments.attn_backend
+    if baseline is None:
+        print("no baseline is stored for this: --mode both measures and keeps it", file=sys.stderr)
+    else:
+        increase = paired_increase(quality.table, baseline[1])
+        record |= {
+            "speedup": baseline[0]["tpot_ms"] / record["tpot_ms"],
+            "ppl_increase_percent": increase.value,
+            "ppl_increase_percent_low": increase.low,
+            "ppl_increase_percent_high": increase.high,
+        }
+    return record, quality.table
+
+
+def _write_losses(table: "np.ndarray", n_losses: int, file: Path) -> None:
+    """table (n, 2): position, loss."""
     import numpy as np
 
-    if arguments.per_token_losses is not None:
-        losses = np.full(n_losses, np.nan)
-        losses[quality.positions] = quality.losses
-        np.save(arguments.per_token_losses, losses)
-    text = json.dumps(result)
-    if arguments.output_file is not None:
-        arguments.output_file.write_text(text + "\n")
-    if arguments.json:
-        print(text)
+    if file.suffix == ".parquet":
+        import pandas as pd
+
+        pd.DataFrame({"token": table[:, 0].astype(np.int64) + 1, "loss": table[:, 1]}).to_parquet(file, index=False)
         return
-    for name, value in result.items():
-        print(f"{name:22} {f'{value:.6g}' if isinstance(value, float) else value}")
-
-
-def _warn_beyond_trained(loaded: "LoadedModel", peak: int) -> None:
-    if loaded.trained_length is not None and peak > loaded.trained_length:
-        _say(
-            f"warning: queries attend to up to {peak} keys, the model was trained on {loaded.trained_length}; "
-            f"expect its perplexity to suffer"
-        )
-
-
-def _progress(total: int) -> Callable[[int], None] | None:
-    if not sys.stderr.isatty():
-        return None
-    started = time.monotonic()
-
-    def show(done: int) -> None:
-        if done % 64 == 0 or done == total:
-            rate = done / (time.monotonic() - started)
-            print(f"\r{done}/{total} tokens, {rate:.0f}/s ", end="\n" if done == total else "", file=sys.stderr)
-
-    return show
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
+    losses = np.full(n_losses, np.nan)
+    losses[table[:, 0].astype(np.int64)] = table[:, 1]
+    np.save(file, losses)

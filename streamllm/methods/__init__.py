@@ -4,8 +4,8 @@ A method's module has `decoder(loaded, policy, backend) -> Decoder`, and where i
 
 - `effective(policy) -> EvictionPolicy`, the part of a policy it means;
 - `PROTOCOLS`, if it does not go with all of them;
-- `losses_at(loaded, tokens, window, positions, backend) -> ndarray`, if no eviction schedule says what it sees: its
-  quality is then sampled instead of computed block-parallel.
+- `losses_at(loaded, tokens, window, positions, backend, progress) -> ndarray`, if no eviction schedule says what it
+  sees: its quality is then sampled instead of computed block-parallel.
 
 Whatever lies in this folder is a method: adding one is adding a file.
 """

@@ -1,8 +1,8 @@
 """`kvpress`: NVIDIA's kvpress library decides what is kept and re-rotates it: KeyRerotationPress(StreamingLLMPress).
 
-An optional extra that pins transformers < 5.3: it wants an environment of its own. It cannot re-rotate keys of which only
-a part is rotary, and looks for `model.layers[i].self_attn`: no GPT-NeoX (Pythia), for both reasons. Its DecodingPress
-refuses KeyRerotationPress (0.5), so the press is called here, between tokens, on the schedule of the policy.
+An optional extra that pins transformers < 5.3: it wants an environment of its own. It cannot re-rotate keys of which
+only a part is rotary, and looks for `model.layers[i].self_attn`: no GPT-NeoX (Pythia), for both reasons. Its
+DecodingPress refuses KeyRerotationPress (0.5), so the press is called here, between tokens, on the schedule of the policy.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class PressedCache(KVCache):
             import kvpress
         except ImportError as error:
             raise UsageError(
-                "method 'kvpress': the library is not installed; `pip install -e '.[kvpress]'` in an environment of its "
-                "own (it pins transformers < 5.3)"
+                "method 'kvpress': the library is not installed; `pip install -e '.[kvpress]'` in an environment of "
+                "its own (it pins transformers < 5.3)"
             ) from error
         self.press = kvpress.KeyRerotationPress(kvpress.StreamingLLMPress(n_sink=n_sink))
 
@@ -46,17 +46,18 @@ class PressedCache(KVCache):
 
 
 def _attention_layers(loaded: LoadedModel) -> list[Any]:
-    model = getattr(loaded.model, "model", None)
-    if not hasattr(model, "layers") or not hasattr(model.layers[0], "self_attn"):
+    modules: Any = getattr(getattr(loaded.model, "model", None), "layers", None)
+    if modules is None or not hasattr(modules[0], "self_attn"):
         raise UnsupportedModelError(
-            f"method 'kvpress': the library does not know the layers of {type(loaded.model).__name__}; use another method"
+            f"method 'kvpress': the library does not know the layers of {type(loaded.model).__name__}; "
+            f"use another method"
         )
     if loaded.rotary.size != loaded.head_size or loaded.rotary.interleaved:
         raise UnsupportedModelError(
             f"method 'kvpress': the library re-rotates whole heads in halves only, "
             f"{type(loaded.model).__name__} rotates otherwise; use another method"
         )
-    layers = [layer.self_attn for layer in model.layers]
+    layers = [layer.self_attn for layer in modules]
     for layer in layers:
         layer.rotary_emb = loaded.rotary.embedding  # as the press itself does when it is entered
     return layers

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..attention import attention
 from ..backends import Backend
-from ..decoding import Decoder, negative_log_likelihood
+from ..decoding import Decoder, Progress, negative_log_likelihood
 from ..loaded import LoadedModel
 from ..policy import EvictionPolicy
 
@@ -60,7 +60,13 @@ def effective(policy: EvictionPolicy) -> EvictionPolicy:
 
 @torch.inference_mode()
 def losses_at(
-    loaded: LoadedModel, tokens: np.ndarray, window: int, positions: Sequence[int], backend: Backend, batch: int = 8
+    loaded: LoadedModel,
+    tokens: np.ndarray,
+    window: int,
+    positions: Sequence[int],
+    backend: Backend,
+    progress: Progress | None = None,
+    batch: int = 8,
 ) -> np.ndarray:
     """Losses (float64 nats) of tokens[p + 1], after the window that ends at p, for each p of ascending `positions`."""
     stream = torch.from_numpy(tokens).to(loaded.device)
@@ -77,6 +83,8 @@ def losses_at(
         for ends in full.split(batch):
             logits = _last_logits(loaded, stream[ends[:, None] + offsets], state)
             losses.append(negative_log_likelihood(logits, stream[ends + 1]))
+            if progress is not None:
+                progress(sum(map(len, losses)), len(positions))
     return torch.cat(losses).cpu().numpy()
 
 

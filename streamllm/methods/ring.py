@@ -1,8 +1,8 @@
 """`ring`: a preallocated ring buffer in which nothing moves.
 
-Rotary positions are relative, so window keys stay rotated at their position in the stream for life, and queries at theirs:
-their distances are right. Only the few sinks would be too far away: by the number of evicted tokens, by which they are
-turned on whenever that number changes. Eviction is forgetting a slot; it costs O(S).
+Rotary positions are relative, so window keys stay rotated at their position in the stream for life, and queries at
+theirs: their distances are right. Only the few sinks would be too far away: by the number of evicted tokens, by which
+they are turned on whenever that number changes. Eviction is forgetting a slot; it costs O(S).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class RingCache(KVCache):
         self.visible: Tensor | None = None
         """(new, slots), None if all are."""
         self.sink_keys: list[Tensor] = []
-        """Per layer (1, KV heads, S, head size), as the model rotated them: turned from anew each time, they do not drift."""
+        """Per layer (1, KV heads, S, head size), as the model rotated them: each turn starts from these."""
 
     def begin(self, held: int, count: int) -> Tensor:
         if held + count > self.slots:  # a policy that never evicts

@@ -1,0 +1,136 @@
+"""Command-line arguments that several commands share, the source documents' spellings included."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .backends import BACKENDS, default_backend
+from .errors import UsageError
+from .options import DTYPES, EXECUTIONS, PROTOCOLS
+from .policy import EvictionPolicy, with_derived_window
+from .text import TextSource
+
+if TYPE_CHECKING:
+    from .loaded import LoadedModel
+
+TOTAL_KV_CAP = 2048
+
+
+def add_model_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model", "--model-name", default="testbed", metavar="MODEL", help="testbed, a folder or a hub id (testbed)"
+    )
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="what the device does well: bfloat16, float16 or float32 (auto)"
+    )
+
+
+def add_text_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--text",
+        type=Path,
+        metavar="FILE",
+        help="plain UTF-8, or .jsonl or .parquet with a column `text` (the embedded)",
+    )
+    group.add_argument("--token-ids", type=Path, metavar="FILE.json", help="a JSON list of token ids instead of text")
+    group.add_argument(
+        "--dataset-name", metavar="NAME", help="wikitext, pg19, a hub id or a folder in the hub's layout"
+    )
+    group.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set")
+    group.add_argument("--offset", type=int, default=0, metavar="N", help="tokens to skip (0)")
+    group.add_argument("--max-eval-tokens", type=int, metavar="N", help="only N tokens (all)")
+
+
+def add_policy_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--n-sink", type=int, default=4, metavar="S", help="first tokens never evicted (4)")
+    group.add_argument(
+        "--window-size",
+        type=int,
+        metavar="W",
+        help=f"recent tokens kept by a prune (what {TOTAL_KV_CAP} or the trained length leaves)",
+    )
+    group.add_argument(
+        "--compress-every",
+        type=int,
+        default=1,
+        metavar="R",
+        help="prune only when R divides the token count; 0 never (1)",
+    )
+    group.add_argument("--cache-slack", type=int, default=0, metavar="X", help="prune only above S + W + X tokens (0)")
+    group.add_argument(
+        "--max-drop", type=int, default=0, metavar="D", help="evict at most D tokens after a token; 0 no limit (0)"
+    )
+
+
+def add_measuring_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--protocol",
+        choices=PROTOCOLS,
+        default="fast",
+        help="fast: all losses in a few block forwards, TPOT from a steady-state sample; decode-loop: every token is "
+        "decoded one by one; chunked: chunks of a prefill, one compression and a short continuation (fast)",
+    )
+    group.add_argument(
+        "--prefill-tokens",
+        type=int,
+        metavar="P",
+        help=f"prefill of a chunk (the trained length, at most {TOTAL_KV_CAP}; the cache is half of it)",
+    )
+    group.add_argument(
+        "--attn-backend",
+        choices=tuple(BACKENDS),
+        default=default_backend(),
+        help="attention kernel (auto; FLASH_SDPA=1 or 0 in the environment: flash or math)",
+    )
+    group.add_argument(
+        "--strict", action="store_true", help="an attention backend that does not run is an error, not a warning"
+    )
+    group.add_argument("--execution", choices=EXECUTIONS, default="eager", help="how a step is run (eager)")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
+    group.add_argument(
+        "--store",
+        type=Path,
+        default=Path("sweeps/.store"),
+        metavar="DIR",
+        help="where the baseline is kept and found, shared with sweeps (sweeps/.store)",
+    )
+
+
+def text_source(arguments: argparse.Namespace) -> TextSource:
+    """Raises TextError."""
+    source = TextSource(
+        text=arguments.text,
+        token_ids=arguments.token_ids,
+        dataset_name=arguments.dataset_name,
+        dataset_config=arguments.dataset_config,
+        offset=arguments.offset,
+        max_eval_tokens=arguments.max_eval_tokens,
+    )
+    source.check()
+    return source
+
+
+def given_policy(arguments: argparse.Namespace) -> EvictionPolicy:
+    """The policy as far as it is given: `complete_policy` finds a window that was left out. Raises PolicyError."""
+    if arguments.prefill_tokens is not None and (arguments.protocol != "chunked" or arguments.prefill_tokens < 1):
+        raise UsageError(f"prefill_tokens {arguments.prefill_tokens}: a number >= 1, with --protocol chunked only")
+    return EvictionPolicy(
+        n_sink=arguments.n_sink,
+        window_size=1 if arguments.window_size is None else arguments.window_size,
+        compress_every=arguments.compress_every,
+        cache_slack=arguments.cache_slack,
+        max_drop=arguments.max_drop,
+    )
+
+
+def complete_policy(arguments: argparse.Namespace, loaded: LoadedModel) -> EvictionPolicy:
+    """The policy with a window of what the cap leaves, unless one is given; of a chunk, half the prefill is the cap."""
+    policy = given_policy(arguments)
+    cap = min(TOTAL_KV_CAP, loaded.trained_length or TOTAL_KV_CAP)
+    if arguments.protocol == "chunked":
+        prefill = arguments.prefill_tokens or cap
+        policy = EvictionPolicy(n_sink=policy.n_sink, window_size=policy.window_size, compress_every=prefill)
+        cap = max(prefill // 2, 1)
+    return with_derived_window(policy, cap) if arguments.window_size is None else policy

@@ -1,0 +1,103 @@
+"""Protocol `chunked`: the text in pieces, each a prefill, one compression and a short continuation."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from .attention import recorded_kernel
+from .backends import Backend
+from .decoding import Progress, negative_log_likelihood
+from .device import synchronize
+from .errors import UsageError
+from .loaded import LoadedModel
+from .methods import make_decoder
+from .policy import EvictionPolicy
+
+CONTINUATION_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkRun:
+    losses: np.ndarray
+    """float64 nats (chunks * continuation_tokens)."""
+    positions: np.ndarray
+    """losses[i] is the negative log-likelihood of token positions[i] + 1."""
+    prefill_sec: np.ndarray
+    """(chunks): prefill and compression."""
+    continuation_sec: np.ndarray
+    """(chunks)"""
+    continuation_tokens: int
+    peak_kv: int
+    backend_used: str
+
+
+@torch.inference_mode()
+def chunk_losses(
+    loaded: LoadedModel,
+    tokens: np.ndarray,
+    method: str,
+    policy: EvictionPolicy,
+    backend: Backend,
+    progress: Progress | None = None,
+) -> ChunkRun:
+    """tokens (n), cut into chunks of compress_every + CONTINUATION_TOKENS; each is decoded afresh.
+
+    A policy that prunes every R tokens, without slack and limit, first prunes right after token R: "a prefill of R tokens,
+    then one compression" is such a policy. Raises UsageError for a text shorter than a chunk."""
+    prefill, kept = policy.compress_every, policy.kept
+    if prefill <= kept:
+        raise UsageError(
+            f"prefill_tokens {prefill}: must exceed n_sink + window_size = {kept}, or there is nothing to compress; "
+            f"raise --prefill-tokens or lower --window-size"
+        )
+    starts = range(0, len(tokens) - prefill - CONTINUATION_TOKENS, prefill + CONTINUATION_TOKENS)
+    if not starts:
+        raise UsageError(
+            f"text of {len(tokens)} tokens: shorter than one chunk of {prefill} + {CONTINUATION_TOKENS} + 1; "
+            f"lower --prefill-tokens or give a longer text"
+        )
+    stream = torch.from_numpy(tokens).to(loaded.device)
+    with recorded_kernel(backend) as recorder:  # a first chunk that warms up and does not count
+        _chunk(loaded, stream[: prefill + CONTINUATION_TOKENS + 1], method, policy, backend)
+    losses, clocks = [], []
+    for start in starts:
+        piece = stream[start : start + prefill + CONTINUATION_TOKENS + 1]
+        chunk_loss, clock = _chunk(loaded, piece, method, policy, backend)
+        losses.append(chunk_loss.cpu().numpy())
+        clocks.append(clock)
+        if progress is not None:
+            progress(len(clocks), len(starts))
+    seconds = np.array([[after - before for before, after in pairwise(clock)] for clock in clocks])
+    offsets = np.arange(prefill, prefill + CONTINUATION_TOKENS)
+    positions = np.concatenate([start + offsets for start in starts])
+    return ChunkRun(
+        losses=np.concatenate(losses),
+        positions=positions,
+        prefill_sec=seconds[:, 0],
+        continuation_sec=seconds[:, 1],
+        continuation_tokens=CONTINUATION_TOKENS,
+        peak_kv=max(prefill, kept + CONTINUATION_TOKENS),
+        backend_used=recorder.used,
+    )
+
+
+def _chunk(
+    loaded: LoadedModel, piece: torch.Tensor, method: str, policy: EvictionPolicy, backend: Backend
+) -> tuple[torch.Tensor, list[float]]:
+    """piece (R + continuation + 1) -> the continuation's losses, and the clock before, between and after."""
+    prefill = policy.compress_every
+    decoder = make_decoder(method, loaded, policy, backend)
+    synchronize(loaded.device)
+    clock = [time.perf_counter()]
+    decoder.feed(piece[:prefill])
+    synchronize(loaded.device)
+    clock.append(time.perf_counter())
+    logits = decoder.feed(piece[prefill:-1], logits_to_keep=0)
+    synchronize(loaded.device)
+    clock.append(time.perf_counter())
+    return negative_log_likelihood(logits, piece[prefill + 1 :]), clock

@@ -1,0 +1,46 @@
+"""examples:
+python -m streamllm backends                                 on the default device, in the dtype it does well
+python -m streamllm backends --dtype float16 --head-size 128
+python -m streamllm backends --json                          for scripts: flash_enabled, smoke_test
+"""
+
+import argparse
+import json
+
+from ..options import DTYPES
+
+HELP = "which attention backends run here, found out by running them"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="what the device does well (auto)")
+    parser.add_argument("--head-size", type=int, default=64, metavar="N", help="of the model in question (64)")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="flash_enabled: a flash kernel ran; smoke_test: and its output is that of eager attention",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from ..attention import probe_backend
+    from ..backends import BACKENDS
+    from ..device import default_device, device_name, resolve_dtype
+    from ..errors import UsageError
+
+    if arguments.head_size < 1:
+        raise UsageError(f"head_size {arguments.head_size}: must be a whole number >= 1")
+    device = default_device()
+    dtype = resolve_dtype(arguments.dtype, device)
+    probes = {name: probe_backend(backend, device, dtype, arguments.head_size) for name, backend in BACKENDS.items()}
+    if arguments.json:
+        flash = probes["flash"]
+        outcome = {"flash_enabled": flash.kernel == "flash", "smoke_test": flash.available}
+        print(json.dumps(outcome | {"backends": {name: probe.kernel for name, probe in probes.items()}}, indent=2))
+        return 0
+    shown = str(dtype).removeprefix("torch.")
+    print(f"{device_name(device)}, {shown}, head size {arguments.head_size}")
+    print(f"{'asked for':20}{'runs':20}why not")
+    for name, probe in probes.items():
+        print(f"{name:20}{probe.kernel or '-':20}{probe.error or ''}".rstrip())
+    return 0

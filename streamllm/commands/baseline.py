@@ -1,0 +1,54 @@
+"""The fixed baseline: for every token the model runs anew on the last S + W tokens. It is measured once; whatever is
+compared with it later finds it in the store.
+
+examples:
+python -m streamllm baseline                                            of the embedded model and text
+python -m streamllm baseline --n-sink 4 --window-size 2044 --model EleutherAI/pythia-2.8b --dataset-name pg19
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from ..arguments import (
+    add_measuring_arguments,
+    add_model_arguments,
+    add_policy_arguments,
+    add_text_arguments,
+    complete_policy,
+    given_policy,
+    text_source,
+)
+from ..errors import UsageError
+from ..session import measure_baseline, messages_on_stderr, open_measurements, report
+
+HELP = "measure the re-computation baseline once, for everything that is compared with it"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is measured")
+    add_model_arguments(what)
+    add_text_arguments(what)
+    add_policy_arguments(parser.add_argument_group("the policy whose total S + W + X is the baseline's window"))
+    add_measuring_arguments(parser.add_argument_group("how it is measured"))
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one flat JSON object on stdout, nothing else")
+    output.add_argument("--output-file", type=Path, metavar="FILE", help="write JSON with the object `baseline`")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    text_source(arguments)
+    given_policy(arguments)
+    file = arguments.output_file
+    if file is not None and not file.parent.is_dir():
+        raise UsageError(f"output {str(file)!r}: no such folder {str(file.parent)!r}")
+    measurements = open_measurements(arguments)
+    with messages_on_stderr():
+        policy = complete_policy(arguments, measurements.loaded)
+        found = measure_baseline(measurements, arguments, policy, only_stored=False)
+    assert found is not None
+    record, _ = found
+    if file is not None:
+        file.write_text(json.dumps({"baseline": record}, indent=2) + "\n")
+    print(json.dumps(record) if arguments.json else report({"baseline": record}))
+    return 0

@@ -1,0 +1,83 @@
+"""The device that runs the model: which, its name, what it does well, waiting for it, its memory."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+def default_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bfloat16 where the device computes in it, else float16 on an accelerator and float32 on a CPU."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type == "cpu":
+        return torch.bfloat16 if "amx_bf16" in _cpuinfo("flags").split() else torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits for the device to finish what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+@dataclass
+class Memory:
+    megabytes: float = math.nan
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Memory]:
+    """The peak inside the block, weights included: of the CUDA allocator, or else of the process's resident set."""
+    memory = Memory()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        yield memory
+        memory.megabytes = torch.cuda.max_memory_allocated(device) / 2**20
+        return
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (Linux)
+    except OSError:
+        yield memory
+        memory.megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return
+    yield memory
+    status = Path("/proc/self/status").read_text()
+    memory.megabytes = int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+@cache
+def device_name(device: torch.device) -> str:
+    """What the speed was measured on."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return _cpuinfo("model name") or platform.processor() or platform.machine()
+
+
+def limit_threads(count: int | None) -> None:
+    """Keeps torch to `count` threads; OpenMP must not spin where processes share cores."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+@cache
+def _cpuinfo(name: str) -> str:
+    """A line of the first processor in Linux' /proc/cpuinfo; empty where there is none."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

@@ -1,0 +1,122 @@
+"""Measuring once: what the store has is not measured again, be it for a sweep or for one evaluation's baseline."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from .attention import resolve_backend
+from .decoding import Progress
+from .evaluation import EVALUATORS, identity, measure_quality, speed_summary
+from .loaded import LoadedModel
+from .methods import sampled_losses
+from .policy import EvictionPolicy
+from .store import Measurement, MeasurementStore, code_digest
+from .text import TokenStream
+from .timing import measure_speed
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The measurements of one model on one text. Methods return the measurement, and whether it was taken just now."""
+
+    store: MeasurementStore
+    loaded: LoadedModel
+    stream: TokenStream
+
+    def quality(
+        self,
+        method: str,
+        policy: EvictionPolicy,
+        lease: AbstractContextManager[Any] | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Measurement, bool]:
+        """Protocol `fast`. It depends neither on the cache implementation nor on the hardware: once per policy."""
+
+        def measure() -> Measurement:
+            quality = measure_quality(self.loaded, self.stream, method, policy, progress)
+            return Measurement(quality.summary(), quality.table)
+
+        return self._once(self._quality_key(method, policy), measure, lease)
+
+    def speed(
+        self,
+        method: str,
+        policy: EvictionPolicy,
+        attn_backend: str,
+        lease: AbstractContextManager[Any] | None = None,
+        strict: bool = False,
+    ) -> tuple[Measurement, bool]:
+        """Protocol `fast`. It does not depend on the text."""
+
+        def measure() -> Measurement:
+            backend = resolve_backend(attn_backend, self.loaded, strict)
+            speed = measure_speed(self.loaded, method, policy, backend, self.stream.tokens)
+            return Measurement(speed_summary(speed, attn_backend))
+
+        return self._once(self._speed_key(method, policy, attn_backend), measure, lease)
+
+    def whole(
+        self,
+        protocol: str,
+        method: str,
+        policy: EvictionPolicy,
+        attn_backend: str,
+        strict: bool = False,
+        progress: Progress | None = None,
+    ) -> tuple[Measurement, bool]:
+        """Quality and speed by any protocol; they come from the same run in all but `fast`."""
+        if protocol == "fast":
+            quality, fresh = self.quality(method, policy, progress=progress)
+            speed, fresh_too = self.speed(method, policy, attn_backend, strict=strict)
+            return _joined(quality, speed), fresh or fresh_too
+
+        def measure() -> Measurement:
+            backend = resolve_backend(attn_backend, self.loaded, strict)
+            quality, record = EVALUATORS[protocol](self.loaded, self.stream, method, policy, backend, progress)
+            return Measurement(record | {"backend_requested": attn_backend}, quality.table)
+
+        return self._once(self._whole_key(protocol, method, policy, attn_backend), measure, None)
+
+    def find(self, protocol: str, method: str, policy: EvictionPolicy, attn_backend: str) -> Measurement | None:
+        """What `whole` would return, if it is stored."""
+        if protocol != "fast":
+            return self.store.get(self._whole_key(protocol, method, policy, attn_backend))
+        quality = self.store.get(self._quality_key(method, policy))
+        speed = self.store.get(self._speed_key(method, policy, attn_backend))
+        return _joined(quality, speed) if quality is not None and speed is not None else None
+
+    def _quality_key(self, method: str, policy: EvictionPolicy) -> dict[str, Any]:
+        kind = "streaming" if sampled_losses(method) is None else method
+        names = ("model_digest", "text_digest", "protocol", "dtype")
+        return {"kind": f"quality of {kind}"} | self._identity(method, policy, "fast", names)
+
+    def _speed_key(self, method: str, policy: EvictionPolicy, attn_backend: str) -> dict[str, Any]:
+        names = ("model_digest", "protocol", "dtype", "method", "device", "threads", "execution")
+        return {"kind": "speed", "attn_backend": attn_backend} | self._identity(method, policy, "fast", names)
+
+    def _whole_key(self, protocol: str, method: str, policy: EvictionPolicy, attn_backend: str) -> dict[str, Any]:
+        names = ("model_digest", "text_digest", "protocol", "dtype", "method", "device", "threads", "execution")
+        key = {"kind": "evaluation", "attn_backend": attn_backend, "compress_every": policy.compress_every}
+        return self._identity(method, policy, protocol, names) | key
+
+    def _identity(self, method: str, policy: EvictionPolicy, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:
+        values = identity(self.loaded, self.stream, method, policy, protocol)
+        return {"code": code_digest()} | {name: values[name] for name in (*names, *asdict(policy))}
+
+    def _once(
+        self, key: dict[str, Any], measure: Callable[[], Measurement], lease: AbstractContextManager[Any] | None
+    ) -> tuple[Measurement, bool]:
+        found = self.store.get(key)
+        if found is not None:
+            return found, False
+        with lease or nullcontext():
+            measured = measure()
+        self.store.put(key, measured)
+        return measured, True
+
+
+def _joined(quality: Measurement, speed: Measurement) -> Measurement:
+    return Measurement(quality.record | speed.record, quality.losses)

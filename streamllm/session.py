@@ -1,0 +1,102 @@
+"""What the commands that measure do alike: load model and text, find the baseline, talk to the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from .arguments import TOTAL_KV_CAP, text_source
+from .policy import EvictionPolicy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .decoding import Progress
+    from .measurements import Measurements
+
+Measured = tuple[dict[str, Any], "np.ndarray"]
+"""A flat record; losses (n, 2: position, nats)."""
+
+
+def open_measurements(arguments: argparse.Namespace) -> Measurements:
+    """Loads model and text. Raises UsageError."""
+    from .device import limit_threads
+    from .measurements import Measurements
+    from .models import load_model, load_tokenizer
+    from .store import MeasurementStore
+    from .text import load_tokens
+
+    source = text_source(arguments)
+    limit_threads(arguments.threads)
+    loaded = load_model(arguments.model, arguments.dtype)
+    tokenizer = None if source.token_ids is not None else load_tokenizer(arguments.model)
+    stream = load_tokens(source, tokenizer, loaded.model.config.vocab_size)
+    return Measurements(MeasurementStore(arguments.store), loaded, stream)
+
+
+def measure_baseline(
+    measurements: Measurements, arguments: argparse.Namespace, policy: EvictionPolicy, only_stored: bool
+) -> Measured | None:
+    """The fixed baseline, out of the store if it is there; if not, measured, or None if it is not to be.
+
+    Its window is the policy's total S + W + slack, but at most the cap or the trained length."""
+    from .evaluation import identity
+
+    loaded, stream, protocol = measurements.loaded, measurements.stream, arguments.protocol
+    chunked = protocol == "chunked"
+    window = min(policy.kept + policy.cache_slack, TOTAL_KV_CAP, loaded.trained_length or TOTAL_KV_CAP)
+    # A chunk's prefill is as long for the baseline; in other protocols nothing of it is ever pruned lazily.
+    fixed = EvictionPolicy(n_sink=0, window_size=window, compress_every=policy.compress_every if chunked else 1)
+    what = (protocol, "recompute", fixed, arguments.attn_backend)
+    stored = measurements.find(*what)
+    if stored is None and only_stored:
+        return None
+    measurement = stored or measurements.whole(*what, arguments.strict, show_progress("baseline"))[0]
+    assert measurement.losses is not None
+    record = identity(loaded, stream, "recompute", fixed, protocol) | measurement.record
+    reused = stored is not None
+    return record | {"speedup": 1.0, "ppl_increase_percent": 0.0, "reused": reused}, measurement.losses
+
+
+@contextmanager
+def messages_on_stderr() -> Iterator[None]:
+    """Warnings as one line each, without the place in the code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", UserWarning)
+        warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
+        yield
+
+
+def show_progress(what: str) -> Progress | None:
+    """A line on the terminal that counts; nothing where standard error is none."""
+    if not sys.stderr.isatty():
+        return None
+    started = time.monotonic()
+    shown = 0.0
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.monotonic()
+        if now - shown > 0.1 or done == total:
+            shown = now
+            left = (now - started) * (total - done) / done
+            end = "\n" if done == total else ""
+            print(f"\r{what}: {done}/{total}, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
+
+    return show
+
+
+def report(result: dict[str, dict[str, Any]]) -> str:
+    """The objects of a result side by side, a line per value."""
+    names = dict.fromkeys(name for record in reversed(result.values()) for name in record)
+    lines = [f"{'':26}" + "".join(f"{column:24}" for column in result)] if len(result) > 1 else []
+    for name in names:
+        values = (record.get(name, "") for record in result.values())
+        shown = (f"{value:.6g}" if isinstance(value, float) else str(value) for value in values)
+        lines.append((f"{name:26}" + "".join(f"{value[:23]:24}" for value in shown)).rstrip())
+    return "\n".join(lines)
