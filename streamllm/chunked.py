@@ -47,8 +47,8 @@ def chunk_losses(
 ) -> ChunkRun:
     """tokens (n), cut into chunks of compress_every + CONTINUATION_TOKENS; each is decoded afresh.
 
-    A policy that prunes every R tokens, without slack and limit, first prunes right after token R: "a prefill of R tokens,
-    then one compression" is such a policy. Raises UsageError for a text shorter than a chunk."""
+    "A prefill of R tokens, then one compression" is a policy: one that prunes every R tokens, without slack and limit.
+    Raises UsageError for a text shorter than a chunk."""
     prefill, kept = policy.compress_every, policy.kept
     if prefill <= kept:
         raise UsageError(

@@ -72,7 +72,7 @@ def prepare(model: PreTrainedModel, name: str, digest: str) -> LoadedModel:
     register_attention()
     model.eval().requires_grad_(False)
     loaded = LoadedModel(name, model, Rotary(model), model.device, model.dtype, digest)
-    probe = torch.arange(7, 7 + 48, device=model.device) % model.config.vocab_size
+    probe = torch.arange(7, 7 + min(48, loaded.attention_span or 48), device=model.device) % model.config.vocab_size
     with torch.inference_mode():
         expected = model(input_ids=probe[None], use_cache=False).logits[0].log_softmax(-1)
         model.set_attn_implementation(ATTENTION_NAME)

@@ -135,8 +135,8 @@ def used_backend(loaded: LoadedModel, method: str, policy: EvictionPolicy, backe
 def attention_ms(
     loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray
 ) -> float:
-    """Milliseconds per token in the attention of all layers (taking the new key in, rotation on read, kernel; no prune),
-    in the steady state."""
+    """Milliseconds per token, in the steady state, in the attention of all layers: taking the new key in, rotation on
+    read, the kernel. Prunes are not in it."""
     clock = _AttentionClock(loaded.device)
     timed = _TimedModel(**vars(loaded), clock=clock)
     run = _Run(timed, method, effective_policy(method, policy), backend, tokens)

@@ -2,7 +2,7 @@
 
 An optional extra that pins transformers < 5.3: it wants an environment of its own. It cannot re-rotate keys of which
 only a part is rotary, and looks for `model.layers[i].self_attn`: no GPT-NeoX (Pythia), for both reasons. Its
-DecodingPress refuses KeyRerotationPress (0.5), so the press is called here, between tokens, on the schedule of the policy.
+DecodingPress refuses KeyRerotationPress (0.5): the press is called here, between tokens, on the policy's schedule.
 """
 
 from __future__ import annotations
