@@ -54,6 +54,7 @@ def _attention(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,
     scaling: float | None = None,
     attention_state: AttentionState | None = None,
     **more: Any,
