@@ -50,7 +50,7 @@ class Worker:
 
     def measure(self, spec: TrialSpec) -> TrialMeasurement:
         """Measures what the store does not have. Raises NonFiniteLossError, and whatever torch raises."""
-        from streamllm.evaluation import identity
+        from streamllm.evaluation import fast_record, identity
 
         on_cpu = self.loaded.device.type == "cpu"
         quality, fresh_quality = self.measurements.quality(
@@ -59,4 +59,6 @@ class Worker:
         speed, fresh_speed = self.measurements.speed(spec.method, spec.policy, spec.attn_backend, timing_lease())
         assert quality.losses is not None
         record = identity(self.loaded, self.stream, spec.method, spec.policy, "fast")
-        return TrialMeasurement(record | quality.record | speed.record, quality.losses, fresh_quality, fresh_speed)
+        return TrialMeasurement(
+            record | fast_record(quality.record, speed.record), quality.losses, fresh_quality, fresh_speed
+        )

@@ -9,7 +9,7 @@ from typing import Any
 
 from .attention import resolve_backend
 from .decoding import Progress
-from .evaluation import EVALUATORS, identity, measure_quality, speed_summary
+from .evaluation import EVALUATORS, fast_record, identity, measure_quality, speed_summary
 from .loaded import LoadedModel
 from .methods import sampled_losses
 from .policy import EvictionPolicy
@@ -119,4 +119,4 @@ class Measurements:
 
 
 def _joined(quality: Measurement, speed: Measurement) -> Measurement:
-    return Measurement(quality.record | speed.record, quality.losses)
+    return Measurement(fast_record(quality.record, speed.record), quality.losses)

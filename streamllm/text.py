@@ -119,11 +119,18 @@ _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 """File suffix -> the `datasets` builder that reads it; any other file is plain text."""
 
 
+def hub_name(source: TextSource) -> tuple[str, str | None]:
+    """Hub id or folder, and configuration."""
+    given = str(source.dataset_name)
+    name, config = HUB_DATASETS.get(given, (given, None))
+    if source.dataset_config in (None, given):  # the source documents write `--dataset-config pg19`, which has none
+        return name, config
+    return name, source.dataset_config
+
+
 def _read_dataset(source: TextSource) -> str:
     """The `text` column of a split: WikiText's lines joined, of PG19 the first book."""
-    name, config = HUB_DATASETS.get(str(source.dataset_name), (str(source.dataset_name), None))
-    if source.dataset_config is not None and source.dataset_config != source.dataset_name:
-        config = source.dataset_config  # (the source documents write `--dataset-config pg19`: it has no such)
+    name, config = hub_name(source)
     rows = _load(f"data set {source.dataset_name!r}", name, name=config, split=source.split)
     if "text" in rows.column_names and Path(str(source.dataset_name)).name == "pg19":
         return str(rows[0]["text"])

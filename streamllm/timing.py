@@ -45,6 +45,8 @@ class Speed:
     """Per token, of all layers together; from extra tokens, beside the timing."""
     peak_memory_mb: float
     backend_used: str
+    seconds: float
+    """What measuring all this took."""
 
 
 class _Run:
@@ -96,6 +98,7 @@ def measure_speed(
     loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray
 ) -> Speed:
     """Fills the cache, warms up, then times segments of whole prune cycles. Speed does not depend on the tokens."""
+    started = time.perf_counter()
     policy = effective_policy(method, policy)
     with backend.active():
         used = used_backend(loaded, method, policy, backend, tokens)  # initialises libraries too
@@ -117,6 +120,7 @@ def measure_speed(
         avg_attn_ms=attn_ms,
         peak_memory_mb=memory.megabytes,
         backend_used=used,
+        seconds=time.perf_counter() - started,
     )
 
 

@@ -4,13 +4,22 @@ import numpy as np
 import pytest
 import torch
 
-from streamllm.attention import attention, recorded_kernel, resolve_backend
-from streamllm.backends import BACKENDS, Backend
+from streamllm.attention import BackendError, attention, probe_backend, recorded_kernel, resolve_backend
+from streamllm.backends import BACKENDS, default_backend
+from streamllm.block_parallel import block_parallel_losses
+from streamllm.decoding import decode_loop
+from streamllm.methods import make_decoder
+from streamllm.models import load_model
 from streamllm.policy import EvictionPolicy
 from streamllm.timing import measure_speed
 
+from .conftest import FAMILIES, GOLDEN
+from .tiny_models import tiny_model
 
-@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "auto"])
+ON_CPU = ("eager", "math", "flash")
+
+
+@pytest.mark.parametrize("name", ON_CPU)
 def test_what_is_asked_for_is_what_runs(name, golden_model, golden_tokens, monkeypatch):
     """The kernel recorded by a real timing; torch has a math and a flash kernel on CPU."""
     monkeypatch.setattr("streamllm.timing.SEGMENTS", 6)
@@ -28,7 +37,7 @@ def test_backends_agree(kv_heads, new, causal):
     query = torch.randn(1, 4, new, 24, generator=generator)
     key, value = torch.randn(2, 1, kv_heads, 16, 24, generator=generator)
     outputs = []
-    for backend in BACKENDS.values():
+    for backend in (BACKENDS[name] for name in ("auto", *ON_CPU)):
         with backend.active():
             outputs.append(attention(backend, query, key, value, 0.3, causal=causal))
     for output in outputs[1:]:
@@ -42,14 +51,63 @@ def test_the_last_query_is_aligned_with_the_last_key():
     assert attention(backend, query, key, value, 1.0, causal=True).flatten().tolist() == [1.5, 3.0]
 
 
-def test_a_backend_that_does_not_run_falls_back_with_a_warning(monkeypatch):
-    monkeypatch.setitem(BACKENDS, "cudnn", Backend("cudnn", "CUDNN_ATTENTION"))
-    with pytest.warns(UserWarning, match="'cudnn' does not run on cpu"):
-        backend = resolve_backend("cudnn", torch.device("cpu"), torch.float32, 16)
-    assert backend.name == "auto"
+@pytest.mark.parametrize("family", FAMILIES)
+def test_math_and_flash_agree_in_logits(family, golden_model, golden_tokens):
+    logits = []
+    for name in ("math", "flash"):
+        loaded = golden_model(family)
+        with torch.inference_mode(), BACKENDS[name].active():
+            decoder = make_decoder("ours", loaded, EvictionPolicy(window_size=60), BACKENDS[name])
+            with recorded_kernel(BACKENDS[name]) as recorder:
+                logits.append(torch.stack([decoder.feed(torch.tensor([token]))[0] for token in golden_tokens[:200]]))
+        assert recorder.used == name
+    torch.testing.assert_close(*logits, rtol=0, atol=1e-3)
+
+
+def test_a_probe_says_what_runs_and_why_the_rest_does_not():
+    probes = {name: probe_backend(b, torch.device("cpu"), torch.float32, 16) for name, b in BACKENDS.items()}
+    assert {name: probe.kernel for name, probe in probes.items() if probe.kernel} == {
+        "auto": "flash",
+        "eager": "eager",
+        "math": "math",
+        "flash": "flash",
+    }
+    assert all(probe.error for probe in probes.values() if probe.kernel is None)
+    assert "flash_attn" in probes["flash_attention_2"].error
+
+
+def test_a_backend_that_does_not_run_falls_back_with_a_warning_or_is_an_error():
+    loaded = tiny_model("Llama", torch.float32)
+    with pytest.warns(UserWarning, match="'cudnn' does not run on cpu in float32"):
+        assert resolve_backend("cudnn", loaded).name == "auto"
+    with pytest.raises(BackendError, match=r"'cudnn' does not run .*; leave out --strict"):
+        resolve_backend("cudnn", loaded, strict=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert resolve_backend("math", torch.device("cpu"), torch.float32, 16).name == "math"
+        assert resolve_backend("math", loaded).name == "math"
+
+
+@pytest.mark.parametrize(("value", "backend"), [("1", "flash"), ("0", "math"), ("", "auto"), (None, "auto")])
+def test_flash_sdpa_in_the_environment(value, backend, monkeypatch):
+    monkeypatch.delenv("FLASH_SDPA", raising=False)
+    if value is not None:
+        monkeypatch.setenv("FLASH_SDPA", value)
+    assert default_backend() == backend
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", ["mit", "ours", "ring"])
+@pytest.mark.parametrize("name", [name for name in BACKENDS if name != "auto"])
+def test_gpu_backends_agree_with_the_cpu(name, method, golden_model, golden_tokens):
+    """A lazily pruned ring has masked calls too, which flash kernels do not take."""
+    loaded = load_model(str(GOLDEN / "llama-tiny"), "bfloat16", torch.device("cuda"))
+    if not probe_backend(BACKENDS[name], loaded.device, loaded.dtype, loaded.head_size).available:
+        pytest.skip(f"{name} does not run on this GPU")
+    tokens, policy = golden_tokens[:200], EvictionPolicy(window_size=60, compress_every=8)
+    with BACKENDS[name].active():
+        found = decode_loop(make_decoder(method, loaded, policy, BACKENDS[name]), tokens, loaded.device).losses
+    expected = block_parallel_losses(golden_model("llama-tiny"), tokens, policy)
+    assert abs(found - expected).mean() < 0.05
 
 
 def test_recorder_sees_nothing_but_what_runs_inside():

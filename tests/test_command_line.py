@@ -15,8 +15,12 @@ def python(*arguments, cwd=None):
 
 
 def evaluate(*more, cwd=None):
+    return measure("evaluate", *more, cwd=cwd)
+
+
+def measure(command, *more, cwd=None):
     model = ("--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"))
-    return python("-m", "streamllm", "evaluate", *model, "--threads", "1", *more, cwd=cwd)
+    return python("-m", "streamllm", command, *model, "--threads", "1", *more, cwd=cwd)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +29,8 @@ def evaluate(*more, cwd=None):
         ("orchestrator.sweep", ["--help"]),
         ("streamllm", ["--help"]),
         ("streamllm", ["evaluate", "--help"]),
+        ("streamllm", ["baseline", "--help"]),
+        ("streamllm", ["backends", "--help"]),
         ("dashboards.pareto", ["--help"]),
     ],
 )
@@ -43,35 +49,102 @@ def test_help_imports_nothing_heavy(module, arguments):
     assert done.stdout.endswith("heavy: []\n")
 
 
-@pytest.mark.parametrize("protocol", ["fast", "decode-loop"])
-def test_evaluate_prints_one_flat_json_object(protocol, tmp_path):
-    losses = tmp_path / "losses.npy"
-    more = (
-        "--json",
-        "--protocol",
-        protocol,
-        "--window-size",
-        "60",
-        "--max-eval-tokens",
-        "200",
-        "--attn-backend",
-        "math",
-    )
-    done = evaluate(*more, "--per-token-losses", str(losses), "--output-file", str(tmp_path / "result.json"))
+SEEDS_KEYS = {
+    "perplexity",
+    "runtime_sec",
+    "prefill_sec",
+    "first_token_latency_sec",
+    "tpot_ms",
+    "decode_toks_per_sec",
+    "avg_attn_ms",
+    "peak_memory_mb",
+    "speedup",
+    "ppl_increase_percent",
+    "backend",
+}
+
+
+@pytest.mark.parametrize("protocol", ["fast", "decode-loop", "chunked"])
+def test_evaluate_prints_one_flat_object_and_writes_the_documents_structure(protocol, tmp_path):
+    losses, file = tmp_path / "losses.npy", tmp_path / "result.json"
+    what = ("--window-size", "60", "--max-eval-tokens", "300", "--attn-backend", "math", "--dtype", "float32")
+    how = ("--protocol", protocol, *(("--prefill-tokens", "100") if protocol == "chunked" else ()), "--mode", "both")
+    output = ("--json", "--per-token-losses", str(losses), "--output-file", str(file))
+    done = evaluate(*what, *how, *output, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
-    assert result == json.loads((tmp_path / "result.json").read_text())
+    result, written = json.loads(done.stdout), json.loads(file.read_text())
+    assert result == written["streaming"]
+    assert set(written) == {"baseline", "streaming"}
+    assert all(set(record) >= SEEDS_KEYS for record in written.values())
     assert not any(isinstance(value, dict | list) for value in result.values())
-    assert result["peak_kv"] == 65
+    assert result["peak_kv"] == (100 if protocol == "chunked" else 65)
     assert result["backend"] == result["backend_requested"] == "math"
     assert result["method"] == "ours" and result["protocol"] == protocol
-    for key in ("perplexity", "tpot_ms", "quality_sec", "runtime_sec"):
-        assert result[key] > 0
-    written = np.load(losses)
-    assert written.dtype == np.float64
-    golden = json.loads((GOLDEN / "neox-tiny" / "mit_losses.json").read_text())[0]["losses"]
-    np.testing.assert_allclose(written, golden[:199], atol=2e-4)
-    assert result["perplexity"] == pytest.approx(np.exp(written.mean()))
+    assert written["baseline"]["method"] == "recompute"
+    assert min(result[key] for key in SEEDS_KEYS - {"backend", "ppl_increase_percent"}) > 0
+    assert result["ppl_increase_percent_low"] <= result["ppl_increase_percent"] <= result["ppl_increase_percent_high"]
+    assert result["speedup"] == pytest.approx(written["baseline"]["tpot_ms"] / result["tpot_ms"])
+    table = np.load(losses)
+    assert table.dtype == np.float64 and table.shape == (299,)
+    assert result["perplexity"] == pytest.approx(np.exp(np.nanmean(table)))
+    assert np.isfinite(table).all() == (protocol != "chunked")
+    if protocol != "chunked":
+        golden = json.loads((GOLDEN / "neox-tiny" / "mit_losses.json").read_text())[0]["losses"]
+        np.testing.assert_allclose(table, golden[:299], atol=2e-4)
+
+
+def test_a_baseline_is_measured_once(tmp_path):
+    """By its own command; `evaluate` finds it, of another total it does not."""
+    what = ("--max-eval-tokens", "200", "--protocol", "decode-loop", "--json")
+    first = json.loads(measure("baseline", "--n-sink", "4", "--window-size", "28", *what, cwd=tmp_path).stdout)
+    again = json.loads(measure("baseline", "--n-sink", "2", "--window-size", "30", *what, cwd=tmp_path).stdout)
+    assert (first["reused"], again["reused"]) == (False, True)
+    assert first | {"reused": True} == again
+    compared = json.loads(evaluate("--window-size", "20", "--cache-slack", "8", *what, cwd=tmp_path).stdout)
+    assert compared["speedup"] == pytest.approx(first["tpot_ms"] / compared["tpot_ms"])
+    alone = evaluate("--window-size", "20", *what, cwd=tmp_path)
+    assert "speedup" not in json.loads(alone.stdout)
+    assert "no baseline is stored for this: --mode both" in alone.stderr
+
+
+def test_the_source_documents_commands(tmp_path):
+    """Their flags as they write them (§1), on a small model."""
+    flags = "--n-sink 4 --window-size 60 --compress-every 1 --streaming-mode mit --mode streaming --max-eval-tokens 200"
+    model = ("--model-name", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"))
+    done = python("-m", "streamllm", "evaluate", *model, *flags.split(), "--execution", "eager", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    values = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
+    assert values["method"] == "mit" and values["window_size"] == "60"
+
+
+def test_per_token_losses_as_parquet(tmp_path):
+    import pandas as pd
+
+    file = tmp_path / "losses.parquet"
+    done = evaluate("--window-size", "28", "--max-eval-tokens", "150", "--per-token-losses", str(file), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    table = pd.read_parquet(file)
+    assert table.token.tolist() == list(range(1, 150))
+    assert table.loss.dtype == "float64"
+
+
+def test_backends_prints_the_documents_smoke_test():
+    outcome = json.loads(python("-m", "streamllm", "backends", "--json").stdout)
+    assert outcome["flash_enabled"] is outcome["smoke_test"] is True
+    table = python("-m", "streamllm", "backends").stdout
+    assert "flash_attention_2   -  " in table and "\nmath                math\n" in table
+
+
+def test_a_backend_that_is_not_there(tmp_path):
+    more = ("--window-size", "28", "--max-eval-tokens", "100", "--attn-backend", "flash_attention_2")
+    done = evaluate(*more, "--json", cwd=tmp_path)
+    assert done.returncode == 0
+    assert "warning: attention backend 'flash_attention_2' does not run on cpu" in done.stderr
+    result = json.loads(done.stdout)
+    assert (result["backend_requested"], result["backend"]) == ("flash_attention_2", "flash")
+    strict = evaluate(*more, "--strict", cwd=tmp_path)
+    assert strict.returncode == 2
+    assert strict.stderr.startswith("error: attention backend 'flash_attention_2' does not run")
 
 
 def test_the_baselines_sample_leaves_nan_elsewhere(tmp_path):
@@ -92,6 +165,10 @@ def test_the_baselines_sample_leaves_nan_elsewhere(tmp_path):
         (("--n-sink", "5000"), "cap 2048: below n_sink 5000"),
         (("--max-eval-tokens", "1"), "max_eval_tokens 1"),
         (("--output-file", "no/where.json"), "no such folder"),
+        (("--per-token-losses", "losses.csv"), "must end in .npy or .parquet"),
+        (("--prefill-tokens", "64"), "prefill_tokens 64: a number >= 1, with --protocol chunked only"),
+        (("--protocol", "chunked", "--prefill-tokens", "64", "--window-size", "60"), "prefill_tokens 64: must exceed"),
+        (("--method", "kvpress"), "measured by decode-loop or chunked only"),
     ],
 )
 def test_bad_input_is_one_line_with_exit_code_2(bad, message):
@@ -117,4 +194,4 @@ def test_past_the_trained_length_there_is_a_warning(tmp_path):
         "--method",
         "dense",
     )
-    assert "attend to up to 4199 keys, the model was trained on 4096;" in done.stderr
+    assert "attend to up to 4199 keys, the model was trained on 4096:" in done.stderr

@@ -24,9 +24,26 @@ def test_pairing_removes_what_both_share():
     rng = np.random.default_rng(2)
     baseline = rng.exponential(2.0, 500)
     worse = baseline + math.log(1.05) + rng.normal(0, 0.02, 500)
-    increase = paired_increase(worse, baseline)
+    spread = np.arange(0, 5000, 10)
+    increase = paired_increase(np.column_stack((spread, worse)), np.column_stack((spread, baseline)))
     assert increase.low < 5.0 < increase.high
     assert increase.high - increase.low < 1.0, "unpaired, the interval would be wider than 10"
+
+
+def test_only_tokens_that_both_have_are_compared():
+    own = np.array([[0, 9.0], [1, 1.0], [2, 2.0], [3, 9.0]])
+    baseline = np.array([[1, 1.0], [2, 1.0], [5, 0.0]])
+    assert paired_increase(own, baseline).value == pytest.approx(100 * (math.exp(0.5) - 1))
+    with pytest.raises(ValueError, match="no token"):
+        paired_increase(own[:1], baseline)
+
+
+def test_neighbouring_tokens_are_resampled_in_blocks():
+    """Differences that come in runs: counted as independent, their interval would be far too narrow."""
+    runs = np.repeat(np.random.default_rng(4).normal(0, 0.1, 100), 64)
+    baseline = np.column_stack((np.arange(6400), np.ones(6400)))
+    increase = paired_increase(baseline + np.column_stack((np.zeros(6400), runs)), baseline)
+    assert 3.0 < increase.high - increase.low < 5.0, "4 * 0.1 / sqrt(100) is 4%; of 6400 tokens it would be 0.5%"
 
 
 def test_intervals_cover_as_often_as_they_say():

@@ -1,9 +1,12 @@
 import json
+import os
+import subprocess
+import sys
 
 import pandas as pd
 import pytest
 
-from streamllm.text import TextError, TextSource, load_tokens
+from streamllm.text import TextError, TextSource, hub_name, load_tokens
 
 
 class Letters:
@@ -41,6 +44,56 @@ def test_data_set_folder_in_the_hub_layout(tmp_path):
     stream = tokens_of(dataset_name=str(folder))
     assert "".join(map(chr, stream.tokens)) == " = A title = \n Words .\n"
     assert stream.label == "wikitext-small"
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_json_lines_and_parquet_files(tmp_path, suffix):
+    file = tmp_path / f"lines{suffix}"
+    table = pd.DataFrame({"text": ["first line", "second"], "id": [1, 2]})
+    table.to_json(file, orient="records", lines=True) if suffix == ".jsonl" else table.to_parquet(file)
+    stream = tokens_of(text=file)
+    assert "".join(map(chr, stream.tokens)) == "first line\nsecond"
+    assert stream.label == "lines"
+
+
+def test_offset_and_length_choose_the_part(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("hello world")
+    stream = tokens_of(text=file, offset=6, max_eval_tokens=3)
+    assert "".join(map(chr, stream.tokens)) == "wor"
+    with pytest.raises(TextError, match="1 of its 11 tokens are left after offset 10"):
+        tokens_of(text=file, offset=10)
+    with pytest.raises(TextError, match="offset -1"):
+        TextSource(offset=-1).check()
+
+
+def test_the_source_documents_configuration_names(tmp_path):
+    """`--dataset-config pg19` is what they write; the data set has no such configuration."""
+    folder = tmp_path / "pg19"
+    (folder / "data").mkdir(parents=True)
+    pd.DataFrame({"text": ["first book"]}).to_parquet(folder / "data" / "test-00000-of-00001.parquet")
+    source = TextSource(dataset_name="pg19", dataset_config="pg19")
+    assert hub_name(source) == ("emozilla/pg19", None)
+    assert hub_name(TextSource(dataset_name="wikitext", dataset_config="wikitext-103-v1")) == (
+        "Salesforce/wikitext",
+        "wikitext-103-v1",
+    )
+    assert hub_name(TextSource(dataset_name="wikitext", dataset_config="wikitext-2-v1"))[1] == "wikitext-2-v1"
+    assert hub_name(TextSource(dataset_name=str(folder))) == (str(folder), None)
+
+
+def test_offline_an_uncached_hub_id_says_what_to_give_instead():
+    """In a process of its own: the hub library reads the environment when it is imported."""
+    code = (
+        "from streamllm.text import TextSource, load_tokens\n"
+        "try: load_tokens(TextSource(dataset_name='nobody/nothing'), lambda text, verbose: {}, 1)\n"
+        "except Exception as error: print(type(error).__name__, error)"
+    )
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout.startswith("TextError data set 'nobody/nothing': ")
+    assert done.stdout.endswith("give a cached hub id, a local folder or --text FILE\n")
+    assert done.stdout.count("\n") == 1
 
 
 def test_of_pg19_the_first_book(tmp_path):

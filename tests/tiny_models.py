@@ -27,7 +27,12 @@ FAMILIES = {
     "Qwen3": {"num_key_value_heads": 2, "head_dim": 16},
     "Phi": {"rope_parameters": plain(partial_rotary_factor=0.5)},
     "Cohere": {"num_key_value_heads": 4, "logit_scale": 1.0},
-    "Glm": {"num_key_value_heads": 2, "head_dim": 8, "rope_parameters": plain(partial_rotary_factor=0.5), "pad_token_id": 0},
+    "Glm": {
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "rope_parameters": plain(partial_rotary_factor=0.5),
+        "pad_token_id": 0,
+    },
 }
 """Partial, grouped-query, yarn-scaled, interleaved (Cohere, GLM) rotary attention; the two golden families are here too."""
 
@@ -36,7 +41,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, *
     """Weights are scaled up: with small ones all attention is uniform and mistakes do not show."""
     architecture = family.split()[0]
     config = getattr(transformers, f"{architecture}Config")(
-        **BASE | {"max_position_embeddings": 4096} | FAMILIES.get(family, {}) | changed
+        **BASE | {"max_position_embeddings": 4096, "pad_token_id": 0} | FAMILIES.get(family, {}) | changed
     )
     torch.manual_seed(seed)
     model = getattr(transformers, f"{architecture}ForCausalLM")._from_config(config, dtype=torch.float32)
