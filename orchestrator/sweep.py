@@ -70,11 +70,14 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     if not re.fullmatch(r"[\w.][\w.+-]*", study):
         raise UsageError(f"study {study!r}: use letters, digits, '.', '_', '+' and '-' only")
 
+    from streamllm.evaluation import check_protocol
     from streamllm.models import trained_length
 
     from .configuration import SweepConfiguration
     from .study import check_cap
 
+    for method in space.parameters.get("method", ()):
+        check_protocol(str(method), "fast")
     trained = trained_length(arguments.model)
     cap = min(space.cap, trained or space.cap)
     check_cap(space, cap)
