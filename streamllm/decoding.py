@@ -45,13 +45,19 @@ class KVCache(ABC):
         self.rotary = loaded.rotary
         self.backend = backend
         self.device = loaded.device
+        self.held = 0
+        """Tokens in the cache when the current forward pass began."""
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
-    def begin(self, held: int, count: int) -> Tensor:
-        """Prepares for a forward pass of `count` tokens, `held` being in the cache; returns the position_ids (count) at
-        which the model is to rotate them: their cache positions, unless a method has other ideas."""
-        return torch.arange(held, held + count, device=self.device)
+    def begin(self, held: int, count: int) -> None:
+        """Prepares for a forward pass of `count` tokens, `held` being in the cache."""
+        self.held = held
+
+    def position_ids(self, count: int) -> Tensor:
+        """Where the model is to rotate the next `count` tokens: at their cache positions, unless a method has other
+        ideas."""
+        return torch.arange(self.held, self.held + count, device=self.device)
 
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -94,12 +100,18 @@ class CachedDecoder(Decoder):
         return self.schedule.held
 
     def feed(self, tokens: Tensor, logits_to_keep: int = 1) -> Tensor:
-        positions = self.cache.begin(self.schedule.held, len(tokens))
-        output = self.loaded.forward(tokens[None], positions, self.cache, logits_to_keep)
+        self.cache.begin(self.schedule.held, len(tokens))
+        logits = self._step(tokens, logits_to_keep)
         drops = [self.schedule.after_token() for _ in range(len(tokens))]
         assert not any(drops[:-1]), "several tokens at once go past an eviction"
         if drops[-1]:
             self.cache.evict(self.schedule.policy.n_sink, drops[-1])
+        return logits
+
+    def _step(self, tokens: Tensor, logits_to_keep: int) -> Tensor:
+        """What runs on the device: tokens (n) -> logits (kept, vocabulary)."""
+        positions = self.cache.position_ids(len(tokens))
+        output = self.loaded.forward(tokens[None], positions, self.cache, logits_to_keep)
         return output.logits[0]
 
 

@@ -72,7 +72,11 @@ class Rotary:
 
     def by(self, distance: int) -> tuple[Tensor, Tensor]:
         """cos and sin (1, rotary size) that turn vectors on by `distance` positions, back if it is negative."""
-        return self._table(torch.tensor([distance], device=self._frequencies.device))
+        return self.turn(torch.tensor([distance], device=self._frequencies.device))
+
+    def turn(self, distances: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (n, rotary size) that turn vectors on by `distances` (n)."""
+        return self._table(distances)
 
     def rotate(self, vectors: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """vectors (..., n, head size) turned by the angles of `at`, `span` or `by`; dims past the rotary size,

@@ -16,7 +16,7 @@ from ..policy import EvictionPolicy
 
 
 class RawKeyCache(KVCache):
-    def begin(self, held: int, count: int) -> Tensor:
+    def position_ids(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.long, device=self.device)  # no rotation: queries and keys arrive raw
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

@@ -2,7 +2,10 @@
 
 Rotary positions are relative, so window keys stay rotated at their position in the stream for life, and queries at
 theirs: their distances are right. Only the few sinks would be too far away: by the number of evicted tokens, by which
-they are turned on whenever that number changes. Eviction is forgetting a slot; it costs O(S).
+they are turned on for every token. Eviction is counting; a token costs O(S), whatever the policy.
+
+All that changes from token to token are two numbers in tensors, the position and the evicted tokens; everything else
+follows from them on the device, in static shapes: the step can be compiled, or captured as a CUDA graph.
 """
 
 from __future__ import annotations
@@ -26,56 +29,73 @@ class RingCache(KVCache):
         steady = steady_state(policy)
         self.n_sink = policy.n_sink
         self.slots = steady.peak_kv if steady is not None else policy.kept  # without eviction it grows
-        self.evicted = 0
-        self.stream_positions = torch.full((self.slots,), -1, device=self.device)
-        """Of the token in each slot; -1 while it is empty."""
-        self.new_slots = torch.empty(0, dtype=torch.long, device=self.device)
-        self.visible: Tensor | None = None
-        """(new, slots), None if all are."""
+        self.always_full = steady is not None and steady.cycle == 1
+        """Once full: every token evicts one, and none is ever masked."""
+        self.evicted_so_far = 0
+        self.position = torch.zeros(1, dtype=torch.long, device=self.device)
+        """Of the first new token, in the stream."""
+        self.evicted = torch.zeros(1, dtype=torch.long, device=self.device)
         self.sink_keys: list[Tensor] = []
         """Per layer (1, KV heads, S, head size), as the model rotated them: each turn starts from these."""
+        self.new_sinks = 0
+        """How many of the new tokens are sinks."""
+        self.masked = True
 
-    def begin(self, held: int, count: int) -> Tensor:
+    def begin(self, held: int, count: int) -> None:
+        super().begin(held, count)
         if held + count > self.slots:  # a policy that never evicts
             self._grow(2 * (held + count))
-        start, window = held + self.evicted, self.slots - self.n_sink
-        positions = torch.arange(start, start + count, device=self.device)
-        self.new_slots = torch.where(
-            positions < self.n_sink, positions, self.n_sink + (positions - self.n_sink) % window
-        )
-        self.stream_positions[self.new_slots] = positions
-        self.visible = None
-        if count > 1 or held + 1 < self.slots:
-            at = self.stream_positions
-            kept = (at >= 0) & ((at < self.n_sink) | (at >= self.n_sink + self.evicted))
-            self.visible = kept & (at <= positions[:, None])
+        self.position.fill_(held + self.evicted_so_far)
+        self.evicted.fill_(self.evicted_so_far)
+        self.new_sinks = max(min(self.n_sink - held, count), 0)
+        self.masked = count > 1 or not (self.always_full and held + 1 == self.slots)
+
+    def position_ids(self, count: int) -> Tensor:
+        positions = self.position + torch.arange(count, device=self.device)
+        window = self.slots - self.n_sink
+        behind = (positions - self.n_sink) % window
+        self.value_slots = torch.where(positions < self.n_sink, positions, self.n_sink + behind)
+        sinks = torch.arange(self.n_sink, device=self.device)
+        self.key_slots = self.value_slots if self.new_sinks else torch.cat((sinks, self.value_slots))
+        self.sink_angles = self.rotary.turn(self.evicted)
+        self.visible = self._visible(positions, window) if self.masked else None
         return positions
 
+    def _visible(self, positions: Tensor, window: int) -> Tensor:
+        """(new, slots): what each query sees. After this step, a window slot holds the newest position that belongs there."""
+        newest = positions[-1]
+        slots = torch.arange(window, device=self.device)
+        held = newest - (newest - self.n_sink - slots) % window
+        at = torch.cat((torch.arange(self.n_sink, device=self.device), held))
+        kept = torch.cat((at[: self.n_sink] >= 0, held >= self.n_sink + self.evicted))
+        return kept & (at <= positions[:, None])
+
     def _grow(self, slots: int) -> None:
-        assert self.evicted == 0, "the tokens are in slots that depend on the size"
+        assert self.evicted_so_far == 0, "the tokens are in slots that depend on the size"
         more = slots - self.slots
         self.slots = slots
-        self.stream_positions = F.pad(self.stream_positions, (0, more), value=-1)
         self.keys = [F.pad(keys, (0, 0, 0, more)) for keys in self.keys]
         self.values = [F.pad(values, (0, 0, 0, more)) for values in self.values]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         if layer == len(self.keys):
-            self.keys.append(key.new_zeros(1, key.shape[1], self.slots, key.shape[3]))
-            self.values.append(value.new_zeros(1, value.shape[1], self.slots, value.shape[3]))
-        keys = self.keys[layer].index_copy_(2, self.new_slots, key)
-        values = self.values[layer].index_copy_(2, self.new_slots, value)
+            self._allocate(key, value)
+        if self.new_sinks:
+            first = self.held
+            self.sink_keys[layer][:, :, first : first + self.new_sinks] = key[:, :, : self.new_sinks]
+        elif self.n_sink:
+            key = torch.cat((self.rotary.rotate(self.sink_keys[layer], self.sink_angles), key), dim=2)
+        keys = self.keys[layer].index_copy_(2, self.key_slots, key)
+        values = self.values[layer].index_copy_(2, self.value_slots, value)
         return attention(self.backend, query, keys, values, scaling, mask=self.visible)
 
+    def _allocate(self, key: Tensor, value: Tensor) -> None:
+        self.keys.append(key.new_zeros(1, key.shape[1], self.slots, key.shape[3]))
+        self.values.append(value.new_zeros(1, value.shape[1], self.slots, value.shape[3]))
+        self.sink_keys.append(key.new_zeros(1, key.shape[1], self.n_sink, key.shape[3]))
+
     def evict(self, n_sink: int, drop: int) -> None:
-        self.evicted += drop
-        if n_sink == 0:
-            return
-        if not self.sink_keys:
-            self.sink_keys = [keys[:, :, :n_sink].clone() for keys in self.keys]
-        angles = self.rotary.by(self.evicted)
-        for keys, sinks in zip(self.keys, self.sink_keys, strict=True):
-            keys[:, :, :n_sink] = self.rotary.rotate(sinks, angles)
+        self.evicted_so_far += drop
 
 
 def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> CachedDecoder:
