@@ -59,6 +59,7 @@ def failed_row(trial: OpenTrial, reason: str, worker: int) -> dict[str, Any]:
         "reason": reason,
         "method": spec.method,
         "backend_requested": spec.attn_backend,
+        "execution": spec.execution,
         **asdict(spec.policy),
         "feasible": False,
         "worker": worker,

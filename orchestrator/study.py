@@ -20,6 +20,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import Trial, TrialState
 
 from search_spaces import OBJECTIVES, SearchSpace
+from streamllm.errors import UsageError
+from streamllm.methods import check_execution
 from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
 
 from .trial import TrialSpec
@@ -100,7 +102,7 @@ class Study:
         self._seen.add(identity)
         try:
             spec = spec_of(trial.params, self.space, self.cap)
-        except PolicyError as error:
+        except UsageError as error:
             self._skip(trial, str(error))
             return None
         self._trials[trial.number] = trial
@@ -134,7 +136,8 @@ def spec_of(params: dict[str, Any], space: SearchSpace, cap: int) -> TrialSpec:
     """The trial that a point of the space stands for; its window is what the cap leaves."""
     knobs = {name: params[name] for name in ("n_sink", "compress_every", "cache_slack", "max_drop")}
     policy = with_derived_window(EvictionPolicy(**knobs), cap, space.cap_accounting)
-    return TrialSpec(params["method"], params["attn_backend"], policy)
+    check_execution(params["method"], params["execution"])
+    return TrialSpec(params["method"], params["attn_backend"], policy, params["execution"])
 
 
 def check_cap(space: SearchSpace, cap: int) -> None:

@@ -70,7 +70,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     if not re.fullmatch(r"[\w.][\w.+-]*", study):
         raise UsageError(f"study {study!r}: use letters, digits, '.', '_', '+' and '-' only")
 
-    from streamllm.evaluation import check_protocol
+    from streamllm.methods import check_protocol
     from streamllm.models import trained_length
 
     from .configuration import SweepConfiguration

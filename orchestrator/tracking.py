@@ -21,7 +21,17 @@ from .trial import TrialSpec
 
 EXPERIMENT = "streamllm-sweep"
 
-_PARAMS = ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop", "method", "backend_requested", "dtype")
+_PARAMS = (
+    "n_sink",
+    "window_size",
+    "compress_every",
+    "cache_slack",
+    "max_drop",
+    "method",
+    "backend_requested",
+    "execution",
+    "dtype",
+)
 _TAGS = {
     "method": "method",
     "protocol": "protocol",

@@ -29,6 +29,7 @@ class TrialSpec:
     method: str
     attn_backend: str
     policy: EvictionPolicy
+    execution: str = "eager"
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,9 +56,11 @@ class Worker:
         quality, fresh_quality = self.measurements.quality(
             spec.method, spec.policy, computing_lease() if on_cpu else None
         )
-        speed, fresh_speed = self.measurements.speed(spec.method, spec.policy, spec.attn_backend, timing_lease())
+        speed, fresh_speed = self.measurements.speed(
+            spec.method, spec.policy, spec.attn_backend, spec.execution, timing_lease()
+        )
         assert quality.losses is not None
-        record = identity(self.loaded, self.stream, spec.method, spec.policy, "fast")
+        record = identity(self.loaded, self.stream, spec.method, spec.policy, "fast", spec.execution)
         return TrialMeasurement(
             record | fast_record(quality.record, speed.record), quality.losses, fresh_quality, fresh_speed
         )

@@ -16,6 +16,7 @@ import yaml
 from streamllm.backends import BACKENDS
 from streamllm.errors import UsageError
 from streamllm.methods import METHODS
+from streamllm.options import EXECUTIONS
 from streamllm.policy import CapAccounting
 
 FOLDER = Path(__file__).parent
@@ -34,6 +35,7 @@ OBJECTIVES = {
 _PARAMETERS: dict[str, tuple[str, ...] | None] = {
     "method": METHODS,
     "attn_backend": tuple(BACKENDS),
+    "execution": EXECUTIONS,
     "n_sink": None,
     "compress_every": None,
     "cache_slack": None,
@@ -42,6 +44,7 @@ _PARAMETERS: dict[str, tuple[str, ...] | None] = {
 _DEFAULTS: dict[str, str | int] = {
     "method": "ours",
     "attn_backend": "auto",
+    "execution": "eager",
     "n_sink": 4,
     "compress_every": 1,
     "cache_slack": 0,

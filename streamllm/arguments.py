@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .backends import BACKENDS, default_backend
 from .errors import UsageError
-from .options import DTYPES, EXECUTIONS, PROTOCOLS
+from .options import DTYPES, PROTOCOLS
 from .policy import EvictionPolicy, with_derived_window
 from .text import TextSource
 
@@ -87,7 +87,6 @@ def add_measuring_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--strict", action="store_true", help="an attention backend that does not run is an error, not a warning"
     )
-    group.add_argument("--execution", choices=EXECUTIONS, default="eager", help="how a step is run (eager)")
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
     group.add_argument(
         "--store",

@@ -98,7 +98,11 @@ def attention(
     causal = causal and mask is None and new > 1
     if backend.library == "flash_attn":
         return _flash_attention_2(query, key, value, scaling, causal)
-    return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped)
+    # A compiled graph is bound to the kernel that it was traced with, and has to know which: enter it inside.
+    with backend.active() if torch.compiler.is_compiling() else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+        )
 
 
 _MASKED_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

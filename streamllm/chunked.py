@@ -43,6 +43,7 @@ def chunk_losses(
     method: str,
     policy: EvictionPolicy,
     backend: Backend,
+    execution: str = "eager",
     progress: Progress | None = None,
 ) -> ChunkRun:
     """tokens (n), cut into chunks of compress_every + CONTINUATION_TOKENS; each is decoded afresh.
@@ -63,11 +64,11 @@ def chunk_losses(
         )
     stream = torch.from_numpy(tokens).to(loaded.device)
     with recorded_kernel(backend) as recorder:  # a first chunk that warms up and does not count
-        _chunk(loaded, stream[: prefill + CONTINUATION_TOKENS + 1], method, policy, backend)
+        _chunk(loaded, stream[: prefill + CONTINUATION_TOKENS + 1], method, policy, backend, execution)
     losses, clocks = [], []
     for start in starts:
         piece = stream[start : start + prefill + CONTINUATION_TOKENS + 1]
-        chunk_loss, clock = _chunk(loaded, piece, method, policy, backend)
+        chunk_loss, clock = _chunk(loaded, piece, method, policy, backend, execution)
         losses.append(chunk_loss.cpu().numpy())
         clocks.append(clock)
         if progress is not None:
@@ -87,11 +88,11 @@ def chunk_losses(
 
 
 def _chunk(
-    loaded: LoadedModel, piece: torch.Tensor, method: str, policy: EvictionPolicy, backend: Backend
+    loaded: LoadedModel, piece: torch.Tensor, method: str, policy: EvictionPolicy, backend: Backend, execution: str
 ) -> tuple[torch.Tensor, list[float]]:
     """piece (R + continuation + 1) -> the continuation's losses, and the clock before, between and after."""
     prefill = policy.compress_every
-    decoder = make_decoder(method, loaded, policy, backend)
+    decoder = make_decoder(method, loaded, policy, backend, execution)
     synchronize(loaded.device)
     clock = [time.perf_counter()]
     decoder.feed(piece[:prefill])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
+from .execution import static_step
 from .loaded import LoadedModel
 from .policy import EvictionPolicy, Schedule
 
@@ -45,19 +46,24 @@ class KVCache(ABC):
         self.rotary = loaded.rotary
         self.backend = backend
         self.device = loaded.device
-        self.held = 0
+        self.length = 0
         """Tokens in the cache when the current forward pass began."""
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
 
     def begin(self, held: int, count: int) -> None:
         """Prepares for a forward pass of `count` tokens, `held` being in the cache."""
-        self.held = held
+        self.length = held
 
     def position_ids(self, count: int) -> Tensor:
         """Where the model is to rotate the next `count` tokens: at their cache positions, unless a method has other
         ideas."""
-        return torch.arange(self.held, self.held + count, device=self.device)
+        return torch.arange(self.length, self.length + count, device=self.device)
+
+    @property
+    def is_static(self) -> bool:
+        """Whether a step of one token now has the shapes of the one before, as compiled steps must have."""
+        return False
 
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
@@ -90,10 +96,11 @@ def without(held: Tensor, n_sink: int, drop: int) -> Tensor:
 class CachedDecoder(Decoder):
     """Decodes with a KV cache that follows the policy's schedule."""
 
-    def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, cache: KVCache) -> None:
+    def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, cache: KVCache, execution: str = "eager") -> None:
         self.loaded = loaded
         self.cache = cache
         self.schedule = Schedule(policy)
+        self._static_step = None if execution == "eager" else static_step(execution, _step, loaded, cache)
 
     @property
     def kv_length(self) -> int:
@@ -101,18 +108,21 @@ class CachedDecoder(Decoder):
 
     def feed(self, tokens: Tensor, logits_to_keep: int = 1) -> Tensor:
         self.cache.begin(self.schedule.held, len(tokens))
-        logits = self._step(tokens, logits_to_keep)
+        if self._static_step is not None and self.cache.is_static and len(tokens) == 1:
+            logits = self._static_step(tokens)
+        else:
+            logits = _step(self.loaded, self.cache, tokens, logits_to_keep)
         drops = [self.schedule.after_token() for _ in range(len(tokens))]
         assert not any(drops[:-1]), "several tokens at once go past an eviction"
         if drops[-1]:
             self.cache.evict(self.schedule.policy.n_sink, drops[-1])
         return logits
 
-    def _step(self, tokens: Tensor, logits_to_keep: int) -> Tensor:
-        """What runs on the device: tokens (n) -> logits (kept, vocabulary)."""
-        positions = self.cache.position_ids(len(tokens))
-        output = self.loaded.forward(tokens[None], positions, self.cache, logits_to_keep)
-        return output.logits[0]
+
+def _step(loaded: LoadedModel, cache: KVCache, tokens: Tensor, logits_to_keep: int = 1) -> Tensor:
+    """What runs on the device: tokens (n) -> logits (kept, vocabulary)."""
+    output = loaded.forward(tokens[None], cache.position_ids(len(tokens)), cache, logits_to_keep)
+    return output.logits[0]
 
 
 @dataclass(frozen=True, slots=True)

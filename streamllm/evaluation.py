@@ -15,9 +15,9 @@ from .block_parallel import block_parallel_losses
 from .chunked import chunk_losses
 from .decoding import Progress, decode_loop
 from .device import device_name, peak_memory
-from .errors import UnsupportedModelError, UsageError
+from .errors import UnsupportedModelError
 from .loaded import LoadedModel
-from .methods import effective_policy, make_decoder, protocols, sampled_losses
+from .methods import effective_policy, make_decoder, sampled_losses
 from .policy import EvictionPolicy, peak_kv, steady_state
 from .quality import Estimate, baseline_positions, check_finite, median_interval, perplexity
 from .text import TokenStream
@@ -96,11 +96,12 @@ def evaluate_fast(
     method: str,
     policy: EvictionPolicy,
     backend: Backend,
+    execution: str = "eager",
     progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
     """Quality block-parallel, speed from a steady-state sample. Raises as `measure_quality`."""
     quality = measure_quality(loaded, stream, method, policy, progress)
-    speed = measure_speed(loaded, method, policy, backend, stream.tokens)
+    speed = measure_speed(loaded, method, policy, backend, stream.tokens, execution)
     return quality, fast_record(quality.summary(), speed_summary(speed, backend.name))
 
 
@@ -115,6 +116,7 @@ def evaluate_decode_loop(
     method: str,
     policy: EvictionPolicy,
     backend: Backend,
+    execution: str = "eager",
     progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
     """Quality and speed from decoding every token one by one; `prefill_sec` is until the cache is full, the TPOT that
@@ -125,7 +127,7 @@ def evaluate_decode_loop(
     _check_span(loaded, peak)
     marks = _segment_ends(policy, n_losses)
     with backend.active(), peak_memory(loaded.device) as memory:
-        decoder = make_decoder(method, loaded, policy, backend)
+        decoder = make_decoder(method, loaded, policy, backend, execution)
         run = decode_loop(decoder, stream.tokens, loaded.device, progress, marks=[1, *marks])
     with backend.active():
         attn_ms = attention_ms(loaded, method, policy, backend, stream.tokens)
@@ -153,6 +155,7 @@ def evaluate_chunked(
     method: str,
     policy: EvictionPolicy,
     backend: Backend,
+    execution: str = "eager",
     progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
     """Quality and speed from chunks of the text, each with a cache of its own: a prefill of `compress_every` tokens in
@@ -165,7 +168,7 @@ def evaluate_chunked(
     started = time.perf_counter()
     with backend.active():
         with peak_memory(loaded.device) as memory:
-            run = chunk_losses(loaded, stream.tokens, method, policy, backend, progress)
+            run = chunk_losses(loaded, stream.tokens, method, policy, backend, execution, progress)
         attn_ms = attention_ms(loaded, method, policy, backend, stream.tokens)
     check_finite(run.losses, str(loaded.dtype))
     seconds = time.perf_counter() - started
@@ -192,15 +195,13 @@ EVALUATORS = {"fast": evaluate_fast, "decode-loop": evaluate_decode_loop, "chunk
 """By protocol."""
 
 
-def check_protocol(method: str, protocol: str) -> None:
-    """Raises UsageError for a method that cannot be measured so."""
-    allowed = protocols(method)
-    if protocol not in allowed:
-        raise UsageError(f"protocol {protocol!r}: method {method!r} is measured by {' or '.join(allowed)} only")
-
-
 def identity(
-    loaded: LoadedModel, stream: TokenStream, method: str, policy: EvictionPolicy, protocol: str
+    loaded: LoadedModel,
+    stream: TokenStream,
+    method: str,
+    policy: EvictionPolicy,
+    protocol: str,
+    execution: str = "eager",
 ) -> dict[str, Any]:
     """What is evaluated on what: the part of a flat result that is known beforehand."""
     return {
@@ -215,7 +216,7 @@ def identity(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": device_name(loaded.device),
         "threads": torch.get_num_threads() if loaded.device.type == "cpu" else None,
-        "execution": "eager",
+        "execution": execution,
         "version": __version__,
     }
 

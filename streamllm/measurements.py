@@ -46,6 +46,7 @@ class Measurements:
         method: str,
         policy: EvictionPolicy,
         attn_backend: str,
+        execution: str = "eager",
         lease: AbstractContextManager[Any] | None = None,
         strict: bool = False,
     ) -> tuple[Measurement, bool]:
@@ -53,10 +54,10 @@ class Measurements:
 
         def measure() -> Measurement:
             backend = resolve_backend(attn_backend, self.loaded, strict)
-            speed = measure_speed(self.loaded, method, policy, backend, self.stream.tokens)
+            speed = measure_speed(self.loaded, method, policy, backend, self.stream.tokens, execution)
             return Measurement(speed_summary(speed, attn_backend))
 
-        return self._once(self._speed_key(method, policy, attn_backend), measure, lease)
+        return self._once(self._speed_key(method, policy, attn_backend, execution), measure, lease)
 
     def whole(
         self,
@@ -64,28 +65,33 @@ class Measurements:
         method: str,
         policy: EvictionPolicy,
         attn_backend: str,
+        execution: str = "eager",
         strict: bool = False,
         progress: Progress | None = None,
     ) -> tuple[Measurement, bool]:
         """Quality and speed by any protocol; they come from the same run in all but `fast`."""
         if protocol == "fast":
             quality, fresh = self.quality(method, policy, progress=progress)
-            speed, fresh_too = self.speed(method, policy, attn_backend, strict=strict)
+            speed, fresh_too = self.speed(method, policy, attn_backend, execution, strict=strict)
             return _joined(quality, speed), fresh or fresh_too
 
         def measure() -> Measurement:
             backend = resolve_backend(attn_backend, self.loaded, strict)
-            quality, record = EVALUATORS[protocol](self.loaded, self.stream, method, policy, backend, progress)
+            quality, record = EVALUATORS[protocol](
+                self.loaded, self.stream, method, policy, backend, execution, progress
+            )
             return Measurement(record | {"backend_requested": attn_backend}, quality.table)
 
-        return self._once(self._whole_key(protocol, method, policy, attn_backend), measure, None)
+        return self._once(self._whole_key(protocol, method, policy, attn_backend, execution), measure, None)
 
-    def find(self, protocol: str, method: str, policy: EvictionPolicy, attn_backend: str) -> Measurement | None:
+    def find(
+        self, protocol: str, method: str, policy: EvictionPolicy, attn_backend: str, execution: str = "eager"
+    ) -> Measurement | None:
         """What `whole` would return, if it is stored."""
         if protocol != "fast":
-            return self.store.get(self._whole_key(protocol, method, policy, attn_backend))
+            return self.store.get(self._whole_key(protocol, method, policy, attn_backend, execution))
         quality = self.store.get(self._quality_key(method, policy))
-        speed = self.store.get(self._speed_key(method, policy, attn_backend))
+        speed = self.store.get(self._speed_key(method, policy, attn_backend, execution))
         return _joined(quality, speed) if quality is not None and speed is not None else None
 
     def _quality_key(self, method: str, policy: EvictionPolicy) -> dict[str, Any]:
@@ -93,13 +99,18 @@ class Measurements:
         names = ("model_digest", "text_digest", "protocol", "dtype")
         return {"kind": f"quality of {kind}"} | self._identity(method, policy, "fast", names)
 
-    def _speed_key(self, method: str, policy: EvictionPolicy, attn_backend: str) -> dict[str, Any]:
-        names = ("model_digest", "protocol", "dtype", "method", "device", "threads", "execution")
-        return {"kind": "speed", "attn_backend": attn_backend} | self._identity(method, policy, "fast", names)
+    def _speed_key(self, method: str, policy: EvictionPolicy, attn_backend: str, execution: str) -> dict[str, Any]:
+        names = ("model_digest", "protocol", "dtype", "method", "device", "threads")
+        return {"kind": "speed", "attn_backend": attn_backend, "execution": execution} | self._identity(
+            method, policy, "fast", names
+        )
 
-    def _whole_key(self, protocol: str, method: str, policy: EvictionPolicy, attn_backend: str) -> dict[str, Any]:
-        names = ("model_digest", "text_digest", "protocol", "dtype", "method", "device", "threads", "execution")
-        key = {"kind": "evaluation", "attn_backend": attn_backend, "compress_every": policy.compress_every}
+    def _whole_key(
+        self, protocol: str, method: str, policy: EvictionPolicy, attn_backend: str, execution: str
+    ) -> dict[str, Any]:
+        names = ("model_digest", "text_digest", "protocol", "dtype", "method", "device", "threads")
+        key: dict[str, Any] = {"kind": "evaluation", "attn_backend": attn_backend, "execution": execution}
+        key["compress_every"] = policy.compress_every  # of `recompute` by chunks, the prefill
         return self._identity(method, policy, protocol, names) | key
 
     def _identity(self, method: str, policy: EvictionPolicy, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:

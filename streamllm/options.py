@@ -1,7 +1,7 @@
 """What can be asked for by name, besides methods (`methods/`) and attention backends (`backends`)."""
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-EXECUTIONS = ("eager",)
+EXECUTIONS = ("eager", "compile", "cudagraph")
 PROTOCOLS = ("fast", "decode-loop", "chunked")
 """fast: quality block-parallel, timing in the steady state. decode-loop: both from decoding token by token. chunked:
 both from chunks of the text, each a prefill, one compression and a short continuation."""

@@ -56,7 +56,7 @@ def measure_baseline(
     stored = measurements.find(*what)
     if stored is None and only_stored:
         return None
-    measurement = stored or measurements.whole(*what, arguments.strict, show_progress("baseline"))[0]
+    measurement = stored or measurements.whole(*what, strict=arguments.strict, progress=show_progress("baseline"))[0]
     assert measurement.losses is not None
     record = identity(loaded, stream, "recompute", fixed, protocol) | measurement.record
     reused = stored is not None

@@ -9,8 +9,8 @@ from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
 from streamllm.decoding import decode_loop
 from streamllm.errors import UnsupportedModelError, UsageError
-from streamllm.evaluation import check_protocol, evaluate_chunked
-from streamllm.methods import make_decoder
+from streamllm.evaluation import evaluate_chunked
+from streamllm.methods import check_protocol, make_decoder
 from streamllm.policy import EvictionPolicy
 from streamllm.text import TokenStream
 

@@ -34,10 +34,12 @@ FAMILIES = {
         "pad_token_id": 0,
     },
 }
-"""Partial, grouped-query, yarn-scaled, interleaved (Cohere, GLM) rotary attention; the two golden families are here too."""
+"""Partial, grouped-query, yarn-scaled and interleaved (Cohere, GLM) rotary attention."""
 
 
-def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, **changed) -> LoadedModel:
+def tiny_model(
+    family: str, dtype: torch.dtype = torch.float64, seed: int = 0, device: str = "cpu", **changed
+) -> LoadedModel:
     """Weights are scaled up: with small ones all attention is uniform and mistakes do not show."""
     architecture = family.split()[0]
     config = getattr(transformers, f"{architecture}Config")(
@@ -49,7 +51,7 @@ def tiny_model(family: str, dtype: torch.dtype = torch.float64, seed: int = 0, *
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=0.25)
-    return prepare(model.to(dtype), family, f"random {family} {seed}")
+    return prepare(model.to(device, dtype), family, f"random {family} {seed}")
 
 
 @st.composite

@@ -23,6 +23,7 @@ from ..arguments import (
 )
 from ..errors import UsageError
 from ..methods import METHODS
+from ..options import EXECUTIONS
 from ..policy import EvictionPolicy
 from ..session import measure_baseline, messages_on_stderr, open_measurements, report, show_progress
 
@@ -54,6 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="streaming is compared with a baseline that is already stored; both measures it if it is not (streaming)",
     )
     add_measuring_arguments(how)
+    how.add_argument(
+        "--execution",
+        choices=EXECUTIONS,
+        default="eager",
+        help="how a step is run; the others want --method ring (eager)",
+    )
 
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one flat JSON object on stdout, nothing else")
@@ -78,10 +85,11 @@ def run(arguments: argparse.Namespace) -> int:
     if file is not None and file.suffix not in (".npy", ".parquet"):
         raise UsageError(f"per_token_losses {str(file)!r}: must end in .npy or .parquet")
 
-    from ..evaluation import check_protocol
+    from ..methods import check_execution, check_protocol
     from ..quality import NonFiniteLossError
 
     check_protocol(arguments.method, arguments.protocol)
+    check_execution(arguments.method, arguments.execution)
     measurements = open_measurements(arguments)
     policy = complete_policy(arguments, measurements.loaded)
     result: dict[str, Any] = {}
@@ -115,8 +123,10 @@ def _measure_streaming(
 
     loaded, stream, method, protocol = measurements.loaded, measurements.stream, arguments.method, arguments.protocol
     backend = resolve_backend(arguments.attn_backend, loaded, arguments.strict)
-    quality, measured = EVALUATORS[protocol](loaded, stream, method, policy, backend, show_progress(method))
-    record = identity(loaded, stream, method, policy, protocol) | measured
+    quality, measured = EVALUATORS[protocol](
+        loaded, stream, method, policy, backend, arguments.execution, show_progress(method)
+    )
+    record = identity(loaded, stream, method, policy, protocol, arguments.execution) | measured
     record["backend_requested"] = arguments.attn_backend
     if baseline is None:
         print("no baseline is stored for this: --mode both measures and keeps it", file=sys.stderr)

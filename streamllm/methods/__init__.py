@@ -3,6 +3,7 @@
 A method's module has `decoder(loaded, policy, backend) -> Decoder`, and where it needs them
 
 - `effective(policy) -> EvictionPolicy`, the part of a policy it means;
+- `EXECUTIONS`, if its step has static shapes; its `decoder` then takes `execution` too;
 - `PROTOCOLS`, if it does not go with all of them;
 - `losses_at(loaded, tokens, window, positions, backend, progress) -> ndarray`, if no eviction schedule says what it
   sees: its quality is then sampled instead of computed block-parallel.
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
 from ..options import PROTOCOLS
 from ..policy import EvictionPolicy
 
@@ -37,9 +39,12 @@ def effective_policy(method: str, policy: EvictionPolicy) -> EvictionPolicy:
     return adapt(policy) if adapt is not None else policy
 
 
-def make_decoder(method: str, loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> Decoder:
+def make_decoder(
+    method: str, loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str = "eager"
+) -> Decoder:
     """A decoder with an empty cache."""
-    decoder: Decoder = _module(method).decoder(loaded, effective_policy(method, policy), backend)
+    options = {} if execution == "eager" else {"execution": execution}
+    decoder: Decoder = _module(method).decoder(loaded, effective_policy(method, policy), backend, **options)
     return decoder
 
 
@@ -48,9 +53,22 @@ def sampled_losses(method: str) -> Callable[..., np.ndarray] | None:
     return getattr(_module(method), "losses_at", None)
 
 
-def protocols(method: str) -> tuple[str, ...]:
-    """The protocols a method can be measured by."""
-    return getattr(_module(method), "PROTOCOLS", PROTOCOLS)
+def check_execution(method: str, execution: str) -> None:
+    """Raises UsageError for a way the method's step cannot be run."""
+    allowed = getattr(_module(method), "EXECUTIONS", ("eager",))
+    if execution not in allowed:
+        able = [name for name in METHODS if execution in getattr(_module(name), "EXECUTIONS", ())]
+        raise UsageError(
+            f"execution {execution!r}: the steps of method {method!r} change shape, {' or '.join(allowed)} runs them; "
+            f"use --method {' or '.join(able)}"
+        )
+
+
+def check_protocol(method: str, protocol: str) -> None:
+    """Raises UsageError for a method that cannot be measured so."""
+    allowed = getattr(_module(method), "PROTOCOLS", PROTOCOLS)
+    if protocol not in allowed:
+        raise UsageError(f"protocol {protocol!r}: method {method!r} is measured by {' or '.join(allowed)} only")
 
 
 def _module(method: str) -> ModuleType:

@@ -61,8 +61,12 @@ class RingCache(KVCache):
         self.visible = self._visible(positions, window) if self.masked else None
         return positions
 
+    @property
+    def is_static(self) -> bool:
+        return not self.new_sinks and self.masked != self.always_full
+
     def _visible(self, positions: Tensor, window: int) -> Tensor:
-        """(new, slots): what each query sees. After this step, a window slot holds the newest position that belongs there."""
+        """(new, slots): what each query sees. A window slot holds the newest position that belongs there."""
         newest = positions[-1]
         slots = torch.arange(window, device=self.device)
         held = newest - (newest - self.n_sink - slots) % window
@@ -81,7 +85,7 @@ class RingCache(KVCache):
         if layer == len(self.keys):
             self._allocate(key, value)
         if self.new_sinks:
-            first = self.held
+            first = self.length
             self.sink_keys[layer][:, :, first : first + self.new_sinks] = key[:, :, : self.new_sinks]
         elif self.n_sink:
             key = torch.cat((self.rotary.rotate(self.sink_keys[layer], self.sink_angles), key), dim=2)
@@ -98,5 +102,8 @@ class RingCache(KVCache):
         self.evicted_so_far += drop
 
 
-def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> CachedDecoder:
-    return CachedDecoder(loaded, policy, RingCache(loaded, policy, backend))
+EXECUTIONS = ("eager", "compile", "cudagraph")
+
+
+def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str = "eager") -> CachedDecoder:
+    return CachedDecoder(loaded, policy, RingCache(loaded, policy, backend), execution)

@@ -1,0 +1,87 @@
+"""How a decode step is run: eagerly, compiled, or replayed as a CUDA graph. The last two want static shapes: `ring`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .decoding import KVCache
+    from .loaded import LoadedModel
+
+Step = Callable[["LoadedModel", "KVCache", Tensor], Tensor]
+"""(model, cache, token (1)) -> logits (1, vocabulary)"""
+
+
+def static_step(execution: str, step: Step, loaded: LoadedModel, cache: KVCache) -> Callable[[Tensor], Tensor]:
+    """`step` on this model and cache, for one token at a time. On a GPU it is replayed as a graph, compiled or not."""
+    if execution == "compile":
+        use_matrix_vector_products(loaded.model)
+        step = _compiled(step, loaded.device.type)
+    if loaded.device.type == "cuda":
+        return _GraphedStep(step, loaded, cache)
+    return lambda token: step(loaded, cache, token)
+
+
+@cache
+def _compiled(step: Step, device: str) -> Step:
+    """One compiled function for all decoders: a graph per shape, found again by the next decoder of that shape."""
+    # Left to itself, inductor recomputes norms and activations inside every row of the products that read them.
+    apart: dict[str, Any] = {
+        "realize_opcount_threshold": 0,
+        "realize_reads_threshold": 0,
+        "realize_acc_reads_threshold": 0,
+    }
+    return torch.compile(step, fullgraph=True, dynamic=False, options=apart if device == "cpu" else None)
+
+
+class _GraphedStep:
+    """Captures the step by hand. A step is idempotent until its position moves on, so that warming up does no harm."""
+
+    def __init__(self, step: Step, loaded: LoadedModel, cache: KVCache) -> None:
+        self.token = torch.zeros(1, dtype=torch.long, device=loaded.device)
+        self.run = lambda: step(loaded, cache, self.token)
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, token: Tensor) -> Tensor:
+        self.token.copy_(token)
+        if self.graph is None:
+            self._capture()
+        assert self.graph is not None
+        self.graph.replay()
+        return self.logits.clone()
+
+    def _capture(self) -> None:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                self.run()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.logits = self.run()
+
+
+class MatrixVectorLinear(nn.Linear):
+    """A linear layer that, compiled for one token, is a multiply and a sum: inductor streams the weights through that
+    at memory bandwidth, where a matrix product with one row is far from it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not torch.compiler.is_compiling() or input.numel() != self.in_features:
+            return super().forward(input)
+        output = (self.weight * input.reshape(-1)).sum(-1)
+        if self.bias is not None:
+            output = output + self.bias
+        return output.view(*input.shape[:-1], self.out_features)
+
+
+def use_matrix_vector_products(model: nn.Module) -> None:
+    """For compiled decode steps of batch 1; everything else is computed as before."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = MatrixVectorLinear

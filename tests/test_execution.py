@@ -1,0 +1,91 @@
+"""A compiled decode step gives the eager losses, over many wrap-arounds of the ring, from one graph per shape."""
+
+import numpy as np
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from streamllm.backends import BACKENDS
+from streamllm.block_parallel import block_parallel_losses
+from streamllm.decoding import decode_loop
+from streamllm.errors import UsageError
+from streamllm.methods import check_execution, make_decoder
+from streamllm.policy import EvictionPolicy
+
+from .tiny_models import tiny_model
+
+
+@pytest.fixture
+def tokens():
+    return np.random.default_rng(0).integers(61, size=160)
+
+
+@pytest.fixture
+def graphs():
+    """Counts the graphs compiled since the test began."""
+    torch._dynamo.reset()
+    counters.clear()
+    return lambda: counters["stats"]["unique_graphs"]
+
+
+def compiled_losses(loaded, policy, tokens, execution="compile", backend="auto"):
+    with BACKENDS[backend].active():
+        decoder = make_decoder("ring", loaded, policy, BACKENDS[backend], execution)
+        return decode_loop(decoder, tokens, loaded.device).losses
+
+
+@pytest.mark.parametrize("family", ["GPTNeoX", "Llama"])
+def test_compiled_is_eager_and_compiled_once_per_shape(family, tokens, graphs):
+    loaded = tiny_model(family, torch.float32)
+    full = EvictionPolicy(n_sink=3, window_size=20)
+    expected = block_parallel_losses(loaded, tokens, full)
+    np.testing.assert_allclose(compiled_losses(loaded, full, tokens), expected, rtol=0, atol=1e-4)
+    assert graphs() == 1, "the cache wraps around seven times"
+    np.testing.assert_allclose(compiled_losses(loaded, full, tokens), expected, rtol=0, atol=1e-4)
+    assert graphs() == 1, "another decoder of the same shape compiles nothing"
+    lazy = EvictionPolicy(n_sink=3, window_size=16, compress_every=4, cache_slack=2, max_drop=3)
+    expected = block_parallel_losses(loaded, tokens, lazy)
+    np.testing.assert_allclose(compiled_losses(loaded, lazy, tokens), expected, rtol=0, atol=1e-4)
+    assert graphs() == 2, "a cache that is not always full is masked"
+
+
+def test_other_policies_of_the_same_shape_share_the_graph(tokens, graphs):
+    """Whatever fills the same slots behind the same sinks: pruning is counting, not computing."""
+    loaded = tiny_model("Llama", torch.float32)
+    for policy in (
+        EvictionPolicy(n_sink=3, window_size=16, compress_every=4),
+        EvictionPolicy(n_sink=3, window_size=17, compress_every=3),
+    ):
+        expected = block_parallel_losses(loaded, tokens, policy)
+        np.testing.assert_allclose(compiled_losses(loaded, policy, tokens), expected, rtol=0, atol=1e-4)
+    assert graphs() == 1
+
+
+def test_only_static_steps_are_compiled(golden_model):
+    check_execution("ring", "compile")
+    with pytest.raises(UsageError, match=r"'compile': the steps of method 'ours' change shape.*use --method ring"):
+        check_execution("ours", "compile")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("execution", ["compile", "cudagraph"])
+def test_graphs_replayed_on_a_gpu(execution, tokens):
+    cpu = tiny_model("Llama", torch.float32)
+    loaded = tiny_model("Llama", torch.float32, device="cuda")
+    policy = EvictionPolicy(n_sink=3, window_size=20)
+    expected = block_parallel_losses(cpu, tokens, policy)
+    np.testing.assert_allclose(compiled_losses(loaded, policy, tokens, execution), expected, rtol=0, atol=1e-3)
+
+
+def test_changing_the_backend_changes_what_is_compiled(tokens):
+    """Math and flash have the same shapes; a graph compiled for one must not serve the other."""
+    loaded, policy = tiny_model("Llama", torch.float32), EvictionPolicy(n_sink=3, window_size=20)
+    for name in ("math", "flash", "math"):
+        with BACKENDS[name].active(), torch.inference_mode():
+            decoder = make_decoder("ring", loaded, policy, BACKENDS[name], "compile")
+            for token in torch.from_numpy(tokens[:40]).split(1):
+                decoder.feed(token)
+            with torch.profiler.profile() as profile:
+                decoder.feed(torch.tensor([1]))
+        ran = {event.name for event in profile.events()}
+        assert ("aten::_scaled_dot_product_flash_attention_for_cpu" in ran) == (name == "flash"), name
