@@ -81,6 +81,8 @@ def speed_summary(speed: Speed, requested: str) -> dict[str, Any]:
         "first_token_latency_sec": speed.first_token_latency_sec,
         "avg_attn_ms": speed.avg_attn_ms,
         "peak_memory_mb": speed.peak_memory_mb,
+        "bytes_per_token": speed.bytes_per_token,
+        "bandwidth_utilization": speed.bandwidth_utilization,
         "tokens_per_segment": speed.tokens_per_segment,
         "segments": len(speed.segment_tpot_ms),
         "warmup_tokens": speed.warmup_tokens,

@@ -18,7 +18,7 @@ from torch import Tensor
 from .attention import AttentionState, recorded_kernel
 from .backends import Backend
 from .decoding import Decoder
-from .device import peak_memory, synchronize
+from .device import copy_bandwidth, peak_memory, synchronize
 from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder
 from .policy import EvictionPolicy, steady_state
@@ -44,12 +44,15 @@ class Speed:
     avg_attn_ms: float
     """Per token, of all layers together; from extra tokens, beside the timing."""
     peak_memory_mb: float
+    bytes_per_token: int
+    bandwidth_utilization: float
+    """`bytes_per_token` over the TPOT, as a share of the device's copy bandwidth: 1 is the floor of any decoding."""
     backend_used: str
     seconds: float
     """What measuring all this took."""
 
 
-class _Run:
+class TimedDecoder:
     """A decoder that goes through the phases of a measurement; token ids come from a text, over and over."""
 
     def __init__(
@@ -115,7 +118,7 @@ def measure_speed(
     with backend.active():
         used = used_backend(loaded, method, policy, backend, tokens)  # initialises libraries too
         with no_garbage_collection(), peak_memory(loaded.device) as memory:
-            run = _Run(loaded, method, policy, backend, tokens, execution)
+            run = TimedDecoder(loaded, method, policy, backend, tokens, execution)
             filled, first_token = run.prefill()
             run.decode(run.growing)
             run.decode(run.whole_cycles(WARMUP_TOKENS))
@@ -123,8 +126,10 @@ def measure_speed(
             length = run.whole_cycles(SEGMENT_SEC / pace)
             tpot = [1e3 * run.decode(length) for _ in range(SEGMENTS)]
         attn_ms = attention_ms(loaded, method, policy, backend, tokens)
+    median = median_interval(np.array(tpot))
+    needed = bytes_per_token(loaded, policy)
     return Speed(
-        tpot_ms=median_interval(np.array(tpot)),
+        tpot_ms=median,
         segment_tpot_ms=tpot,
         tokens_per_segment=length,
         warmup_tokens=run.growing + 2 * run.whole_cycles(WARMUP_TOKENS),
@@ -132,15 +137,30 @@ def measure_speed(
         first_token_latency_sec=first_token,
         avg_attn_ms=attn_ms,
         peak_memory_mb=memory.megabytes,
+        bytes_per_token=needed,
+        bandwidth_utilization=needed / (median.value / 1e3) / copy_bandwidth(loaded.device),
         backend_used=used,
         seconds=time.perf_counter() - started,
     )
 
 
+def bytes_per_token(loaded: LoadedModel, policy: EvictionPolicy) -> int:
+    """What must be read to decode a token with a full cache: every weight (of an embedding that is not also the output
+    layer, one row), and the keys and values of S + W + 1 tokens."""
+    model, config = loaded.model, loaded.model.config
+    embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    if output is None or output.weight is not embedding:
+        weights -= embedding.nbytes
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    key = kv_heads * loaded.head_size * loaded.dtype.itemsize
+    return int(weights + 2 * config.num_hidden_layers * key * (policy.kept + 1))
+
+
 def used_backend(loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray) -> str:
     """The attention kernels seen in a cycle of the steady state, or in its first `_RECORDED_TOKENS` tokens."""
     with recorded_kernel(backend) as recorder:
-        run = _Run(loaded, method, effective_policy(method, policy), backend, tokens)
+        run = TimedDecoder(loaded, method, effective_policy(method, policy), backend, tokens)
         run.prefill()
         run.decode(run.growing)
         recorder.kernels.clear()
@@ -156,7 +176,7 @@ def attention_ms(
     read, the kernel. Prunes are not in it."""
     clock = _AttentionClock(loaded.device)
     timed = _TimedModel(**vars(loaded), clock=clock)
-    run = _Run(timed, method, effective_policy(method, policy), backend, tokens)
+    run = TimedDecoder(timed, method, effective_policy(method, policy), backend, tokens)
     run.prefill()
     run.decode(run.growing + run.period)
     clock.spans.clear()

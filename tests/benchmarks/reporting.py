@@ -1,0 +1,102 @@
+"""What the benchmarks share: models of known shape with random weights, interleaved timing, a table, a JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+from streamllm.device import copy_bandwidth, default_device, device_name, limit_threads, resolve_dtype
+from streamllm.loaded import LoadedModel
+from streamllm.models import prepare
+from streamllm.quality import median_interval
+
+SHAPES = {  # Pythia's configurations; speed does not depend on the values of the weights
+    "pythia-70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
+    "pythia-2.8b": {
+        "hidden_size": 2560,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "intermediate_size": 10240,
+    },
+    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--shape", choices=SHAPES, default="pythia-70m")
+    options.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16 (auto)")
+    options.add_argument("--threads", type=int, default=1, help="CPU threads (1)")
+    options.add_argument("--rounds", type=int, default=9, help="interleaved repetitions (9)")
+    options.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    return options
+
+
+def random_model(arguments: argparse.Namespace) -> LoadedModel:
+    limit_threads(arguments.threads)
+    device = default_device()
+    config = transformers.GPTNeoXConfig(
+        vocab_size=50304, max_position_embeddings=2048, rotary_pct=0.25, **SHAPES[arguments.shape]
+    )
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = transformers.GPTNeoXForCausalLM._from_config(config, dtype=resolve_dtype(arguments.dtype, device))
+    return prepare(model, f"{arguments.shape} (random weights)", "random")
+
+
+def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Every variant in turn, `rounds` times: what disturbs one round disturbs all. Each returns what it measured."""
+    results: dict[str, list[float]] = {name: [] for name in variants}
+    for done in range(rounds):
+        for name, measure in variants.items():
+            results[name].append(measure())
+        print(f"\rround {done + 1}/{rounds}", end="" if done + 1 < rounds else "\n", file=sys.stderr, flush=True)
+    return results
+
+
+def summary(values: list[float]) -> dict[str, float]:
+    estimate = median_interval(np.array(values))
+    return {"median": estimate.value, "low": estimate.low, "high": estimate.high}
+
+
+def environment(loaded: LoadedModel) -> dict[str, Any]:
+    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {
+        "model": loaded.name,
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "device": device_name(loaded.device),
+        "threads": torch.get_num_threads(),
+        "copy_bandwidth_gb_per_sec": copy_bandwidth(loaded.device) / 1e9,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "commit": found.stdout.strip() or None,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def report(title: str, loaded: LoadedModel, rows: list[dict[str, Any]], file: Path | None) -> None:
+    """A Markdown table on the screen, everything in the file."""
+    facts = environment(loaded)
+    print(f"{title}: {facts['model']}, {facts['dtype']}, {facts['device']}, {facts['threads']} threads, "
+          f"copies {facts['copy_bandwidth_gb_per_sec']:.1f} GB/s")  # fmt: skip
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "|".join("---" for _ in columns) + "|")
+    for row in rows:
+        print("| " + " | ".join(_text(row.get(name, "")) for name in columns) + " |")
+    if file is not None:
+        file.write_text(json.dumps({"benchmark": title, **facts, "rows": rows}, indent=1) + "\n")
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
