@@ -44,7 +44,7 @@ def test_lists_ranges_fixed_values_and_defaults(tmp_path):
         ("parameters:\n  sinks: [1]\n", "line 2: unknown key 'sinks'"),
         ("parameters:\n  n_sink: [1, -2]\n", "line 2: n_sink -2"),
         ("parameters:\n  n_sink: {low: 5, high: 2}\n", "low 5 is above high 2"),
-        ("parameters:\n  method: [mti]\n", "line 2: method 'mti': must be one of dense, mit"),
+        ("parameters:\n  method: [mti]\n", "line 2: method 'mti': must be one of dense, kvpress, mit"),
         (GOOD + "known:\n  - {n_sink: 8}\n", "line 3: known n_sink 8 is not among its choices: 0, 4"),
         ("parameters: [", "not YAML"),
     ],

@@ -1,6 +1,14 @@
+import math
+
+import pytest
+import torch
+
 from streamllm import timing
 from streamllm.backends import BACKENDS
+from streamllm.device import copy_bandwidth, peak_memory
 from streamllm.policy import EvictionPolicy, steady_state
+
+from .tiny_models import tiny_model
 
 
 class CountingDecoder:
@@ -11,17 +19,50 @@ class CountingDecoder:
 
     def feed(self, tokens):
         self.fed.append(len(tokens))
+        return torch.zeros(1, 3)
 
 
 def test_segments_are_whole_prune_cycles_of_a_full_cache(golden_model, golden_tokens, monkeypatch):
-    decoder, policy = CountingDecoder(), EvictionPolicy(n_sink=2, window_size=30, compress_every=8, max_drop=3)
-    monkeypatch.setattr(timing, "make_decoder", lambda *_: decoder)
+    decoders, policy = [], EvictionPolicy(n_sink=2, window_size=30, compress_every=8, max_drop=3)
+    monkeypatch.setattr(timing, "make_decoder", lambda *_: decoders.append(CountingDecoder()) or decoders[-1])
     monkeypatch.setattr(timing, "SEGMENT_SEC", 1e-4)
     speed = timing.measure_speed(golden_model("neox-tiny"), "ours", policy, BACKENDS["auto"], golden_tokens)
     steady = steady_state(policy)
-    assert decoder.fed[0] == 31, "the prefill stops short of the first eviction"
+    _, timed, _ = decoders  # one shows the kernel, one is timed, one shows attention's share
+    assert timed.fed[0] == 31, "the prefill stops short of the first eviction"
     assert speed.tokens_per_segment % steady.cycle == 0
-    timed = timing.SEGMENTS * speed.tokens_per_segment
-    assert sum(decoder.fed) - timed >= steady.start + timing.WARMUP_TOKENS
+    before = sum(timed.fed) - timing.SEGMENTS * speed.tokens_per_segment
+    assert before == 31 + speed.warmup_tokens >= steady.start + timing.WARMUP_TOKENS
+    assert (before - steady.start) % steady.cycle == 0, "the first segment begins with a cycle"
     assert len(speed.segment_tpot_ms) == timing.SEGMENTS
     assert speed.tpot_ms.low <= speed.tpot_ms.value <= speed.tpot_ms.high
+
+
+def test_attention_is_a_part_of_the_time(golden_model, golden_tokens, monkeypatch):
+    monkeypatch.setattr(timing, "SEGMENT_SEC", 1e-3)
+    policy = EvictionPolicy(n_sink=2, window_size=30)
+    speed = timing.measure_speed(golden_model("neox-tiny"), "mit", policy, BACKENDS["auto"], golden_tokens)
+    assert 0 < speed.avg_attn_ms
+    assert 0 < speed.prefill_sec <= speed.first_token_latency_sec
+    assert speed.bandwidth_utilization == pytest.approx(
+        speed.bytes_per_token / (speed.tpot_ms.value / 1e3) / copy_bandwidth(torch.device("cpu"))
+    )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_bytes_per_token_are_weights_and_cache(tied):
+    """Counted by hand: a Llama of two layers, hidden 32, 4 heads and 2 KV heads of size 8, MLP 48, vocabulary 61."""
+    loaded = tiny_model("Llama", torch.float32, tie_word_embeddings=tied)
+    layer = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 48 + 2 * 32
+    weights = 2 * layer + 32 + 61 * 32  # layers, final norm, the output layer: its own or the embedding
+    cache = 2 * 2 * (2 * 8) * (4 + 20 + 1)
+    assert timing.bytes_per_token(loaded, EvictionPolicy(n_sink=4, window_size=20)) == 4 * (weights + cache)
+
+
+def test_peak_memory_sees_what_was_freed():
+    with peak_memory(torch.device("cpu")) as nothing:
+        pass
+    with peak_memory(torch.device("cpu")) as memory:
+        torch.ones(64 * 2**20 // 4)
+    assert math.isfinite(nothing.megabytes)
+    assert memory.megabytes >= nothing.megabytes + 48
