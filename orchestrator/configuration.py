@@ -25,6 +25,7 @@ class SweepConfiguration:
     model: str
     source: TextSource
     dtype: str
+    quantization: str
     space: SearchSpace
     cap: int
     """Total KV: the space's cap, or the model's trained length where that is shorter."""

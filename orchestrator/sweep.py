@@ -87,6 +87,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         model=arguments.model,
         source=source,
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         space=space,
         cap=cap,
         trials=arguments.trials,
@@ -124,7 +125,13 @@ def _sweep(configuration: SweepConfiguration, study_id: str, address: str | None
     display = Display(configuration.trials, study.rows, configuration.space.objectives)
     _introduce(configuration, study, display)
     tracker = Tracker(configuration.study, study_id, commit())
-    setup = WorkerSetup(configuration.model, configuration.source, configuration.dtype, configuration.store.absolute())
+    setup = WorkerSetup(
+        model=configuration.model,
+        source=configuration.source,
+        dtype=configuration.dtype,
+        quantization=configuration.quantization,
+        store=configuration.store.absolute(),
+    )
     pool = WorkerPool(setup, configuration.workers, address)
     driver = Driver(study, pool, configuration.cap, configuration.trials, [display, tracker])
     status, code = "FINISHED", 0

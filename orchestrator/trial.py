@@ -19,6 +19,7 @@ class WorkerSetup:
     model: str
     source: TextSource
     dtype: str
+    quantization: str
     store: Path
 
 

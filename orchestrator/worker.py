@@ -33,7 +33,7 @@ class Worker:
 
         setup = self.setup
         limit_threads(len(self.cores) or None)
-        self.loaded = load_model(setup.model, setup.dtype)
+        self.loaded = load_model(setup.model, setup.dtype, quantization=setup.quantization)
         tokenizer = None if setup.source.token_ids is not None else load_tokenizer(setup.model)
         self.stream = load_tokens(setup.source, tokenizer, self.loaded.model.config.vocab_size)
         self.measurements = Measurements(MeasurementStore(setup.store), self.loaded, self.stream)

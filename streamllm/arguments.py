@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from .backends import BACKENDS, default_backend
 from .errors import UsageError
-from .options import DTYPES, PROTOCOLS
+from .options import DTYPES, PROTOCOLS, QUANTIZATIONS
 from .policy import EvictionPolicy, with_derived_window
 from .text import TextSource
 
@@ -24,6 +24,12 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="what the device does well: bfloat16, float16 or float32 (auto)"
+    )
+    group.add_argument(
+        "--quantization",
+        choices=QUANTIZATIONS,
+        default="none",
+        help="of the weights of linear layers, by torchao (none)",
     )
 
 

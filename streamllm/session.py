@@ -33,7 +33,7 @@ def open_measurements(arguments: argparse.Namespace) -> Measurements:
 
     source = text_source(arguments)
     limit_threads(arguments.threads)
-    loaded = load_model(arguments.model, arguments.dtype)
+    loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
     tokenizer = None if source.token_ids is not None else load_tokenizer(arguments.model)
     stream = load_tokens(source, tokenizer, loaded.model.config.vocab_size)
     return Measurements(MeasurementStore(arguments.store), loaded, stream)

@@ -42,7 +42,7 @@ def test_attention_is_a_part_of_the_time(golden_model, golden_tokens, monkeypatc
     monkeypatch.setattr(timing, "SEGMENT_SEC", 1e-3)
     policy = EvictionPolicy(n_sink=2, window_size=30)
     speed = timing.measure_speed(golden_model("neox-tiny"), "mit", policy, BACKENDS["auto"], golden_tokens)
-    assert 0 < speed.avg_attn_ms
+    assert speed.avg_attn_ms > 0
     assert 0 < speed.prefill_sec <= speed.first_token_latency_sec
     assert speed.bandwidth_utilization == pytest.approx(
         speed.bytes_per_token / (speed.tpot_ms.value / 1e3) / copy_bandwidth(torch.device("cpu"))

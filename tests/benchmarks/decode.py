@@ -25,10 +25,14 @@ class Variant(NamedTuple):
     method: str
     compress_every: int = 1
     execution: str = "eager"
+    quantization: str = "none"
 
     @property
     def name(self) -> str:
-        return f"{self.method} R={self.compress_every} {self.execution}" if self.method != "recompute" else self.method
+        if self.method == "recompute":
+            return self.method
+        int8 = " int8" if self.quantization != "none" else ""
+        return f"{self.method} R={self.compress_every} {self.execution}{int8}"
 
 
 VARIANTS = (
@@ -39,6 +43,8 @@ VARIANTS = (
     Variant("ring"),
     Variant("ring", 64),
     Variant("ring", execution="compile"),
+    Variant("ring", quantization="int8_weight_only"),
+    Variant("ring", execution="compile", quantization="int8_weight_only"),
 )
 GPU_VARIANTS = (Variant("ring", execution="cudagraph"),)
 REFERENCE = Variant("ours").name
@@ -65,7 +71,8 @@ def main() -> None:
     loaded = random_model(arguments)
     chosen = VARIANTS + (GPU_VARIANTS if loaded.device.type == "cuda" else ())
     with no_garbage_collection():
-        variants = {variant.name: timed(variant, loaded, arguments.cache) for variant in chosen}
+        models = {"none": loaded, "int8_weight_only": random_model(arguments, "int8_weight_only")}
+        variants = {variant.name: timed(variant, models[variant.quantization], arguments.cache) for variant in chosen}
         times = interleaved(variants, arguments.rounds)
     needed = bytes_per_token(loaded, EvictionPolicy(n_sink=4, window_size=arguments.cache - 4))
     floor = 1e3 * needed / copy_bandwidth(loaded.device)

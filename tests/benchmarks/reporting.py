@@ -19,6 +19,7 @@ from streamllm.device import copy_bandwidth, default_device, device_name, limit_
 from streamllm.loaded import LoadedModel
 from streamllm.models import prepare
 from streamllm.quality import median_interval
+from streamllm.quantization import quantize
 
 SHAPES = {  # Pythia's configurations; speed does not depend on the values of the weights
     "pythia-70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
@@ -42,7 +43,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
-def random_model(arguments: argparse.Namespace) -> LoadedModel:
+def random_model(arguments: argparse.Namespace, quantization: str = "none") -> LoadedModel:
     limit_threads(arguments.threads)
     device = default_device()
     config = transformers.GPTNeoXConfig(
@@ -51,6 +52,7 @@ def random_model(arguments: argparse.Namespace) -> LoadedModel:
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.GPTNeoXForCausalLM._from_config(config, dtype=resolve_dtype(arguments.dtype, device))
+    quantize(model, quantization)
     return prepare(model, f"{arguments.shape} (random weights)", "random")
 
 
