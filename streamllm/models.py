@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -130,6 +131,8 @@ def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     hub_logging.set_verbosity_error()
+    for name_of_logger in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed
+        getLogger(name_of_logger).setLevel("ERROR")
     try:
         return load(resolve_model(name), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
