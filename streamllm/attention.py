@@ -8,10 +8,8 @@ any architecture is copied, and no `transformers` cache class is needed.
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,17 +17,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .backends import BACKENDS, Backend
-from .errors import UnsupportedModelError, UsageError
-
-if TYPE_CHECKING:
-    from .loaded import LoadedModel
+from .backends import Backend
+from .errors import UnsupportedModelError
 
 ATTENTION_NAME = "streamllm"
-
-
-class BackendError(UsageError):
-    """An attention backend that was insisted on does not run here."""
 
 
 class AttentionState(Protocol):
@@ -90,7 +81,7 @@ def attention(
     if causal and new > 1 and backend.library != "flash_attn" and (new != held or backend.library == "eager"):
         mask = torch.ones(new, held, dtype=torch.bool, device=query.device).tril(held - new)
     if backend.library == "eager":
-        return _eager_attention(query, key, value, scaling, mask)
+        return eager_attention(query, key, value, scaling, mask)
     grouped = query.shape[1] != key.shape[1]
     if mask is not None and query.is_cuda and not backend.masks:
         with sdpa_kernel(_MASKED_KERNELS):
@@ -116,7 +107,7 @@ def _flash_attention_2(query: Tensor, key: Tensor, value: Tensor, scaling: float
     return flash_attn_func(query, key, value, softmax_scale=scaling, causal=causal).transpose(1, 2)
 
 
-def _eager_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
     """As written in transformers' modelling files: the logits in the model's dtype, the softmax in float32 at least."""
     repeats = query.shape[1] // key.shape[1]
     key, value = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (key, value))
@@ -163,56 +154,3 @@ class KernelRecorder(TorchDispatchMode):
         if kernel is not None:
             self.kernels.add(kernel)
         return func(*args, **(kwargs or {}))
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """What became of an attention call with one backend."""
-
-    backend: Backend
-    kernel: str | None
-    """The kernel that ran; None if none did."""
-    error: str | None = None
-
-    @property
-    def available(self) -> bool:
-        """Whether what was asked for is what ran."""
-        return self.kernel is not None and self.backend.name in ("auto", self.kernel)
-
-
-def probe_backend(
-    backend: Backend, device: torch.device, dtype: torch.dtype, head_size: int, heads: int = 1, kv_heads: int = 1
-) -> Probe:
-    """Runs a decode-shaped call: one query, eight keys. The output must agree with eager attention in float32."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = (heads, 1, head_size), (kv_heads, 8, head_size), (kv_heads, 8, head_size)
-    query, key, value = (torch.randn(1, *shape, generator=generator).to(device, dtype) for shape in shapes)
-    try:
-        with warnings.catch_warnings(record=True) as reasons, backend.active(), recorded_kernel(backend) as recorder:
-            warnings.simplefilter("always")  # torch says in warnings why a kernel does not fit
-            found = attention(backend, query, key, value, 0.1)
-        expected = _eager_attention(query.float(), key.float(), value.float(), 0.1, None)
-        error = (found.float() - expected).abs().max().item()
-        if not error < 0.02:
-            return Probe(backend, None, f"wrong by {error:.2g}")
-    except (RuntimeError, ImportError) as failure:
-        causes = [str(reason.message) for reason in reasons if "not" in str(reason.message)]
-        return Probe(backend, None, (causes[-1] if causes else str(failure)).splitlines()[0])
-    return Probe(backend, recorder.used)
-
-
-def resolve_backend(name: str, loaded: LoadedModel, strict: bool = False) -> Backend:
-    """The backend of that name, probed on the model's device, dtype and heads; `auto` with a warning where it does not
-    run, or, if `strict`, BackendError."""
-    config = loaded.model.config
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    probe = probe_backend(BACKENDS[name], loaded.device, loaded.dtype, loaded.head_size, heads, kv_heads)
-    if probe.available:
-        return probe.backend
-    where = f"{loaded.device.type} in {str(loaded.dtype).removeprefix('torch.')}"
-    problem = f"attention backend {name!r} does not run on {where} ({probe.error or probe.kernel})"
-    if strict:
-        raise BackendError(f"{problem}; leave out --strict, or ask for one that `streamllm backends` shows")
-    warnings.warn(f"{problem}: using 'auto'", stacklevel=2)
-    return BACKENDS["auto"]

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from .decoding import KVCache
-    from .loaded import LoadedModel
+from .attention import AttentionState
+from .loaded import LoadedModel
 
-Step = Callable[["LoadedModel", "KVCache", Tensor], Tensor]
+Step = Callable[[LoadedModel, Any, Tensor], Tensor]
 """(model, cache, token (1)) -> logits (1, vocabulary)"""
 
 
-def static_step(execution: str, step: Step, loaded: LoadedModel, cache: KVCache) -> Callable[[Tensor], Tensor]:
+def static_step(execution: str, step: Step, loaded: LoadedModel, cache: AttentionState) -> Callable[[Tensor], Tensor]:
     """`step` on this model and cache, for one token at a time. On a GPU it is replayed as a graph, compiled or not."""
     if execution == "compile":
         use_matrix_vector_products(loaded.model)
@@ -42,7 +41,7 @@ def _compiled(step: Step, device: str) -> Step:
 class _GraphedStep:
     """Captures the step by hand. A step is idempotent until its position moves on, so that warming up does no harm."""
 
-    def __init__(self, step: Step, loaded: LoadedModel, cache: KVCache) -> None:
+    def __init__(self, step: Step, loaded: LoadedModel, cache: AttentionState) -> None:
         self.token = torch.zeros(1, dtype=torch.long, device=loaded.device)
         self.run = lambda: step(loaded, cache, self.token)
         self.graph: torch.cuda.CUDAGraph | None = None

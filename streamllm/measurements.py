@@ -7,12 +7,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .attention import resolve_backend
 from .decoding import Progress
 from .evaluation import EVALUATORS, fast_record, identity, measure_quality, speed_summary
 from .loaded import LoadedModel
 from .methods import sampled_losses
 from .policy import EvictionPolicy
+from .probing import resolve_backend
 from .store import Measurement, MeasurementStore, code_digest
 from .text import TokenStream
 from .timing import measure_speed

@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from streamllm.attention import BackendError, attention, probe_backend, recorded_kernel, resolve_backend
+from streamllm.attention import attention, recorded_kernel
 from streamllm.backends import BACKENDS, default_backend
 from streamllm.block_parallel import block_parallel_losses
 from streamllm.decoding import decode_loop
 from streamllm.methods import make_decoder
 from streamllm.models import load_model
 from streamllm.policy import EvictionPolicy
+from streamllm.probing import BackendError, probe_backend, resolve_backend
 from streamllm.timing import measure_speed
 
 from .conftest import FAMILIES, GOLDEN

@@ -23,10 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..attention import probe_backend
     from ..backends import BACKENDS
     from ..device import default_device, device_name, resolve_dtype
     from ..errors import UsageError
+    from ..probing import probe_backend
 
     if arguments.head_size < 1:
         raise UsageError(f"head_size {arguments.head_size}: must be a whole number >= 1")

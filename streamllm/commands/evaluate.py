@@ -117,8 +117,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _measure_streaming(
     measurements: "Measurements", arguments: argparse.Namespace, policy: EvictionPolicy, baseline: "Measured | None"
 ) -> "Measured":
-    from ..attention import resolve_backend
     from ..evaluation import EVALUATORS, identity
+    from ..probing import resolve_backend
     from ..quality import paired_increase
 
     loaded, stream, method, protocol = measurements.loaded, measurements.stream, arguments.method, arguments.protocol

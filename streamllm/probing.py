@@ -1,0 +1,70 @@
+"""Which attention backends run here: found out by running them on the actual device, dtype and heads."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+
+from .attention import attention, eager_attention, recorded_kernel
+from .backends import BACKENDS, Backend
+from .errors import UsageError
+from .loaded import LoadedModel
+
+
+class BackendError(UsageError):
+    """An attention backend that was insisted on does not run here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What became of an attention call with one backend."""
+
+    backend: Backend
+    kernel: str | None
+    """The kernel that ran; None if none did."""
+    error: str | None = None
+
+    @property
+    def available(self) -> bool:
+        """Whether what was asked for is what ran."""
+        return self.kernel is not None and self.backend.name in ("auto", self.kernel)
+
+
+def probe_backend(
+    backend: Backend, device: torch.device, dtype: torch.dtype, head_size: int, heads: int = 1, kv_heads: int = 1
+) -> Probe:
+    """Runs a decode-shaped call: one query, eight keys. The output must agree with eager attention in float32."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (heads, 1, head_size), (kv_heads, 8, head_size), (kv_heads, 8, head_size)
+    query, key, value = (torch.randn(1, *shape, generator=generator).to(device, dtype) for shape in shapes)
+    try:
+        with warnings.catch_warnings(record=True) as reasons, backend.active(), recorded_kernel(backend) as recorder:
+            warnings.simplefilter("always")  # torch says in warnings why a kernel does not fit
+            found = attention(backend, query, key, value, 0.1)
+        expected = eager_attention(query.float(), key.float(), value.float(), 0.1, None)
+        error = (found.float() - expected).abs().max().item()
+        if not error < 0.02:
+            return Probe(backend, None, f"wrong by {error:.2g}")
+    except (RuntimeError, ImportError) as failure:
+        causes = [str(reason.message) for reason in reasons if "not" in str(reason.message)]
+        return Probe(backend, None, (causes[-1] if causes else str(failure)).splitlines()[0])
+    return Probe(backend, recorder.used)
+
+
+def resolve_backend(name: str, loaded: LoadedModel, strict: bool = False) -> Backend:
+    """The backend of that name, probed on the model's device, dtype and heads; `auto` with a warning where it does not
+    run, or, if `strict`, BackendError."""
+    config = loaded.model.config
+    heads = config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or heads
+    probe = probe_backend(BACKENDS[name], loaded.device, loaded.dtype, loaded.head_size, heads, kv_heads)
+    if probe.available:
+        return probe.backend
+    where = f"{loaded.device.type} in {str(loaded.dtype).removeprefix('torch.')}"
+    problem = f"attention backend {name!r} does not run on {where} ({probe.error or probe.kernel})"
+    if strict:
+        raise BackendError(f"{problem}; leave out --strict, or ask for one that `streamllm backends` shows")
+    warnings.warn(f"{problem}: using 'auto'", stacklevel=2)
+    return BACKENDS["auto"]
