@@ -43,6 +43,7 @@ COLUMNS = (
     Column("#", "trial"),
     Column("method", "method"),
     Column("backend", "backend"),
+    Column("execution", "execution"),
     Column("sinks", "n_sink"),
     Column("window", "window_size"),
     Column("prune every", "compress_every"),
@@ -56,17 +57,24 @@ COLUMNS = (
 )
 
 
+def _columns(rows: Sequence[Row]) -> list[Column]:
+    """All but the execution where every row's is eager."""
+    plain = all(row.get("execution", "eager") == "eager" for row in rows)
+    return [column for column in COLUMNS if not (plain and column.key == "execution")]
+
+
 def markdown(study: StudyResults, rows: Sequence[Row]) -> str:
+    columns = _columns(rows)
     lines = [
         f"# Pareto front of `{study.name}`",
         "",
         study.configuration["summary"],
         "",
-        "| " + " | ".join(column.header for column in COLUMNS) + " |",
-        "|" + "|".join("---" if column.decimals is None else "---:" for column in COLUMNS) + "|",
+        "| " + " | ".join(column.header for column in columns) + " |",
+        "|" + "|".join("---" if column.decimals is None else "---:" for column in columns) + "|",
     ]
     baseline = [study.baseline] if study.baseline is not None else []
-    lines += ["| " + " | ".join(column.text(row) for column in COLUMNS) + " |" for row in [*rows, *baseline]]
+    lines += ["| " + " | ".join(column.text(row) for column in columns) + " |" for row in [*rows, *baseline]]
     lines += ["", "Intervals are 95%; PPL increase is paired with the re-computation baseline on the same tokens.", ""]
     return "\n".join(lines)
 
@@ -95,11 +103,12 @@ def rich_table(rows: Sequence[Row], title: str) -> Table:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in COLUMNS:
-        words = column.key in ("method", "backend")
+    columns = _columns(rows)
+    for column in columns:
+        words = column.key in ("method", "backend", "execution")
         table.add_column(column.header, justify="left" if words else "right", no_wrap=column.key != "compress_every")
     for row in rows:
-        table.add_row(*(column.text(row) for column in COLUMNS))
+        table.add_row(*(column.text(row) for column in columns))
     return table
 
 
