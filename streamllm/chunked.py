@@ -17,6 +17,7 @@ from .errors import UsageError
 from .loaded import LoadedModel
 from .methods import make_decoder
 from .policy import EvictionPolicy
+from .timing import attention_clock
 
 CONTINUATION_TOKENS = 32
 
@@ -32,6 +33,8 @@ class ChunkRun:
     continuation_sec: np.ndarray
     """(chunks)"""
     continuation_tokens: int
+    avg_attn_ms: float
+    """Per token of a continuation, of all layers together; from an extra chunk."""
     peak_kv: int
     backend_used: str
 
@@ -65,15 +68,18 @@ def chunk_losses(
     stream = torch.from_numpy(tokens).to(loaded.device)
     with recorded_kernel(backend) as recorder:  # a first chunk that warms up and does not count
         _chunk(loaded, stream[: prefill + CONTINUATION_TOKENS + 1], method, policy, backend, execution)
+    timed, clock = attention_clock(loaded)
+    _chunk(timed, stream[: prefill + CONTINUATION_TOKENS + 1], method, policy, backend, execution)
+    del clock.spans[: loaded.model.config.num_hidden_layers]  # the prefill's
     losses, clocks = [], []
     for start in starts:
         piece = stream[start : start + prefill + CONTINUATION_TOKENS + 1]
-        chunk_loss, clock = _chunk(loaded, piece, method, policy, backend, execution)
+        chunk_loss, readings = _chunk(loaded, piece, method, policy, backend, execution)
         losses.append(chunk_loss.cpu().numpy())
-        clocks.append(clock)
+        clocks.append(readings)
         if progress is not None:
             progress(len(clocks), len(starts))
-    seconds = np.array([[after - before for before, after in pairwise(clock)] for clock in clocks])
+    seconds = np.array([[after - before for before, after in pairwise(readings)] for readings in clocks])
     offsets = np.arange(prefill, prefill + CONTINUATION_TOKENS)
     positions = np.concatenate([start + offsets for start in starts])
     return ChunkRun(
@@ -82,6 +88,7 @@ def chunk_losses(
         prefill_sec=seconds[:, 0],
         continuation_sec=seconds[:, 1],
         continuation_tokens=CONTINUATION_TOKENS,
+        avg_attn_ms=clock.milliseconds() / CONTINUATION_TOKENS,
         peak_kv=max(prefill, kept + CONTINUATION_TOKENS),
         backend_used=recorder.used,
     )

@@ -168,10 +168,8 @@ def evaluate_chunked(
     policy = replace(policy, cache_slack=0, max_drop=0)
     _check_span(loaded, policy.compress_every)
     started = time.perf_counter()
-    with backend.active():
-        with peak_memory(loaded.device) as memory:
-            run = chunk_losses(loaded, stream.tokens, method, policy, backend, execution, progress)
-        attn_ms = attention_ms(loaded, method, policy, backend, stream.tokens)
+    with backend.active(), peak_memory(loaded.device) as memory:
+        run = chunk_losses(loaded, stream.tokens, method, policy, backend, execution, progress)
     check_finite(run.losses, str(loaded.dtype))
     seconds = time.perf_counter() - started
     warning = _warning(loaded, policy, run.peak_kv, len(stream.tokens))
@@ -182,7 +180,7 @@ def evaluate_chunked(
         "decode_toks_per_sec": 1e3 / tpot.value,
         "prefill_sec": float(np.median(run.prefill_sec)),
         "first_token_latency_sec": float(np.median(run.prefill_sec)),
-        "avg_attn_ms": attn_ms,
+        "avg_attn_ms": run.avg_attn_ms,
         "peak_memory_mb": memory.megabytes,
         "runtime_sec": float(np.median(run.prefill_sec + run.continuation_sec)),
         "chunks": len(run.prefill_sec),

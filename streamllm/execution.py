@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionState
+from .errors import UsageError
 from .loaded import LoadedModel
 
 Step = Callable[[LoadedModel, Any, Tensor], Tensor]
@@ -18,6 +19,10 @@ Step = Callable[[LoadedModel, Any, Tensor], Tensor]
 
 def static_step(execution: str, step: Step, loaded: LoadedModel, cache: AttentionState) -> Callable[[Tensor], Tensor]:
     """`step` on this model and cache, for one token at a time. On a GPU it is replayed as a graph, compiled or not."""
+    if execution == "cudagraph" and loaded.device.type != "cuda":
+        raise UsageError(
+            f"execution 'cudagraph': needs a CUDA device, the model is on {loaded.device.type}; use compile"
+        )
     if execution == "compile":
         use_matrix_vector_products(loaded.model)
         step = _compiled(step, loaded.device.type)

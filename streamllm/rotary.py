@@ -48,13 +48,14 @@ class Rotary:
         angles = self._arrange(position_ids[..., None] * self._frequencies)
         return (angles.cos() * self._scaling).to(self._dtype), (angles.sin() * self._scaling).to(self._dtype)
 
-    def _table(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angles = torch.outer(positions.double(), self._frequencies)
+    def turn(self, distances: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin (n, rotary size) that turn vectors on by `distances` (n), back where they are negative."""
+        angles = torch.outer(distances.double(), self._frequencies)
         angles = _neighbours(angles) if self.interleaved else _halves(angles)
         return angles.cos().to(self._dtype), angles.sin().to(self._dtype)
 
     def _extend(self, length: int) -> None:
-        self._cos, self._sin = self._table(torch.arange(length, device=self._frequencies.device))
+        self._cos, self._sin = self.turn(torch.arange(length, device=self._frequencies.device))
 
     def reserve(self, length: int) -> None:
         """Grows the table to positions 0 .. length-1; `at` and `span` expect them to be there."""
@@ -74,12 +75,8 @@ class Rotary:
         """cos and sin (1, rotary size) that turn vectors on by `distance` positions, back if it is negative."""
         return self.turn(torch.tensor([distance], device=self._frequencies.device))
 
-    def turn(self, distances: Tensor) -> tuple[Tensor, Tensor]:
-        """cos and sin (n, rotary size) that turn vectors on by `distances` (n)."""
-        return self._table(distances)
-
     def rotate(self, vectors: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
-        """vectors (..., n, head size) turned by the angles of `at`, `span` or `by`; dims past the rotary size,
+        """vectors (..., n, head size) turned by the angles of `at`, `span`, `by` or `turn`; dims past the rotary size,
         where a model rotates only a part, stay as they are."""
         cos, sin = angles
         size = cos.shape[-1]

@@ -8,9 +8,11 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import TOTAL_KV_CAP, text_source
+from .errors import UsageError
 from .policy import EvictionPolicy
 
 if TYPE_CHECKING:
@@ -61,6 +63,16 @@ def measure_baseline(
     record = identity(loaded, stream, "recompute", fixed, protocol) | measurement.record
     reused = stored is not None
     return record | {"speedup": 1.0, "ppl_increase_percent": 0.0, "reused": reused}, measurement.losses
+
+
+def make_room(*files: Path | None) -> None:
+    """Creates the folders that output files are to lie in. Raises UsageError."""
+    for file in files:
+        if file is not None:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(f"output {str(file)!r}: its folder cannot be made ({error.strerror})") from error
 
 
 @contextmanager

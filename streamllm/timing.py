@@ -174,8 +174,7 @@ def attention_ms(
 ) -> float:
     """Milliseconds per token, in the steady state, in the attention of all layers: taking the new key in, rotation on
     read, the kernel. Prunes are not in it."""
-    clock = _AttentionClock(loaded.device)
-    timed = _TimedModel(**vars(loaded), clock=clock)
+    timed, clock = attention_clock(loaded)
     run = TimedDecoder(timed, method, effective_policy(method, policy), backend, tokens)
     run.prefill()
     run.decode(run.growing + run.period)
@@ -185,8 +184,14 @@ def attention_ms(
     return clock.milliseconds() / count
 
 
+def attention_clock(loaded: LoadedModel) -> tuple[LoadedModel, AttentionClock]:
+    """The same model, and a clock that takes down its time in attention, a span per layer and forward pass."""
+    clock = AttentionClock(loaded.device)
+    return _TimedModel(**vars(loaded), clock=clock), clock
+
+
 @dataclass
-class _AttentionClock:
+class AttentionClock:
     device: torch.device
     spans: list[tuple[Any, Any]] = field(default_factory=list)
 
@@ -206,7 +211,7 @@ class _AttentionClock:
 @dataclass(frozen=True)
 class _TimedState:
     state: AttentionState
-    clock: _AttentionClock
+    clock: AttentionClock
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         start = self.clock.now()
@@ -217,7 +222,7 @@ class _TimedState:
 
 @dataclass(frozen=True)
 class _TimedModel(LoadedModel):
-    clock: _AttentionClock
+    clock: AttentionClock
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, state: AttentionState, logits_to_keep: int = 0) -> Any:
         return super().forward(input_ids, position_ids, _TimedState(state, self.clock), logits_to_keep)

@@ -111,8 +111,11 @@ def test_the_source_documents_commands(tmp_path):
     """Their flags as they write them (§1), on a small model."""
     flags = "--n-sink 4 --window-size 60 --compress-every 1 --streaming-mode mit --mode streaming --max-eval-tokens 200"
     model = ("--model-name", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"))
-    done = python("-m", "streamllm", "evaluate", *model, *flags.split(), "--execution", "eager", cwd=tmp_path)
+    file = tmp_path / "results" / "ablation" / "pg19_c1.json"  # (§4: a folder that nobody made)
+    more = ("--execution", "eager", "--output-file", str(file))
+    done = python("-m", "streamllm", "evaluate", *model, *flags.split(), *more, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert json.loads(file.read_text())["streaming"]["n_tokens"] == 200
     values = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
     assert values["method"] == "mit" and values["window_size"] == "60"
 
@@ -164,7 +167,7 @@ def test_the_baselines_sample_leaves_nan_elsewhere(tmp_path):
         (("--window-size", "0"), "window_size 0"),
         (("--n-sink", "5000"), "cap 2048: below n_sink 5000"),
         (("--max-eval-tokens", "1"), "max_eval_tokens 1"),
-        (("--output-file", "no/where.json"), "no such folder"),
+        (("--output-file", "/dev/null/result.json"), "its folder cannot be made"),
         (("--per-token-losses", "losses.csv"), "must end in .npy or .parquet"),
         (("--prefill-tokens", "64"), "prefill_tokens 64: a number >= 1, with --protocol chunked only"),
         (("--protocol", "chunked", "--prefill-tokens", "64", "--window-size", "60"), "prefill_tokens 64: must exceed"),

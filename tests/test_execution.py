@@ -67,6 +67,16 @@ def test_only_static_steps_are_compiled(golden_model):
         check_execution("ours", "compile")
 
 
+def test_a_graph_needs_a_gpu_and_a_growing_ring_is_not_compiled(tokens, graphs):
+    loaded = tiny_model("Llama", torch.float32)
+    with pytest.raises(UsageError, match=r"needs a CUDA device, the model is on cpu"):
+        make_decoder("ring", loaded, EvictionPolicy(), BACKENDS["auto"], "cudagraph")
+    never = EvictionPolicy(n_sink=3, window_size=20, compress_every=0)
+    expected = block_parallel_losses(loaded, tokens, never)
+    np.testing.assert_allclose(compiled_losses(loaded, never, tokens), expected, rtol=0, atol=1e-4)
+    assert graphs() == 0
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("execution", ["compile", "cudagraph"])
 def test_graphs_replayed_on_a_gpu(execution, tokens):

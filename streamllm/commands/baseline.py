@@ -19,8 +19,7 @@ from ..arguments import (
     given_policy,
     text_source,
 )
-from ..errors import UsageError
-from ..session import measure_baseline, messages_on_stderr, open_measurements, report
+from ..session import make_room, measure_baseline, messages_on_stderr, open_measurements, report
 
 HELP = "measure the re-computation baseline once, for everything that is compared with it"
 
@@ -40,8 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     text_source(arguments)
     given_policy(arguments)
     file = arguments.output_file
-    if file is not None and not file.parent.is_dir():
-        raise UsageError(f"output {str(file)!r}: no such folder {str(file.parent)!r}")
+    make_room(file)
     measurements = open_measurements(arguments)
     with messages_on_stderr():
         policy = complete_policy(arguments, measurements.loaded)

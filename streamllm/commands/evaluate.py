@@ -25,7 +25,7 @@ from ..errors import UsageError
 from ..methods import METHODS
 from ..options import EXECUTIONS
 from ..policy import EvictionPolicy
-from ..session import measure_baseline, messages_on_stderr, open_measurements, report, show_progress
+from ..session import make_room, measure_baseline, messages_on_stderr, open_measurements, report, show_progress
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,12 +78,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     text_source(arguments)
     given_policy(arguments)
-    for path in (arguments.output_file, arguments.per_token_losses):
-        if path is not None and not path.parent.is_dir():
-            raise UsageError(f"output {str(path)!r}: no such folder {str(path.parent)!r}")
     file = arguments.per_token_losses
     if file is not None and file.suffix not in (".npy", ".parquet"):
         raise UsageError(f"per_token_losses {str(file)!r}: must end in .npy or .parquet")
+    make_room(file, arguments.output_file)
 
     from ..methods import check_execution, check_protocol
     from ..quality import NonFiniteLossError

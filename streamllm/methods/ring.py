@@ -28,7 +28,9 @@ class RingCache(KVCache):
         super().__init__(loaded, backend)
         steady = steady_state(policy)
         self.n_sink = policy.n_sink
-        self.slots = steady.peak_kv if steady is not None else policy.kept  # without eviction it grows
+        self.grows = steady is None
+        """A policy that never evicts."""
+        self.slots = policy.kept if steady is None else steady.peak_kv
         self.always_full = steady is not None and steady.cycle == 1
         """Once full: every token evicts one, and none is ever masked."""
         self.evicted_so_far = 0
@@ -43,7 +45,7 @@ class RingCache(KVCache):
 
     def begin(self, held: int, count: int) -> None:
         super().begin(held, count)
-        if held + count > self.slots:  # a policy that never evicts
+        if self.grows and held + count > self.slots:
             self._grow(2 * (held + count))
         self.position.fill_(held + self.evicted_so_far)
         self.evicted.fill_(self.evicted_so_far)
@@ -63,19 +65,19 @@ class RingCache(KVCache):
 
     @property
     def is_static(self) -> bool:
-        return not self.new_sinks and self.masked != self.always_full
+        return not self.grows and not self.new_sinks and self.masked != self.always_full
 
     def _visible(self, positions: Tensor, window: int) -> Tensor:
         """(new, slots): what each query sees. A window slot holds the newest position that belongs there."""
         newest = positions[-1]
         slots = torch.arange(window, device=self.device)
         held = newest - (newest - self.n_sink - slots) % window
-        at = torch.cat((torch.arange(self.n_sink, device=self.device), held))
-        kept = torch.cat((at[: self.n_sink] >= 0, held >= self.n_sink + self.evicted))
-        return kept & (at <= positions[:, None])
+        sinks = torch.arange(self.n_sink, device=self.device)
+        # A window slot whose token is evicted, or that has none yet, counts as not come yet.
+        at = torch.cat((sinks, torch.where(held >= self.n_sink + self.evicted, held, newest + 1)))
+        return at <= positions[:, None]
 
     def _grow(self, slots: int) -> None:
-        assert self.evicted_so_far == 0, "the tokens are in slots that depend on the size"
         more = slots - self.slots
         self.slots = slots
         self.keys = [F.pad(keys, (0, 0, 0, more)) for keys in self.keys]
