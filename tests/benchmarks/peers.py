@@ -102,7 +102,7 @@ def _head_size(config: Any) -> int:
 def load_gguf(path: Path) -> Any:
     import llama_cpp
 
-    getLogger("llama-cpp-python").setLevel("ERROR")
+    getLogger("llama-cpp-python").setLevel("CRITICAL")  # it takes warnings for errors
     llama_cpp.llama_backend_init()
     model = llama_cpp.llama_model_load_from_file(str(path).encode(), llama_cpp.llama_model_default_params())
     if not model:
