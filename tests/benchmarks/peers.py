@@ -115,14 +115,14 @@ class ContextShift:
     are removed and the rest move down, as `EvictionPolicy(compress_every=every)` has it. llama.cpp re-rotates the keys
     in the next decode."""
 
-    def __init__(self, model: Any, cache: int, every: int, threads: int, flash: bool = True) -> None:
+    def __init__(self, model: Any, cache: int, every: int, threads: int) -> None:
         import llama_cpp
 
         self.api, self.cache, self.every = llama_cpp, cache, every
         options = llama_cpp.llama_context_default_params()
         options.n_ctx, options.n_batch = cache + every, cache
         options.n_threads = options.n_threads_batch = threads
-        options.flash_attn_type = int(flash)
+        options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED  # the faster for one token on a CPU
         self.context = llama_cpp.llama_init_from_model(model, options)
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
