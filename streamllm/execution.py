@@ -28,7 +28,7 @@ def static_step(execution: str, step: Step, loaded: LoadedModel, cache: Attentio
         step = _compiled(step, loaded.device.type)
     if loaded.device.type == "cuda":
         return _GraphedStep(step, loaded, cache)
-    return lambda token: step(loaded, cache, token)
+    return _CompiledStep(step, loaded, cache)
 
 
 @cache
@@ -41,6 +41,22 @@ def _compiled(step: Step, device: str) -> Step:
         "realize_acc_reads_threshold": 0,
     }
     return torch.compile(step, fullgraph=True, dynamic=False, options=apart if device == "cpu" else None)
+
+
+class _CompiledStep:
+    """Checks once that a graph is this decoder's; nothing it was compiled for changes afterwards. On a CPU, checking
+    every module of the model for every token takes longer than a small model does."""
+
+    def __init__(self, step: Step, loaded: LoadedModel, cache: AttentionState) -> None:
+        self.run = lambda token: step(loaded, cache, token)
+        self.checked = False
+
+    def __call__(self, token: Tensor) -> Tensor:
+        # From then on only what tells the graphs in memory apart is looked at.
+        with torch.compiler.set_stance("default", skip_guard_eval_unsafe=self.checked):
+            logits = self.run(token)
+        self.checked = True
+        return logits
 
 
 class _GraphedStep:

@@ -35,10 +35,7 @@ class LoadedModel:
     @property
     def attention_span(self) -> int | None:
         """Most keys a query of the model itself attends to: its sliding window, None if it has none."""
-        config = self.model.config
-        if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
-            return None
-        return getattr(config, "sliding_window", None)
+        return attention_span(self.model.config)
 
     @property
     def head_size(self) -> int:
@@ -54,3 +51,10 @@ class LoadedModel:
             logits_to_keep=logits_to_keep,
             attention_state=state,
         )
+
+
+def attention_span(config: Any) -> int | None:
+    """A configuration's sliding window, None where no layer has one."""
+    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
+        return None
+    return getattr(config, "sliding_window", None)

@@ -39,14 +39,16 @@ class Rotary:
         """Dimensions of a head that are rotated."""
         return 2 * len(self._frequencies)
 
-    def take_over(self) -> None:
-        """From now on the model rotates by these angles, exact at any position, instead of its own."""
+    def take_over(self, dtype: torch.dtype | None = None) -> None:
+        """From now on the model rotates by these angles, exact at any position, instead of its own. Their sines come
+        in `dtype`; None is float32 at least, which the engine's attention expects."""
+        self._embedded = dtype or self._dtype
         self.embedding.forward = self._embed
 
     def _embed(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """What the model's rotary embedding returns: position_ids (batch, n) -> cos and sin (batch, n, _)."""
         angles = self._arrange(position_ids[..., None] * self._frequencies)
-        return (angles.cos() * self._scaling).to(self._dtype), (angles.sin() * self._scaling).to(self._dtype)
+        return (angles.cos() * self._scaling).to(self._embedded), (angles.sin() * self._scaling).to(self._embedded)
 
     def turn(self, distances: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (n, rotary size) that turn vectors on by `distances` (n), back where they are negative."""
