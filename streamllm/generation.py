@@ -1,8 +1,8 @@
-"""The ring as a `transformers` cache: `model.generate(..., past_key_values=StreamingCache(model))` streams without end in
-constant memory.
+"""The ring as a `transformers` cache: `model.generate(..., past_key_values=StreamingCache(model))` streams without end
+in constant memory.
 
-As in `methods.ring`, keys stay as the model rotated them, at their position in the stream, and only the sinks are turned
-on; here the model keeps its own attention, of whatever implementation.
+As in `methods.ring`, keys stay as the model rotated them, at their position in the stream, and only the sinks are
+turned on; here the model keeps its own attention, of whatever implementation.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class StreamingCache(Cache):
+class StreamingCache(Cache):  # type: ignore[misc]
     """Attention sinks and a window (Xiao et al. 2023): every new token sees the first `n_sink` tokens, the last
     `window_size`, and itself.
 
-    A prompt given in one piece attends to all of itself, as it would with any cache; then all of it but sinks and window
-    is forgotten. The sequences of a batch must be equally long: there is no place for padding. From now on the model
-    rotates by angles computed in float64: float32 ones are off by hundredths at position 1,000,000.
+    A prompt given in one piece attends to all of itself, as it would with any cache; then all of it but sinks and
+    window is forgotten. The sequences of a batch must be equally long: there is no place for padding. From now on the
+    model rotates by angles computed in float64: float32 ones are off by hundredths at position 1,000,000.
 
     Raises UnsupportedModelError without rotary positions, or with a sliding window of the model's own; PolicyError for
     sizes out of range.
@@ -66,7 +66,7 @@ class _SinkTurn:
         return self.rotary.rotate(keys, self.angles)
 
 
-class _RingLayer(CacheLayerMixin):
+class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
     """Slots 0 .. S-1 hold the sinks; the token at position t of the stream is in slot S + (t - S) % (W + 1)."""
 
     is_sliding = False
@@ -141,7 +141,7 @@ class _RingLayer(CacheLayerMixin):
         return self.seen
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
-        """Keys that `query` new tokens (up to transformers 5.3: their positions) see, and how many came before those."""
+        """Keys that `query` new tokens (up to transformers 5.3: their positions) see; how many came before those."""
         new = query if isinstance(query, int) else query.shape[0]
         held = min(self.seen, self.slots)
         length = min(held + 1, self.slots) if new == 1 else held + new

@@ -11,6 +11,7 @@ from streamllm.decoding import decode_loop
 from streamllm.errors import UsageError
 from streamllm.methods import check_execution, make_decoder
 from streamllm.policy import EvictionPolicy
+from streamllm.quantization import quantize
 
 from .tiny_models import tiny_model
 
@@ -59,6 +60,31 @@ def test_other_policies_of_the_same_shape_share_the_graph(tokens, graphs):
         expected = block_parallel_losses(loaded, tokens, policy)
         np.testing.assert_allclose(compiled_losses(loaded, policy, tokens), expected, rtol=0, atol=1e-4)
     assert graphs() == 1
+
+
+def test_decoders_take_turns(tokens, graphs):
+    """Each token finds its decoder's graph, though most of what graphs depend on is checked only once."""
+    first, second = tiny_model("Llama", torch.float32), tiny_model("Llama", torch.float32, seed=1)
+    quantized = tiny_model("GPTNeoX", torch.float32)
+    quantize(quantized.model, "int8_weight_only")
+    plain = tiny_model("GPTNeoX", torch.float32)
+    full, lazy = EvictionPolicy(n_sink=3, window_size=20), EvictionPolicy(n_sink=3, window_size=16, compress_every=4)
+    pairs = [
+        (make_decoder("ring", *settings, "compile"), make_decoder("ring", *settings))
+        for settings in (
+            (first, full, BACKENDS["auto"]),
+            (plain, full, BACKENDS["auto"]),
+            (first, lazy, BACKENDS["auto"]),
+            (quantized, full, BACKENDS["auto"]),
+            (second, full, BACKENDS["math"]),
+            (first, full, BACKENDS["eager"]),
+        )
+    ]
+    with torch.inference_mode():
+        for token in torch.from_numpy(tokens[:80]).split(1):
+            for compiled, eager in pairs:
+                torch.testing.assert_close(compiled.feed(token), eager.feed(token), rtol=0, atol=1e-4)
+    assert graphs() == 6
 
 
 def test_only_static_steps_are_compiled(golden_model):

@@ -38,6 +38,25 @@ def test_segments_are_whole_prune_cycles_of_a_full_cache(golden_model, golden_to
     assert speed.tpot_ms.low <= speed.tpot_ms.value <= speed.tpot_ms.high
 
 
+@pytest.mark.parametrize(
+    ("paces", "taken"),
+    [
+        ([9, 5, 3, 2.95, 1], 4),  # 2.95 is no 3% faster than 3
+        ([9, 12, 3], 2),
+        ([2.0**-i for i in range(40)], timing._MOST_STRETCHES),  # never steady
+    ],
+)
+def test_warming_up_until_steady(paces, taken, golden_model, golden_tokens, monkeypatch):
+    policy = EvictionPolicy(n_sink=2, window_size=30, compress_every=24)
+    run = timing.TimedDecoder(golden_model("neox-tiny"), "ours", policy, BACKENDS["auto"], golden_tokens)
+    asked, paces = [], iter(paces)
+    monkeypatch.setattr(run, "decode", lambda count: asked.append(count) or (next(paces) if len(asked) > 1 else 0.0))
+    tokens, pace = run.warm_up()
+    assert asked == [run.growing] + [24] * taken
+    assert tokens == run.growing + 24 * taken
+    assert pace > 0
+
+
 def test_attention_is_a_part_of_the_time(golden_model, golden_tokens, monkeypatch):
     monkeypatch.setattr(timing, "SEGMENT_SEC", 1e-3)
     policy = EvictionPolicy(n_sink=2, window_size=30)

@@ -1,24 +1,23 @@
 """Time per token of every cache with a full window, beside the floor: the bytes that must be read at copy bandwidth.
 
-python -m tests.benchmarks.decode [--cache 2048] [--json FILE]
+python -m tests.benchmarks.decode [--cache 2048] [--dtype bfloat16] [--json FILE]
+
+Where llama-cpp-python and gguf, or kvpress, are installed, they take part in the same interleaved run.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-import numpy as np
 import torch
 
-from streamllm.backends import BACKENDS
 from streamllm.device import copy_bandwidth
-from streamllm.loaded import LoadedModel
-from streamllm.methods import effective_policy
+from streamllm.options import QUANTIZATIONS
 from streamllm.policy import EvictionPolicy
-from streamllm.timing import TimedDecoder, bytes_per_token, no_garbage_collection
+from streamllm.timing import bytes_per_token, no_garbage_collection
 
-from .reporting import interleaved, parser, random_model, report, summary
+from .peers import peer_variants
+from .reporting import interleaved, parser, random_model, report, steady, summary
 
 
 class Variant(NamedTuple):
@@ -26,13 +25,14 @@ class Variant(NamedTuple):
     compress_every: int = 1
     execution: str = "eager"
     quantization: str = "none"
+    backend: str = "auto"
 
     @property
     def name(self) -> str:
-        if self.method == "recompute":
-            return self.method
-        int8 = " int8" if self.quantization != "none" else ""
-        return f"{self.method} R={self.compress_every} {self.execution}{int8}"
+        policy = [] if self.method == "recompute" else [f"R={self.compress_every}"]
+        usual = (self.execution, "eager"), (self.quantization, "none"), (self.backend, "auto")
+        other = [value.removesuffix("_weight_only") for value, default in usual if value != default]
+        return " ".join([self.method, *policy, *other])
 
 
 VARIANTS = (
@@ -45,22 +45,13 @@ VARIANTS = (
     Variant("ring", execution="compile"),
     Variant("ring", quantization="int8_weight_only"),
     Variant("ring", execution="compile", quantization="int8_weight_only"),
+    Variant("ring", execution="compile", quantization="int4_weight_only"),
 )
-GPU_VARIANTS = (Variant("ring", execution="cudagraph"),)
+GPU_VARIANTS = (
+    Variant("ring", execution="cudagraph"),
+    *(Variant(method, backend=backend) for method in ("recompute", "ours", "ring") for backend in ("math", "flash")),
+)
 REFERENCE = Variant("ours").name
-
-
-def timed(variant: Variant, loaded: LoadedModel, cache: int) -> Callable[[], float]:
-    """Fills the cache, warms up, compiles; the function returned times whole prune cycles, in ms per token."""
-    policy = effective_policy(
-        variant.method, EvictionPolicy(n_sink=4, window_size=cache - 4, compress_every=variant.compress_every)
-    )
-    tokens = np.arange(4096)
-    decoder = TimedDecoder(loaded, variant.method, policy, BACKENDS["auto"], tokens, variant.execution)
-    decoder.prefill()
-    decoder.decode(decoder.growing + decoder.whole_cycles(4))
-    count = decoder.whole_cycles(1 if variant.method == "recompute" else 24)
-    return lambda: 1e3 * decoder.decode(count)
 
 
 @torch.inference_mode()
@@ -68,13 +59,18 @@ def main() -> None:
     options = parser(str(__doc__))
     options.add_argument("--cache", type=int, default=2048, help="sinks and window (2048)")
     arguments = options.parse_args()
-    loaded = random_model(arguments)
+    models = {quantization: random_model(arguments, quantization) for quantization in QUANTIZATIONS}
+    loaded = models["none"]
     chosen = VARIANTS + (GPU_VARIANTS if loaded.device.type == "cuda" else ())
+    policies = {r: EvictionPolicy(n_sink=4, window_size=arguments.cache - 4, compress_every=r) for r in (1, 64)}
     with no_garbage_collection():
-        models = {"none": loaded, "int8_weight_only": random_model(arguments, "int8_weight_only")}
-        variants = {variant.name: timed(variant, models[variant.quantization], arguments.cache) for variant in chosen}
+        variants = {
+            v.name: steady(models[v.quantization], v.method, policies[v.compress_every], v.backend, v.execution)
+            for v in chosen
+        }
+        variants |= peer_variants(arguments.cache, arguments.dtype, arguments.threads, arguments.shape)
         times = interleaved(variants, arguments.rounds)
-    needed = bytes_per_token(loaded, EvictionPolicy(n_sink=4, window_size=arguments.cache - 4))
+    needed = bytes_per_token(loaded, policies[1])
     floor = 1e3 * needed / copy_bandwidth(loaded.device)
     rows = [{"variant": f"floor: {needed / 1e6:.0f} MB", "ms/token": floor, "floor / time": 1.0}]
     for name, values in times.items():

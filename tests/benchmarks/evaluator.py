@@ -19,8 +19,7 @@ from streamllm.loaded import LoadedModel
 from streamllm.methods.ours import RerotatedCache
 from streamllm.policy import EvictionPolicy
 
-from .decode import Variant, timed
-from .reporting import interleaved, parser, random_model, report, summary
+from .reporting import interleaved, parser, random_model, report, steady, summary
 
 BLOCK = 256
 
@@ -72,7 +71,7 @@ def main() -> None:
         variants[f"block-parallel R={r}"] = per_token(
             lambda policy=policy: block_parallel_losses(loaded, tokens, policy)
         )
-        variants[f"decode loop: ours R={r}"] = timed(Variant("ours", r), loaded, arguments.cache)
+        variants[f"decode loop: ours R={r}"] = steady(loaded, "ours", policy)
     times = interleaved(variants, arguments.rounds)
     rows = []
     for name, values in times.items():

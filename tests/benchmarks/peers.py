@@ -20,14 +20,12 @@ import numpy as np
 import torch
 import transformers
 
-from streamllm.backends import BACKENDS
 from streamllm.device import default_device, resolve_dtype
 from streamllm.loaded import LoadedModel
 from streamllm.models import prepare
 from streamllm.policy import EvictionPolicy
-from streamllm.timing import TimedDecoder
 
-from .reporting import SHAPES, random_model
+from .reporting import SHAPES, random_model, steady
 
 N_SINK = 4
 CYCLES = (64, 1)
@@ -177,7 +175,12 @@ def kvpress_variants(cache: int, dtype: str, shape: str) -> dict[str, Callable[[
     ways = [(method, every, "eager") for method in ("kvpress", "ours") for every in CYCLES]
     ways += [("ring", 1, "eager"), ("ring", 1, "compile")]
     return {
-        f"{method} R={every} {execution}, Llama": _steady(loaded, method, cache, every, execution)
+        f"{method} R={every} {execution}, Llama": steady(
+            loaded,
+            method,
+            EvictionPolicy(n_sink=N_SINK, window_size=cache - N_SINK, compress_every=every),
+            execution=execution,
+        )
         for method, every, execution in ways
     }
 
@@ -193,12 +196,3 @@ def random_llama(dtype: str, shape: str) -> LoadedModel:
     with torch.device(default_device()):
         model = transformers.LlamaForCausalLM._from_config(config, dtype=getattr(torch, dtype))
     return prepare(model, f"Llama of {shape}'s shape (random weights)", "random")
-
-
-def _steady(loaded: LoadedModel, method: str, cache: int, every: int, execution: str) -> Callable[[], float]:
-    policy = EvictionPolicy(n_sink=N_SINK, window_size=cache - N_SINK, compress_every=every)
-    decoder = TimedDecoder(loaded, method, policy, BACKENDS["auto"], np.arange(4096), execution)
-    decoder.prefill()
-    decoder.decode(decoder.growing + decoder.whole_cycles(4))
-    count = decoder.whole_cycles(24)
-    return lambda: 1e3 * decoder.decode(count)

@@ -15,11 +15,15 @@ import numpy as np
 import torch
 import transformers
 
+from streamllm.backends import BACKENDS
 from streamllm.device import copy_bandwidth, default_device, device_name, limit_threads, resolve_dtype
 from streamllm.loaded import LoadedModel
+from streamllm.methods import effective_policy
 from streamllm.models import prepare
+from streamllm.policy import EvictionPolicy
 from streamllm.quality import median_interval
 from streamllm.quantization import quantize
+from streamllm.timing import TimedDecoder
 
 SHAPES = {  # Pythia's configurations; speed does not depend on the values of the weights
     "pythia-70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
@@ -54,6 +58,24 @@ def random_model(arguments: argparse.Namespace, quantization: str = "none") -> L
         model = transformers.GPTNeoXForCausalLM._from_config(config, dtype=resolve_dtype(arguments.dtype, device))
     quantize(model, quantization)
     return prepare(model, f"{arguments.shape} (random weights)", "random")
+
+
+def steady(
+    loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: str = "auto", execution: str = "eager"
+) -> Callable[[], float]:
+    """Fills the cache, warms up, compiles; the function returned times whole prune cycles, in ms per token."""
+    decoder = TimedDecoder(
+        loaded, method, effective_policy(method, policy), BACKENDS[backend], np.arange(4096), execution
+    )
+    decoder.prefill()
+    decoder.decode(decoder.growing + decoder.whole_cycles(4))
+    count = decoder.whole_cycles(1 if method == "recompute" else 24)
+
+    def timed() -> float:
+        with decoder.backend.active():
+            return 1e3 * decoder.decode(count)
+
+    return timed
 
 
 def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
