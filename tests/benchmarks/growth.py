@@ -7,7 +7,6 @@ python -m tests.benchmarks.growth [--stream 200000] [--json FILE]
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from streamllm.loaded import LoadedModel
 from streamllm.policy import EvictionPolicy
 from streamllm.timing import TimedDecoder, no_garbage_collection
 
-from .reporting import interleaved, parser, random_model, report, summary
+from .reporting import interleaved, parser, random_model, report, steady, summary
 
 METHODS = ("mit", "ours", "ring")
 POLICIES = {
@@ -32,13 +31,7 @@ POLICIES = {
 def policy_rows(loaded: LoadedModel, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for setting, policy in POLICIES.items():
-        decoders = {}
-        for method in METHODS:
-            decoders[method] = TimedDecoder(loaded, method, policy, BACKENDS["auto"], np.arange(4096))
-            decoders[method].prefill()
-            decoders[method].decode(decoders[method].growing + decoders[method].whole_cycles(4))
-        count = decoders["ring"].whole_cycles(16)
-        times = interleaved({method: _timed(decoder, count) for method, decoder in decoders.items()}, rounds)
+        times = interleaved({method: steady(loaded, method, policy) for method in METHODS}, rounds)
         row: dict[str, Any] = {"setting": setting}
         for method, values in times.items():
             found = summary(values)
@@ -49,10 +42,6 @@ def policy_rows(loaded: LoadedModel, rounds: int) -> list[dict[str, Any]]:
             }
         rows.append(row)
     return rows
-
-
-def _timed(decoder: TimedDecoder, count: int) -> Callable[[], float]:
-    return lambda: 1e3 * decoder.decode(count)
 
 
 def stream_rows(loaded: LoadedModel, length: int, parts: int = 8) -> list[dict[str, Any]]:
