@@ -24,6 +24,7 @@ def row_of(trial):
         "state": "complete",
         "tpot_ms": 1.0 + trial.params["n_sink"],
         "ppl_increase_percent": 2.0,
+        "feasible": True,
     }
 
 
