@@ -35,7 +35,7 @@ from .trial import TrialSpec
 _ROW = "row"
 _SKIPPED = "skipped"
 _NEIGHBOURS = 8
-"""Neighbours tried per number of changed parameters, in place of a configuration that was tried already."""
+"""Tried at each distance, in place of a configuration that was tried already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ class Study:
         self._sampler = Sampler(sampler, space, seed, [result for result in past if result.row["state"] == "complete"])
 
     def ask(self) -> OpenTrial | None:
-        """A configuration that no trial had yet, interrupted and known ones first; None when the space holds no more."""
+        """A configuration that no trial had yet, interrupted and known ones first; None when none is left."""
         while self._interrupted:
             frozen = self._interrupted.popleft()
             trial = self._reopened(frozen)
@@ -180,17 +180,31 @@ class Study:
             return Trial(self._study, trial_id)
 
     def _unseen_near(self, params: dict[str, Value]) -> dict[str, Value]:
-        """An untried configuration that differs from these in few parameters, or else the first one there is."""
+        """An untried configuration with values close by in the order of the choices, or else the first there is."""
         free = [name for name, choices in self.space.parameters.items() if len(choices) > 1]
-        for changes in range(1, len(free) + 1):
+        reach, longest = 1, max(len(choices) for choices in self.space.parameters.values())
+        while reach < 2 * longest:
             for _ in range(_NEIGHBOURS):
                 near = dict(params)
-                for name in self._random.sample(free, changes):
-                    near[name] = self._random.choice(self.space.parameters[name])
-                near = self.space.complete(near)
+                for name in self._random.sample(free, self._random.randint(1, len(free))):
+                    near[name] = self._shifted(name, params[name], self._random.randint(-reach, reach))
+                near = self._fitted(near)
                 if self._identity(near) not in self._seen:
                     return near
+            reach *= 2
         return next(point for point in self._points if self._identity(point) not in self._seen)
+
+    def _shifted(self, name: str, value: Value, by: int) -> Value:
+        choices = self.space.parameters[name]
+        if value not in choices:  # it does not exist there
+            return value
+        return choices[min(max(choices.index(value) + by, 0), len(choices) - 1)]
+
+    def _fitted(self, params: dict[str, Value]) -> dict[str, Value]:
+        """The nearest configuration there is: what begins to exist, by a change elsewhere, gets any of its values."""
+        return self.space.draw(
+            lambda name, choices: params[name] if params[name] in choices else self._random.choice(choices)
+        )
 
     def _identity(self, params: dict[str, Value]) -> tuple[Value, ...]:
         return tuple(params[name] for name in self.space.parameters)
