@@ -43,7 +43,7 @@ class Result:
 
 
 class Sampler:
-    """One of `options.SAMPLERS` over a space; `past` is everything finished so far, oldest first."""
+    """One of `options.SAMPLERS` but grid over a space; `past` is everything finished so far, oldest first."""
 
     def __init__(self, kind: str, space: SearchSpace, seed: int, past: Sequence[Result] = ()) -> None:
         self.kind = kind
@@ -51,19 +51,16 @@ class Sampler:
         self._directions = {name: OBJECTIVES[name] for name in space.objectives}
         self._seed = seed + len(past)  # going on is no repetition
         self._random = random.Random(self._seed)
-        self._points = space.points()
         self._suggested = len(past)
         self._in_flight = 0
         self._recent = list(past)
         self._ordered = {name: sorted(choices) for name, choices in space.parameters.items() if _is_number(choices)}
-        self._learns = kind in ("auto", "tpe", "nsga2", "gp")
-        if kind not in ("grid", "random"):
+        self._learns = kind not in ("grid", "random")
+        if self._learns:
             self._start()
 
     def suggest(self, in_flight: int) -> Suggestion:
         """What to try next, beside so many that are being measured; it may have been suggested before."""
-        if self.kind == "grid":
-            return Suggestion(next(self._points, None) or self.space.draw(self._any))
         if self.kind == "random":
             return Suggestion(self.space.draw(self._any))
         self._in_flight = in_flight
@@ -93,8 +90,8 @@ class Sampler:
         """A fresh memory of the front and the latest results."""
         self._study = optuna.create_study(sampler=self._make(), directions=list(self._directions.values()))
         front = {id(row) for row in pareto_front([result.row for result in self._recent], self._directions)}
-        old = len(self._recent) - self._history
-        self._recent = [r for index, r in enumerate(self._recent) if index >= old or id(r.row) in front]
+        old, latest = self._recent[: -self._history], self._recent[-self._history :]
+        self._recent = [result for result in old if id(result.row) in front][-self._history // 2 :] + latest
         # Of what nsga2 calls a generation, the latest: whatever is measured counts towards it.
         self._generation = {optuna.samplers.NSGAIISampler._get_generation_key(): 0}
         for result in self._recent:

@@ -98,6 +98,8 @@ class Study:
             params = dict(self._known.popleft())
             if self._identity(params) not in self._seen:
                 return Suggestion(params)
+        if self._sampler.kind == "grid":
+            return Suggestion(self._first_unseen())
         suggestion = self._sampler.suggest(len(self._open))
         if self._identity(suggestion.params) in self._seen:
             suggestion = replace(suggestion, params=self._unseen_near(suggestion.params))
@@ -192,6 +194,10 @@ class Study:
                 if self._identity(near) not in self._seen:
                     return near
             reach *= 2
+        return self._first_unseen()
+
+    def _first_unseen(self) -> dict[str, Value]:
+        """In the order of the space; what was passed over is never looked at again."""
         return next(point for point in self._points if self._identity(point) not in self._seen)
 
     def _shifted(self, name: str, value: Value, by: int) -> Value:
@@ -228,7 +234,7 @@ def check_cap(space: SearchSpace, cap: int) -> None:
         raise PolicyError(f"space {space.name!r}: {error}") from error
 
 
-class _Journal(JournalFileBackend):
+class _Journal(JournalFileBackend):  # type: ignore[misc]
     """Optuna's journal file, flushed to the disk with every write; writes that belong together go in one."""
 
     _held: list[dict[str, Any]] | None = None

@@ -129,7 +129,7 @@ def pace(sampler: str, trials: int, in_flight: int = 64, parts: int = 10) -> Row
             **{f"metric {index}": noise.random() for index in range(30)},  # rows are as long as real ones
         }
 
-    with tempfile.TemporaryDirectory(dir=".") as folder:
+    with tempfile.TemporaryDirectory() as folder:
         journal, file = Path(folder) / "journal.log", Path(folder) / "paced.yaml"
         file.write_text(PACED)
         space: SearchSpace = load_space(str(file))
