@@ -35,7 +35,7 @@ def test_hypervolume_of_staircases_known_by_hand():
     reference = {"tpot_ms": 5.0, "speedup": 0.0}
     stairs = [row(1.0, 1.0), row(2.0, 3.0), row(4.0, 4.0)]  # 4x1 + 3x2 + 1x1
     inside = [row(4.0, 1.0), row(2.0, 3.0)]
-    outside = [row(5.0, 9.0), row(0.5, 0.0), row(0.5, -1.0), row(0.1, 9.0, feasible=False)]
+    outside = [row(5.0, 9.0), row(7.0, 9.5), row(0.5, 0.0), row(0.5, -1.0), row(0.1, 9.0, feasible=False)]
     assert hypervolume(stairs + inside + outside, OBJECTIVES, reference) == pytest.approx(11.0)
     assert hypervolume([], OBJECTIVES, reference) == 0.0
     with pytest.raises(ValueError, match="speedup"):
