@@ -14,7 +14,17 @@ from search_spaces import OBJECTIVES, SearchSpace
 from streamllm.errors import UsageError
 from streamllm.text import TextSource
 
-_MAY_CHANGE = {"study_id", "trials", "workers", "output", "summary", "versions", "commit"}
+_MAY_CHANGE = {
+    "study_id",
+    "sampler",
+    "trials",
+    "time_budget",
+    "workers",
+    "output",
+    "summary",
+    "versions",
+    "commit",
+}
 """What a study may be continued with a different value of."""
 
 
@@ -33,6 +43,9 @@ class SweepConfiguration:
     workers: int
     """0: one per accelerator, or per core."""
     seed: int
+    sampler: str = "auto"
+    time_budget: float | None = None
+    """Seconds after which nothing new is started."""
 
     @property
     def journal(self) -> Path:
@@ -63,22 +76,29 @@ class SweepConfiguration:
         }
         return json.loads(json.dumps(values, default=str))
 
+    def check(self) -> str | None:
+        """The id of the study that is there already; None if there is none.
+
+        Raises UsageError that shows the difference if that one is of another sweep."""
+        path = self.output / "sweep.json"
+        if not path.exists():
+            return None
+        before = json.loads(path.read_text())
+        study_id = str(before["study_id"])
+        changed = _differences(before, self.to_dict(study_id))
+        if changed:
+            raise UsageError(
+                f"study {self.study!r} exists with other settings ({'; '.join(changed)}); "
+                f"repeat those, or give another --study"
+            )
+        return study_id
+
     def claim(self) -> str:
         """Writes `sweep.json`, or checks that the one there is of the same sweep. Returns the study's id.
 
         Raises UsageError that shows the difference."""
         path = self.output / "sweep.json"
-        if not path.exists():
-            study_id = uuid.uuid4().hex
-        else:
-            before = json.loads(path.read_text())
-            study_id = before["study_id"]
-            changed = _differences(before, self.to_dict(study_id))
-            if changed:
-                raise UsageError(
-                    f"study {self.study!r} exists with other settings ({'; '.join(changed)}); "
-                    f"repeat those, or give another --study"
-                )
+        study_id = self.check() or uuid.uuid4().hex
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.to_dict(study_id), indent=2) + "\n")
         temporary.replace(path)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import deque
 from typing import Any, Protocol
 
@@ -31,13 +33,23 @@ class SweepError(RuntimeError):
 
 
 class Driver:
-    def __init__(self, study: Study, pool: WorkerPool, cap: int, trials: int, observers: list[Observer]) -> None:
+    def __init__(
+        self,
+        study: Study,
+        pool: WorkerPool,
+        cap: int,
+        trials: int,
+        observers: list[Observer],
+        time_budget: float | None = None,
+    ) -> None:
+        """`time_budget`: seconds from now after which nothing new is asked for."""
         self.study = study
         self.pool = pool
         self.cap = cap
         self.observers = observers
         self.baseline: TrialMeasurement | None = None
         self._budget = trials - len(study.rows)
+        self._until = math.inf if time_budget is None else time.monotonic() + time_budget
         self._idle: deque[int] = deque()
         self._running: dict[int, OpenTrial | None] = {}
         """Worker -> its trial; None is the baseline."""
@@ -60,7 +72,7 @@ class Driver:
         while self._idle:
             if self._retries:
                 trial = self._retries.popleft()
-            elif self._budget > 0 and (asked := self.study.ask()) is not None:
+            elif self._budget > 0 and time.monotonic() < self._until and (asked := self.study.ask()) is not None:
                 self._budget -= 1
                 trial = asked
             else:
@@ -121,8 +133,7 @@ class Driver:
             self._tell(trial, failed_row(trial, str(finished.error), finished.worker))
 
     def _tell(self, trial: OpenTrial, row: dict[str, Any]) -> None:
-        self.study.tell(trial.number, row)
-        self._announce(row)
+        self._announce(self.study.tell(trial.number, row))
 
     def _announce(self, row: dict[str, Any]) -> None:
         for observer in self.observers:

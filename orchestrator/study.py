@@ -1,34 +1,41 @@
-"""The study: Optuna's ask and tell over a search space, in a journal on disk that survives being killed.
+"""The study: which configurations were tried, are running and come next, in a journal that survives being killed.
 
-A finished trial carries its table row as a user attribute, so the journal alone can rebuild tables and MLflow. A trial
-that was running when the driver died is still RUNNING in the journal: it is handed out again, under its number.
+It is an Optuna study, in a journal on disk. A trial is one line when it is handed out and another few, written
+together, when it is finished; its table row is a user attribute, so that the journal alone can rebuild tables and
+MLflow. What was running when the driver died is handed out again, under its number.
 """
 
 from __future__ import annotations
 
+import math
+import os
 import random
 import warnings
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.distributions import CategoricalDistribution
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import Trial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from search_spaces import OBJECTIVES, SearchSpace
+from search_spaces import OBJECTIVES, SearchSpace, Value
 from streamllm.errors import UsageError
 from streamllm.methods import check_execution
 from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
 
+from .samplers import Result, Sampler, Suggestion
 from .trial import TrialSpec
 
-_DUPLICATES_IN_A_ROW = 5
 _ROW = "row"
 _SKIPPED = "skipped"
+_NEIGHBOURS = 8
+"""Tried at each distance, in place of a configuration that was tried already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,112 +48,212 @@ class OpenTrial:
 
 
 class Study:
-    def __init__(self, name: str, journal: Path, space: SearchSpace, cap: int, seed: int) -> None:
+    def __init__(
+        self, name: str, journal: Path, space: SearchSpace, cap: int, seed: int, sampler: str = "auto"
+    ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         _mend(journal)
         self.space = space
         self.cap = cap
         self._random = random.Random(seed)
-        self._distributions = {name: CategoricalDistribution(list(c)) for name, c in space.parameters.items()}
+        self._size = space.size
+        self._backend = _Journal(str(journal))
+        self._storage = JournalStorage(self._backend)
         self._study = optuna.create_study(
             study_name=name,
-            storage=JournalStorage(JournalFileBackend(str(journal))),
-            sampler=optuna.samplers.TPESampler(seed=seed, multivariate=True),
+            storage=self._storage,
+            sampler=optuna.samplers.RandomSampler(),  # never asked: `samplers` suggests
             directions=[OBJECTIVES[objective] for objective in space.objectives],  # type: ignore[misc]
             load_if_exists=True,
         )
         trials = self._study.get_trials(deepcopy=False)
-        self.rows: list[dict[str, Any]] = [trial.user_attrs[_ROW] for trial in trials if _ROW in trial.user_attrs]
+        for trial in trials:
+            if trial.state == TrialState.RUNNING and _ROW in trial.user_attrs:  # killed in the middle of tell
+                self._finish(self._reopened(trial), trial.user_attrs[_ROW])
+        settled = [trial for trial in trials if trial.user_attrs.keys() & {_ROW, _SKIPPED}]
+        self.rows: list[dict[str, Any]] = [trial.user_attrs[_ROW] for trial in settled if _ROW in trial.user_attrs]
         """The finished trials."""
-        settled = [t for t in trials if t.user_attrs.keys() & {_ROW, _SKIPPED}]
-        self._seen = {self._identity(t.params) for t in settled}
-        self._interrupted = deque(t.number for t in trials if t.state == TrialState.RUNNING)
-        self._trials: dict[int, Trial] = {}
-        if not trials:
-            for params in space.known:
-                self._study.enqueue_trial(dict(params), skip_if_exists=True)
+        self._seen = {self._identity(space.complete(trial.params)) for trial in settled}
+        self._interrupted = deque(t for t in trials if t.state == TrialState.RUNNING and _ROW not in t.user_attrs)
+        self._known = deque(space.known)
+        self._points = space.points()
+        self._open: dict[int, tuple[Trial, OpenTrial, Suggestion]] = {}
+        past = [Result(space.complete(t.params), t.user_attrs[_ROW]) for t in settled if _ROW in t.user_attrs]
+        self._sampler = Sampler(sampler, space, seed, [result for result in past if result.row["state"] == "complete"])
 
     def ask(self) -> OpenTrial | None:
-        """A configuration that no trial had yet; None when the space holds no more of them."""
+        """A configuration that no trial had yet, interrupted and known ones first; None when none is left."""
         while self._interrupted:
-            open_trial = self._reopen(self._interrupted.popleft())
-            if open_trial is not None:
+            frozen = self._interrupted.popleft()
+            trial = self._reopened(frozen)
+            if open_trial := self._hand_out(trial, Suggestion(self.space.complete(frozen.params))):
                 return open_trial
-        duplicates = 0
-        while len(self._seen) < self.space.size:
-            if duplicates == _DUPLICATES_IN_A_ROW:
-                self._study.enqueue_trial(self._unseen())
-                duplicates = 0
-            open_trial = self._open(self._study.ask(self._distributions))
-            if open_trial is not None:
+        while len(self._seen) < self._size:
+            if open_trial := self._hand_out(None, self._next()):
                 return open_trial
-            duplicates += 1
         return None
 
-    def tell(self, number: int, row: dict[str, Any]) -> None:
-        """Finishes a trial with its table row: its state, complete or failed, and the objectives."""
-        trial = self._trials.pop(number)
-        trial.set_user_attr(_ROW, row)
-        if row["state"] == "complete":
-            self._study.tell(trial, [row[objective] for objective in self.space.objectives])
-        else:
-            self._study.tell(trial, state=TrialState.FAIL)
-        self.rows.append(row)
-
-    def _open(self, trial: Trial) -> OpenTrial | None:
-        """The trial, unless it repeats one or no window is left for it under the cap."""
-        identity = self._identity(trial.params)
-        if identity in self._seen:
-            self._skip(trial, "a repetition")
-            return None
-        self._seen.add(identity)
-        try:
-            spec = spec_of(trial.params, self.space, self.cap)
-        except UsageError as error:
-            self._skip(trial, str(error))
-            return None
-        self._trials[trial.number] = trial
-        return OpenTrial(trial.number, trial.params, spec)
-
-    def _skip(self, trial: Trial, reason: str) -> None:
-        trial.set_user_attr(_SKIPPED, reason)
-        self._study.tell(trial, state=TrialState.FAIL)
-
-    def _reopen(self, number: int) -> OpenTrial | None:
-        frozen = self._study.get_trials(deepcopy=False)[number]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trial = Trial(self._study, frozen._trial_id)
-        if self._distributions.keys() != trial.params.keys():  # killed in the middle of ask
-            self._study.tell(trial, state=TrialState.FAIL)
-            return None
-        return self._open(trial)
-
-    def _unseen(self) -> dict[str, Any]:
-        while True:
-            params = {name: self._random.choice(choices) for name, choices in self.space.parameters.items()}
+    def _next(self) -> Suggestion:
+        while self._known:
+            params = dict(self._known.popleft())
             if self._identity(params) not in self._seen:
-                return params
+                return Suggestion(params)
+        if self._sampler.kind == "grid":
+            return Suggestion(self._first_unseen())
+        suggestion = self._sampler.suggest(len(self._open))
+        if self._identity(suggestion.params) in self._seen:
+            suggestion = replace(suggestion, params=self._unseen_near(suggestion.params))
+        return suggestion
 
-    def _identity(self, params: dict[str, Any]) -> tuple[Any, ...]:
+    def tell(self, number: int, row: dict[str, Any]) -> dict[str, Any]:
+        """Finishes a trial with its table row. Returns the row as it is kept: `feasible` by the space's constraints,
+        `violated` naming those it breaks, and failed if an objective is not a finite number."""
+        trial, open_trial, suggestion = self._open.pop(number)
+        row = self._judged(row)
+        with self._backend.together():
+            trial.set_user_attr(_ROW, row)
+            self._finish(trial, row)
+        self.rows.append(row)
+        complete = row["state"] == "complete"
+        self._sampler.learn(suggestion, Result(open_trial.params, row) if complete else None)
+        return row
+
+    def _judged(self, row: dict[str, Any]) -> dict[str, Any]:
+        if row["state"] != "complete":
+            return row
+        for objective in self.space.objectives:
+            value = row.get(objective)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                return row | {"state": "failed", "feasible": False, "reason": f"{objective} is {value}"}
+        violated = [str(constraint) for constraint in self.space.constraints if constraint.excess(row) > 0]
+        return row | {"feasible": not violated} | ({"violated": ", ".join(violated)} if violated else {})
+
+    def _finish(self, trial: Trial, row: dict[str, Any]) -> None:
+        if row["state"] != "complete":
+            self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            return
+        for constraint in self.space.constraints:
+            trial.set_constraint(str(constraint), constraint.excess(row))
+        values = [float(row[objective]) for objective in self.space.objectives]
+        self._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, values)
+
+    def _hand_out(self, trial: Trial | None, suggestion: Suggestion) -> OpenTrial | None:
+        """The configuration as a trial, new unless given; None if no window is left for it under the cap."""
+        params = suggestion.params
+        self._seen.add(self._identity(params))
+        try:
+            spec = spec_of(params, self.space, self.cap)
+        except UsageError as error:
+            self._skip(trial, params, str(error))
+            self._sampler.learn(suggestion, None)
+            return None
+        trial = trial or self._created(params, TrialState.RUNNING)
+        open_trial = OpenTrial(trial.number, params, spec)
+        self._open[trial.number] = (trial, open_trial, suggestion)
+        return open_trial
+
+    def _skip(self, trial: Trial | None, params: dict[str, Value], reason: str) -> None:
+        if trial is None:
+            self._created(params, TrialState.FAIL, {_SKIPPED: reason})
+        else:
+            trial.set_user_attr(_SKIPPED, reason)
+            self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+    def _created(self, params: dict[str, Value], state: TrialState, attributes: dict[str, Any] | None = None) -> Trial:
+        """In one line of the journal: all of it is there after a kill, or none."""
+        chosen: dict[str, Value] = {}
+        distributions: dict[str, BaseDistribution] = {}
+
+        def take(name: str, choices: tuple[Value, ...]) -> Value:
+            chosen[name] = params[name]
+            distributions[name] = CategoricalDistribution(choices)
+            return params[name]
+
+        self.space.draw(take)
+        template = create_trial(state=state, params=chosen, distributions=distributions, user_attrs=attributes)
+        return self._trial(self._storage.create_new_trial(self._study._study_id, template))
+
+    def _reopened(self, frozen: FrozenTrial) -> Trial:
+        return self._trial(frozen._trial_id)
+
+    def _trial(self, trial_id: int) -> Trial:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that trials are meant to come from `Study.ask`
+            return Trial(self._study, trial_id)
+
+    def _unseen_near(self, params: dict[str, Value]) -> dict[str, Value]:
+        """An untried configuration with values close by in the order of the choices, or else the first there is."""
+        free = [name for name, choices in self.space.parameters.items() if len(choices) > 1]
+        reach, longest = 1, max(len(choices) for choices in self.space.parameters.values())
+        while reach < 2 * longest:
+            for _ in range(_NEIGHBOURS):
+                near = dict(params)
+                for name in self._random.sample(free, self._random.randint(1, len(free))):
+                    near[name] = self._shifted(name, params[name], self._random.randint(-reach, reach))
+                near = self._fitted(near)
+                if self._identity(near) not in self._seen:
+                    return near
+            reach *= 2
+        return self._first_unseen()
+
+    def _first_unseen(self) -> dict[str, Value]:
+        """In the order of the space; what was passed over is never looked at again."""
+        return next(point for point in self._points if self._identity(point) not in self._seen)
+
+    def _shifted(self, name: str, value: Value, by: int) -> Value:
+        choices = self.space.parameters[name]
+        if value not in choices:  # it does not exist there
+            return value
+        return choices[min(max(choices.index(value) + by, 0), len(choices) - 1)]
+
+    def _fitted(self, params: dict[str, Value]) -> dict[str, Value]:
+        """The nearest configuration there is: what begins to exist, by a change elsewhere, gets any of its values."""
+        return self.space.draw(
+            lambda name, choices: params[name] if params[name] in choices else self._random.choice(choices)
+        )
+
+    def _identity(self, params: dict[str, Value]) -> tuple[Value, ...]:
         return tuple(params[name] for name in self.space.parameters)
 
 
 def spec_of(params: dict[str, Any], space: SearchSpace, cap: int) -> TrialSpec:
-    """The trial that a point of the space stands for; its window is what the cap leaves."""
+    """The trial that a point of the space stands for; its window is what its total KV leaves."""
     knobs = {name: params[name] for name in ("n_sink", "compress_every", "cache_slack", "max_drop")}
-    policy = with_derived_window(EvictionPolicy(**knobs), cap, space.cap_accounting)
+    policy = with_derived_window(EvictionPolicy(**knobs), min(params["total_kv"], cap), space.cap_accounting)
     check_execution(params["method"], params["execution"])
     return TrialSpec(params["method"], params["attn_backend"], policy, params["execution"])
 
 
 def check_cap(space: SearchSpace, cap: int) -> None:
-    """Raises PolicyError if the cap leaves some point of the space no window."""
+    """Raises PolicyError if the cap, or the largest total KV searched, leaves some point of the space no window."""
     widest = {name: max(int(x) for x in space.parameters[name]) for name in ("n_sink", "cache_slack")}
+    largest = max(int(x) for x in space.parameters["total_kv"])
     try:
-        with_derived_window(EvictionPolicy(**widest), cap)
+        with_derived_window(EvictionPolicy(**widest), min(cap, largest))
     except PolicyError as error:
         raise PolicyError(f"space {space.name!r}: {error}") from error
+
+
+class _Journal(JournalFileBackend):  # type: ignore[misc]
+    """Optuna's journal file, flushed to the disk with every write; writes that belong together go in one."""
+
+    _held: list[dict[str, Any]] | None = None
+
+    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+        if self._held is not None:
+            self._held += logs
+        else:
+            super().append_logs(logs)
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        self._held = []
+        try:
+            yield
+            held, self._held = self._held, None
+            super().append_logs(held)
+        finally:
+            self._held = None
 
 
 def _mend(journal: Path) -> None:
@@ -155,4 +262,4 @@ def _mend(journal: Path) -> None:
     if journal.exists():
         content = journal.read_bytes()
         if not content.endswith(b"\n"):
-            journal.write_bytes(content[: content.rfind(b"\n") + 1])
+            os.truncate(journal, content.rfind(b"\n") + 1)

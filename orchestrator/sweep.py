@@ -16,6 +16,8 @@ from search_spaces import SHIPPED, load_space
 from streamllm.arguments import add_model_arguments, add_text_arguments, text_source
 from streamllm.errors import UsageError
 
+from .options import SAMPLERS
+
 if TYPE_CHECKING:
     from .configuration import SweepConfiguration
     from .study import Study
@@ -45,12 +47,27 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
 
     how = parser.add_argument_group("how")
-    how.add_argument("--trials", type=int, default=16, metavar="N", help="configurations to measure in all (16)")
+    how.add_argument(
+        "--trials", type=int, metavar="N", help="configurations to measure in all (16; what fits in a time budget)"
+    )
+    how.add_argument(
+        "--time-budget", metavar="TIME", help="start nothing new after 90s, 30m or 2h and finish what runs (no limit)"
+    )
+    how.add_argument(
+        "--sampler",
+        choices=SAMPLERS,
+        default="auto",
+        help="what suggests configurations; may change when a study goes on (auto: by how many trials there are)",
+    )
     how.add_argument(
         "--workers", type=int, default=0, metavar="N", help="actors (one per GPU; without any, one per core)"
     )
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (0)")
     how.add_argument("--address", metavar="ADDRESS", help="join a Ray cluster, for example 'auto' (start one here)")
+
+    how.add_argument(
+        "--dry-run", action="store_true", help="print what would be done and its expected cost; start nothing"
+    )
 
     where = parser.add_argument_group("where")
     where.add_argument("--study", metavar="NAME", help="name of the study (MODEL-TEXT-SPACE)")
@@ -63,8 +80,10 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     source = text_source(arguments)
     space = load_space(arguments.space)
     for name, least in (("trials", 1), ("workers", 0), ("seed", 0)):
-        if getattr(arguments, name) < least:
-            raise UsageError(f"{name} {getattr(arguments, name)}: must be a whole number >= {least}")
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise UsageError(f"{name} {value}: must be a whole number >= {least}")
+    time_budget = None if arguments.time_budget is None else seconds(arguments.time_budget)
     label = Path(arguments.model).name or arguments.model
     study = arguments.study or f"{label}-{source.label}-{space.name}"
     if not re.fullmatch(r"[\w.][\w.+-]*", study):
@@ -80,6 +99,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         check_protocol(str(method), "fast")
     trained = trained_length(arguments.model)
     cap = min(space.cap, trained or space.cap)
+    space = space.under(cap)
     check_cap(space, cap)
     return SweepConfiguration(
         study=study,
@@ -90,10 +110,21 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         quantization=arguments.quantization,
         space=space,
         cap=cap,
-        trials=arguments.trials,
+        trials=arguments.trials or (16 if time_budget is None else space.size),
         workers=arguments.workers,
         seed=arguments.seed,
+        sampler=arguments.sampler,
+        time_budget=time_budget,
     )
+
+
+def seconds(text: str) -> float:
+    """Of a time such as 90s, 30m, 2h or 1h30m. Raises UsageError."""
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    total = sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
+    if total == 0:
+        raise UsageError(f"time budget {text!r}: must be a time such as 90s, 30m, 2h or 1h30m")
+    return float(total)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,6 +133,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         configuration = resolve(arguments)
+        if arguments.dry_run:
+            from .dry_run import describe
+
+            print(describe(configuration, arguments.address))
+            return 0
         configuration.output.mkdir(parents=True, exist_ok=True)
         with study_lease(configuration.output):
             return _sweep(configuration, configuration.claim(), arguments.address)
@@ -120,7 +156,12 @@ def _sweep(configuration: SweepConfiguration, study_id: str, address: str | None
     from .trial import WorkerSetup
 
     study = Study(
-        configuration.study, configuration.journal, configuration.space, configuration.cap, configuration.seed
+        configuration.study,
+        configuration.journal,
+        configuration.space,
+        configuration.cap,
+        configuration.seed,
+        configuration.sampler,
     )
     display = Display(configuration.trials, study.rows, configuration.space.objectives)
     _introduce(configuration, study, display)
@@ -133,7 +174,7 @@ def _sweep(configuration: SweepConfiguration, study_id: str, address: str | None
         store=configuration.store.absolute(),
     )
     pool = WorkerPool(setup, configuration.workers, address)
-    driver = Driver(study, pool, configuration.cap, configuration.trials, [display, tracker])
+    driver = Driver(study, pool, configuration.cap, configuration.trials, [display, tracker], configuration.time_budget)
     status, code = "FINISHED", 0
     try:
         with display:

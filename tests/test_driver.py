@@ -128,3 +128,12 @@ def test_no_worker_left_and_unusable_input_end_the_sweep_with_the_reason(drive):
     pool._ready = [Finished(0, error="TextError: too short")]
     with pytest.raises(UsageError, match="too short"):
         drive(pool, 2)
+
+
+def test_nothing_new_is_asked_for_after_the_time_budget(drive, tmp_path):
+    space = load_space(str(tmp_path / "space.yaml"))
+    study, pool = Study("s", tmp_path / "journal.log", space, 32, seed=1), PretendPool(2)
+    Driver(study, pool, 32, 6, [], time_budget=0.0).run()
+    assert [spec.method for spec in pool.submitted] == ["recompute"]
+    Driver(study, PretendPool(2), 32, 6, [], time_budget=600.0).run()
+    assert len(study.rows) == 6

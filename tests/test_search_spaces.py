@@ -1,10 +1,17 @@
 import pytest
 
 from orchestrator.study import check_cap, spec_of
+from orchestrator.sweep import main
 from search_spaces import SHIPPED, SpaceError, load_space
 from streamllm.policy import PolicyError
 
 GOOD = "parameters: {n_sink: [0, 4], compress_every: {low: 1, high: 9, step: 4}, method: mit}\n"
+CONDITIONAL = """parameters:
+  n_sink: [0, 4]
+  method: [ring, ours]
+  cache_slack: [0, 8, 16]
+  max_drop: {choices: [8, 32], when: {cache_slack: [8, 16], method: ring}}
+"""
 
 
 def space_of(tmp_path, text):
@@ -20,6 +27,18 @@ def test_shipped_spaces_load_and_their_known_configurations_fit(name):
     assert space.description
     for params in space.known:
         spec_of(dict(params), space, space.cap)
+    points = [tuple(params.items()) for params in space.points()]
+    assert len(points) == len(set(points)) == space.size
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_spaces_can_be_tried_on_the_embedded_model(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--space", name, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert "256 (nominal accounting, the model's trained length; the space says 2048)" in shown
+    assert "left out" not in shown
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_lists_ranges_fixed_values_and_defaults(tmp_path):
@@ -47,6 +66,25 @@ def test_lists_ranges_fixed_values_and_defaults(tmp_path):
         ("parameters:\n  method: [mti]\n", "line 2: method 'mti': must be one of dense, kvpress, mit"),
         (GOOD + "known:\n  - {n_sink: 8}\n", "line 3: known n_sink 8 is not among its choices: 0, 4"),
         ("parameters: [", "not YAML"),
+        ("parameters:\n  n_sink: {low: 0, high: 8, log: true}\n", "line 2: n_sink low 0: must be a whole number >= 1"),
+        ("parameters:\n  n_sink: {low: 1, high: 8, log: 3}\n", "line 2: log 3: must be one of True, False"),
+        ("parameters:\n  n_sink: {low: 1}\n", "line 2: n_sink: needs choices, or low and high"),
+        ("parameters:\n  n_sink: {choices: [1], step: 2}\n", "line 2: n_sink: has choices, so step cannot be meant"),
+        ("parameters:\n  method: {low: 1, high: 2}\n", "line 2: unknown key 'low' in method; allowed: choices, when"),
+        ("cap: 64\nparameters:\n  total_kv: [32, 128]\n", "line 3: total_kv 128: must not be above the cap 64"),
+        (GOOD + "constraints: [joy <= 3]\n", "line 2: constraint 'joy <= 3': must be METRIC <= NUMBER"),
+        (GOOD + "constraints: [speedup < 3]\n", "line 2: constraint 'speedup < 3': must be METRIC <= NUMBER"),
+        (
+            CONDITIONAL + "  compress_every: {choices: [1, 2], when: {max_drop: 8}}\n",
+            "line 6: compress_every: depends on max_drop, which",
+        ),
+        ("parameters:\n  n_sink: {choices: [0, 1], when: {method: mit}}\n", "line 2: n_sink when method 'mit' is not"),
+        (
+            "parameters:\n  n_sink: {choices: [0, 1], when: {sinks: 1}}\n",
+            "line 2: unknown key 'sinks' in when of n_sink",
+        ),
+        ("parameters:\n  n_sink: {choices: [0, 1], when: {}}\n", "line 2: n_sink: when needs at least one"),
+        (CONDITIONAL + "known: [{max_drop: 8}]\n", "line 6: known max_drop 8 is not among its choices: 0"),
     ],
 )
 def test_errors_name_file_line_key_and_what_is_allowed(tmp_path, text, message):
@@ -64,3 +102,51 @@ def test_unknown_space_lists_the_shipped_ones():
 def test_a_cap_too_small_for_the_space_is_refused(tmp_path):
     with pytest.raises(PolicyError, match=r"'mine': cap 4: .*at least 5"):
         check_cap(space_of(tmp_path, GOOD), 4)
+
+
+def test_log_ranges_multiply(tmp_path):
+    space = space_of(
+        tmp_path,
+        "parameters: {n_sink: {low: 3, high: 24, log: true}, max_drop: {low: 1, high: 99, log: true, step: 10}}",
+    )
+    assert space.parameters["n_sink"] == (3, 6, 12, 24)
+    assert space.parameters["max_drop"] == (1, 10)
+
+
+def test_conditional_parameters_exist_only_where_they_are_meant(tmp_path):
+    space = space_of(tmp_path, CONDITIONAL + "known: [{cache_slack: 8, n_sink: 4}]\n")
+    points = list(space.points())
+    assert space.size == len(points) == 2 * (2 * 2 + 1 + 3) == len({tuple(point.values()) for point in points})
+    for point in points:
+        exists = point["cache_slack"] in (8, 16) and point["method"] == "ring"
+        assert (point["max_drop"] in (8, 32)) if exists else point["max_drop"] == 0
+        assert space.complete({name: value for name, value in point.items() if space.active(name, point)}) == point
+    assert space.known[0]["max_drop"] == 8  # what is left out is the first choice
+
+
+def test_a_shorter_trained_length_takes_the_place_of_longer_totals(tmp_path):
+    text = (
+        "cap: 512\nparameters:\n  total_kv: {low: 64, high: 512, log: true}\n"
+        "  max_drop: {choices: [0, 8], when: {total_kv: 512}}\n"
+        "known: [{total_kv: 512, max_drop: 8}, {total_kv: 256}]\n"
+    )
+    space = space_of(tmp_path, text)
+    assert space.parameters["total_kv"] == (64, 128, 256, 512)
+    short = space.under(128)
+    assert short.parameters["total_kv"] == (64, 128)
+    assert [(params["total_kv"], params["max_drop"]) for params in short.known] == [(128, 8), (128, 0)]
+    assert short.active("max_drop", {"total_kv": 128}) and not short.active("max_drop", {"total_kv": 64})
+    assert spec_of(dict(short.known[0]), short, 128).policy.window_size == 124
+    assert space.under(4096) == space
+    check_cap(short, 128)
+
+
+def test_constraints_say_by_how_much_they_are_violated(tmp_path):
+    space = space_of(tmp_path, GOOD + "constraints: [ppl_increase_percent <= 3, speedup>=2.5]\n")
+    increase, speedup = space.constraints
+    assert [str(increase), str(speedup)] == ["ppl_increase_percent <= 3", "speedup >= 2.5"]
+    assert increase.excess({"ppl_increase_percent": 4.0}) == pytest.approx(1.0)
+    assert increase.excess({"ppl_increase_percent": 3.0}) == 0
+    assert speedup.excess({"speedup": 2.0}) == pytest.approx(0.5)
+    assert speedup.excess({"speedup": 9.0}) < 0
+    assert increase.excess({}) == increase.excess({"ppl_increase_percent": float("nan")}) == float("inf")

@@ -1,5 +1,8 @@
 import pytest
+from optuna.storages.journal import JournalFileBackend
 
+from dashboards.front import pareto_front
+from orchestrator.options import SAMPLERS
 from orchestrator.study import Study
 from search_spaces import load_space
 
@@ -8,6 +11,17 @@ cap: 32
 parameters: {n_sink: [0, 1, 2], compress_every: [1, 8]}
 known:
   - {n_sink: 2, compress_every: 8}
+"""
+
+
+CONDITIONAL = """
+cap: 64
+objectives: [tpot_ms, ppl_increase_percent]
+constraints: [ppl_increase_percent <= 3]
+parameters:
+  n_sink: [0, 4]
+  cache_slack: [0, 8, 16]
+  max_drop: {choices: [8, 32], when: {cache_slack: [8, 16]}}
 """
 
 
@@ -24,6 +38,7 @@ def row_of(trial):
         "state": "complete",
         "tpot_ms": 1.0 + trial.params["n_sink"],
         "ppl_increase_percent": 2.0,
+        "feasible": True,
     }
 
 
@@ -84,3 +99,125 @@ def test_points_that_the_cap_leaves_no_window_are_skipped_with_the_reason(tmp_pa
     assert asked == {1, 8}
     skipped = [t.user_attrs.get("skipped", "") for t in study._study.get_trials()]
     assert any("grows past it with any window" in reason for reason in skipped)
+
+
+@pytest.fixture
+def open_conditional(tmp_path):
+    (tmp_path / "space.yaml").write_text(CONDITIONAL)
+    space = load_space(str(tmp_path / "space.yaml"))
+    return lambda sampler="auto": Study("s", tmp_path / "journal.log", space, 64, seed=1, sampler=sampler)
+
+
+def knobs(trial):
+    return trial.params["n_sink"], trial.params["cache_slack"], trial.params["max_drop"]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler_finds_every_point_of_a_conditional_space_once(open_conditional, sampler):
+    study, running, asked = open_conditional(sampler), [], []
+    while (trial := study.ask()) is not None:
+        running.append(trial)
+        asked.append(knobs(trial))
+        if len(running) == 3:
+            done = running.pop(0)
+            study.tell(done.number, row_of(done))
+    assert sorted(asked) == sorted(
+        (sinks, slack, drop) for sinks in (0, 4) for slack in (0, 8, 16) for drop in ((8, 32) if slack else (0,))
+    )
+
+
+def test_what_violates_a_constraint_is_infeasible_in_row_and_study(open_conditional):
+    study = open_conditional()
+    good, bad = study.ask(), study.ask()
+    assert study.tell(good.number, row_of(good))["feasible"] is True
+    kept = study.tell(bad.number, row_of(bad) | {"ppl_increase_percent": 3.5, "tpot_ms": 0.1})
+    assert (kept["feasible"], kept["violated"]) == (False, "ppl_increase_percent <= 3")
+    assert study.rows[1] == kept
+    assert [trial.number for trial in study._study.best_trials] == [good.number]
+    assert study._study.trials[bad.number].constraints == {"ppl_increase_percent <= 3": 0.5}
+    assert pareto_front(study.rows, {"tpot_ms": "minimize"}) == [study.rows[0]]
+
+
+def test_samplers_are_told_what_is_infeasible(open_conditional):
+    study = open_conditional("nsga2")
+    trial = study.ask()
+    study.tell(trial.number, row_of(trial) | {"ppl_increase_percent": 5.0})
+    known = [t.constraints for t in study._sampler._study.trials if t.values is not None]
+    assert known == [{"ppl_increase_percent <= 3": 2.0}]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), None])
+def test_an_objective_that_is_no_number_fails_the_trial(open_study, value):
+    study = open_study()
+    trial = study.ask()
+    kept = study.tell(trial.number, row_of(trial) | {"tpot_ms": value})
+    assert (kept["state"], kept["reason"]) == ("failed", f"tpot_ms is {value}")
+    assert open_study().rows[0]["state"] == "failed"
+
+
+def test_interrupted_trials_of_a_conditional_space_keep_number_and_values(open_conditional):
+    study = open_conditional("random")
+    running = [study.ask() for _ in range(6)]
+    again = open_conditional("random")
+    assert [(t.number, t.params, t.spec) for t in running] == [
+        (t.number, t.params, t.spec) for t in (again.ask() for _ in running)
+    ]
+    assert not {knobs(t) for t in running} & {knobs(t) for t in iter(again.ask, None)}
+
+
+def test_a_kill_in_the_middle_of_tell_loses_nothing(open_study, tmp_path):
+    study = open_study()
+    trial = study.ask()
+    study.tell(trial.number, row_of(trial))
+    lines = (tmp_path / "journal.log").read_text().splitlines(keepends=True)
+    (tmp_path / "journal.log").write_text("".join(lines[:-1]))  # the row is there, the state is not
+    again = open_study()
+    assert again.rows == [row_of(trial)]
+    assert trial.params not in [t.params for t in iter(again.ask, None)]
+    assert [t.values for t in open_study()._study.best_trials] == [[trial.params["n_sink"] + 1.0, 2.0]]
+
+
+def test_the_sampler_may_change_when_a_study_goes_on(open_conditional):
+    asked = []
+    for sampler in SAMPLERS:
+        study = open_conditional(sampler)
+        trial = study.ask()
+        asked.append(knobs(trial))
+        study.tell(trial.number, row_of(trial))
+    assert len(set(asked)) == len(SAMPLERS)
+
+
+@pytest.fixture
+def wide(tmp_path):
+    (tmp_path / "wide.yaml").write_text(
+        "cap: 256\nparameters: {n_sink: {low: 0, high: 64}, cache_slack: {low: 0, high: 99}}"
+    )
+    return load_space(str(tmp_path / "wide.yaml"))
+
+
+def test_a_trial_is_two_writes_and_what_samplers_remember_is_bounded(wide, tmp_path, monkeypatch):
+    writes = []
+    append = JournalFileBackend.append_logs
+    monkeypatch.setattr(JournalFileBackend, "append_logs", lambda *given: (writes.append(1), append(*given)))
+    study = Study("s", tmp_path / "journal.log", wide, 256, seed=1, sampler="nsga2")
+    before, remembered = len(writes), []
+    for _ in range(900):
+        trial = study.ask()
+        study.tell(trial.number, row_of(trial))
+        remembered.append(len(study._sampler._study.get_trials(deepcopy=False)))
+    assert len(writes) - before == 2 * 900
+    assert 400 < max(remembered) <= 800 and min(remembered[450:]) < 450  # of the 1800 suggestions and results
+
+
+def test_nsga2_goes_on_from_what_was_found_after_a_restart(wide, tmp_path):
+    def run(trials):
+        study = Study("s", tmp_path / "journal.log", wide, 256, seed=1, sampler="nsga2")
+        rows = []
+        for _ in range(trials):
+            trial = study.ask()
+            row = row_of(trial) | {"ppl_increase_percent": float(trial.params["cache_slack"])}
+            rows.append(study.tell(trial.number, row))
+        return [row["tpot_ms"] + row["ppl_increase_percent"] for row in rows]
+
+    first = run(200)
+    assert sum(run(50)) < 0.9 * sum(first[:50])

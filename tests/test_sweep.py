@@ -26,6 +26,13 @@ known:
   - {method: mit, attn_backend: math, n_sink: 4, compress_every: 1}
 """
 
+DRY = (
+    "import sys; from orchestrator.sweep import main\n"
+    "code = main(sys.argv[1:])\n"
+    "assert not {'ray', 'mlflow'} & set(sys.modules), 'a dry run starts nothing'\n"
+    "sys.exit(code)"
+)
+
 
 def arguments(*more):
     model = ("--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"))
@@ -95,6 +102,12 @@ def test_a_sweep_from_end_to_end(folder):
     assert exported.returncode == 0
     assert len(list(csv.DictReader((output / "pareto.csv").open()))) == 4
 
+    dry = sweep(folder, "--trials", "8", "--time-budget", "1h", "--sampler", "tpe", "--dry-run", code=DRY)
+    assert dry.returncode == 0, dry.stderr
+    assert "s, goes on" in dry.stdout and "up to 8 trials, nothing new after 3600 s" in dry.stdout
+    assert "medians of 4 trials" in dry.stdout
+    assert len(rows_of(folder)) == 5
+
     other = sweep(folder, "--trials", "4", "--seed", "7")
     assert other.returncode == 2
     assert "seed: 0 then, 7 now" in other.stderr
@@ -146,6 +159,7 @@ def test_each_worker_sees_its_own_accelerator(folder):
     [
         (("--space", "nowhere"), "space 'nowhere'"),
         (("--trials", "0"), "trials 0"),
+        (("--time-budget", "soon"), "time budget 'soon'"),
         (("--study", "a/b"), "study 'a/b'"),
         (("--text", "nowhere.txt"), "not several"),
         (("--model", "nowhere"), "model 'nowhere'"),

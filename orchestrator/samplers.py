@@ -1,0 +1,158 @@
+"""Which configuration to try next: Optuna's samplers, kept in memory over the front and the latest results.
+
+What a suggestion costs therefore does not grow with the number of trials; the study on disk (`study`) keeps them all.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import Trial, TrialState, create_trial
+
+from dashboards.front import pareto_front
+from search_spaces import OBJECTIVES, SearchSpace, Value
+
+from .options import AUTO_TPE_TRIALS
+
+_POPULATION = 50
+_HISTORY = 200
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    params: dict[str, Value]
+    trial: Trial | None = None
+    """In the sampler's memory, where it is to know what is being measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished trial as samplers see it."""
+
+    params: dict[str, Value]
+    row: Row
+
+
+class Sampler:
+    """One of `options.SAMPLERS` but grid over a space; `past` is everything finished so far, oldest first."""
+
+    def __init__(self, kind: str, space: SearchSpace, seed: int, past: Sequence[Result] = ()) -> None:
+        self.kind = kind
+        self.space = space
+        self._directions = {name: OBJECTIVES[name] for name in space.objectives}
+        self._seed = seed + len(past)  # going on is no repetition
+        self._random = random.Random(self._seed)
+        self._suggested = len(past)
+        self._in_flight = 0
+        self._recent = list(past)
+        self._ordered = {name: sorted(choices) for name, choices in space.parameters.items() if _is_number(choices)}
+        self._learns = kind not in ("grid", "random")
+        if self._learns:
+            self._start()
+
+    def suggest(self, in_flight: int) -> Suggestion:
+        """What to try next, beside so many that are being measured; it may have been suggested before."""
+        if self.kind == "random":
+            return Suggestion(self.space.draw(self._any))
+        self._in_flight = in_flight
+        switches = self.kind == "auto" and self._suggested == AUTO_TPE_TRIALS
+        if switches or len(self._recent) >= 2 * self._history:
+            self._start()
+        self._suggested += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is experimental in Optuna
+            trial = self._study.ask()
+            params = self.space.draw(lambda name, choices: self._suggest(trial, name, choices))
+        if isinstance(self._study.sampler, optuna.samplers.TPESampler):
+            return Suggestion(params, trial)
+        self._generation = dict(self._study.tell(trial, state=TrialState.FAIL).system_attrs)
+        return Suggestion(params)
+
+    def learn(self, suggestion: Suggestion, result: Result | None) -> None:
+        """Takes in how a suggestion went (None: no result), or what was measured in its stead."""
+        trial = suggestion.trial
+        if trial is not None and trial.study is self._study:
+            self._study.tell(trial, state=TrialState.FAIL)
+        if result is not None and self._learns:
+            self._recent.append(result)
+            self._add(result)
+
+    def _start(self) -> None:
+        """A fresh memory of the front and the latest results."""
+        self._study = optuna.create_study(sampler=self._make(), directions=list(self._directions.values()))
+        front = {id(row) for row in pareto_front([result.row for result in self._recent], self._directions)}
+        old, latest = self._recent[: -self._history], self._recent[-self._history :]
+        self._recent = [result for result in old if id(result.row) in front][-self._history // 2 :] + latest
+        # Of what nsga2 calls a generation, the latest: whatever is measured counts towards it.
+        self._generation = {optuna.samplers.NSGAIISampler._get_generation_key(): 0}
+        for result in self._recent:
+            self._add(result)
+
+    @property
+    def _history(self) -> int:
+        """Results a memory starts with; at twice as many it is made anew."""
+        return max(_HISTORY, 2 * self._in_flight)
+
+    def _make(self) -> BaseSampler:
+        kind = self.kind
+        if kind == "auto":
+            kind = "tpe" if self._suggested < AUTO_TPE_TRIALS else "nsga2"
+        self._seed += 1
+        samplers: dict[str, Callable[[], BaseSampler]] = {
+            "tpe": lambda: optuna.samplers.TPESampler(
+                seed=self._seed, multivariate=True, group=bool(self.space.when), constant_liar=True
+            ),
+            "nsga2": lambda: optuna.samplers.NSGAIISampler(
+                seed=self._seed, population_size=max(_POPULATION, self._in_flight)
+            ),
+            "gp": lambda: optuna.samplers.GPSampler(seed=self._seed, deterministic_objective=False),
+            "qmc": lambda: optuna.samplers.QMCSampler(seed=self._seed, scramble=True),
+        }
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return samplers[kind]()
+
+    def _suggest(self, trial: Trial, name: str, choices: tuple[Value, ...]) -> Value:
+        if name not in self._ordered:
+            return trial.suggest_categorical(name, choices)
+        return self._ordered[name][trial.suggest_int(name, 0, len(choices) - 1)]
+
+    def _add(self, result: Result) -> None:
+        params: dict[str, Value] = {}
+        distributions: dict[str, BaseDistribution] = {}
+
+        def take(name: str, choices: tuple[Value, ...]) -> Value:
+            value = params[name] = result.params[name]
+            if name in self._ordered:
+                params[name] = self._ordered[name].index(value)
+                distributions[name] = IntDistribution(0, len(choices) - 1)
+            else:
+                distributions[name] = CategoricalDistribution(choices)
+            return value
+
+        self.space.draw(take)
+        self._study.add_trial(
+            create_trial(
+                params=params,
+                distributions=distributions,
+                values=[result.row[name] for name in self._directions],
+                constraints={str(constraint): constraint.excess(result.row) for constraint in self.space.constraints},
+                system_attrs=dict(self._generation),
+            )
+        )
+
+    def _any(self, name: str, choices: tuple[Value, ...]) -> Value:
+        return self._random.choice(choices)
+
+
+def _is_number(choices: Iterable[Value]) -> bool:
+    return all(isinstance(choice, int) for choice in choices)

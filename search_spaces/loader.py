@@ -1,0 +1,233 @@
+"""Reads a search space from YAML, and explains what is wrong with one: file, line, key, what is allowed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from streamllm.backends import BACKENDS
+from streamllm.errors import UsageError
+from streamllm.methods import METHODS
+from streamllm.options import EXECUTIONS
+from streamllm.policy import CapAccounting
+
+from .space import OBJECTIVES, Constraint, SearchSpace, Value
+
+FOLDER = Path(__file__).parent
+SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+
+# Parameter -> the words it may be, or the least whole number; and what it is where a space does not say.
+_WORDS: dict[str, tuple[str, ...]] = {"method": METHODS, "attn_backend": tuple(BACKENDS), "execution": EXECUTIONS}
+_LEAST = {"total_kv": 1, "n_sink": 0, "compress_every": 0, "cache_slack": 0, "max_drop": 0}
+_DEFAULTS: dict[str, Value] = {
+    "method": "ours",
+    "attn_backend": "auto",
+    "execution": "eager",
+    "n_sink": 4,
+    "compress_every": 1,
+    "cache_slack": 0,
+    "max_drop": 0,
+}  # and total_kv: the cap
+_PARAMETERS = (*_WORDS, *_LEAST)
+_KEYS = ("description", "cap", "cap_accounting", "objectives", "constraints", "parameters", "known")
+_ACCOUNTINGS: tuple[CapAccounting, ...] = ("nominal", "peak")
+_RELATION = re.compile(r"(\w+)\s*(<=|>=)\s*(-?\d+(?:\.\d+)?)")
+
+
+class SpaceError(UsageError):
+    """A space that does not exist or says something that cannot be meant; the message names file, line and key."""
+
+
+def load_space(name: str) -> SearchSpace:
+    """A shipped space by name, or a YAML file by path. Raises SpaceError."""
+    path = FOLDER / f"{name}.yaml" if name in SHIPPED else Path(name)
+    if not path.is_file():
+        raise SpaceError(f"space {name!r}: neither a file nor one of {', '.join(SHIPPED)}")
+    try:
+        node = yaml.compose(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpaceError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
+    return _Reader(path).space(node)
+
+
+class _Reader:
+    """Turns YAML nodes into values, knowing the line each came from."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def fail(self, node: yaml.Node, message: str) -> SpaceError:
+        return SpaceError(f"{self.path}, line {node.start_mark.line + 1}: {message}")
+
+    def space(self, node: yaml.Node | None) -> SearchSpace:
+        if node is None:
+            raise SpaceError(f"{self.path}: empty; a space needs at least 'parameters'")
+        entries = self.mapping(node, "the space", _KEYS)
+        if "parameters" not in entries:
+            raise self.fail(node, "key 'parameters' is missing")
+        cap = self.whole(entries["cap"], "cap", 1) if "cap" in entries else 2048
+        given = self.mapping(entries["parameters"], "parameters", _PARAMETERS)
+        defaults = _DEFAULTS | {"total_kv": cap}
+        parameters = {
+            name: self.choices(name, given[name]) if name in given else (defaults[name],) for name in _PARAMETERS
+        }
+        if (most := max(int(value) for value in parameters["total_kv"])) > cap:
+            raise self.fail(given["total_kv"], f"total_kv {most}: must not be above the cap {cap}")
+        when = {name: self.conditions(name, node, parameters) for name, node in self.conditional(given).items()}
+        for name, condition in when.items():
+            if other := next((other for other in condition if other in when), None):
+                raise self.fail(given[name], f"{name}: depends on {other}, which is conditional itself")
+        space = SearchSpace(
+            name=self.path.stem,
+            description=str(self.scalar(entries["description"])) if "description" in entries else "",
+            cap=cap,
+            cap_accounting=self.word(entries, "cap_accounting", _ACCOUNTINGS, "nominal"),
+            objectives=self.objectives(entries.get("objectives")),
+            parameters=parameters,
+            known=(),
+            when=when,
+            defaults={name: defaults[name] for name in when},
+            constraints=self.constraints(entries.get("constraints")),
+        )
+        known = self.sequence(entries["known"], "known") if "known" in entries else []
+        return replace(space, known=tuple(self.known(entry, space) for entry in known))
+
+    def mapping(self, node: yaml.Node, what: str, allowed: Sequence[str]) -> dict[str, yaml.Node]:
+        if not isinstance(node, yaml.MappingNode):
+            raise self.fail(node, f"{what} must be a mapping of {', '.join(allowed)}")
+        entries: dict[str, yaml.Node] = {}
+        for key, value in node.value:
+            if key.value not in allowed:
+                raise self.fail(key, f"unknown key {key.value!r} in {what}; allowed: {', '.join(allowed)}")
+            if key.value in entries:
+                raise self.fail(key, f"key {key.value!r} is given twice in {what}")
+            entries[key.value] = value
+        return entries
+
+    def sequence(self, node: yaml.Node, what: str) -> list[yaml.Node]:
+        if not isinstance(node, yaml.SequenceNode) or not node.value:
+            raise self.fail(node, f"{what} must be a list of at least one entry")
+        return list(node.value)
+
+    def scalar(self, node: yaml.Node) -> Any:
+        if not isinstance(node, yaml.ScalarNode):
+            raise self.fail(node, "a single value is expected here")
+        return yaml.safe_load(yaml.serialize(node))
+
+    def whole(self, node: yaml.Node, key: str, least: int) -> int:
+        value = self.scalar(node)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.fail(node, f"{key} {value!r}: must be a whole number >= {least}")
+        return value
+
+    def word(self, entries: dict[str, yaml.Node], key: str, allowed: Sequence[Any], default: Any) -> Any:
+        if key not in entries:
+            return default
+        value = self.scalar(entries[key])
+        if value not in allowed:
+            raise self.fail(entries[key], f"{key} {value!r}: must be one of {', '.join(map(str, allowed))}")
+        return value
+
+    def objectives(self, node: yaml.Node | None) -> tuple[str, ...]:
+        if node is None:
+            return ("tpot_ms", "ppl_increase_percent")
+        values = [self.scalar(entry) for entry in self.sequence(node, "objectives")]
+        for entry, value in zip(node.value, values, strict=True):
+            if value not in OBJECTIVES:
+                raise self.fail(entry, f"objective {value!r}: must be one of {', '.join(OBJECTIVES)}")
+        if len(values) not in (2, 3) or len(set(values)) < len(values):
+            raise self.fail(node, "objectives: give two or three different ones")
+        return tuple(values)
+
+    def constraints(self, node: yaml.Node | None) -> tuple[Constraint, ...]:
+        found = []
+        for entry in self.sequence(node, "constraints") if node is not None else []:
+            text = str(self.scalar(entry))
+            match = _RELATION.fullmatch(text.strip())
+            if match is None or match[1] not in OBJECTIVES:
+                raise self.fail(
+                    entry, f"constraint {text!r}: must be METRIC <= NUMBER or >=, METRIC one of {', '.join(OBJECTIVES)}"
+                )
+            found.append(Constraint(match[1], "<=" if match[2] == "<=" else ">=", float(match[3])))
+        return tuple(found)
+
+    def choices(self, name: str, node: yaml.Node) -> tuple[Value, ...]:
+        """Of a list, a single value, or a mapping of either or of a range."""
+        if isinstance(node, yaml.MappingNode):
+            allowed = ("choices", "when") if name in _WORDS else ("choices", "low", "high", "step", "log", "when")
+            keys = self.mapping(node, name, allowed)
+            if "choices" not in keys:
+                return self.range(name, node, keys)
+            if extra := keys.keys() - {"choices", "when"}:
+                raise self.fail(node, f"{name}: has choices, so {', '.join(sorted(extra))} cannot be meant")
+            node = keys["choices"]
+        if not isinstance(node, yaml.SequenceNode):
+            return (self.value(name, node),)
+        values = tuple(self.value(name, entry) for entry in self.sequence(node, name))
+        if len(set(values)) < len(values):
+            raise self.fail(node, f"{name}: a choice is given twice")
+        return values
+
+    def range(self, name: str, node: yaml.Node, keys: dict[str, yaml.Node]) -> tuple[int, ...]:
+        if not {"low", "high"} <= keys.keys():
+            raise self.fail(node, f"{name}: needs choices, or low and high")
+        log = self.word(keys, "log", (True, False), False)
+        least = max(_LEAST[name], 1 if log else 0)
+        low, high = (self.whole(keys[end], f"{name} {end}", least) for end in ("low", "high"))
+        if low > high:
+            raise self.fail(node, f"{name}: low {low} is above high {high}")
+        if not log:
+            return tuple(range(low, high + 1, self.whole(keys["step"], f"{name} step", 1) if "step" in keys else 1))
+        factor = self.whole(keys["step"], f"{name} step of a log range", 2) if "step" in keys else 2
+        values = [low]
+        while values[-1] * factor <= high:
+            values.append(values[-1] * factor)
+        return tuple(values)
+
+    def value(self, name: str, node: yaml.Node) -> Value:
+        if name in _LEAST:
+            return self.whole(node, name, _LEAST[name])
+        return str(self.word({name: node}, name, _WORDS[name], None))
+
+    def conditional(self, given: dict[str, yaml.Node]) -> dict[str, yaml.Node]:
+        """Parameter -> its `when`."""
+        return {
+            name: value
+            for name, node in given.items()
+            if isinstance(node, yaml.MappingNode)
+            for key, value in node.value
+            if key.value == "when"
+        }
+
+    def conditions(
+        self, name: str, node: yaml.Node, parameters: Mapping[str, tuple[Value, ...]]
+    ) -> dict[str, tuple[Value, ...]]:
+        others = self.mapping(node, f"when of {name}", [other for other in _PARAMETERS if other != name])
+        if not others:
+            raise self.fail(node, f"{name}: when needs at least one other parameter with its values")
+        if mapping := next((value for value in others.values() if isinstance(value, yaml.MappingNode)), None):
+            raise self.fail(mapping, f"when of {name}: give a value or a list of values")
+        conditions = {other: self.choices(other, values) for other, values in others.items()}
+        for other, values in conditions.items():
+            self.check_among(f"{name} when {other}", values, parameters[other], others[other])
+        return conditions
+
+    def check_among(self, what: str, values: tuple[Value, ...], choices: tuple[Value, ...], node: yaml.Node) -> None:
+        for value in values:
+            if value not in choices:
+                raise self.fail(node, f"{what} {value!r} is not among its choices: {', '.join(map(str, choices))}")
+
+    def known(self, node: yaml.Node, space: SearchSpace) -> dict[str, Value]:
+        """A configuration; what it does not say is a parameter's first choice."""
+        given = self.mapping(node, "a known configuration", _PARAMETERS)
+        values = {name: self.value(name, entry) for name, entry in given.items()}
+        known = space.draw(lambda name, choices: values.get(name, choices[0]))
+        for name, value in values.items():
+            allowed = space.parameters[name] if space.active(name, known) else (space.defaults[name],)
+            self.check_among(f"known {name}", (value,), allowed, given[name])
+        return known

@@ -1,0 +1,112 @@
+"""What a search space is: parameters with their choices, the conditions they exist under, objectives, constraints."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from streamllm.policy import CapAccounting
+
+Value = str | int
+
+OBJECTIVES = {
+    "tpot_ms": "minimize",
+    "speedup": "maximize",
+    "perplexity": "minimize",
+    "ppl_increase_percent": "minimize",
+    "peak_memory_mb": "minimize",
+    "peak_kv": "minimize",
+}
+"""What a sweep can optimise, and which way; constraints are on the same metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Constraint:
+    """A limit on something measured."""
+
+    metric: str
+    relation: Literal["<=", ">="]
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.metric} {self.relation} {self.limit:g}"
+
+    def excess(self, row: Mapping[str, Any]) -> float:
+        """By how much the row violates it: above 0 if it does, infinite where the metric is missing or not finite."""
+        value = row.get(self.metric)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return math.inf
+        return value - self.limit if self.relation == "<=" else self.limit - value
+
+
+@dataclass(frozen=True, slots=True)
+class SearchSpace:
+    name: str
+    description: str
+    cap: int
+    cap_accounting: CapAccounting
+    objectives: tuple[str, ...]
+    parameters: Mapping[str, tuple[Value, ...]]
+    """Every parameter with its choices in order; a fixed one has one."""
+    known: tuple[Mapping[str, Value], ...]
+    """Complete configurations to try first."""
+    when: Mapping[str, Mapping[str, tuple[Value, ...]]] = field(default_factory=dict)
+    """Conditional parameter -> the others' values it exists with; those others are not conditional themselves."""
+    defaults: Mapping[str, Value] = field(default_factory=dict)
+    """What a conditional parameter is where it does not exist."""
+    constraints: tuple[Constraint, ...] = ()
+
+    def active(self, name: str, params: Mapping[str, Value]) -> bool:
+        """Whether the parameter exists beside these values of the others."""
+        return all(params[other] in values for other, values in self.when.get(name, {}).items())
+
+    def draw(self, choose: Callable[[str, tuple[Value, ...]], Value]) -> dict[str, Value]:
+        """A complete configuration: what `choose` picks where there is a choice, everywhere else the default."""
+        params: dict[str, Value] = {}
+        for name in sorted(self.parameters, key=self.when.__contains__):
+            choices = self.parameters[name] if self.active(name, params) else (self.defaults[name],)
+            params[name] = choose(name, choices) if len(choices) > 1 else choices[0]
+        return {name: params[name] for name in self.parameters}
+
+    def complete(self, params: Mapping[str, Value]) -> dict[str, Value]:
+        """The configuration that these chosen values make. Raises KeyError if one is missing."""
+        return self.draw(lambda name, _: params[name])
+
+    def points(self) -> Iterator[dict[str, Value]]:
+        """Every configuration once."""
+        for given, free in self._blocks():
+            for values in itertools.product(*free.values()):
+                yield self.complete(given | dict(zip(free, values, strict=True)))
+
+    @property
+    def size(self) -> int:
+        """How many configurations there are."""
+        return sum(math.prod(len(choices) for choices in free.values()) for _, free in self._blocks())
+
+    def _blocks(self) -> Iterator[tuple[dict[str, Value], dict[str, tuple[Value, ...]]]]:
+        """Every combination of the values that conditions ask for, and the choices that are free beside it."""
+        deciding = dict.fromkeys(other for conditions in self.when.values() for other in conditions)
+        for values in itertools.product(*(self.parameters[name] for name in deciding)):
+            given = dict(zip(deciding, values, strict=True))
+            yield given, {n: c for n, c in self.parameters.items() if n not in given and self.active(n, given)}
+
+    def under(self, cap: int) -> SearchSpace:
+        """The space where a model's cap is lower: a larger `total_kv` counts as the cap."""
+
+        def clamped(name: str, value: Value) -> Value:
+            return min(int(value), cap) if name == "total_kv" else value
+
+        def all_clamped(choices: Mapping[str, tuple[Value, ...]]) -> dict[str, tuple[Value, ...]]:
+            return {n: tuple(dict.fromkeys(clamped(n, value) for value in values)) for n, values in choices.items()}
+
+        known = [{name: clamped(name, value) for name, value in params.items()} for params in self.known]
+        return replace(
+            self,
+            parameters=all_clamped(self.parameters),
+            known=tuple(params for index, params in enumerate(known) if params not in known[:index]),
+            when={name: all_clamped(conditions) for name, conditions in self.when.items()},
+            defaults={name: clamped(name, value) for name, value in self.defaults.items()},
+        )

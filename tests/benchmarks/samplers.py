@@ -1,0 +1,183 @@
+"""Samplers compared on a space of which every point was measured (samplers.yaml, results/samplers-space-cpu.json): the
+share of the whole space's hypervolume that is found, against trials, with several trials in flight. With --pace, what
+ask and tell cost as the trials of one study grow in number, the journal on disk.
+
+python -m tests.benchmarks.samplers [--seeds 5] [--trials 128] [--pace 10000] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise, product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from dashboards.front import hypervolume
+from orchestrator.options import SAMPLERS
+from orchestrator.study import OpenTrial, Study
+from search_spaces import OBJECTIVES, SearchSpace, load_space
+
+HERE = Path(__file__).parent
+SPACE = HERE / "samplers.yaml"
+TABLE = HERE / "results" / "samplers-space-cpu.json"
+AFTER = (8, 16, 32, 48, 64, 96, 128, 192, 256)
+"""Trials after which the hypervolume is taken."""
+PACED = """
+parameters:
+  method: [ring, ours, mit]
+  attn_backend: [flash, math]
+  n_sink: {low: 0, high: 64}
+  compress_every: {low: 1, high: 128}
+  cache_slack: {low: 0, high: 32}
+  max_drop: {choices: [0, 1, 8, 32], when: {attn_backend: math}}
+constraints: [ppl_increase_percent <= 3]
+"""
+
+Row = dict[str, Any]
+
+
+class MeasuredSpace:
+    """Answers trials from the table."""
+
+    def __init__(self) -> None:
+        self.space = load_space(str(SPACE))
+        rows = json.loads(TABLE.read_text())["rows"]
+        names = [name for name, choices in self.space.parameters.items() if len(choices) > 1]
+        self._rows = {tuple(row[name] for name in names): row for row in rows}
+        self._names = names
+        self._directions = {name: OBJECTIVES[name] for name in self.space.objectives}
+        self._middle = {name: median(row[name] for row in rows) for name in self._directions}
+        self._all = self._volume([row | {"state": "complete"} for row in rows])
+
+    def row(self, trial: OpenTrial) -> Row:
+        measured = self._rows[tuple(trial.params[name] for name in self._names)]
+        return {"trial": trial.number, "state": "complete"} | {name: measured[name] for name in self._directions}
+
+    def share(self, rows: Sequence[Row]) -> float:
+        """Of the hypervolume that the whole space has, from the median of every objective: to be better is no feat."""
+        return self._volume(rows) / self._all
+
+    def _volume(self, rows: Sequence[Row]) -> float:
+        return hypervolume(rows, self._directions, self._middle)
+
+
+def search(
+    study: Study,
+    answer: Callable[[OpenTrial], Row],
+    trials: int,
+    in_flight: int,
+    seed: int,
+    told: Callable[[int], None],
+) -> None:
+    """Asks and tells with so many in flight, which finish in a random order; `told` sees the number finished."""
+    order, running, asked = random.Random(seed), [], 0
+    for finished in range(1, trials + 1):
+        while len(running) < in_flight and asked < trials and (trial := study.ask()) is not None:
+            running.append(trial)
+            asked += 1
+        trial = running.pop(order.randrange(len(running)))
+        study.tell(trial.number, answer(trial))
+        told(finished)
+
+
+def curve(measured: MeasuredSpace, sampler: str, seed: int, in_flight: int, trials: int) -> dict[int, float]:
+    shares: dict[int, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study("s", Path(folder) / "journal.log", measured.space, measured.space.cap, seed, sampler)
+
+        def told(finished: int) -> None:
+            if finished in AFTER:
+                shares[finished] = measured.share(study.rows)
+
+        search(study, measured.row, trials, in_flight, seed, told)
+    return shares
+
+
+def compare(samplers: Sequence[str], seeds: int, trials: int) -> list[Row]:
+    measured, rows = MeasuredSpace(), []
+    for in_flight, sampler in product((2, 8), samplers):
+        started = time.perf_counter()
+        curves = [curve(measured, sampler, seed, in_flight, trials) for seed in range(seeds)]
+        seconds = (time.perf_counter() - started) / seeds / trials
+        row: Row = {"sampler": sampler, "in flight": in_flight, "ms per trial": 1e3 * seconds}
+        for after in curves[0]:
+            values = sorted(one[after] for one in curves)
+            row[str(after)] = {"median": median(values), "low": values[0], "high": values[-1], "all": values}
+        rows.append(row)
+        shown = "  ".join(f"{after}: {100 * row[str(after)]['median']:.1f}%" for after in curves[0])
+        print(f"{sampler:7} {in_flight} in flight  {row['ms per trial']:6.1f} ms/trial  {shown}", flush=True)
+    return rows
+
+
+def pace(sampler: str, trials: int, in_flight: int = 64, parts: int = 10) -> Row:
+    """Milliseconds per ask and tell, of the wall clock and of this process, in each part of a study; and the seconds it
+    takes to open it again."""
+
+    def answer(trial: OpenTrial) -> Row:
+        params, noise = trial.params, random.Random(trial.number)
+        return {
+            "trial": trial.number,
+            "state": "complete",
+            "tpot_ms": 10 + 0.1 * params["n_sink"] + 20 / params["compress_every"] + noise.random(),
+            "ppl_increase_percent": 8 / (1 + params["n_sink"]) + 0.02 * params["compress_every"] + noise.random(),
+            **{f"metric {index}": noise.random() for index in range(30)},  # rows are as long as real ones
+        }
+
+    with tempfile.TemporaryDirectory() as folder:
+        journal, file = Path(folder) / "journal.log", Path(folder) / "paced.yaml"
+        file.write_text(PACED)
+        space: SearchSpace = load_space(str(file))
+        marks = [(time.perf_counter(), time.process_time())]
+
+        def told(finished: int) -> None:
+            if finished % (trials // parts) == 0:
+                marks.append((time.perf_counter(), time.process_time()))
+                wall, process = (1e3 * (marks[-1][i] - marks[-2][i]) / (trials // parts) for i in (0, 1))
+                print(f"{sampler:7} to trial {finished:6}  {wall:6.2f} ms, {process:6.2f} ms of CPU", flush=True)
+
+        search(Study("s", journal, space, space.cap, 0, sampler), answer, trials, in_flight, 0, told)
+        size, started = journal.stat().st_size, time.perf_counter()
+        again = Study("s", journal, space, space.cap, 0, sampler)
+        resumed = time.perf_counter() - started
+        assert len(again.rows) == trials
+    walls, processes = ([1e3 * (b[i] - a[i]) / (trials // parts) for a, b in pairwise(marks)] for i in (0, 1))
+    print(f"{sampler:7} opened again in {resumed:.1f} s, journal of {size / 2**20:.0f} MB")
+    return {
+        "sampler": sampler,
+        "in flight": in_flight,
+        "trials": trials,
+        "ms per trial": walls,
+        "CPU ms per trial": processes,
+        "resume sec": resumed,
+        "journal bytes": size,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--samplers", default="tpe,nsga2,gp,qmc,random,grid", help="those to compare")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--trials", type=int, default=128)
+    parser.add_argument("--pace", type=int, metavar="N", help="time ask and tell up to N trials instead")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    arguments = parser.parse_args()
+    samplers = arguments.samplers.split(",")
+    if unknown := set(samplers) - set(SAMPLERS):
+        parser.error(f"samplers {', '.join(unknown)}: must be of {', '.join(SAMPLERS)}")
+    if arguments.pace:
+        rows = [pace(sampler, arguments.pace) for sampler in samplers]
+    else:
+        rows = compare(samplers, arguments.seeds, arguments.trials)
+    if arguments.json is not None:
+        what = "ask and tell" if arguments.pace else "share of the hypervolume after so many trials"
+        arguments.json.write_text(json.dumps({"benchmark": f"samplers: {what}", "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
