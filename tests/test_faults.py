@@ -1,0 +1,346 @@
+"""Faults, injected for real: processes and nodes are killed, disks are full, memory is short, the model yields NaN.
+
+After each, the same study goes on, and every finished trial is there exactly once.
+"""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from orchestrator import pool as pool_module
+from orchestrator.driver import Driver
+from orchestrator.lease import timing_lease
+from orchestrator.pool import SweepError, WorkerPool
+from orchestrator.study import Study
+from orchestrator.trial import WorkerSetup, WorkerUnusableError
+from orchestrator.worker import Worker
+from search_spaces import load_space
+from streamllm.errors import UsageError
+from streamllm.text import TextSource
+
+from .conftest import GOLDEN
+from .test_driver import Log
+from .test_sweep import OFFLINE, SPACE, arguments, rows_of, runs_of
+
+CAP = 48
+FAULTS = ("none", "raise", "memory", "nan", "kill", "kill once", "kill with lease once", "spoil once", "hang once")
+"""By number of sinks."""
+
+
+def fail_once(store, name):
+    """Whether it is the first time, over all processes."""
+    try:
+        (store.parent / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+class Faulty(Worker):
+    def _measure(self, spec):
+        fault = "none" if spec.method == "recompute" else FAULTS[spec.policy.n_sink]
+        if fault.endswith(" once"):
+            fault = fault.removesuffix(" once") if fail_once(self.setup.store, fault) else "none"
+        if fault == "raise":
+            raise ValueError("nope")
+        if fault == "memory":
+            torch.empty(2**60)
+        if fault == "nan":
+            return self._without_weights(spec)
+        if fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "kill with lease":
+            with timing_lease():
+                os.kill(os.getpid(), signal.SIGKILL)
+        if fault == "spoil":
+            raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
+        if fault == "hang":
+            time.sleep(600)
+        return super()._measure(spec)
+
+    def _without_weights(self, spec):
+        weight = next(self.loaded.model.parameters()).data
+        kept = weight.clone()
+        weight.fill_(torch.nan)
+        try:
+            return super()._measure(spec)
+        finally:
+            weight.copy_(kept)
+
+
+class FullDisk(Worker):
+    """The kernel lets it write a hundred bytes to a file: a full disk without one."""
+
+    def measure(self, spec):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            return super().measure(spec)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class NeverReady(Worker):
+    def load(self):
+        time.sleep(600)
+
+
+class Unwilling(Worker):
+    def load(self):
+        raise RuntimeError("no such luck")
+
+
+class OnNodes(Worker):
+    """Trials hang where the node is an added one, and elsewhere wait until it has been killed."""
+
+    def _measure(self, spec):
+        if spec.method != "recompute":
+            added = ray.get_runtime_context().get_node_id() != (self.setup.store.parent / "head").read_text()
+            while added or not (self.setup.store.parent / "killed").exists():
+                time.sleep(0.1)
+        return super()._measure(spec)
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+class Sweep:
+    def __init__(self, folder: Path, sinks: list[int]):
+        (folder / "space.yaml").write_text(f"cap: {CAP}\nparameters: {{n_sink: {sinks}}}\n")
+        self.space = load_space(str(folder / "space.yaml"))
+        self.folder = folder
+        source = TextSource(token_ids=GOLDEN / "tokens.json", max_eval_tokens=300)
+        self.setup = WorkerSetup(str(GOLDEN / "neox-tiny"), source, "float32", "none", folder / "store")
+        self.notes = []
+
+    def pool(self, count, worker_class, **options):
+        return WorkerPool(self.setup, count, note=self.notes.append, worker_class=worker_class, **options)
+
+    def run(self, worker_class=Worker, count=2, observer=None, **options):
+        """The study after it went on with such workers."""
+        study = Study("s", self.folder / "journal.log", self.space, CAP, seed=1)
+        pool = self.pool(count, worker_class, **options)
+        try:
+            Driver(study, pool, CAP, 100, [observer or Log()], self.notes.append).run()
+        finally:
+            pool.shutdown()
+        return study
+
+    def stored(self):
+        return {path: path.stat().st_mtime_ns for path in (self.folder / "store").rglob("*.json")}
+
+    def check_going_on_changes_nothing(self, rows):
+        before = self.stored()
+        assert self.run(count=1).rows == rows
+        assert self.stored() == before
+
+
+@pytest.fixture
+def sweep(cluster, tmp_path):
+    return lambda sinks: Sweep(tmp_path, sinks)
+
+
+def test_workers_that_raise_die_hang_and_run_out_of_memory(sweep):
+    sweep = sweep(list(range(len(FAULTS))))
+    rows = sweep.run(Faulty, trial_timeout=30.0).rows
+    assert len(rows) == len(FAULTS)
+    by_fault = {FAULTS[row["n_sink"]]: row for row in rows}
+    reasons = {fault: row["reason"] for fault, row in by_fault.items() if row["state"] == "failed"}
+    assert reasons.keys() == {"raise", "memory", "nan", "kill"}
+    assert reasons["raise"] == "ValueError: nope"
+    assert "allocate" in reasons["memory"]
+    assert reasons["nan"].startswith("NonFiniteLossError")
+    assert reasons["kill"].startswith("quarantined: 2 workers ended on it: the worker died")
+    ended = " ".join(sweep.notes)
+    assert "no answer within 30 s" in ended and "illegal memory access" in ended
+    sweep.check_going_on_changes_nothing(rows)
+
+
+def test_memory_of_the_accelerator(monkeypatch, tmp_path):
+    worker = Worker(WorkerSetup("", TextSource(), "", "", tmp_path), 1, "me")
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    for error, becomes in ((torch.OutOfMemoryError, MemoryError), (torch.AcceleratorError, WorkerUnusableError)):
+
+        def fail(spec, error=error):
+            raise error("tried to allocate")
+
+        monkeypatch.setattr(worker, "_measure", fail)
+        with pytest.raises(becomes, match="tried to allocate"):
+            worker.measure(None)
+    assert emptied == [True]
+
+
+def test_a_full_disk_under_the_store_ends_the_sweep_in_one_line_and_it_goes_on_later(sweep):
+    sweep = sweep([0, 1])
+    with pytest.raises(SweepError, match=r"store .* cannot be written \(File too large\): make room") as raised:
+        sweep.run(FullDisk)
+    assert "\n" not in str(raised.value)
+    assert not [path for path in (sweep.folder / "store").rglob("*") if path.is_file()], "nothing half-written"
+    rows = sweep.run().rows
+    assert sorted(row["n_sink"] for row in rows) == [0, 1]
+    assert {row["state"] for row in rows} == {"complete"}
+    sweep.check_going_on_changes_nothing(rows)
+
+
+def test_a_damaged_store_entry_is_kept_aside_and_measured_again(sweep, tmp_path):
+    sweep = sweep([0, 1])
+    sweep.run()
+    damaged = next(p for p in sorted(sweep.stored()) if "quality of streaming" in p.read_text())
+    damaged.write_text(damaged.read_text().replace('"perplexity": ', '"perplexity": 1'))
+    before = sweep.stored()
+    (tmp_path / "journal.log").unlink()
+    assert len(sweep.run().rows) == 2
+    after = sweep.stored()
+    assert {path for path in after if after[path] != before[path]} == {damaged}
+    assert damaged.with_suffix(".damaged").exists()
+
+
+def test_workers_that_are_never_ready_end_the_sweep_with_the_reason(sweep, monkeypatch):
+    sweep = sweep([0])
+    monkeypatch.setattr(pool_module, "_LOOK_SEC", 0.0)
+    monkeypatch.setattr(pool_module, "_LOADING_NOTE_SEC", 0.5)
+    with pytest.raises(SweepError, match=r"no worker is left: not ready within 1\.5 s"):
+        sweep.run(NeverReady, load_timeout=1.5)
+    assert any("still loading; it has 1.5 s for it" in note for note in sweep.notes)
+    with pytest.raises(SweepError, match="no worker is left: RuntimeError: no such luck"):
+        sweep.run(Unwilling)
+
+
+def test_what_a_pending_worker_waits_for_is_said(sweep, monkeypatch):
+    sweep = sweep([0])
+    monkeypatch.setattr(pool_module, "_LOOK_SEC", 0.0)
+    monkeypatch.setattr(pool_module, "_PENDING_NOTE_SEC", 0.5)
+    other = ray.remote(Log).options(num_cpus=2).remote()
+    ray.get(other.trial_finished.remote({}))
+    pool = sweep.pool(1, Worker)
+    while not sweep.notes:
+        assert list(pool.wait(0.1)) == []
+    assert sweep.notes == ["worker 0 waits for 2 CPU: the cluster has 2, of which 0 free"]
+    ray.kill(other)
+    ready = []
+    while not ready:
+        ready = list(pool.wait(0.1))
+    assert ready[0].description["cores"]
+    pool.shutdown()
+
+    monkeypatch.setattr(pool_module, "_PENDING_END_SEC", 0.5)
+    pool = sweep.pool(2, Worker)
+    monkeypatch.setattr(WorkerPool, "_nodes", lambda self: [])
+    with pytest.raises(SweepError, match="no worker can be started: each needs 1 CPU, and the cluster has 0"):
+        while not list(pool.wait(0.1)):
+            pass
+    pool.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (3, {}, "workers 3: there is room for 2, each with its own core; give --workers 2 or fewer"),
+        (2, {"cpus_per_worker": 2}, "workers 2: there is room for 1, each with its own 2 cores"),
+        (0, {"cpus_per_worker": 3}, "cpus per worker 3: no node has more than 2"),
+    ],
+)
+def test_more_than_the_cluster_has_is_refused(sweep, count, options, message):
+    with pytest.raises(UsageError, match=message):
+        sweep([0]).pool(count, Worker, **options)
+
+
+class Nodes(Log):
+    """Adds a node when the baseline is there, kills it when a trial has started on it."""
+
+    def __init__(self, cluster, folder):
+        super().__init__()
+        self.cluster, self.folder, self.started = cluster, folder, []
+
+    def trial_started(self, worker, spec):
+        self.started.append((worker, spec.policy.n_sink))
+        if worker == 2 and spec.method != "recompute":
+            self.cluster.remove_node(self.node, allow_graceful=False)
+            (self.folder / "killed").touch()
+
+    def trial_finished(self, row):
+        super().trial_finished(row)
+        if row["trial"] == "baseline":
+            self.node = self.cluster.add_node(num_cpus=1)
+
+
+def test_nodes_come_and_go(sweep, cluster, tmp_path):
+    sweep = sweep([0, 1, 2, 3])
+    (tmp_path / "head").write_text(ray.get_runtime_context().get_node_id())
+    nodes = Nodes(cluster, tmp_path)
+    rows = sweep.run(OnNodes, count=0, observer=nodes).rows
+    assert sorted(row["n_sink"] for row in rows) == [0, 1, 2, 3]
+    assert {row["state"] for row in rows} == {"complete"}
+    (lost,) = [sinks for worker, sinks in nodes.started if worker == 2]
+    assert [worker for worker, sinks in nodes.started if sinks == lost and worker != 2], "tried again elsewhere"
+    assert any(note.startswith("worker 2 on ") for note in sweep.notes)
+    sweep.check_going_on_changes_nothing(rows)
+
+
+DYING = """
+import json, os, signal, sys
+from optuna.storages.journal import JournalFileBackend
+from orchestrator.sweep import main
+
+append, rows = JournalFileBackend.append_logs, []
+
+def append_and_die(self, logs):
+    rows.extend(log for log in logs if "row" in log.get("user_attr", ()))
+    if len(rows) < 2:
+        return append(self, logs)
+    if sys.argv[1] == "after":
+        append(self, logs)
+    else:
+        with open(self._file_path, "ab") as file:
+            file.write(json.dumps(logs[0]).encode()[:100])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+JournalFileBackend.append_logs = append_and_die
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_the_driver_killed_while_it_tells_and_while_it_writes(tmp_path):
+    """First between a trial's row and its state, then in the middle of the row."""
+    (tmp_path / "space.yaml").write_text(SPACE)
+    command = arguments("--trials", "7", "--workers", "2")
+    for moment in ("after", "within"):
+        done = subprocess.run(
+            [sys.executable, "-c", DYING, moment, *command], cwd=tmp_path, capture_output=True, text=True, env=OFFLINE
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweeps/.store").rglob("*.json")}
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.sweep", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=OFFLINE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "going on: 3 of 7 trials are finished" in done.stderr
+    for path, written in stored.items():
+        assert path.stat().st_mtime_ns == written, "a finished measurement was made again"
+    rows = rows_of(tmp_path)
+    assert len(rows) == 1 + 7
+    assert len({json.dumps([r["method"], r["backend_requested"], r["n_sink"], r["compress_every"]]) for r in rows}) == 8
+    logged = [run.data.tags["trial"] for run in runs_of(tmp_path) if "trial" in run.data.tags]
+    assert sorted(logged) == sorted(str(row["trial"]) for row in rows)
