@@ -49,6 +49,8 @@ class Finished:
     measurement: TrialMeasurement | None = None
     error: str | None = None
     died: bool = False
+    lost: bool = False
+    """It died so often that no other was started in its place."""
 
 
 @dataclass(slots=True)
@@ -226,16 +228,16 @@ class WorkerPool:
         worker = self._workers[index]
         self._kill(worker)
         deaths = worker.deaths + 1
-        if deaths < _DEATHS_IN_A_ROW:
-            self._note(f"worker {index} on {worker.host}: {reason}; starting another")
-            self._start(index, deaths)
-        else:
-            self._note(f"worker {index} on {worker.host}: {reason}; not started again")
+        lost = deaths == _DEATHS_IN_A_ROW
+        self._note(f"worker {index} on {worker.host}: {reason}; {'not started again' if lost else 'starting another'}")
+        if lost:
             worker.call = -1
             _enter(worker, "lost")
+        else:
+            self._start(index, deaths)
         if all(worker.state == "lost" for worker in self._workers.values()):
             raise SweepError(f"no worker is left: {reason}")
-        return Finished(index, error=reason, died=True)
+        return Finished(index, error=reason, died=True, lost=lost)
 
     def _kill(self, worker: _Worker) -> None:
         with suppress(self._ray.exceptions.RayError, ValueError):
@@ -313,7 +315,11 @@ def _init_ray(address: str | None) -> None:
         options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         if hasattr(os, "sched_getaffinity"):  # Ray would count cores that this process may not use
             options["num_cpus"] = len(os.sched_getaffinity(0))
-    ray.init(address=address, **options)
+    try:
+        ray.init(address=address, **options)
+    except Exception as error:  # Ray raises a plain one where a node does not start
+        where = f"address {address!r}" if address is not None else "a Ray of our own"
+        raise UsageError(f"{where}: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:
