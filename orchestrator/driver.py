@@ -87,7 +87,7 @@ class Driver:
             for observer in self.observers:
                 observer.worker_ready(worker, finished.description)
             for warning in finished.description.get("warnings", ()):
-                self.note(f"worker {worker}: warning: {warning}")
+                self.note(f"warning: worker {worker}: {warning}")
         elif worker not in self._running:
             if not finished.died:  # what one worker cannot load, none can
                 raise UsageError(finished.error)

@@ -34,6 +34,7 @@ _PENDING_END_SEC = 120.0
 """After which a cluster that has nothing to run any worker on ends the sweep."""
 _LOADING_NOTE_SEC = 60.0
 _LOOK_SEC = 1.0
+_GROW_SEC = 5.0
 
 
 class SweepError(RuntimeError):
@@ -63,8 +64,8 @@ class _Worker:
     """Its last call; answers to others are of a process that is no more."""
     deaths: int
     host: str = "?"
-    noted: float = 0.0
-    """Until when in this state the user has been told that it lasts."""
+    noted: bool = False
+    """Whether the user has been told that this state lasts."""
 
 
 class WorkerPool:
@@ -103,7 +104,8 @@ class WorkerPool:
         self._workers: dict[int, _Worker] = {}
         self._answers: queue.SimpleQueue[tuple[int, int, Future[Any]]] = queue.SimpleQueue()
         self._calls = itertools.count()
-        self._looked = self._able = time.monotonic()
+        self._looked = self._grown = self._able = time.monotonic()
+        self._next_note_sec = _PENDING_NOTE_SEC
         try:
             self._on_accelerators = self._total("GPU") > 0
             self._cores = cpus_per_worker or self._share()
@@ -244,30 +246,32 @@ class WorkerPool:
             self._ray.kill(worker.actor)
 
     def _look_after(self) -> Iterator[Finished]:
-        """Once a second: grows with the cluster, ends what is overdue, says what is being waited for."""
+        """Now and then: grows with the cluster, ends what is overdue, says what is being waited for."""
         now = time.monotonic()
         if now - self._looked < _LOOK_SEC:
             return
         self._looked = now
-        if self._count == 0:
+        if self._count == 0 and now - self._grown > _GROW_SEC:
+            self._grown = now
             for index in range(len(self._workers), self._capacity()):
                 self._start(index)
-        pending = [index for index, worker in self._workers.items() if worker.state == "pending"]
-        self._explain(pending, now)
+        self._explain(now)
         for index in [i for i, worker in self._workers.items() if worker.state == "loading"]:
             yield from self._loading(index, now)
         yield from self._overdue(now)
 
-    def _explain(self, pending: list[int], now: float) -> None:
+    def _explain(self, now: float) -> None:
         """Says what pending workers wait for. Raises SweepError if the cluster has had nothing for any for long."""
-        for index in pending:
-            worker = self._workers[index]
-            if now - worker.since >= 4 * worker.noted + _PENDING_NOTE_SEC:
-                worker.noted = now - worker.since
-                self._note(f"worker {index} waits for {self._asks()}: {self._resources()}")
-        if self._capacity() or any(
-            worker.state in ("idle", "measuring", "loading") for worker in self._workers.values()
-        ):
+        pending = [worker for worker in self._workers.values() if worker.state == "pending"]
+        longest = max((now - worker.since for worker in pending), default=0.0)
+        if not pending:
+            self._next_note_sec = _PENDING_NOTE_SEC
+        elif longest > self._next_note_sec:
+            self._next_note_sec = 4 * longest
+            who = f"{len(pending)} of {len(self._workers)} workers"
+            self._note(f"waiting for {self._asks()} for each of {who}: {self._resources()}")
+        up = any(worker.state not in ("pending", "lost") for worker in self._workers.values())
+        if up or self._capacity():
             self._able = now
         elif now - self._able > _PENDING_END_SEC:
             raise SweepError(f"no worker can be started: each needs {self._asks()}, and {self._resources()}")
@@ -283,7 +287,7 @@ class WorkerPool:
         if seconds > self._load_timeout:
             yield self._died(index, f"not ready within {self._load_timeout:g} s")
         elif seconds > _LOADING_NOTE_SEC and not worker.noted:
-            worker.noted = seconds
+            worker.noted = True
             self._note(f"worker {index} on {worker.host}: still loading; it has {self._load_timeout:g} s for it")
 
     def _overdue(self, now: float) -> Iterator[Finished]:
@@ -300,7 +304,7 @@ class WorkerPool:
 def _enter(worker: _Worker, state: Literal["pending", "loading", "idle", "measuring", "lost"]) -> float:
     """How long it was in the state before, in seconds."""
     now = time.monotonic()
-    took, worker.state, worker.since, worker.noted = now - worker.since, state, now, 0.0
+    took, worker.state, worker.since, worker.noted = now - worker.since, state, now, False
     return took
 
 

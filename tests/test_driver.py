@@ -147,7 +147,7 @@ def test_what_a_worker_finds_wrong_is_said(drive, tmp_path):
     pool._ready = [Finished(0, description={"warnings": ["cores shared"]})]
     space = load_space(str(tmp_path / "space.yaml"))
     Driver(Study("s", tmp_path / "journal.log", space, 32, seed=1), pool, 32, 1, [], notes.append).run()
-    assert notes == ["worker 0: warning: cores shared"]
+    assert notes == ["warning: worker 0: cores shared"]
 
 
 def test_a_full_disk_under_the_study_ends_the_sweep_in_one_line_and_it_goes_on_later(drive, tmp_path):

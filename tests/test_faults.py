@@ -5,16 +5,11 @@ After each, the same study goes on, and every finished trial is there exactly on
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
-import time
-from contextlib import nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ray
 import torch
@@ -22,124 +17,31 @@ from ray.cluster_utils import Cluster
 
 from orchestrator import pool as pool_module
 from orchestrator.driver import Driver
-from orchestrator.lease import timing_lease
 from orchestrator.pool import SweepError, WorkerPool
 from orchestrator.study import Study
-from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
+from orchestrator.trial import TrialSpec, WorkerSetup, WorkerUnusableError
 from orchestrator.worker import Worker
 from search_spaces import load_space
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy
-from streamllm.store import Measurement, MeasurementStore
 from streamllm.text import TextSource
 
 from .conftest import GOLDEN
+from .faulty_workers import (
+    FAULTS,
+    Faulty,
+    FullDisk,
+    Hanging,
+    NeverReady,
+    OnNodes,
+    ShortOfMemory,
+    Unwilling,
+    WithoutModel,
+)
 from .test_driver import Log
 from .test_sweep import OFFLINE, SPACE, arguments, rows_of, runs_of
 
 CAP = 48
-
-
-def first_time(store, name):
-    """Over all processes."""
-    try:
-        (store.parent / name).touch(exist_ok=False)
-    except FileExistsError:
-        return False
-    return True
-
-
-class WithoutModel(Worker):
-    """Loads and measures nothing, quickly; all the rest is real, the store included."""
-
-    def load(self):
-        self.store = MeasurementStore(self.setup.store)
-        return self.place() | {"warnings": self._claim(""), "cores": self.cores}
-
-    def measure(self, spec):
-        key = {"spec": str(spec)}
-        found = self.store.get(key)
-        measurement = found or Measurement({"tpot_ms": 2.0, "method": spec.method} | asdict(spec.policy), LOSSES)
-        if found is None:
-            self.store.put(key, measurement)
-        return TrialMeasurement(measurement.record, measurement.losses, found is None, found is None)
-
-
-LOSSES = np.column_stack((np.arange(50.0), np.full(50, 1.0)))
-FAULTS = ("none", "raise", "kill", "kill once", "kill with lease once", "spoil once")
-"""By number of sinks."""
-
-
-class Faulty(WithoutModel):
-    def measure(self, spec):
-        fault = "none" if spec.method == "recompute" else FAULTS[spec.policy.n_sink]
-        if fault.endswith(" once"):
-            fault = fault if first_time(self.setup.store, fault) else "none"
-        if fault == "raise":
-            raise ValueError("nope")
-        if fault == "spoil once":
-            raise WorkerUnusableError("an illegal memory access was encountered")
-        if fault.startswith("kill"):
-            with timing_lease() if "lease" in fault else nullcontext():
-                os.kill(os.getpid(), signal.SIGKILL)
-        with timing_lease():
-            return super().measure(spec)
-
-
-class ShortOfMemory(Worker):
-    """With a real model: one configuration wants more memory than there is, for another the weights are NaN."""
-
-    def _measure(self, spec):
-        if spec.method != "recompute" and spec.policy.n_sink == 1:
-            torch.empty(2**60)
-        if spec.method == "recompute" or spec.policy.n_sink != 2:
-            return super()._measure(spec)
-        weight = next(self.loaded.model.parameters()).data
-        kept = weight.clone()
-        weight.fill_(torch.nan)
-        try:
-            return super()._measure(spec)
-        finally:
-            weight.copy_(kept)
-
-
-class Hanging(WithoutModel):
-    def measure(self, spec):
-        (self.setup.store.parent / f"measuring {spec.policy.n_sink}").touch()
-        time.sleep(600)
-
-
-class FullDisk(WithoutModel):
-    """The kernel lets it write a hundred bytes to a file: a full disk without one."""
-
-    def measure(self, spec):
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-        try:
-            return super().measure(spec)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-class NeverReady(WithoutModel):
-    def load(self):
-        time.sleep(600)
-
-
-class Unwilling(WithoutModel):
-    def load(self):
-        raise RuntimeError("no such luck")
-
-
-class OnNodes(WithoutModel):
-    """Trials hang where the node is an added one, and elsewhere wait until it has been killed."""
-
-    def measure(self, spec):
-        if spec.method != "recompute":
-            added = ray.get_runtime_context().get_node_id() != (self.setup.store.parent / "head").read_text()
-            while added or not (self.setup.store.parent / "killed").exists():
-                time.sleep(0.1)
-        return super().measure(spec)
 
 
 @pytest.fixture(scope="module")
@@ -179,7 +81,7 @@ class Sweep:
 
     def check_going_on_changes_nothing(self, rows, worker_class=WithoutModel):
         before = self.stored()
-        assert self.run(worker_class, count=1).rows == rows
+        assert self.run(worker_class, count=1).rows == sorted(rows, key=lambda row: row["trial"])
         assert self.stored() == before
 
 
@@ -286,12 +188,12 @@ def test_what_a_pending_worker_waits_for_is_said(sweep, monkeypatch):
     sweep = sweep([0])
     monkeypatch.setattr(pool_module, "_LOOK_SEC", 0.0)
     monkeypatch.setattr(pool_module, "_PENDING_NOTE_SEC", 0.5)
-    other = ray.remote(Log).options(num_cpus=2).remote()
-    ray.get(other.trial_finished.remote({}))
+    other = ray.remote(WithoutModel).options(num_cpus=2).remote(sweep.setup, 2, "other")
+    ray.get(other.place.remote())
     pool = sweep.pool(1, WithoutModel)
     while not sweep.notes:
         assert list(pool.wait(0.1)) == []
-    assert sweep.notes == ["worker 0 waits for 2 CPU: the cluster has 2, of which 0 free"]
+    assert sweep.notes == ["waiting for 2 CPU for each of 1 of 1 workers: the cluster has 2, of which 0 free"]
     ray.kill(other)
     ready = []
     while not ready:

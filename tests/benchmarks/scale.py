@@ -186,7 +186,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         result = run(Path(folder), arguments.workers, arguments.trials, arguments.seed, arguments.sampler)
     print(
-        f"{result['workers']} workers, {result['trials']} trials, in one process: {result['driver_trials_per_sec']:.0f} "
+        f"{result['workers']} workers, {result['trials']} trials, {result['driver_trials_per_sec']:.0f} "
         f"trials/s, with what the workers write {result['trials_per_sec_with_store']:.0f}; ms per trial:"
     )
     columns = list(result["ms_per_trial"][0])
