@@ -45,6 +45,7 @@ class Driver:
         self.note = note
         self.baseline: TrialMeasurement | None = None
         self._budget = trials - len(study.rows)
+        self._exhausted = False
         self._idle: deque[int] = deque()
         self._running: dict[int, OpenTrial | None] = {}
         """Worker -> its trial; None is the baseline."""
@@ -56,30 +57,32 @@ class Driver:
 
     def run(self) -> None:
         """Runs trials until the budget is spent or the space is exhausted. Raises SweepError, UsageError."""
-        while self._assign() or self._running or self._retries or self.baseline is None:
+        while self._running or self._retries or self.baseline is None or self._more():
             for finished in self.pool.wait(timeout=0.5):
                 self._handle(finished)
                 self._assign()
 
-    def _assign(self) -> bool:
-        """Gives idle workers something to do; whether there was anything."""
-        assigned = False
-        while self._idle:
+    def _more(self) -> bool:
+        """Whether there is anything new to ask for, be there workers just now or not."""
+        return self._budget > 0 and not self._exhausted
+
+    def _assign(self) -> None:
+        """Gives idle workers something to do."""
+        while self._idle and (self._retries or self._more()):
             if self._retries:
                 trial = self._retries.popleft()
-            elif self._budget > 0 and (asked := self._ask()) is not None:
+            elif (asked := self._ask()) is not None:
                 self._budget -= 1
                 trial = asked
             else:
-                break
+                self._exhausted = True
+                return
             worker = self._idle.popleft()
             spec = baseline_spec(self.cap) if trial is None else trial.spec
             self._running[worker] = trial
             self.pool.submit(worker, spec)
             for observer in self.observers:
                 observer.trial_started(worker, spec)
-            assigned = True
-        return assigned
 
     def _handle(self, finished: Finished) -> None:
         worker = finished.worker

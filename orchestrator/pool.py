@@ -141,7 +141,8 @@ class WorkerPool:
     def _share(self) -> int:
         """Cores for each worker: on an accelerator, those of the node with the fewest per accelerator."""
         if not self._on_accelerators:
-            return max(self._total("CPU") // self._count, 1) if self._count else 1
+            fair = self._total("CPU") // self._count if self._count else 1
+            return next((cores for cores in range(fair, 1, -1) if self._room(cores) >= self._count), 1)
         return max(min(int(n.get("CPU", 1) // n["GPU"]) for n in self._nodes() if n.get("GPU", 0) >= 1), 1)
 
     def _nodes(self) -> list[dict[str, float]]:
@@ -154,7 +155,11 @@ class WorkerPool:
         """How many workers the cluster as it is now has room for."""
         if self._on_accelerators:
             return self._total("GPU")
-        return sum(int(node.get("CPU", 0) // self._cores) for node in self._nodes())
+        return self._room(self._cores)
+
+    def _room(self, cores: int) -> int:
+        """Workers of so many cores each; a worker is on one node."""
+        return sum(int(node.get("CPU", 0) // cores) for node in self._nodes())
 
     def _check_room(self, count: int) -> None:
         room = self._capacity()

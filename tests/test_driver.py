@@ -126,6 +126,15 @@ def test_a_dead_workers_trial_is_tried_again_and_a_deadly_one_given_up(drive):
     assert len(deaths) == 1 + 2 * 2
 
 
+def test_a_sweep_goes_on_when_its_only_worker_has_died(drive):
+    def answer(worker, spec):
+        died = spec.policy.n_sink == 1
+        return Finished(worker, error="boom", died=True) if died else measured(worker, spec)
+
+    study, _ = drive(PretendPool(1, answer), 6)
+    assert len(study.rows) == 6
+
+
 def test_unusable_input_ends_the_sweep_with_the_reason(drive):
     pool = PretendPool(1)
     pool._ready = [Finished(0, error="TextError: too short")]
