@@ -321,14 +321,14 @@ def _init_ray(address: str | None) -> None:
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
+        address = "local"  # Ray would join whatever cluster this machine has been part of last
         options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         if hasattr(os, "sched_getaffinity"):  # Ray would count cores that this process may not use
             options["num_cpus"] = len(os.sched_getaffinity(0))
     try:
         ray.init(address=address, **options)
     except Exception as error:  # Ray raises a plain one where a node does not start
-        where = f"address {address!r}" if address is not None else "a Ray of our own"
-        raise UsageError(f"{where}: {_one_line(error)}") from error
+        raise UsageError(f"Ray at address {address!r} cannot be used: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:
