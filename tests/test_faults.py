@@ -178,10 +178,10 @@ def test_workers_that_are_never_ready_end_the_sweep_with_the_reason(sweep, monke
     monkeypatch.setattr(pool_module, "_LOOK_SEC", 0.0)
     monkeypatch.setattr(pool_module, "_LOADING_NOTE_SEC", 0.5)
     with pytest.raises(SweepError, match=r"no worker is left: not ready within 1\.5 s"):
-        sweep.run(NeverReady, load_timeout=1.5)
+        sweep.run(NeverReady, count=1, load_timeout=1.5)
     assert any("still loading; it has 1.5 s for it" in note for note in sweep.notes)
     with pytest.raises(SweepError, match="no worker is left: RuntimeError: no such luck"):
-        sweep.run(Unwilling)
+        sweep.run(Unwilling, count=1)
 
 
 def test_what_a_pending_worker_waits_for_is_said(sweep, monkeypatch):
