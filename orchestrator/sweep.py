@@ -62,6 +62,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--workers", type=int, default=0, metavar="N", help="actors (one per GPU; without any, one per core)"
     )
+    how.add_argument(
+        "--cpus-per-worker", type=int, default=0, metavar="N", help="cores each worker owns (1, or an equal share)"
+    )
+    how.add_argument(
+        "--trial-timeout",
+        type=float,
+        metavar="SEC",
+        help="a worker that is longer at a trial is ended (an hour, or ten times the slowest trial so far)",
+    )
+    how.add_argument(
+        "--load-timeout", type=float, default=1800.0, metavar="SEC", help="so is one that loads for longer (1800)"
+    )
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (0)")
     how.add_argument("--address", metavar="ADDRESS", help="join a Ray cluster, for example 'auto' (start one here)")
 
@@ -79,10 +91,14 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     """Checks all that can be checked before anything is started. Raises UsageError."""
     source = text_source(arguments)
     space = load_space(arguments.space)
-    for name, least in (("trials", 1), ("workers", 0), ("seed", 0)):
+    for name, least in (("trials", 1), ("workers", 0), ("cpus_per_worker", 0), ("seed", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UsageError(f"{name} {value}: must be a whole number >= {least}")
+    for name in ("trial_timeout", "load_timeout"):
+        value = getattr(arguments, name)
+        if value is not None and not value > 0:
+            raise UsageError(f"{name} {value}: must be seconds > 0")
     time_budget = None if arguments.time_budget is None else seconds(arguments.time_budget)
     label = Path(arguments.model).name or arguments.model
     study = arguments.study or f"{label}-{source.label}-{space.name}"
@@ -140,17 +156,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         configuration.output.mkdir(parents=True, exist_ok=True)
         with study_lease(configuration.output):
-            return _sweep(configuration, configuration.claim(), arguments.address)
+            return _sweep(configuration, configuration.claim(), arguments)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _sweep(configuration: SweepConfiguration, study_id: str, address: str | None) -> int:
+def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse.Namespace) -> int:
     from .configuration import commit
     from .display import Display
-    from .driver import Driver, SweepError
-    from .pool import WorkerPool
+    from .driver import Driver
+    from .pool import SweepError, WorkerPool
     from .study import Study
     from .tracking import Tracker
     from .trial import WorkerSetup
@@ -173,8 +189,24 @@ def _sweep(configuration: SweepConfiguration, study_id: str, address: str | None
         quantization=configuration.quantization,
         store=configuration.store.absolute(),
     )
-    pool = WorkerPool(setup, configuration.workers, address)
-    driver = Driver(study, pool, configuration.cap, configuration.trials, [display, tracker], configuration.time_budget)
+    pool = WorkerPool(
+        setup,
+        configuration.workers,
+        arguments.address,
+        cpus_per_worker=arguments.cpus_per_worker,
+        trial_timeout=arguments.trial_timeout,
+        load_timeout=arguments.load_timeout,
+        note=display.note,
+    )
+    driver = Driver(
+        study,
+        pool,
+        configuration.cap,
+        configuration.trials,
+        [display, tracker],
+        display.note,
+        configuration.time_budget,
+    )
     status, code = "FINISHED", 0
     try:
         with display:

@@ -42,3 +42,7 @@ class TrialMeasurement:
     measured_quality: bool
     """False where the store had it; likewise for the speed."""
     measured_speed: bool
+
+
+class WorkerUnusableError(RuntimeError):
+    """The worker's process can measure nothing any more, as after an error that spoils a CUDA context."""

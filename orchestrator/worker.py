@@ -6,26 +6,37 @@ a use for torch: what is heavy is imported inside.
 
 from __future__ import annotations
 
+import gc
 import os
 import socket
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from streamllm.store import MeasurementStore
 
-from .lease import computing_lease, timing_lease
-from .trial import TrialMeasurement, TrialSpec, WorkerSetup
+from .lease import claim, computing_lease, timing_lease
+from .trial import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
 
 
 class Worker:
-    def __init__(self, setup: WorkerSetup, cores: list[int]) -> None:
-        """Pins itself to `cores` (all it may use if empty)."""
-        if cores and hasattr(os, "sched_setaffinity"):
-            os.sched_setaffinity(0, cores)
+    def __init__(self, setup: WorkerSetup, cores: int, owner: str) -> None:
+        """One of the workers of `owner`; it will own `cores` cores of its node."""
         self.setup = setup
-        self.cores = cores
+        self._count = cores
+        self._owner = owner
+
+    def place(self) -> dict[str, Any]:
+        """Answers as soon as the process is there."""
+        return {"host": socket.gethostname(), "pid": os.getpid()}
 
     def load(self) -> dict[str, Any]:
-        """Loads model and text; says what this worker is and sees. Raises UsageError for input it cannot use."""
+        """Pins itself, loads model and text; says what this worker is, sees, and finds wrong (`warnings`).
+
+        Raises UsageError for input it cannot use."""
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        warnings = self._claim(visible)
+
         from streamllm.device import device_name, limit_threads
         from streamllm.measurements import Measurements
         from streamllm.models import load_model, load_tokenizer
@@ -37,19 +48,32 @@ class Worker:
         tokenizer = None if setup.source.token_ids is not None else load_tokenizer(setup.model)
         self.stream = load_tokens(setup.source, tokenizer, self.loaded.model.config.vocab_size)
         self.measurements = Measurements(MeasurementStore(setup.store), self.loaded, self.stream)
-        return {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
+        return self.place() | {
             "device": device_name(self.loaded.device),
-            "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES", ""),
+            "visible_devices": visible,
             "cores": self.cores,
             "model_digest": self.loaded.digest,
             "text_digest": self.stream.digest,
             "n_tokens": len(self.stream.tokens),
+            "warnings": warnings + _mismatches(self.cores, visible),
         }
 
     def measure(self, spec: TrialSpec) -> TrialMeasurement:
-        """Measures what the store does not have. Raises NonFiniteLossError, and whatever torch raises."""
+        """Measures what the store does not have. Raises MemoryError, NonFiniteLossError, WorkerUnusableError if nothing
+        can be measured here any more, and whatever torch raises."""
+        import torch
+
+        try:
+            return self._measure(spec)
+        except torch.OutOfMemoryError as error:
+            reason = f"out of accelerator memory: {error}"
+        except torch.AcceleratorError as error:
+            raise WorkerUnusableError(f"AcceleratorError: {error}") from None
+        gc.collect()  # only here are the frames gone that held the memory
+        torch.cuda.empty_cache()
+        raise MemoryError(reason)
+
+    def _measure(self, spec: TrialSpec) -> TrialMeasurement:
         from streamllm.evaluation import fast_record, identity
 
         on_cpu = self.loaded.device.type == "cpu"
@@ -64,3 +88,37 @@ class Worker:
         return TrialMeasurement(
             record | fast_record(quality.record, speed.record), quality.losses, fresh_quality, fresh_speed
         )
+
+    def _claim(self, visible: str) -> list[str]:
+        """Makes cores and accelerator its own, and says with whom it has to share them."""
+        self._claims = []
+        self.cores: list[int] = []
+        if hasattr(os, "sched_setaffinity"):
+            cores = claim([f"core-{core}" for core in sorted(os.sched_getaffinity(0))], self._count, self._owner)
+            self._claims.append(cores)
+            self.cores = sorted(int(name.removeprefix("core-")) for name in cores.names)
+            _pin(self.cores)
+        if visible:
+            self._claims.append(claim([f"accelerator-{visible}"], 1, self._owner))
+        return [f"{' '.join(c.names)}: also used by {c.shared_with}" for c in self._claims if c.shared_with]
+
+
+def _pin(cores: list[int]) -> None:
+    """Every thread of this process: an affinity is a thread's own, and Ray's have been started."""
+    for thread in Path("/proc/self/task").iterdir():
+        with suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), cores)
+
+
+def _mismatches(cores: list[int], visible: str) -> list[str]:
+    """What the system, torch and CUDA give this process, where that is not what was asked for."""
+    import torch
+
+    found = []
+    if cores and os.sched_getaffinity(0) != set(cores):
+        found.append(f"asked for cores {cores}, runs on {sorted(os.sched_getaffinity(0))}")
+    if cores and torch.get_num_threads() != len(cores):
+        found.append(f"{len(cores)} cores, but torch runs {torch.get_num_threads()} threads")
+    if visible and torch.cuda.device_count() != 1:
+        found.append(f"was given accelerator {visible}, torch sees {torch.cuda.device_count()}")
+    return found

@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import resource
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,32 @@ def peak_memory(device: torch.device) -> Iterator[Memory]:
     yield memory
     status = Path("/proc/self/status").read_text()
     memory.megabytes = int(status.split("VmHWM:")[1].split()[0]) / 1024
+
+
+def foreign_processes(device: torch.device) -> list[str]:
+    """Who else computes on this accelerator, as far as `nvidia-smi` tells: "PID NAME"; none on a CPU.
+
+    In a container its process ids are the host's, and none of them is known to be ours: one process is taken to be.
+    """
+    if device.type != "cuda":
+        return []
+    query = ["nvidia-smi", "--query-compute-apps=gpu_uuid,pid,process_name", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return others(answer, str(torch.cuda.get_device_properties(device).uuid), os.getpid())
+
+
+def others(answer: str, gpu: str, own: int) -> list[str]:
+    """The processes on that GPU in nvidia-smi's `answer` of lines "UUID, PID, NAME", but for our own."""
+    lines = [line.split(", ", 2) for line in answer.splitlines() if line.count(", ") >= 2]
+    there = {pid: name for uuid, pid, name in lines if gpu in uuid}
+    if there.pop(str(own), None) is None and there:
+        if len(there) == 1:
+            return []
+        return [f"{len(there) - 1} of {', '.join(f'{pid} {name}' for pid, name in there.items())}"]
+    return [f"{pid} {name}" for pid, name in there.items()]
 
 
 @cache

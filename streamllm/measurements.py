@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from .decoding import Progress
+from .device import foreign_processes
 from .evaluation import EVALUATORS, fast_record, identity, measure_quality, speed_summary
 from .loaded import LoadedModel
 from .methods import sampled_losses
@@ -50,12 +51,16 @@ class Measurements:
         lease: AbstractContextManager[Any] | None = None,
         strict: bool = False,
     ) -> tuple[Measurement, bool]:
-        """Protocol `fast`. It does not depend on the text."""
+        """Protocol `fast`. It does not depend on the text. The record says if the accelerator had `foreign_processes`
+        just after the timing."""
 
         def measure() -> Measurement:
             backend = resolve_backend(attn_backend, self.loaded, strict)
             speed = measure_speed(self.loaded, method, policy, backend, self.stream.tokens, execution)
-            return Measurement(speed_summary(speed, attn_backend))
+            foreign = foreign_processes(self.loaded.device)
+            return Measurement(
+                speed_summary(speed, attn_backend) | ({"foreign_processes": "; ".join(foreign)} if foreign else {})
+            )
 
         return self._once(self._speed_key(method, policy, attn_backend, execution), measure, lease)
 

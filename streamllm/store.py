@@ -7,15 +7,23 @@ sweep. Entries are JSON files written atomically; a measurement's array lies bes
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
-from collections.abc import Callable
+import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
+
+from .errors import UsageError
+
+
+class StoreError(UsageError):
+    """The store could not be written; the message names the folder, the reason and what to do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,23 +42,44 @@ class MeasurementStore:
         """The measurement of that key; a damaged entry is kept aside as `.damaged` and counts as missing."""
         path = self._path(key)
         try:
-            entry = json.loads(path.read_text())
-            losses = np.load(path.with_suffix(".npy"), allow_pickle=False) if entry["has_losses"] else None
-            return Measurement(entry["record"], losses)
+            entry = json.loads(path.read_bytes())
+            losses = path.with_suffix(".npy").read_bytes() if entry["has_losses"] else b""
+            if entry["digest"] != _digest(entry["record"], losses):
+                raise ValueError("not what was written")
+            return Measurement(
+                entry["record"], np.load(io.BytesIO(losses), allow_pickle=False) if entry["has_losses"] else None
+            )
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, EOFError):
-            path.rename(path.with_suffix(".damaged"))
+        except (ValueError, KeyError, TypeError):
+            with suppress(FileNotFoundError):  # another worker was first
+                path.rename(path.with_suffix(".damaged"))
             return None
 
     def put(self, key: dict[str, Any], measurement: Measurement) -> None:
+        """Raises StoreError, and leaves nothing half-written behind."""
         path = self._path(key)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        losses = measurement.losses
-        if losses is not None:
-            _write_atomically(path.with_suffix(".npy"), lambda file: np.save(file, losses, allow_pickle=False))
-        entry = {"key": key, "record": measurement.record, "has_losses": losses is not None}
-        _write_atomically(path, lambda file: file.write(json.dumps(entry, indent=1).encode()))
+        losses = b""
+        if measurement.losses is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, measurement.losses, allow_pickle=False)
+            losses = buffer.getvalue()
+        entry = {
+            "key": key,
+            "record": measurement.record,
+            "has_losses": measurement.losses is not None,
+            "digest": _digest(measurement.record, losses),
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if losses:
+                _write_atomically(path.with_suffix(".npy"), losses)
+            _write_atomically(path, json.dumps(entry, indent=1).encode())
+        except OSError as error:
+            raise StoreError(
+                f"the store {self.root} cannot be written ({error.strerror}): make room there, then give the same "
+                f"command again; what is finished is kept"
+            ) from error
 
     def _path(self, key: dict[str, Any]) -> Path:
         name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -66,11 +95,19 @@ def code_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def _write_atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+def _digest(record: dict[str, Any], losses: bytes) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode() + losses).hexdigest()
+
+
+def _write_atomically(path: Path, content: bytes) -> None:
     """Readers see the old file or the new one, never a part; a crash of the machine included."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("wb") as file:
-        write(file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,10 +1,13 @@
 """The driver over a pool of pretend workers, in this process."""
 
+import resource
+from dataclasses import asdict
+
 import numpy as np
 import pytest
 
-from orchestrator.driver import Driver, SweepError
-from orchestrator.pool import Finished
+from orchestrator.driver import Driver
+from orchestrator.pool import Finished, SweepError
 from orchestrator.study import Study
 from orchestrator.trial import TrialMeasurement
 from search_spaces import load_space
@@ -31,12 +34,13 @@ class PretendPool:
     def wait(self, timeout):
         result = self._ready.pop()
         yield result
-        if result.died and not result.lost:
+        if result.died:
             self._ready.append(Finished(result.worker, description={}))
 
 
 def measured(worker, spec):
-    record = {"tpot_ms": 10.0 if spec.method == "recompute" else 2.0 + spec.policy.n_sink, "method": spec.method}
+    tpot = 10.0 if spec.method == "recompute" else 2.0 + spec.policy.n_sink
+    record = {"tpot_ms": tpot, "method": spec.method} | asdict(spec.policy)
     losses = np.column_stack((np.arange(50.0), np.full(50, 1.0)))
     if spec.method == "recompute":
         losses = losses[::10]
@@ -117,13 +121,21 @@ def test_a_dead_workers_trial_is_tried_again_and_a_deadly_one_given_up(drive):
     study, _ = drive(PretendPool(2, answer), 6)
     failed = [row for row in study.rows if row["state"] == "failed"]
     assert {row["n_sink"] for row in failed} == {1}
+    assert {row["reason"] for row in failed} == {"quarantined: 2 workers ended on it: the worker died"}
     assert len(study.rows) == 6
     assert len(deaths) == 1 + 2 * 2
 
 
-def test_no_worker_left_and_unusable_input_end_the_sweep_with_the_reason(drive):
-    with pytest.raises(SweepError, match="no worker is left: boom"):
-        drive(PretendPool(1, lambda worker, spec: Finished(worker, error="boom", died=True, lost=True)), 2)
+def test_a_sweep_goes_on_when_its_only_worker_has_died(drive):
+    def answer(worker, spec):
+        died = spec.policy.n_sink == 1
+        return Finished(worker, error="boom", died=True) if died else measured(worker, spec)
+
+    study, _ = drive(PretendPool(1, answer), 6)
+    assert len(study.rows) == 6
+
+
+def test_unusable_input_ends_the_sweep_with_the_reason(drive):
     pool = PretendPool(1)
     pool._ready = [Finished(0, error="TextError: too short")]
     with pytest.raises(UsageError, match="too short"):
@@ -137,3 +149,35 @@ def test_nothing_new_is_asked_for_after_the_time_budget(drive, tmp_path):
     assert [spec.method for spec in pool.submitted] == ["recompute"]
     Driver(study, PretendPool(2), 32, 6, [], time_budget=600.0).run()
     assert len(study.rows) == 6
+
+
+def test_a_baseline_that_kills_workers_ends_the_sweep(drive):
+    def answer(worker, spec):
+        died = spec.method == "recompute"
+        return Finished(worker, error="boom", died=True) if died else measured(worker, spec)
+
+    with pytest.raises(SweepError, match=r"baseline could not be measured: quarantined: 2 .*boom"):
+        drive(PretendPool(1, answer), 2)
+
+
+def test_what_a_worker_finds_wrong_is_said(drive, tmp_path):
+    pool, notes = PretendPool(1), []
+    pool._ready = [Finished(0, description={"warnings": ["cores shared"]})]
+    space = load_space(str(tmp_path / "space.yaml"))
+    Driver(Study("s", tmp_path / "journal.log", space, 32, seed=1), pool, 32, 1, [], notes.append).run()
+    assert notes == ["warning: worker 0: cores shared"]
+
+
+def test_a_full_disk_under_the_study_ends_the_sweep_in_one_line_and_it_goes_on_later(drive, tmp_path):
+    """The limit is the kernel's own; it stands in for a full disk."""
+    journal = tmp_path / "journal.log"
+    drive(PretendPool(1), 2)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 700, before[1]))
+    try:
+        with pytest.raises(SweepError, match=r"study cannot be written \(File too large\): make room"):
+            drive(PretendPool(1), 6)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    study, _ = drive(PretendPool(1), 6)
+    assert len({(row["n_sink"], row["compress_every"]) for row in study.rows}) == 6

@@ -2,8 +2,12 @@ import multiprocessing
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
-from orchestrator.lease import computing_lease, timing_lease
+import pytest
+
+from orchestrator.lease import claim, computing_lease, study_lease, timing_lease
+from streamllm.errors import UsageError
 
 
 def hold(taken, seconds):
@@ -33,3 +37,61 @@ def test_one_timing_at_a_time_and_the_dead_hold_nothing():
     assert {events.get(timeout=60) for _ in waiters} == {"timing_lease", "computing_lease"}
     for process in (*waiters, holder):
         process.join()
+
+
+THINGS = [f"thing-{n}" for n in range(4)]
+
+
+@pytest.fixture
+def own_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+
+
+def test_claims_are_apart_and_those_of_one_owner_share_evenly(own_folder):
+    claims = [claim(THINGS, 2, "me", patience=600.0) for _ in range(4)]
+    assert [c.names for c in claims] == [THINGS[:2], THINGS[2:], THINGS[:2], THINGS[2:]]
+    assert {c.shared_with for c in claims} == {None}
+    claims[1].release()
+    assert claim(THINGS, 2, "me").names == THINGS[2:]
+    assert claim(THINGS, 9, "me").names == THINGS, "all there are"
+
+
+def test_a_stranger_who_stays_is_named(own_folder):
+    theirs = claim(THINGS, 4, "process 7 on elsewhere")
+    mine = claim(THINGS, 3, "me", patience=0.0)
+    assert (mine.names, mine.shared_with) == (THINGS[:3], "process 7 on elsewhere")
+    theirs.release()
+    again = claim(THINGS, 3, "me")
+    assert (again.names, again.shared_with) == (THINGS[:3], None)
+
+
+def keep(folder, taken):
+    import tempfile
+
+    tempfile.tempdir = folder
+    kept = claim(THINGS, 4, "killed sweep")
+    taken.set()
+    time.sleep(600)
+    kept.release()
+
+
+def test_the_workers_of_a_killed_sweep_are_waited_for(own_folder, tmp_path):
+    context = multiprocessing.get_context("spawn")
+    taken = context.Event()
+    holder = context.Process(target=keep, args=(str(tmp_path), taken))
+    holder.start()
+    assert taken.wait(60)
+    with ThreadPoolExecutor() as threads:
+        claimed = threads.submit(claim, THINGS, 2, "me", 600.0)
+        time.sleep(1)
+        assert not claimed.done(), "has to wait"
+        os.kill(holder.pid, signal.SIGKILL)
+        assert (claimed.result(60).names, claimed.result().shared_with) == (THINGS[:2], None)
+    holder.join()
+
+
+def test_a_study_says_who_runs_it(tmp_path):
+    with study_lease(tmp_path), pytest.raises(UsageError, match=f"process {os.getpid()} on "), study_lease(tmp_path):
+        pass
+    with study_lease(tmp_path):
+        pass

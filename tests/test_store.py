@@ -1,6 +1,9 @@
-import numpy as np
+import resource
 
-from streamllm.store import Measurement, MeasurementStore
+import numpy as np
+import pytest
+
+from streamllm.store import Measurement, MeasurementStore, StoreError
 
 KEY = {"policy": [4, 60], "model": "a"}
 
@@ -34,3 +37,30 @@ def test_losses_without_their_record_are_no_measurement(tmp_path):
     store.put(KEY, Measurement({}, np.zeros((2, 2))))
     next(tmp_path.rglob("*.json")).unlink()
     assert store.get(KEY) is None
+
+
+@pytest.mark.parametrize("file", ["*.json", "*.npy"])
+def test_an_entry_whose_numbers_were_changed_is_damaged(tmp_path, file):
+    store = MeasurementStore(tmp_path)
+    store.put(KEY, Measurement({"perplexity": 3.25}, np.array([[0.0, 1.5]])))
+    (path,) = tmp_path.rglob(file)
+    content = path.read_bytes()
+    changed = content.replace(b"3.25", b"3.26") if file == "*.json" else content[:-1] + b"\x40"
+    assert changed != content
+    path.write_bytes(changed)
+    assert store.get(KEY) is None
+    assert len(list(tmp_path.rglob("*.damaged"))) == 1
+
+
+def test_a_full_disk_leaves_nothing_behind_and_says_what_to_do(tmp_path):
+    """The limit is the kernel's own; it stands in for a full disk."""
+    store = MeasurementStore(tmp_path)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(StoreError, match=r"cannot be written \(File too large\): make room there"):
+            store.put(KEY, Measurement({"perplexity": 3.0}, np.zeros((1000, 2))))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert store.get(KEY) is None
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

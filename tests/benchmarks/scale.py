@@ -1,0 +1,205 @@
+"""What the driver itself costs per trial, with a thousand workers and ten thousand trials.
+
+`python -m tests.benchmarks.scale`: the real driver, study (its journal on disk), store and display; only the workers
+are pretended. They take as long as real ones, in simulated time, so that nothing but the driver's own work passes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import heapq
+import io
+import itertools
+import json
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from orchestrator import driver as driver_module
+from orchestrator.display import Display
+from orchestrator.driver import Driver
+from orchestrator.pool import Finished
+from orchestrator.study import Study
+from orchestrator.trial import TrialMeasurement, TrialSpec
+from search_spaces import load_space
+from streamllm.store import Measurement, MeasurementStore
+
+CAP = 2048
+SPACE = f"""
+cap: {CAP}
+parameters:
+  method: [ours, mit, ring]
+  attn_backend: [math, flash]
+  n_sink: {list(range(0, 64, 2))}
+  compress_every: {[2**n for n in range(8)]}
+  cache_slack: {list(range(0, 128, 8))}
+  max_drop: {list(range(0, 128, 16))}
+"""
+TRIAL_SEC = 20.0
+"""The median; durations are log-normal."""
+N_LOSSES = 1024
+
+
+class SimulatedPool:
+    """Workers whose loading and trials take simulated time. What they would do themselves, store, is timed apart."""
+
+    def __init__(self, workers: int, store: MeasurementStore, seed: int) -> None:
+        self.count = workers
+        self.seconds = 0.0
+        self.clock = 0.0
+        self._store = store
+        self._random = np.random.default_rng(seed)
+        self._order = itertools.count()
+        self._events: list[tuple[float, int, int, TrialSpec | None]] = []
+        for worker in range(workers):
+            self._later(self._random.uniform(5, 15), worker, None)
+
+    def submit(self, worker: int, spec: TrialSpec) -> None:
+        self._later(self._random.lognormal(np.log(TRIAL_SEC), 0.5), worker, spec)
+
+    def wait(self, timeout: float) -> Iterator[Finished]:
+        started = time.perf_counter()
+        self.clock, _, worker, spec = heapq.heappop(self._events)
+        if spec is None:
+            finished = Finished(worker, description={"visible_devices": "", "device": "", "cores": [0], "n_tokens": 0})
+        else:
+            finished = Finished(worker, measurement=self._measured(spec))
+        self.seconds += time.perf_counter() - started
+        yield finished
+
+    def _later(self, seconds: float, worker: int, spec: TrialSpec | None) -> None:
+        heapq.heappush(self._events, (self.clock + seconds, next(self._order), worker, spec))
+
+    def _measured(self, spec: TrialSpec) -> TrialMeasurement:
+        losses = np.column_stack((np.arange(float(N_LOSSES)), self._random.normal(3.0, 1.0, N_LOSSES)))
+        policy = spec.policy
+        record: dict[str, Any] = {
+            "method": spec.method,
+            "backend": spec.attn_backend,
+            "backend_requested": spec.attn_backend,
+            **asdict(policy),
+            "perplexity": float(np.exp(losses[:, 1].mean())),
+            "tpot_ms": 5.0 + 20.0 / policy.compress_every + policy.n_sink / 64 + self._random.exponential(0.2),
+            "peak_kv": policy.kept + policy.compress_every,
+        }
+        self._store.put({"spec": str(spec)}, Measurement(record, losses))
+        return TrialMeasurement(record, losses, True, True)
+
+
+class Stopwatch:
+    """Seconds by part; what `timed` returns adds to one."""
+
+    def __init__(self) -> None:
+        self.seconds: Counter[str] = Counter()
+
+    def timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return function(*arguments)
+            finally:
+                self.seconds[part] += time.perf_counter() - started
+
+        return call
+
+
+class Marks:
+    """An observer that notes the time of every so-manieth trial, and what each part has taken until then."""
+
+    def __init__(self, every: int, now: Callable[[], dict[str, float]]) -> None:
+        self.every = every
+        self.now = now
+        self.marks = [now()]
+        self._finished = 0
+
+    def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
+        pass
+
+    def trial_started(self, worker: int, spec: TrialSpec) -> None:
+        pass
+
+    def trial_finished(self, row: dict[str, Any]) -> None:
+        self._finished += row["trial"] != "baseline"
+        if row["trial"] != "baseline" and self._finished % self.every == 0:
+            self.marks.append(self.now())
+
+
+def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None) -> dict[str, Any]:
+    (folder / "space.yaml").write_text(SPACE)
+    space = load_space(str(folder / "space.yaml"))
+    more = {} if sampler is None else {"sampler": sampler}
+    study = Study("scale", folder / "journal.log", space, CAP, seed, **more)
+    pool = SimulatedPool(workers, MeasurementStore(folder / "store"), seed)
+    watch = Stopwatch()
+    study.ask = watch.timed("ask", study.ask)  # type: ignore[method-assign]
+    study.tell = watch.timed("tell", study.tell)  # type: ignore[method-assign]
+    display = Display(trials, [], space.objectives)
+    for method in ("worker_ready", "trial_started", "trial_finished"):
+        setattr(display, method, watch.timed("observers", getattr(display, method)))
+    original = driver_module.trial_row
+    driver_module.trial_row = watch.timed("row", original)
+    started = time.perf_counter()
+
+    def now() -> dict[str, float]:
+        parts = {part: watch.seconds[part] for part in ("ask", "tell", "row", "observers")}
+        wall = time.perf_counter() - started
+        return parts | {"other": wall - pool.seconds - sum(parts.values()), "store": pool.seconds, "wall": wall}
+
+    marks = Marks(max(trials // 10, 1), now)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            Driver(study, pool, CAP, trials, [display, marks]).run()  # type: ignore[arg-type]
+    finally:
+        driver_module.trial_row = original
+    rows = [
+        {"trials": number * marks.every}
+        | {part: 1e3 * (after[part] - before[part]) / marks.every for part in after if part != "wall"}
+        | {"driver": 1e3 * sum(after[p] - before[p] for p in after if p not in ("wall", "store")) / marks.every}
+        for number, (before, after) in enumerate(itertools.pairwise(marks.marks), start=1)
+    ]
+    wall = marks.marks[-1]["wall"]
+    return {
+        "workers": workers,
+        "trials": len(study.rows),
+        "simulated_sec": pool.clock,
+        "driver_trials_per_sec": len(study.rows) / (wall - marks.marks[-1]["store"]),
+        "trials_per_sec_with_store": len(study.rows) / wall,
+        "ms_per_trial": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=1000)
+    parser.add_argument("--trials", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--sampler", help="the study's default")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(Path(folder), arguments.workers, arguments.trials, arguments.seed, arguments.sampler)
+    print(
+        f"{result['workers']} workers, {result['trials']} trials, {result['driver_trials_per_sec']:.0f} "
+        f"trials/s, with what the workers write {result['trials_per_sec_with_store']:.0f}; ms per trial:"
+    )
+    columns = list(result["ms_per_trial"][0])
+    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
+    for row in result["ms_per_trial"]:
+        print(
+            "| "
+            + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
+            + " |"
+        )
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps({"benchmark": "scale"} | result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

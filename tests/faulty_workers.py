@@ -1,0 +1,121 @@
+"""Workers that misbehave. A module of their own, without torch: each of their processes imports it."""
+
+import os
+import resource
+import signal
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+
+import numpy as np
+
+from orchestrator.lease import timing_lease
+from orchestrator.trial import TrialMeasurement, WorkerUnusableError
+from orchestrator.worker import Worker
+from streamllm.store import Measurement, MeasurementStore
+
+
+def first_time(store, name):
+    """Over all processes."""
+    try:
+        (store.parent / name).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    return True
+
+
+class WithoutModel(Worker):
+    """Loads and measures nothing, quickly; all the rest is real, the store included."""
+
+    def load(self):
+        self.store = MeasurementStore(self.setup.store)
+        return self.place() | {"warnings": self._claim(""), "cores": self.cores}
+
+    def measure(self, spec):
+        key = {"spec": str(spec)}
+        found = self.store.get(key)
+        measurement = found or Measurement({"tpot_ms": 2.0, "method": spec.method} | asdict(spec.policy), LOSSES)
+        if found is None:
+            self.store.put(key, measurement)
+        return TrialMeasurement(measurement.record, measurement.losses, found is None, found is None)
+
+
+LOSSES = np.column_stack((np.arange(50.0), np.full(50, 1.0)))
+FAULTS = ("none", "raise", "kill", "kill once", "kill with lease once", "spoil once")
+"""By number of sinks."""
+
+
+class Faulty(WithoutModel):
+    def measure(self, spec):
+        fault = "none" if spec.method == "recompute" else FAULTS[spec.policy.n_sink]
+        if fault.endswith(" once"):
+            fault = fault if first_time(self.setup.store, fault) else "none"
+        if fault == "raise":
+            raise ValueError("nope")
+        if fault == "spoil once":
+            raise WorkerUnusableError("an illegal memory access was encountered")
+        if fault.startswith("kill"):
+            with timing_lease() if "lease" in fault else nullcontext():
+                os.kill(os.getpid(), signal.SIGKILL)
+        with timing_lease():
+            return super().measure(spec)
+
+
+class ShortOfMemory(Worker):
+    """With a real model: one configuration wants more memory than there is, for another the weights are NaN."""
+
+    def _measure(self, spec):
+        if spec.method != "recompute" and spec.policy.n_sink == 1:
+            import torch
+
+            torch.empty(2**60)
+        if spec.method == "recompute" or spec.policy.n_sink != 2:
+            return super()._measure(spec)
+        weight = next(self.loaded.model.parameters()).data
+        kept = weight.clone()
+        weight.fill_(float("nan"))
+        try:
+            return super()._measure(spec)
+        finally:
+            weight.copy_(kept)
+
+
+class Hanging(WithoutModel):
+    def measure(self, spec):
+        (self.setup.store.parent / f"measuring {spec.policy.n_sink}").touch()
+        time.sleep(600)
+
+
+class FullDisk(WithoutModel):
+    """The kernel lets it write a hundred bytes to a file: a full disk without one."""
+
+    def measure(self, spec):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            return super().measure(spec)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+class NeverReady(WithoutModel):
+    def load(self):
+        time.sleep(600)
+
+
+class Unwilling(WithoutModel):
+    def load(self):
+        raise RuntimeError("no such luck")
+
+
+class OnNodes(WithoutModel):
+    """Trials hang where the node is an added one, and elsewhere wait until it has been killed."""
+
+    def measure(self, spec):
+        if spec.method != "recompute":
+            import ray
+
+            added = ray.get_runtime_context().get_node_id() != (self.setup.store.parent / "head").read_text()
+            while added or not (self.setup.store.parent / "killed").exists():
+                time.sleep(0.1)
+        return super().measure(spec)

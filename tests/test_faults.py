@@ -1,0 +1,306 @@
+"""Faults, injected for real: processes and nodes are killed, disks are full, memory is short, the model yields NaN.
+
+After each, the same study goes on, and every finished trial is there exactly once.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster
+
+from orchestrator import pool as pool_module
+from orchestrator.driver import Driver
+from orchestrator.pool import SweepError, WorkerPool
+from orchestrator.study import Study
+from orchestrator.trial import TrialSpec, WorkerSetup, WorkerUnusableError
+from orchestrator.worker import Worker
+from search_spaces import load_space
+from streamllm.errors import UsageError
+from streamllm.policy import EvictionPolicy
+from streamllm.text import TextSource
+
+from .conftest import GOLDEN
+from .faulty_workers import (
+    FAULTS,
+    Faulty,
+    FullDisk,
+    Hanging,
+    NeverReady,
+    OnNodes,
+    ShortOfMemory,
+    Unwilling,
+    WithoutModel,
+)
+from .test_driver import Log
+from .test_sweep import OFFLINE, SPACE, arguments, rows_of, runs_of
+
+CAP = 48
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
+    yield cluster
+    ray.shutdown()
+    cluster.shutdown()
+
+
+class Sweep:
+    def __init__(self, folder: Path, sinks: list[int]):
+        (folder / "space.yaml").write_text(f"cap: {CAP}\nparameters: {{n_sink: {sinks}}}\n")
+        self.space = load_space(str(folder / "space.yaml"))
+        self.folder = folder
+        source = TextSource(token_ids=GOLDEN / "tokens.json", max_eval_tokens=300)
+        self.setup = WorkerSetup(str(GOLDEN / "neox-tiny"), source, "float32", "none", folder / "store")
+        self.notes = []
+
+    def pool(self, count, worker_class, **options):
+        return WorkerPool(self.setup, count, note=self.notes.append, worker_class=worker_class, **options)
+
+    def run(self, worker_class=WithoutModel, count=2, observer=None, **options):
+        """The study after it went on with such workers."""
+        study = Study("s", self.folder / "journal.log", self.space, CAP, seed=1)
+        pool = self.pool(count, worker_class, **options)
+        try:
+            Driver(study, pool, CAP, 100, [observer or Log()], self.notes.append).run()
+        finally:
+            pool.shutdown()
+        return study
+
+    def stored(self):
+        return {path: path.stat().st_mtime_ns for path in (self.folder / "store").rglob("*.json")}
+
+    def check_going_on_changes_nothing(self, rows, worker_class=WithoutModel):
+        before = self.stored()
+        assert self.run(worker_class, count=1).rows == sorted(rows, key=lambda row: row["trial"])
+        assert self.stored() == before
+
+
+@pytest.fixture
+def sweep(cluster, tmp_path):
+    return lambda sinks: Sweep(tmp_path, sinks)
+
+
+def test_trials_that_raise_kill_and_spoil_workers(sweep):
+    sweep = sweep(list(range(len(FAULTS))))
+    rows = sweep.run(Faulty).rows
+    assert len(rows) == len(FAULTS)
+    reasons = {FAULTS[row["n_sink"]]: row["reason"] for row in rows if row["state"] == "failed"}
+    assert reasons.keys() == {"raise", "kill"}
+    assert reasons["raise"] == "ValueError: nope"
+    assert reasons["kill"].startswith("quarantined: 2 workers ended on it: the worker died")
+    assert len([note for note in sweep.notes if "starting another" in note]) == 2 + 3
+    assert any("illegal memory access" in note for note in sweep.notes)
+    sweep.check_going_on_changes_nothing(rows)
+
+
+def test_trials_that_run_out_of_memory_or_yield_nan(sweep):
+    sweep = sweep([0, 1, 2])
+    rows = sweep.run(ShortOfMemory, count=1).rows
+    reasons = {row["n_sink"]: row["reason"] for row in rows if row["state"] == "failed"}
+    assert len(rows) == 3 and reasons.keys() == {1, 2}
+    assert "allocate" in reasons[1]
+    assert reasons[2].startswith("NonFiniteLossError")
+    sweep.check_going_on_changes_nothing(rows, Worker)
+
+
+def test_who_hangs_is_ended_and_who_waits_for_it_is_given_its_time_again(sweep, monkeypatch, tmp_path):
+    monkeypatch.setattr(pool_module, "_LOOK_SEC", 0.0)
+    pool = sweep([0]).pool(2, Hanging, trial_timeout=1e6)
+    ready = []
+    while len(ready) < 2:
+        ready += pool.wait(0.1)
+    for worker, sinks in ((1, 4), (0, 5)):
+        pool.submit(worker, TrialSpec("ours", "math", EvictionPolicy(n_sink=sinks, window_size=8)))
+        while not (tmp_path / f"measuring {sinks}").exists():
+            assert list(pool.wait(0.1)) == []
+    pool._trial_timeout = 0.01
+    ended = next(pool.wait(0.1))
+    assert (ended.worker, ended.died, ended.error) == (1, True, "no answer within 0.01 s")
+    pool._trial_timeout = 1e6
+    while not (again := list(pool.wait(0.1))):
+        pass
+    assert again[0].worker == 1 and again[0].description, "another was started in its place"
+    pool.shutdown()
+
+
+def test_memory_of_the_accelerator(monkeypatch, tmp_path):
+    worker = Worker(WorkerSetup("", TextSource(), "", "", tmp_path), 1, "me")
+    emptied = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
+    for error, becomes in ((torch.OutOfMemoryError, MemoryError), (torch.AcceleratorError, WorkerUnusableError)):
+
+        def fail(spec, error=error):
+            raise error("tried to allocate")
+
+        monkeypatch.setattr(worker, "_measure", fail)
+        with pytest.raises(becomes, match="tried to allocate"):
+            worker.measure(None)
+    assert emptied == [True]
+
+
+def test_a_full_disk_under_the_store_ends_the_sweep_in_one_line_and_it_goes_on_later(sweep):
+    sweep = sweep([0, 1])
+    with pytest.raises(SweepError, match=r"store .* cannot be written \(File too large\): make room") as raised:
+        sweep.run(FullDisk)
+    assert "\n" not in str(raised.value)
+    assert not [path for path in (sweep.folder / "store").rglob("*") if path.is_file()], "nothing half-written"
+    rows = sweep.run().rows
+    assert sorted(row["n_sink"] for row in rows) == [0, 1]
+    assert {row["state"] for row in rows} == {"complete"}
+    sweep.check_going_on_changes_nothing(rows)
+
+
+def test_a_damaged_store_entry_is_kept_aside_and_measured_again(sweep, tmp_path):
+    sweep = sweep([0, 1])
+    sweep.run()
+    damaged = next(p for p in sorted(sweep.stored()) if "method='ours'" in p.read_text())
+    damaged.write_text(damaged.read_text().replace('"tpot_ms": 2.0', '"tpot_ms": 1.0'))
+    before = sweep.stored()
+    (tmp_path / "journal.log").unlink()
+    assert {row["tpot_ms"] for row in sweep.run().rows} == {2.0}
+    after = sweep.stored()
+    assert {path for path in after if after[path] != before[path]} == {damaged}
+    assert damaged.with_suffix(".damaged").exists()
+
+
+def test_workers_that_are_never_ready_end_the_sweep_with_the_reason(sweep, monkeypatch):
+    sweep = sweep([0])
+    monkeypatch.setattr(pool_module, "_LOOK_SEC", 0.0)
+    monkeypatch.setattr(pool_module, "_LOADING_NOTE_SEC", 0.5)
+    with pytest.raises(SweepError, match=r"no worker is left: not ready within 1\.5 s"):
+        sweep.run(NeverReady, count=1, load_timeout=1.5)
+    assert any("still loading; it has 1.5 s for it" in note for note in sweep.notes)
+    with pytest.raises(SweepError, match="no worker is left: RuntimeError: no such luck"):
+        sweep.run(Unwilling, count=1)
+
+
+def test_what_a_pending_worker_waits_for_is_said(sweep, monkeypatch):
+    sweep = sweep([0])
+    monkeypatch.setattr(pool_module, "_LOOK_SEC", 0.0)
+    monkeypatch.setattr(pool_module, "_PENDING_NOTE_SEC", 0.5)
+    other = ray.remote(WithoutModel).options(num_cpus=2).remote(sweep.setup, 2, "other")
+    ray.get(other.place.remote())
+    pool = sweep.pool(1, WithoutModel)
+    while not sweep.notes:
+        assert list(pool.wait(0.1)) == []
+    (note,) = sweep.notes
+    assert note.startswith("waiting for 2 CPU for each of 1 of 1 workers: the cluster has 2, of which ")
+    with monkeypatch.context() as gone:
+        gone.setattr(pool_module, "_PENDING_END_SEC", 0.5)
+        gone.setattr(WorkerPool, "_nodes", lambda self: [])
+        with pytest.raises(SweepError, match="no worker can be started: each needs 2 CPU, and the cluster has 0"):
+            while not list(pool.wait(0.1)):
+                pass
+    ray.kill(other)
+    ready = []
+    while not ready:
+        ready = list(pool.wait(0.1))
+    assert ready[0].description["cores"]
+    pool.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (3, {}, "workers 3: there is room for 2, each with its own core; give --workers 2 or fewer"),
+        (2, {"cpus_per_worker": 2}, "workers 2: there is room for 1, each with its own 2 cores"),
+        (0, {"cpus_per_worker": 3}, "cpus per worker 3: no node has more than 2"),
+    ],
+)
+def test_more_than_the_cluster_has_is_refused(sweep, count, options, message):
+    with pytest.raises(UsageError, match=message):
+        sweep([0]).pool(count, WithoutModel, **options)
+
+
+class Nodes(Log):
+    """Adds a node when the baseline is there, kills it when a trial has started on it."""
+
+    def __init__(self, cluster, folder):
+        super().__init__()
+        self.cluster, self.folder, self.started = cluster, folder, []
+
+    def trial_started(self, worker, spec):
+        self.started.append((worker, spec.policy.n_sink))
+        if worker == 2 and spec.method != "recompute":
+            self.cluster.remove_node(self.node, allow_graceful=False)
+            (self.folder / "killed").touch()
+
+    def trial_finished(self, row):
+        super().trial_finished(row)
+        if row["trial"] == "baseline":
+            self.node = self.cluster.add_node(num_cpus=1)
+
+
+def test_nodes_come_and_go(sweep, cluster, tmp_path):
+    sweep = sweep([0, 1, 2, 3])
+    (tmp_path / "head").write_text(ray.get_runtime_context().get_node_id())
+    nodes = Nodes(cluster, tmp_path)
+    rows = sweep.run(OnNodes, count=0, observer=nodes).rows
+    assert sorted(row["n_sink"] for row in rows) == [0, 1, 2, 3]
+    assert {row["state"] for row in rows} == {"complete"}
+    (lost,) = [sinks for worker, sinks in nodes.started if worker == 2]
+    assert [worker for worker, sinks in nodes.started if sinks == lost and worker != 2], "tried again elsewhere"
+    assert any(note.startswith("worker 2 on ") for note in sweep.notes)
+    sweep.check_going_on_changes_nothing(rows)
+
+
+DYING = """
+import json, os, signal, sys
+from optuna.storages.journal import JournalFileBackend
+from orchestrator.sweep import main
+
+append, rows = JournalFileBackend.append_logs, []
+
+def append_and_die(self, logs):
+    mine = [n for n, log in enumerate(logs) if "row" in log.get("user_attr", ())]
+    rows.extend(mine)
+    if len(rows) < 2:
+        return append(self, logs)
+    if sys.argv[1] == "between":
+        append(self, logs[:mine[0] + 1])
+    else:
+        with open(self._file_path, "ab") as file:
+            file.write(json.dumps(logs[mine[0]]).encode()[:100])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+JournalFileBackend.append_logs = append_and_die
+sys.exit(main(sys.argv[2:]))
+"""
+
+
+def test_the_driver_killed_while_it_tells_and_while_it_writes(tmp_path):
+    """First between a trial's row and its state, then in the middle of the row."""
+    (tmp_path / "space.yaml").write_text(SPACE)
+    command = arguments("--trials", "7", "--workers", "2")
+    for moment in ("between", "within"):
+        done = subprocess.run(
+            [sys.executable, "-c", DYING, moment, *command], cwd=tmp_path, capture_output=True, text=True, env=OFFLINE
+        )
+        assert done.returncode == -signal.SIGKILL, done.stderr
+    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweeps/.store").rglob("*.json")}
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator.sweep", *command],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=OFFLINE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "going on: 3 of 7 trials are finished" in done.stderr
+    for path, written in stored.items():
+        assert path.stat().st_mtime_ns == written, "a finished measurement was made again"
+    rows = rows_of(tmp_path)
+    assert len(rows) == 1 + 7
+    assert len({json.dumps([r["method"], r["backend_requested"], r["n_sink"], r["compress_every"]]) for r in rows}) == 8
+    logged = [run.data.tags["trial"] for run in runs_of(tmp_path) if "trial" in run.data.tags]
+    assert sorted(logged) == sorted(str(row["trial"]) for row in rows)
