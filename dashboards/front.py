@@ -25,6 +25,35 @@ def pareto_front(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row
     return [row for _, row in front]
 
 
+def hypervolume(rows: Sequence[Row], objectives: Mapping[str, str], reference: Mapping[str, float]) -> float:
+    """The volume, in the product of the objectives' units, between the front and a reference point that is worse than
+    it: of the front's two or more objectives, the part that its rows dominate. Rows no better than the reference in
+    every objective add nothing; no rows have volume 0.
+
+    reference: objective -> value, each in its own direction.
+    """
+    corner = _point({"state": "complete"} | dict(reference), objectives)
+    if corner is None:
+        raise ValueError(f"reference {dict(reference)}: needs a finite value of each of {', '.join(objectives)}")
+    points = [point for row in pareto_front(rows, objectives) if (point := _point(row, objectives)) is not None]
+    return _volume([p for p in points if all(a < b for a, b in zip(p, corner, strict=True))], corner)
+
+
+def _volume(points: Sequence[tuple[float, ...]], corner: tuple[float, ...]) -> float:
+    """By slices along the last coordinate: between two points' the cross-section is that of the points so far."""
+    if not points:
+        return 0.0
+    if len(corner) == 1:
+        return corner[0] - min(point[0] for point in points)
+    points = sorted(points, key=lambda point: point[-1])
+    ends = [*(point[-1] for point in points[1:]), corner[-1]]
+    return sum(
+        (end - point[-1]) * _volume([p[:-1] for p in points[: index + 1]], corner[:-1])
+        for index, (point, end) in enumerate(zip(points, ends, strict=True))
+        if end > point[-1]
+    )
+
+
 def _point(row: Row, objectives: Mapping[str, str]) -> tuple[float, ...] | None:
     """The row's objectives, all to be minimised; None if it cannot be on a front."""
     if row.get("state") != "complete" or not row.get("feasible", True):
