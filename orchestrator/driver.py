@@ -48,6 +48,11 @@ class Driver:
         """Measured before the baseline was."""
         self._lost: set[int] = set()
 
+    @property
+    def idle(self) -> tuple[int, ...]:
+        """Workers that are ready and have nothing to do."""
+        return tuple(self._idle)
+
     def run(self) -> None:
         """Runs trials until the budget is spent or the space is exhausted. Raises SweepError, UsageError."""
         while self._assign() or self._running or self._retries or self.baseline is None:

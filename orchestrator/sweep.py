@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -49,6 +48,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--workers", type=int, default=0, metavar="N", help="actors (one per GPU; without any, one per core)"
     )
+    how.add_argument(
+        "--confirm",
+        type=int,
+        default=3,
+        metavar="N",
+        help="rounds in which the front's times are taken again (3; 0: none)",
+    )
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (0)")
     how.add_argument("--address", metavar="ADDRESS", help="join a Ray cluster, for example 'auto' (start one here)")
 
@@ -62,7 +68,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     """Checks all that can be checked before anything is started. Raises UsageError."""
     source = text_source(arguments)
     space = load_space(arguments.space)
-    for name, least in (("trials", 1), ("workers", 0), ("seed", 0)):
+    for name, least in (("trials", 1), ("workers", 0), ("seed", 0), ("confirm", 0)):
         if getattr(arguments, name) < least:
             raise UsageError(f"{name} {getattr(arguments, name)}: must be a whole number >= {least}")
     label = Path(arguments.model).name or arguments.model
@@ -104,27 +110,31 @@ def main(argv: Sequence[str] | None = None) -> int:
         configuration = resolve(arguments)
         configuration.output.mkdir(parents=True, exist_ok=True)
         with study_lease(configuration.output):
-            return _sweep(configuration, configuration.claim(), arguments.address)
+            return _sweep(configuration, configuration.claim(), arguments.address, arguments.confirm)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _sweep(configuration: SweepConfiguration, study_id: str, address: str | None) -> int:
-    from .configuration import commit
+def _sweep(configuration: SweepConfiguration, study_id: str, address: str | None, rounds: int) -> int:
+    from streamllm.store import MeasurementStore
+
     from .display import Display
     from .driver import Driver, SweepError
+    from .folder import TrialsFile, write_outcome
     from .pool import WorkerPool
     from .study import Study
-    from .tracking import Tracker
+    from .tracking import Projection, Tracker
     from .trial import WorkerSetup
 
     study = Study(
         configuration.study, configuration.journal, configuration.space, configuration.cap, configuration.seed
     )
-    display = Display(configuration.trials, study.rows, configuration.space.objectives)
+    trials = TrialsFile(configuration.output, study.rows)
+    projection = Projection(configuration.to_dict(study_id), MeasurementStore(configuration.store))
+    tracker = Tracker(projection, trials)
+    display = Display(configuration.trials, study.rows, configuration.space.objectives, tracker)
     _introduce(configuration, study, display)
-    tracker = Tracker(configuration.study, study_id, commit())
     setup = WorkerSetup(
         model=configuration.model,
         source=configuration.source,
@@ -133,11 +143,13 @@ def _sweep(configuration: SweepConfiguration, study_id: str, address: str | None
         store=configuration.store.absolute(),
     )
     pool = WorkerPool(setup, configuration.workers, address)
-    driver = Driver(study, pool, configuration.cap, configuration.trials, [display, tracker])
+    driver = Driver(study, pool, configuration.cap, configuration.trials, [trials, display, tracker])
     status, code = "FINISHED", 0
     try:
         with display:
             driver.run()
+            if rounds:
+                _confirm(configuration.output, driver, display, rounds)
     except SweepError as error:
         display.note(f"error: {error}")
         status, code = "FAILED", 1
@@ -146,9 +158,30 @@ def _sweep(configuration: SweepConfiguration, study_id: str, address: str | None
         status, code = "KILLED", 130
     finally:
         pool.shutdown()
-    if driver.baseline is not None:
-        _conclude(configuration, study, driver, tracker, display, status)
+    write_outcome(configuration.output, status)
+    _conclude(configuration, tracker, display)
     return code
+
+
+def _confirm(folder: Path, driver: Any, display: Any, rounds: int) -> None:
+    """Measures the front's candidates again and writes `confirmed.jsonl`."""
+    from dashboards.study import load_study
+
+    from .confirm import candidates, confirm, confirmed_rows
+    from .folder import write_rows
+
+    results = load_study(str(folder))
+    chosen = candidates(results.trials, results.objectives)
+    if not chosen or results.baseline is None:
+        return
+    display.confirming(len(chosen) + 1, rounds)
+    samples, baseline, problems = confirm(
+        driver.pool, driver.idle, chosen, results.baseline, rounds, display.trial_started
+    )
+    for problem in problems:
+        display.note(f"warning: {problem}")
+    if baseline is not None:
+        write_rows(folder / "confirmed.jsonl", confirmed_rows(samples, baseline, results.objectives))
 
 
 def _introduce(configuration: SweepConfiguration, study: Study, display: Any) -> None:
@@ -162,30 +195,30 @@ def _introduce(configuration: SweepConfiguration, study: Study, display: Any) ->
         display.note(f"going on: {len(study.rows)} of {configuration.trials} trials are finished")
 
 
-def _conclude(
-    configuration: SweepConfiguration, study: Study, driver: Any, tracker: Any, display: Any, status: str
-) -> None:
+def _conclude(configuration: SweepConfiguration, tracker: Any, display: Any) -> None:
     """Tables, figure, MLflow, and what to type next."""
-    from dashboards.figures import pareto_figure
-    from dashboards.pareto import FORMATS, export, print_table
+    from dashboards.pareto import print_table
     from dashboards.study import load_study
 
-    from .results import baseline_row
+    from .folder import write_report
 
-    rows = [baseline_row(driver.baseline), *study.rows]
-    output = configuration.output
-    temporary = output / "trials.tmp"
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(output / "trials.jsonl")
-    results = load_study(str(output))
-    artifacts = [*export(results, list(FORMATS)), pareto_figure(results, output / "pareto.png"), output / "sweep.json"]
-    print_table(results)
-    if tracker.backlog:
-        display.note(f"MLflow: logging {tracker.backlog} more runs")
-    tracker.finish(rows, [row["trial"] for row in results.front], artifacts, status)
-    if tracker.problem is not None:
-        display.note(f"warning: {tracker.problem}; the results are complete in {output}, MLflow is not")
-    print(_next_steps(configuration))
+    results = load_study(str(configuration.output))
+    report = [configuration.output / "sweep.json"]
+    if results.trials:
+        report += write_report(results)
+        print_table(results)
+    try:
+        problem = tracker.finish(report, display.draining)
+    except KeyboardInterrupt:
+        problem = "interrupted"
+    if problem is not None:
+        display.note(
+            f"warning: MLflow does not have everything yet ({problem}); the results are complete in "
+            f"{configuration.output}, and this brings it up to date: "
+            f"{_python()} -m orchestrator.sync {configuration.output}"
+        )
+    if results.trials:
+        print(_next_steps(configuration))
 
 
 def _next_steps(configuration: SweepConfiguration) -> str:

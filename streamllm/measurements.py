@@ -13,7 +13,7 @@ from .loaded import LoadedModel
 from .methods import sampled_losses
 from .policy import EvictionPolicy
 from .probing import resolve_backend
-from .store import Measurement, MeasurementStore, code_digest
+from .store import Measurement, MeasurementStore, code_digest, entry_name
 from .text import TokenStream
 from .timing import measure_speed
 
@@ -49,15 +49,21 @@ class Measurements:
         execution: str = "eager",
         lease: AbstractContextManager[Any] | None = None,
         strict: bool = False,
+        round_number: int = 0,
     ) -> tuple[Measurement, bool]:
-        """Protocol `fast`. It does not depend on the text."""
+        """Protocol `fast`. It does not depend on the text. Measured once per round: the search's is 0."""
 
         def measure() -> Measurement:
             backend = resolve_backend(attn_backend, self.loaded, strict)
             speed = measure_speed(self.loaded, method, policy, backend, self.stream.tokens, execution)
             return Measurement(speed_summary(speed, attn_backend))
 
-        return self._once(self._speed_key(method, policy, attn_backend, execution), measure, lease)
+        key = self._speed_key(method, policy, attn_backend, execution)
+        return self._once(key | ({"round": round_number} if round_number else {}), measure, lease)
+
+    def quality_entry(self, method: str, policy: EvictionPolicy) -> str:
+        """The name of the store's entry with the per-token losses."""
+        return entry_name(self._quality_key(method, policy))
 
     def whole(
         self,

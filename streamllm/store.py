@@ -52,9 +52,16 @@ class MeasurementStore:
         entry = {"key": key, "record": measurement.record, "has_losses": losses is not None}
         _write_atomically(path, lambda file: file.write(json.dumps(entry, indent=1).encode()))
 
+    def losses_file(self, name: str) -> Path:
+        """Where the per-token losses of the entry of that name lie, if it has any."""
+        return self.root / name[:2] / f"{name}.npy"
+
     def _path(self, key: dict[str, Any]) -> Path:
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return self.root / name[:2] / f"{name}.json"
+        return self.losses_file(entry_name(key)).with_suffix(".json")
+
+
+def entry_name(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 @cache
