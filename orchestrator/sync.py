@@ -43,14 +43,14 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from dashboards.study import load_study
+    from dashboards.study import load_study, read_rows
     from streamllm.store import MeasurementStore
 
     from .folder import write_report
     from .tracking import Projection, one_line
 
     results = load_study(folder)
-    rows = [*([results.baseline] if results.baseline else []), *results.trials]
+    rows = read_rows(results.folder / "trials.jsonl")  # as the sweep logs them: what was confirmed comes with the close
     projection = Projection(results.configuration, MeasurementStore(results.folder.parent / ".store"), tracking_uri)
     try:
         projection.open()
@@ -63,7 +63,7 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     for reason in projection.refused:
         print(f"error: MLflow refuses {reason}", file=sys.stderr)
     print(f"{results.name}: {len(rows)} runs in MLflow, {projection.logged} of them logged or completed just now")
-    return 0
+    return 1 if projection.refused else 0
 
 
 if __name__ == "__main__":
