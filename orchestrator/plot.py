@@ -20,8 +20,8 @@ Point = tuple[float, float]
 
 @dataclass(frozen=True)
 class Plot:
-    """Dots for all points, diamonds for those of the front. The farthest tenth of the points, unless on the front, may
-    lie beyond the upper and right edge, where they would flatten the rest; then it is said how many."""
+    """Dots for all points, diamonds for those of the front. Some points lie beyond the upper and right edge where they
+    would flatten the rest; then it is said how many."""
 
     points: Sequence[Point]
     front: Sequence[Point]
@@ -66,10 +66,12 @@ class Plot:
 
 
 def _span(values: Sequence[float], front: Sequence[float]) -> tuple[float, float]:
-    """From the least to the greatest of the front and of the nearest nine tenths."""
+    """From the least to the greatest; or to that of the front and the nearest nine tenths, where those take less than
+    half of the way."""
     ordered = sorted(values)
     low = ordered[0]
-    high = max([ordered[math.ceil(0.9 * len(ordered)) - 1], *front])
+    usual = max([ordered[math.ceil(0.9 * len(ordered)) - 1], *front])
+    high = usual if ordered[-1] - low > 2 * (usual - low) > 0 else ordered[-1]
     margin = 0.02 * (high - low) or 0.1 * abs(low) or 1.0
     return low - margin, high + margin
 
