@@ -291,7 +291,7 @@ def wait_until(condition, seconds=300):
         time.sleep(0.05)
 
 
-def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, monkeypatch, tmp_path):
+def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tracking, "_LONGEST_PAUSE_SEC", 1.0)
     port = free_port()
     proxy = SlowProxy(port)
@@ -325,6 +325,7 @@ def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, monkeypatch
         assert tracker.finish(report, lambda backlog: None, patience_sec=300) is None
         through_server = contents(proxy.uri)
         assert sorted(through_server) == ["", "0", "1", "2", "3", "baseline"]
+        assert "View run" not in capsys.readouterr().out
         assert through_server[""][0] == "FINISHED" and through_server["3"][0] == "FAILED"
         assert synchronise(proxy.uri) == 0
         assert contents(proxy.uri) == through_server
