@@ -146,7 +146,9 @@ class Display:
 
     def _workers(self) -> Table:
         table = Table.grid(padding=(0, 2))
-        if len(self._doing) <= _WORKERS:
+        if not self._doing:
+            table.add_row("workers are starting")
+        elif len(self._doing) <= _WORKERS:
             for worker, doing in sorted(self._doing.items()):
                 table.add_row(f"worker {worker}", doing)
         else:

@@ -383,7 +383,9 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    text = " ".join(str(error).split())
+    what, failed, _ = text.partition(" failed with exception ")  # what comes after it are the layers of the HTTP client
+    return f"{type(error).__name__}: {what[:200]}{' failed' if failed else ''}"
 
 
 def _run_name(row: Row) -> str:

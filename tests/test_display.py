@@ -71,6 +71,7 @@ def test_far_points_do_not_flatten_the_plot_and_are_counted_unless_on_the_front(
 
 def test_the_view_shows_workers_counts_front_and_what_mlflow_lacks():
     shown = display([row(0, 3.0, 1.0), row(1, 2.0, 2.0, reused=True)])
+    assert "workers are starting" in screen(shown)
     shown.worker_ready(0, {"visible_devices": "", "device": "CPU", "cores": [0], "n_tokens": 9})
     shown.trial_started(0, spec())
     assert "worker 0  mit flash S=4 R=1" in screen(shown)
