@@ -150,12 +150,14 @@ def test_runs_are_found_by_what_they_are_and_carry_what_was_measured(study):
     assert runs[""].data.params["cap"] == "48"
 
 
-def test_mlflow_is_rebuilt_whole_and_syncing_again_changes_nothing(study, schema):
+def test_mlflow_is_rebuilt_whole_and_syncing_again_changes_nothing(study, schema, capsys):
     assert synchronise() == 0
     first = contents()
     assert sorted(first) == ["", "0", "1", "2", "3", "baseline"]
     assert {trial: found[0] for trial, found in first.items() if found[0] != "FINISHED"} == {"3": "FAILED"}
+    assert "5 of them logged" in capsys.readouterr().out
     assert synchronise() == 0
+    assert "0 of them logged" in capsys.readouterr().out
     assert contents() == first
     shutil.copyfile(schema, "lost.db")
     assert synchronise(store("lost.db")) == 0
