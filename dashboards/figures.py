@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .front import Row
+from .front import Row, confirmed
 from .study import StudyResults
 
 _LABELS = {
@@ -27,8 +27,9 @@ def pareto_figure(study: StudyResults, path: Path) -> Path:
     import matplotlib.pyplot as plt
 
     x, y = list(study.objectives)[:2]
-    front = study.front
-    others = [row for row in study.trials if row["state"] == "complete" and row not in front]
+    front = [confirmed(row) for row in study.front]
+    on_front = {row["trial"] for row in front}
+    others = [confirmed(row) for row in study.trials if row["state"] == "complete" and row["trial"] not in on_front]
     figure, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
     _scatter(axes, others, x, y, _OTHERS, "o", "dominated")
     _scatter(axes, front, x, y, _FRONT, "D", "Pareto front")

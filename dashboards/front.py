@@ -14,6 +14,8 @@ def pareto_front(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row
     """The complete, feasible rows that no other one dominates, best first in the first objective. Of rows with equal
     objectives all are kept; rows with a missing, NaN or infinite objective are never on the front.
 
+    Where a row has a confirmed value of an objective, that one counts.
+
     objectives: name -> "minimize" or "maximize".
     """
     points = [(point, row) for row in rows if (point := _point(row, objectives)) is not None]
@@ -23,6 +25,12 @@ def pareto_front(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row
         if not any(_dominates(other, point) for other, _ in front):
             front.append((point, row))
     return [row for _, row in front]
+
+
+def confirmed(row: Row) -> Row:
+    """The row with its confirmed values, where it has any, in place of those of the search."""
+    prefix = "confirmed_"
+    return {**row, **{name.removeprefix(prefix): row[name] for name in row if name.startswith(prefix)}}
 
 
 def hypervolume(rows: Sequence[Row], objectives: Mapping[str, str], reference: Mapping[str, float]) -> float:
@@ -58,7 +66,7 @@ def _point(row: Row, objectives: Mapping[str, str]) -> tuple[float, ...] | None:
     """The row's objectives, all to be minimised; None if it cannot be on a front."""
     if row.get("state") != "complete" or not row.get("feasible", True):
         return None
-    values = [row.get(name) for name in objectives]
+    values = [row.get(f"confirmed_{name}", row.get(name)) for name in objectives]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         return None
     signs = (-1.0 if direction == "maximize" else 1.0 for direction in objectives.values())

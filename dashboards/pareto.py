@@ -52,15 +52,28 @@ COLUMNS = (
     Column("peak KV", "peak_kv"),
     Column("ms/token", "tpot_ms", 2, interval=True),
     Column("speedup", "speedup", 1),
+    Column("ms/token, confirmed", "confirmed_tpot_ms", 2, interval=True),
+    Column("speedup, confirmed", "confirmed_speedup", 1),
+    Column("P(front)", "front_probability", 2),
     Column("PPL", "perplexity", 2),
     Column("PPL increase %", "ppl_increase_percent", 1, interval=True),
 )
 
 
+_CONFIRMED = "confirmed_tpot_ms"
+
+
 def _columns(rows: Sequence[Row]) -> list[Column]:
-    """All but the execution where every row's is eager."""
-    plain = all(row.get("execution", "eager") == "eager" for row in rows)
-    return [column for column in COLUMNS if not (plain and column.key == "execution")]
+    """All but the execution where every row's is eager, confirmed values where there are none, and the search's where
+    all are confirmed."""
+    needless = set()
+    if all(row.get("execution", "eager") == "eager" for row in rows):
+        needless.add("execution")
+    if not any(_CONFIRMED in row for row in rows):
+        needless |= {_CONFIRMED, "confirmed_speedup", "front_probability"}
+    elif all(_CONFIRMED in row for row in rows):
+        needless |= {"tpot_ms", "speedup"}
+    return [column for column in COLUMNS if column.key not in needless]
 
 
 def markdown(study: StudyResults, rows: Sequence[Row]) -> str:
@@ -75,7 +88,13 @@ def markdown(study: StudyResults, rows: Sequence[Row]) -> str:
     ]
     baseline = [study.baseline] if study.baseline is not None else []
     lines += ["| " + " | ".join(column.text(row) for column in columns) + " |" for row in [*rows, *baseline]]
-    lines += ["", "Intervals are 95%; PPL increase is paired with the re-computation baseline on the same tokens.", ""]
+    lines += ["", "Intervals are 95%; PPL increase is paired with the re-computation baseline on the same tokens."]
+    if any(_CONFIRMED in row for row in rows):
+        lines.append(
+            "Confirmed times are medians over rounds after the search; P(front) is the share of bootstrap draws, over "
+            "rounds and tokens, in which no other candidate is better."
+        )
+    lines.append("")
     return "\n".join(lines)
 
 
@@ -84,6 +103,7 @@ def comma_separated(study: StudyResults, rows: Sequence[Row]) -> str:
     keys = [
         key
         for column in COLUMNS
+        if not column.key.startswith(("confirmed_", "front_")) or any(column.key in row for row in rows)
         for key in (column.key, *((f"{column.key}_low", f"{column.key}_high") if column.interval else ()))
     ]
     text = io.StringIO()
@@ -106,7 +126,8 @@ def rich_table(rows: Sequence[Row], title: str) -> Table:
     columns = _columns(rows)
     for column in columns:
         words = column.key in ("method", "backend", "execution")
-        table.add_column(column.header, justify="left" if words else "right", no_wrap=column.key != "compress_every")
+        header = column.header.replace(", ", ",\n")
+        table.add_column(header, justify="left" if words else "right", no_wrap=column.key != "compress_every")
     for row in rows:
         table.add_row(*(column.text(row) for column in columns))
     return table
@@ -152,7 +173,7 @@ def print_table(study: StudyResults, everything: bool = False) -> None:
 
     rows = study.trials if everything else study.front
     what = f"{len(rows)} trials" if everything else f"Pareto front: {len(rows)} of {len(study.trials)} trials"
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
     console.print(rich_table([*rows, *([study.baseline] if study.baseline is not None else [])], what))
 
 

@@ -1,8 +1,10 @@
-"""A sweep's output folder as dashboards read it: `sweep.json`, and a JSON row per finished trial in `trials.jsonl`."""
+"""A sweep's output folder as dashboards read it: `sweep.json`, a row per finished trial in `trials.jsonl`, and what
+confirming added to some of them in `confirmed.jsonl`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ class StudyResults:
     folder: Path
     configuration: dict[str, Any]
     baseline: Row | None
-    trials: list[Row]
+    trials: Sequence[Row]
 
     @property
     def objectives(self) -> dict[str, str]:
@@ -27,7 +29,8 @@ class StudyResults:
 
     @property
     def front(self) -> list[Row]:
-        return pareto_front(self.trials, self.objectives)
+        """Of the confirmed trials, by their confirmed values, where there are any."""
+        return pareto_front([row for row in self.trials if "front_probability" in row] or self.trials, self.objectives)
 
 
 def load_study(study: str) -> StudyResults:
@@ -38,7 +41,18 @@ def load_study(study: str) -> StudyResults:
         known = ", ".join(sorted(path.parent.name for path in Path("sweeps").glob("*/trials.jsonl"))) or "none yet"
         raise UsageError(f"study {study!r}: neither a folder with results nor one of sweeps/ ({known})")
     configuration = json.loads((folder / "sweep.json").read_text())
-    rows = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    confirmed = {row["trial"]: row for row in read_rows(folder / "confirmed.jsonl")}
+    rows = [row | confirmed.get(row["trial"], {}) for row in read_rows(folder / "trials.jsonl")]
     baseline = next((row for row in rows if row["trial"] == "baseline"), None)
     trials = [row for row in rows if row["trial"] != "baseline"]
     return StudyResults(str(configuration["study"]), folder, configuration, baseline, trials)
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON-lines file, none if it does not exist; of rows of the same trial the last counts. A last line
+    without its end is being written, or was when the sweep was killed: it is not read."""
+    if not path.is_file():
+        return []
+    whole, _, _ = path.read_text().rpartition("\n")
+    rows = [json.loads(line) for line in whole.splitlines()]
+    return list({row["trial"]: row for row in rows}.values())

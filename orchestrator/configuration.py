@@ -6,6 +6,7 @@ import json
 import subprocess
 import uuid
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,7 @@ class SweepConfiguration:
         return study_id
 
 
+@cache
 def commit() -> str:
     """The commit of the checkout that runs, or the package's version."""
     folder = Path(streamllm.__file__).parent

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -11,28 +12,59 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dashboards.front import pareto_front
+from dashboards.front import Row, hypervolume, pareto_front
 from dashboards.pareto import rich_table
 from search_spaces import OBJECTIVES
 
+from .plot import Plot
 from .results import BASELINE
 from .trial import TrialSpec
 
-_FRONT_ROWS = 8
+_FRONT_ROWS = 5
+_WORKERS = 8
+"""Shown one by one; of more, how many do what."""
+_LINE_SEC = 10.0
+"""Between lines about one and the same thing, where there is no live view."""
+
+
+class Backlog(Protocol):
+    """What MLflow lacks."""
+
+    @property
+    def backlog(self) -> int: ...
+
+    @property
+    def problem(self) -> str | None: ...
 
 
 class Display:
     """An observer of the sweep. Use as a context manager; everything goes to stderr, so that stdout is the result's."""
 
-    def __init__(self, trials: int, rows: list[dict[str, Any]], objectives: tuple[str, ...]) -> None:
-        self.console = Console(stderr=True, highlight=False)
+    def __init__(
+        self,
+        trials: int,
+        rows: list[dict[str, Any]],
+        objectives: tuple[str, ...],
+        tracking: Backlog,
+        console: Console | None = None,
+    ) -> None:
+        self.console = console or Console(stderr=True, highlight=False)
         self._total = trials
-        self._rows = list(rows)
         self._resumed = len(rows)
         self._objectives = {name: OBJECTIVES[name] for name in objectives}
+        self._done = self._failed = self._reused = 0
+        self._points: list[tuple[float, ...]] = []
+        """The objectives of every complete trial."""
+        self._front: list[Row] = []
+        for row in rows:
+            self._count(row)
+        self._tracking = tracking
         self._doing: dict[int, str] = {}
         self._started = time.monotonic()
-        self._live = Live(console=self.console, get_renderable=self._view, refresh_per_second=4, transient=True)
+        self._confirming: tuple[int, int] | None = None
+        """Measurements that confirming takes, and how many have been started."""
+        self._said = 0.0
+        self._live = Live(console=self.console, get_renderable=self.view, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
@@ -53,9 +85,13 @@ class Display:
 
     def trial_started(self, worker: int, spec: TrialSpec) -> None:
         policy = spec.policy
+        if self._confirming is not None:
+            total, started = self._confirming
+            self._confirming = total, started + 1
+            self._doing = dict.fromkeys(self._doing, "idle")  # in rounds one works at a time
         self._doing[worker] = (
             f"{spec.method} {spec.attn_backend} S={policy.n_sink} R={policy.compress_every} "
-            f"slack={policy.cache_slack} drop={policy.max_drop}"
+            f"slack={policy.cache_slack} drop={policy.max_drop}{f', round {spec.round}' if spec.round else ''}"
         )
 
     def trial_finished(self, row: dict[str, Any]) -> None:
@@ -65,26 +101,104 @@ class Display:
                 f"{row['tpot_ms']:.2f} ms/token, PPL {row['perplexity']:.2f}{' (from the store)' * row['reused']}"
             )
             return
-        self._rows.append(row)
+        self._count(row)
         self._doing[row["worker"]] = "idle"
-        self.note(f"[{len(self._rows):>{len(str(self._total))}}/{self._total}] {_outcome(row)}")
+        self.note(f"[{self._done:>{len(str(self._total))}}/{self._total}] {_outcome(row)}")
 
-    def _view(self) -> Group:
-        done, elapsed = len(self._rows), time.monotonic() - self._started
+    def confirming(self, candidates: int, rounds: int) -> None:
+        """The search is over; now come `rounds` rounds of `candidates` measurements, the baseline's included."""
+        self._confirming = candidates * rounds, 0
+        self._started = time.monotonic()
+        self.note(f"confirming: {candidates - 1} candidates and the baseline, {rounds} rounds")
+
+    def draining(self, backlog: int) -> None:
+        """Told again and again while MLflow catches up at the end."""
+        now = time.monotonic()
+        if backlog and now - self._said > _LINE_SEC:
+            self._said = now
+            self.note(self._mlflow() or f"MLflow: {backlog} more runs to log")
+
+    def view(self) -> Group:
+        """The live view."""
+        parts: list[Any] = [self._progress(), self._workers()]
+        if (plot := self._plot()) is not None:
+            parts.append(plot)
+        parts.append(rich_table(self._front[:_FRONT_ROWS], self._title()))
+        if (mlflow := self._mlflow()) is not None:
+            parts.append(Text(mlflow, style="yellow" if self._tracking.problem else "dim"))
+        return Group(*parts)
+
+    def _progress(self) -> Table:
+        done, total, what = self._done, self._total, "trials"
         here = done - self._resumed
-        left = f", about {elapsed / here * (self._total - done) / 60:.1f} min left" if here else ""
-        failed = sum(row["state"] == "failed" for row in self._rows)
-        reused = sum(bool(row.get("reused")) for row in self._rows)
+        if self._confirming is not None:
+            total, started = self._confirming
+            done = here = max(started - 1, 0)
+            what = "confirmations"
+        elapsed = time.monotonic() - self._started
+        left = f", about {elapsed / here * max(total - done, 0) / 60:.1f} min left" if here else ""
         bar = Table.grid(padding=(0, 1))
         bar.add_row(
-            ProgressBar(total=max(self._total, 1), completed=done, width=40),
-            f"{done}/{self._total} trials ({failed} failed, {reused} reused), {elapsed / 60:.1f} min{left}",
+            ProgressBar(total=max(total, 1), completed=min(done, total), width=40),
+            f"{done}/{total} {what} ({self._failed} failed, {self._reused} reused), {elapsed / 60:.1f} min{left}",
         )
-        workers = Table.grid(padding=(0, 2))
-        for worker, doing in sorted(self._doing.items()):
-            workers.add_row(f"worker {worker}", doing)
-        front = pareto_front(self._rows, self._objectives)
-        return Group(bar, workers, rich_table(front[:_FRONT_ROWS], f"front so far: {len(front)} trials"))
+        return bar
+
+    def _workers(self) -> Table:
+        table = Table.grid(padding=(0, 2))
+        if not self._doing:
+            table.add_row("workers are starting")
+        elif len(self._doing) <= _WORKERS:
+            for worker, doing in sorted(self._doing.items()):
+                table.add_row(f"worker {worker}", doing)
+        else:
+            idle = sum(doing == "idle" for doing in self._doing.values())
+            table.add_row(f"{len(self._doing)} workers", f"{len(self._doing) - idle} measure, {idle} idle")
+        return table
+
+    def _plot(self) -> Plot | None:
+        """The first two objectives of all complete trials, where the terminal has room for it."""
+        x, y = list(self._objectives)[:2]
+        height = min(12, self.console.height - min(len(self._doing), _WORKERS) - _FRONT_ROWS - 12)
+        if not self._points or height < 5:
+            return None
+        points = [(point[0], point[1]) for point in self._points]
+        front = [(row[x], row[y]) for row in self._front]
+        return Plot(points, front, _LABELS.get(x, x), _LABELS.get(y, y), height)
+
+    def _title(self) -> str:
+        title = f"front so far: {len(self._front)} of {self._done} trials"
+        if not self._front:
+            return title
+        worst = {
+            name: (max if direction == "minimize" else min)(values)
+            for (name, direction), values in zip(self._objectives.items(), zip(*self._points, strict=True), strict=True)
+        }
+        return f"{title}, hypervolume up to the worst trial {hypervolume(self._front, self._objectives, worst):.4g}"
+
+    def _count(self, row: Row) -> None:
+        self._done += 1
+        self._failed += row["state"] == "failed"
+        self._reused += bool(row.get("reused"))
+        point = tuple(float(row.get(name, math.nan)) for name in self._objectives)
+        if row["state"] == "complete" and all(math.isfinite(value) for value in point):
+            self._points.append(point)
+        self._front = pareto_front([*self._front, row], self._objectives)
+
+    def _mlflow(self) -> str | None:
+        backlog, problem = self._tracking.backlog, self._tracking.problem
+        if problem is not None:
+            return f"MLflow: {backlog} runs behind, tried again and again: {problem}"
+        return f"MLflow: {backlog} runs behind" if backlog else None
+
+
+_LABELS = {
+    "tpot_ms": "ms/token",
+    "ppl_increase_percent": "PPL increase %",
+    "perplexity": "PPL",
+    "peak_memory_mb": "peak memory MB",
+    "peak_kv": "peak KV",
+}
 
 
 def _outcome(row: dict[str, Any]) -> str:

@@ -60,6 +60,11 @@ class Driver:
         self._unpaired: list[tuple[OpenTrial, TrialMeasurement, int]] = []
         """Measured before the baseline was."""
 
+    @property
+    def idle(self) -> tuple[int, ...]:
+        """Workers that are ready and have nothing to do."""
+        return tuple(self._idle)
+
     def run(self) -> None:
         """Runs trials until the budget is spent or the space is exhausted. Raises SweepError, UsageError."""
         while self._running or self._retries or self.baseline is None or self._more():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from typing import Any
 
 from streamllm.policy import EvictionPolicy
 from streamllm.quality import paired_increase
 
+from .configuration import commit
 from .study import OpenTrial
 from .trial import TrialMeasurement, TrialSpec
 
@@ -28,6 +30,7 @@ def baseline_row(measurement: TrialMeasurement) -> dict[str, Any]:
         "speedup": 1.0,
         "ppl_increase_percent": 0.0,
         "reused": not (measurement.measured_quality or measurement.measured_speed),
+        **_stamp(),
     }
 
 
@@ -48,6 +51,7 @@ def trial_row(
         "feasible": True,
         "reused": not (measurement.measured_quality or measurement.measured_speed),
         "worker": worker,
+        **_stamp(),
     }
 
 
@@ -63,4 +67,9 @@ def failed_row(trial: OpenTrial, reason: str, worker: int) -> dict[str, Any]:
         **asdict(spec.policy),
         "feasible": False,
         "worker": worker,
+        **_stamp(),
     }
+
+
+def _stamp() -> dict[str, Any]:
+    return {"finished_at": time.time(), "commit": commit()}

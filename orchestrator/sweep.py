@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -74,6 +73,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     how.add_argument(
         "--load-timeout", type=float, default=1800.0, metavar="SEC", help="so is one that loads for longer (1800)"
     )
+    how.add_argument(
+        "--confirm",
+        type=int,
+        default=3,
+        metavar="N",
+        help="rounds in which the front's times are taken again (3; 0: none)",
+    )
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (0)")
     how.add_argument("--address", metavar="ADDRESS", help="join a Ray cluster, for example 'auto' (start one here)")
 
@@ -91,7 +97,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     """Checks all that can be checked before anything is started. Raises UsageError."""
     source = text_source(arguments)
     space = load_space(arguments.space)
-    for name, least in (("trials", 1), ("workers", 0), ("cpus_per_worker", 0), ("seed", 0)):
+    for name, least in (("trials", 1), ("workers", 0), ("cpus_per_worker", 0), ("seed", 0), ("confirm", 0)):
         value = getattr(arguments, name)
         if value is not None and value < least:
             raise UsageError(f"{name} {value}: must be a whole number >= {least}")
@@ -163,12 +169,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse.Namespace) -> int:
-    from .configuration import commit
+    from streamllm.store import MeasurementStore
+
     from .display import Display
     from .driver import Driver
+    from .folder import TrialsFile, write_outcome
     from .pool import SweepError, WorkerPool
     from .study import Study
-    from .tracking import Tracker
+    from .tracking import Projection, Tracker
     from .trial import WorkerSetup
 
     study = Study(
@@ -179,9 +187,11 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
         configuration.seed,
         configuration.sampler,
     )
-    display = Display(configuration.trials, study.rows, configuration.space.objectives)
+    trials = TrialsFile(configuration.output, study.rows)
+    projection = Projection(configuration.to_dict(study_id), MeasurementStore(configuration.store))
+    tracker = Tracker(projection, trials)
+    display = Display(configuration.trials, study.rows, configuration.space.objectives, tracker)
     _introduce(configuration, study, display)
-    tracker = Tracker(configuration.study, study_id, commit())
     setup = WorkerSetup(
         model=configuration.model,
         source=configuration.source,
@@ -203,7 +213,7 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
         pool,
         configuration.cap,
         configuration.trials,
-        [display, tracker],
+        [trials, display, tracker],
         display.note,
         configuration.time_budget,
     )
@@ -211,6 +221,8 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
     try:
         with display:
             driver.run()
+            if arguments.confirm:
+                _confirm(configuration.output, driver, display, arguments.confirm)
     except SweepError as error:
         display.note(f"error: {error}")
         status, code = "FAILED", 1
@@ -219,9 +231,30 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
         status, code = "KILLED", 130
     finally:
         pool.shutdown()
-    if driver.baseline is not None:
-        _conclude(configuration, study, driver, tracker, display, status)
+    write_outcome(configuration.output, status)
+    _conclude(configuration, tracker, display)
     return code
+
+
+def _confirm(folder: Path, driver: Any, display: Any, rounds: int) -> None:
+    """Measures the front's candidates again and writes `confirmed.jsonl`."""
+    from dashboards.study import load_study
+
+    from .confirm import candidates, confirm, confirmed_rows
+    from .folder import write_rows
+
+    results = load_study(str(folder))
+    chosen = candidates(results.trials, results.objectives)
+    if not chosen or results.baseline is None:
+        return
+    display.confirming(len(chosen) + 1, rounds)
+    samples, baseline, problems = confirm(
+        driver.pool, driver.idle, chosen, results.baseline, rounds, display.trial_started
+    )
+    for problem in problems:
+        display.note(f"warning: {problem}")
+    if baseline is not None:
+        write_rows(folder / "confirmed.jsonl", confirmed_rows(samples, baseline, results.objectives))
 
 
 def _introduce(configuration: SweepConfiguration, study: Study, display: Any) -> None:
@@ -235,30 +268,30 @@ def _introduce(configuration: SweepConfiguration, study: Study, display: Any) ->
         display.note(f"going on: {len(study.rows)} of {configuration.trials} trials are finished")
 
 
-def _conclude(
-    configuration: SweepConfiguration, study: Study, driver: Any, tracker: Any, display: Any, status: str
-) -> None:
+def _conclude(configuration: SweepConfiguration, tracker: Any, display: Any) -> None:
     """Tables, figure, MLflow, and what to type next."""
-    from dashboards.figures import pareto_figure
-    from dashboards.pareto import FORMATS, export, print_table
+    from dashboards.pareto import print_table
     from dashboards.study import load_study
 
-    from .results import baseline_row
+    from .folder import write_report
 
-    rows = [baseline_row(driver.baseline), *study.rows]
-    output = configuration.output
-    temporary = output / "trials.tmp"
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    temporary.replace(output / "trials.jsonl")
-    results = load_study(str(output))
-    artifacts = [*export(results, list(FORMATS)), pareto_figure(results, output / "pareto.png"), output / "sweep.json"]
-    print_table(results)
-    if tracker.backlog:
-        display.note(f"MLflow: logging {tracker.backlog} more runs")
-    tracker.finish(rows, [row["trial"] for row in results.front], artifacts, status)
-    if tracker.problem is not None:
-        display.note(f"warning: {tracker.problem}; the results are complete in {output}, MLflow is not")
-    print(_next_steps(configuration))
+    results = load_study(str(configuration.output))
+    report = [configuration.output / "sweep.json"]
+    if results.trials:
+        report += write_report(results)
+        print_table(results)
+    try:
+        problem = tracker.finish(report, display.draining)
+    except KeyboardInterrupt:
+        problem = "interrupted"
+    if problem is not None:
+        display.note(
+            f"warning: MLflow does not have everything yet ({problem}); the results are complete in "
+            f"{configuration.output}, and this brings it up to date: "
+            f"{_python()} -m orchestrator.sync {configuration.output}"
+        )
+    if results.trials:
+        print(_next_steps(configuration))
 
 
 def _next_steps(configuration: SweepConfiguration) -> str:

@@ -1,21 +1,31 @@
-"""MLflow as a projection of the sweep: a parent run per study, a child run per trial.
+"""MLflow as a projection of a study: a parent run per study, a child run per trial, made of the study's folder and the
+measurement store alone, so that any part of it can be made again at any time.
 
-Logging happens in a thread of its own, so that no worker waits for it, and only ever from rows the study has kept:
-whatever a killed sweep did not log is logged when it goes on, under the same run.
+While a sweep runs, a thread follows its `trials.jsonl`, at the server's pace and behind the workers' back. All it holds
+in memory of a run is its id; a server that is away is asked again later.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
+import math
 import os
-import queue
+import shutil
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from dashboards.front import Row
+from dashboards.study import StudyResults, load_study
+from streamllm.store import MeasurementStore
+
+from .folder import TrialsFile, read_outcome
 from .results import BASELINE
 from .trial import TrialSpec
 
@@ -27,6 +37,8 @@ _PARAMS = (
     "compress_every",
     "cache_slack",
     "max_drop",
+    "overlap",
+    "refresh_budget",
     "method",
     "backend_requested",
     "execution",
@@ -38,37 +50,216 @@ _TAGS = {
     "dataset": "dataset",
     "device": "device",
     "dtype": "dtype",
+    "quantization": "quantization",
+    "execution": "execution",
     "model": "model",
     "feasible": "feasible",
     "state": "state",
     "reason": "reason",
+    "warning": "warning",
+    "commit": "commit",
+    "trial": "trial",
     "backend": "backend.used",
     "backend_requested": "backend.requested",
 }
+"""Name in a row -> tag."""
 _METRICS = (
     "tpot_ms",
     "speedup",
     "perplexity",
     "ppl_increase_percent",
     "peak_kv",
+    "peak_memory_mb",
     "decode_toks_per_sec",
+    "bandwidth_utilization",
+    "avg_attn_ms",
+    "prefill_sec",
+    "first_token_latency_sec",
+    "runtime_sec",
     "quality_sec",
+    "speed_sec",
     "evaluated_tokens",
 )
+_CONFIRMED = ("confirmed_tpot_ms", "confirmed_speedup", "confirmed_rounds", "front_probability")
+_PARENT_PARAMS = ("model", "dtype", "quantization", "cap", "seed")
+_DIGEST = "digest"
+"""Tag of a run that says what was logged of it."""
+
+_FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 1.0, 60.0
+
+
+class Projection:
+    """A study's runs in MLflow. Every method may be called again: what is there already is left as it is.
+
+    Raises whatever MLflow raises, which may be anything; after that, `open` finds out anew what is there."""
+
+    def __init__(self, configuration: dict[str, Any], store: MeasurementStore, tracking_uri: str | None = None) -> None:
+        self._configuration = configuration
+        self._store = store
+        self._uri = tracking_uri
+        self.logged = 0
+        """Runs that `log` has created or completed."""
+        self.refused: list[str] = []
+
+    def open(self) -> None:
+        """Finds the study's runs, and creates the parent if there is none. A trial that has two runs, because a slow
+        server created one after nobody waited for its answer any more, keeps the first."""
+        self._client = _client(self._uri)
+        experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        self._experiment = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
+        self._runs: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
+        self._on_front: set[str] = set()
+        for run in self._known_runs():
+            tags = run.data.tags
+            trial = tags.get("trial", "")
+            if trial in self._runs:
+                self._client.delete_run(run.info.run_id)
+                continue
+            self._runs[trial] = run.info.run_id
+            if run.info.status != "RUNNING":
+                self._digests[trial] = tags.get(_DIGEST, "")
+            if tags.get("pareto") == "True":
+                self._on_front.add(trial)
+        if "" not in self._runs:
+            self._runs[""] = self._create_parent()
+
+    def reopen_parent(self) -> None:
+        """Marks the study as running."""
+        self._client.update_run(self._runs[""], status="RUNNING")
+
+    def log(self, row: Row) -> None:
+        """Makes the child run of a finished trial. What MLflow will never take, `refused` says why."""
+        try:
+            self._log(row)
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            self.refused.append(f"trial {row['trial']}: {one_line(error)}")
+
+    def _log(self, row: Row) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        trial, digest = str(row["trial"]), _digest(json.dumps(row, sort_keys=True))
+        if self._digests.get(trial) == digest:
+            return
+        ended = int(1000 * row["finished_at"])
+        tags = self._tags(row) | {_DIGEST: digest}
+        run = self._runs.get(trial)
+        if run is None:
+            started = ended - (0 if row.get("reused") else int(1000 * row.get("runtime_sec", 0)))
+            tags |= {"mlflow.parentRunId": self._runs[""], "pareto": "False"}
+            run = self._client.create_run(self._experiment, started, tags, _run_name(row)).info.run_id
+            self._runs[trial] = run
+            tags = {}
+        metrics = [f"{name}{end}" for name in _METRICS for end in ("", "_low", "_high")]
+        self._client.log_batch(
+            run,
+            metrics=[Metric(name, float(row[name]), ended, 0) for name in metrics if _is_number(row.get(name))],
+            params=[Param(name, str(row[name])) for name in _PARAMS if name in row],
+            tags=[RunTag(name, value) for name, value in tags.items()],
+        )
+        self._log_artifacts(run, row)
+        self._client.set_terminated(run, "FINISHED" if row["state"] == "complete" else "FAILED", ended)
+        self._digests[trial] = digest
+        self.logged += 1
+
+    def close(self, results: StudyResults, report: list[Path]) -> None:
+        """Marks the front, logs what was confirmed, attaches the report to the parent, and ends all runs."""
+        status, ended_at = read_outcome(results.folder)
+        last = max((row["finished_at"] for row in [*results.trials, results.baseline] if row), default=time.time())
+        ended = int(1000 * (ended_at or last))
+        front = {str(row["trial"]) for row in results.front}
+        for trial in sorted((front ^ self._on_front) & self._runs.keys()):
+            self._client.set_tag(self._runs[trial], "pareto", str(trial in front))
+        self._on_front = front
+        for row in [*results.trials, results.baseline]:
+            if row is not None and "confirmed_rounds" in row:
+                self._update_metrics(self._runs[str(row["trial"])], _confirmed_metrics(row), ended)
+        self._update_metrics(
+            self._runs[""], {"trials": len(results.trials), "pareto_trials": len(results.front)}, ended
+        )
+        self._attach(report)
+        for trial in self._runs.keys() - self._digests.keys() - {""}:  # of no trial that the study knows, or refused
+            self._client.set_terminated(self._runs[trial], "KILLED", ended)
+        parent = self._client.get_run(self._runs[""]).info
+        if (parent.status, parent.end_time) != (status, ended):
+            self._client.set_terminated(self._runs[""], status, ended)
+
+    def _known_runs(self) -> Iterator[Any]:
+        """The study's runs, the oldest first."""
+        token, condition = None, f"tags.study_id = '{self._configuration['study_id']}'"
+        while True:
+            page = self._client.search_runs(
+                [self._experiment], condition, max_results=1000, order_by=["attributes.start_time"], page_token=token
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _create_parent(self) -> str:
+        from mlflow.entities import Param
+
+        settings = self._configuration
+        source = {"mlflow.source.name": "python -m orchestrator.sweep", "mlflow.source.type": "LOCAL"}
+        tags = self._common() | source | {"commit": settings["commit"], "model": settings["model"]}
+        run = self._client.create_run(self._experiment, tags=tags, run_name=settings["study"]).info.run_id
+        params = [Param(name, str(settings[name])) for name in _PARENT_PARAMS]
+        self._client.log_batch(run, params=[*params, Param("space", str(settings["space"]["name"]))])
+        return str(run)
+
+    def _common(self) -> dict[str, str]:
+        return {"study": self._configuration["study"], "study_id": self._configuration["study_id"]}
+
+    def _tags(self, row: Row) -> dict[str, str]:
+        values = {"quantization": self._configuration["quantization"]} | dict(row)
+        words = {tag: values[name] for name, tag in _TAGS.items() if values.get(name) is not None}
+        return self._common() | {tag: str(value)[:5000] for tag, value in words.items()}
+
+    def _log_artifacts(self, run: str, row: Row) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "result.json").write_text(json.dumps(row, indent=1) + "\n")
+            losses = self._store.losses_file(row["quality_entry"]) if "quality_entry" in row else None
+            if losses is not None and losses.is_file():
+                shutil.copyfile(losses, Path(folder) / "losses.npy")
+            self._client.log_artifacts(run, folder)
+
+    def _update_metrics(self, run: str, values: dict[str, float], at: int) -> None:
+        from mlflow.entities import Metric
+
+        before = self._client.get_run(run).data.metrics
+        changed = {name: value for name, value in values.items() if before.get(name) != value}
+        if changed:
+            self._client.log_batch(run, metrics=[Metric(name, value, at, 0) for name, value in changed.items()])
+
+    def _attach(self, report: list[Path]) -> None:
+        """Files for the parent, unless it has just these."""
+        digest = _digest(*(path.read_bytes() for path in report))
+        parent = self._runs[""]
+        if self._client.get_run(parent).data.tags.get(_DIGEST) == digest:
+            return
+        for path in report:
+            self._client.log_artifact(parent, str(path))
+            if path.suffix == ".md":
+                self._client.set_tag(parent, "mlflow.note.content", path.read_text(encoding="utf-8"))
+        self._client.set_tag(parent, _DIGEST, digest)
 
 
 class Tracker:
-    """An observer of the sweep that logs to MLflow behind its back."""
+    """An observer of the sweep: a thread that keeps MLflow up to date with `trials`, whenever MLflow can be reached."""
 
-    def __init__(self, study: str, study_id: str, commit: str) -> None:
-        self._study = study
-        self._common = {"study": study, "study_id": study_id, "commit": commit}
-        self._jobs: queue.Queue[Callable[[], None] | None] = queue.Queue()
-        self._runs: dict[str, str] = {}
-        """Trial (or "" for the parent) -> run id."""
-        self._logged: set[str] = set()
+    def __init__(self, projection: Projection, trials: TrialsFile) -> None:
+        self._projection = projection
+        self._trials = trials
+        self._done = 0
+        self._pause = _FIRST_PAUSE_SEC
+        self._report: list[Path] = []
+        self._failed = False
+        self._news = threading.Event()
+        self._closing = threading.Event()
         self.problem: str | None = None
-        self._jobs.put(self._open)
+        """Why MLflow cannot be written to just now."""
         self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -79,94 +270,127 @@ class Tracker:
         pass
 
     def trial_finished(self, row: dict[str, Any]) -> None:
-        self._jobs.put(lambda: self._log_trial(row))
-
-    def finish(self, rows: list[dict[str, Any]], front: list[int], artifacts: list[Path], status: str) -> None:
-        """Logs what is missing, marks the front, attaches the artifacts to the parent, and waits until all is done."""
-        for row in rows:
-            self.trial_finished(row)
-        self._jobs.put(lambda: self._close(rows, front, artifacts, status))
-        self._jobs.put(None)
-        self._thread.join()
+        self._news.set()
 
     @property
     def backlog(self) -> int:
-        return self._jobs.qsize()
+        """Finished trials that MLflow does not have yet."""
+        return max(self._trials.count - self._done, 0)
+
+    def finish(
+        self,
+        report: list[Path],
+        progress: Callable[[int], None],
+        patience_sec: float = 20.0,
+        limit_sec: float = 600.0,
+    ) -> str | None:
+        """Waits until MLflow has everything, the report included; gives up on a server that is away for `patience_sec`,
+        or after `limit_sec`. Returns what is wrong, if anything is. `progress` is told the backlog every second."""
+        self._report = report
+        self._closing.set()
+        self._news.set()
+        started = away_since = time.monotonic()
+        while self._thread.is_alive():
+            self._thread.join(1.0)
+            progress(self.backlog)
+            now = time.monotonic()
+            if self.problem is None:
+                away_since = now
+            if now - away_since > patience_sec or now - started > limit_sec:
+                return self.problem or f"{self.backlog} runs are waiting"
+        return self._projection.refused[0] if self._projection.refused else None
 
     def _work(self) -> None:
         if sys.platform == "linux":  # where niceness is a thread's own: on a CPU, logging must not show in the timings
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
-        while (job := self._jobs.get()) is not None:
-            if self.problem is not None:
-                continue
+        while True:
             try:
-                job()
-            except Exception as error:  # a tracking server that is away must not stop the sweep
-                self.problem = f"MLflow: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
+                self._follow()
+                return
+            except Exception as error:  # whatever it is, the sweep goes on, and MLflow is asked again
+                self.problem, self._failed = one_line(error), True
+            if not self._closing.is_set():
+                self._closing.wait(self._pause)
+            else:
+                time.sleep(_FIRST_PAUSE_SEC)
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE_SEC)
 
-    def _open(self) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-        logging.getLogger("alembic").setLevel(logging.WARNING)
-        from mlflow import MlflowClient
+    def _follow(self) -> None:
+        """Logs each line of `trials.jsonl`, from the first, as they come; then, asked to finish, the rest."""
+        self._projection.open()
+        self._projection.reopen_parent()
+        self.problem, self._done = None, 0
+        with self._trials.path.open() as file:
+            while True:
+                self._news.clear()
+                closing = self._closing.is_set()
+                for row in _whole_lines(file):
+                    self._projection.log(row)
+                    self._done += 1
+                    self._pause = _FIRST_PAUSE_SEC
+                if closing:
+                    break
+                self._news.wait()
+        if self._failed:  # what was asked for in vain may have been done after all
+            self._projection.open()
+        self._projection.close(load_study(str(self._trials.path.parent)), self._report)
 
-        self._client = MlflowClient()
-        experiment = self._client.get_experiment_by_name(EXPERIMENT)
-        self._experiment = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
-        known = self._client.search_runs(
-            [self._experiment], f"tags.study_id = '{self._common['study_id']}'", max_results=50_000
-        )
-        for run in known:
-            trial = run.data.tags.get("trial", "")
-            self._runs[trial] = run.info.run_id
-            if run.info.status != "RUNNING":
-                self._logged.add(trial)
-        if "" not in self._runs:
-            tags = self._common | {"mlflow.source.name": "python -m orchestrator.sweep", "mlflow.source.type": "LOCAL"}
-            run = self._client.create_run(self._experiment, tags=tags, run_name=self._study)
-            self._runs[""] = run.info.run_id
-        self._client.update_run(self._runs[""], status="RUNNING")
 
-    def _log_trial(self, row: dict[str, Any]) -> None:
-        from mlflow.entities import Metric, Param, RunTag
-
-        trial = str(row["trial"])
-        if trial in self._logged:
+def _whole_lines(file: IO[str]) -> Iterator[Row]:
+    """From where the file stands to the last line that has its end."""
+    while True:
+        position = file.tell()
+        line = file.readline()
+        if not line.endswith("\n"):
+            file.seek(position)
             return
-        if trial not in self._runs:
-            tags = self._common | {"trial": trial, "mlflow.parentRunId": self._runs[""]}
-            self._runs[trial] = self._client.create_run(
-                self._experiment, tags=tags, run_name=_run_name(row)
-            ).info.run_id
-        now = int(1000 * time.time())
-        metrics = {f"{name}{end}" for name in _METRICS for end in ("", "_low", "_high")} & row.keys()
-        self._client.log_batch(
-            self._runs[trial],
-            metrics=[Metric(name, float(row[name]), now, 0) for name in sorted(metrics)],
-            params=[Param(name, str(row[name])) for name in _PARAMS if name in row],
-            tags=[RunTag(tag, str(row[name])) for name, tag in _TAGS.items() if name in row],
-        )
-        self._client.log_dict(self._runs[trial], row, "result.json")
-        self._client.set_terminated(self._runs[trial], "FINISHED" if row["state"] == "complete" else "FAILED")
-        self._logged.add(trial)
-
-    def _close(self, rows: list[dict[str, Any]], front: list[int], artifacts: list[Path], status: str) -> None:
-        parent = self._runs[""]
-        for row in rows:
-            if row["state"] == "complete" and row["trial"] != BASELINE:
-                self._client.set_tag(self._runs[str(row["trial"])], "pareto", str(row["trial"] in front))
-        for path in artifacts:
-            self._client.log_artifact(parent, str(path))
-            if path.suffix == ".md":
-                self._client.set_tag(parent, "mlflow.note.content", path.read_text(encoding="utf-8"))
-        self._client.log_metric(parent, "trials", len(rows) - 1)
-        self._client.log_metric(parent, "pareto_trials", len(front))
-        self._client.set_terminated(parent, status)
+        yield json.loads(line)
 
 
-def _run_name(row: dict[str, Any]) -> str:
+def _client(tracking_uri: str | None) -> Any:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the result's
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # asking again is ours: only then is nothing repeated
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """An answer that will be the same next time: not of a server that is away, or that has lost its runs."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.get_http_status_code() == 400
+
+
+def _confirmed_metrics(row: Row) -> dict[str, float]:
+    names = [f"{name}{end}" for name in _CONFIRMED for end in ("", "_low", "_high")]
+    return {name: float(row[name]) for name in names if _is_number(row.get(name))}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.encode())
+    return digest.hexdigest()[:16]
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    what, failed, _ = text.partition(" failed with exception ")  # what comes after it are the layers of the HTTP client
+    return f"{type(error).__name__}: {what[:200]}{' failed' if failed else ''}"
+
+
+def _run_name(row: Row) -> str:
     if row["trial"] == BASELINE:
-        return "baseline"
+        return BASELINE
     return (
         f"{row['trial']:03d} {row['method']} S={row['n_sink']} W={row['window_size']} R={row['compress_every']} "
         f"slack={row['cache_slack']} drop={row['max_drop']} {row['backend_requested']}"

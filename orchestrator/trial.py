@@ -31,6 +31,8 @@ class TrialSpec:
     attn_backend: str
     policy: EvictionPolicy
     execution: str = "eager"
+    round: int = 0
+    """Of the search; confirmations count from 1, and each is a measurement of its own."""
 
 
 @dataclass(frozen=True, slots=True)

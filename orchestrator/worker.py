@@ -81,10 +81,11 @@ class Worker:
             spec.method, spec.policy, computing_lease() if on_cpu else None
         )
         speed, fresh_speed = self.measurements.speed(
-            spec.method, spec.policy, spec.attn_backend, spec.execution, timing_lease()
+            spec.method, spec.policy, spec.attn_backend, spec.execution, timing_lease(), round_number=spec.round
         )
         assert quality.losses is not None
         record = identity(self.loaded, self.stream, spec.method, spec.policy, "fast", spec.execution)
+        record["quality_entry"] = self.measurements.quality_entry(spec.method, spec.policy)
         return TrialMeasurement(
             record | fast_record(quality.record, speed.record), quality.losses, fresh_quality, fresh_speed
         )

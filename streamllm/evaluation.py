@@ -85,6 +85,7 @@ def speed_summary(speed: Speed, requested: str) -> dict[str, Any]:
         "bandwidth_utilization": speed.bandwidth_utilization,
         "tokens_per_segment": speed.tokens_per_segment,
         "segments": len(speed.segment_tpot_ms),
+        "segment_tpot_ms": speed.segment_tpot_ms,
         "warmup_tokens": speed.warmup_tokens,
         "speed_sec": speed.seconds,
         "backend": speed.backend_used,

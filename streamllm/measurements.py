@@ -14,7 +14,7 @@ from .loaded import LoadedModel
 from .methods import sampled_losses
 from .policy import EvictionPolicy
 from .probing import resolve_backend
-from .store import Measurement, MeasurementStore, code_digest
+from .store import Measurement, MeasurementStore, code_digest, entry_name
 from .text import TokenStream
 from .timing import measure_speed
 
@@ -50,9 +50,10 @@ class Measurements:
         execution: str = "eager",
         lease: AbstractContextManager[Any] | None = None,
         strict: bool = False,
+        round_number: int = 0,
     ) -> tuple[Measurement, bool]:
-        """Protocol `fast`. It does not depend on the text. The record says if the accelerator had `foreign_processes`
-        just after the timing."""
+        """Protocol `fast`. It does not depend on the text. Measured once per round: the search's is 0. The record says
+        if the accelerator had `foreign_processes` just after the timing."""
 
         def measure() -> Measurement:
             backend = resolve_backend(attn_backend, self.loaded, strict)
@@ -62,7 +63,12 @@ class Measurements:
                 speed_summary(speed, attn_backend) | ({"foreign_processes": "; ".join(foreign)} if foreign else {})
             )
 
-        return self._once(self._speed_key(method, policy, attn_backend, execution), measure, lease)
+        key = self._speed_key(method, policy, attn_backend, execution)
+        return self._once(key | ({"round": round_number} if round_number else {}), measure, lease)
+
+    def quality_entry(self, method: str, policy: EvictionPolicy) -> str:
+        """The name of the store's entry with the per-token losses."""
+        return entry_name(self._quality_key(method, policy))
 
     def whole(
         self,

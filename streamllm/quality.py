@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,13 +55,22 @@ def paired_increase(losses: np.ndarray, baseline: np.ndarray, seed: int = 0) -> 
     """Percent by which perplexity exceeds the baseline's over the tokens that both (n, 2: position, loss) have.
 
     Bootstrap over tokens, or over blocks of them where they are neighbours. Raises ValueError if they share none."""
-    shared, own, theirs = np.intersect1d(losses[:, 0], baseline[:, 0], assume_unique=True, return_indices=True)
-    if not len(shared):
-        raise ValueError("no token has both losses")
-    differences = losses[own, 1] - baseline[theirs, 1]
-    neighbours = len(shared) == 1 or np.median(np.diff(shared)) == 1
-    ratio = _exp_of_mean(differences.mean(), _block_means(differences) if neighbours else differences, seed)
+    mean, units = _paired_units(losses, baseline)
+    ratio = _exp_of_mean(mean, units, seed)
     return Estimate(*(100 * (x - 1) for x in (ratio.value, ratio.low, ratio.high)))
+
+
+def joint_draws(losses: Sequence[np.ndarray], baseline: np.ndarray | None, draws: int, seed: int = 0) -> np.ndarray:
+    """(draws, len(losses)): bootstrap draws of perplexities, or of percents above a baseline's. A draw takes the same
+    tokens for all, so that what is easy or hard in a text does not blur their differences."""
+    if baseline is None:
+        units = np.stack([_block_means(table[:, 1]) for table in losses])
+    else:
+        units = np.stack([_paired_units(table, baseline)[1] for table in losses])
+    count = units.shape[1]
+    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws) / count
+    means = np.exp(weights @ units.T)
+    return means if baseline is None else 100 * (means - 1)
 
 
 def median_interval(values: np.ndarray) -> Estimate:
@@ -75,6 +85,16 @@ def median_interval(values: np.ndarray) -> Estimate:
         below += math.comb(n, k) * 0.5**n
     edge = max(k - 1, 0)
     return Estimate(float(np.median(ordered)), float(ordered[edge]), float(ordered[n - 1 - edge]))
+
+
+def _paired_units(losses: np.ndarray, baseline: np.ndarray) -> tuple[float, np.ndarray]:
+    """The mean difference over the shared tokens, and what a bootstrap draws from: differences, or means of blocks."""
+    shared, own, theirs = np.intersect1d(losses[:, 0], baseline[:, 0], assume_unique=True, return_indices=True)
+    if not len(shared):
+        raise ValueError("no token has both losses")
+    differences = losses[own, 1] - baseline[theirs, 1]
+    neighbours = len(shared) == 1 or np.median(np.diff(shared)) == 1
+    return differences.mean(), _block_means(differences) if neighbours else differences
 
 
 def _block_means(losses: np.ndarray, block: int = 64) -> np.ndarray:

@@ -81,9 +81,16 @@ class MeasurementStore:
                 f"command again; what is finished is kept"
             ) from error
 
+    def losses_file(self, name: str) -> Path:
+        """Where the per-token losses of the entry of that name lie, if it has any."""
+        return self.root / name[:2] / f"{name}.npy"
+
     def _path(self, key: dict[str, Any]) -> Path:
-        name = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-        return self.root / name[:2] / f"{name}.json"
+        return self.losses_file(entry_name(key)).with_suffix(".json")
+
+
+def entry_name(key: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 
 @cache

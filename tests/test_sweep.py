@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -14,6 +15,14 @@ from mlflow import MlflowClient
 from .conftest import GOLDEN
 
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
+
+AWAY = """
+import os, sys
+os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
+from orchestrator.sweep import main
+sys.exit(main(sys.argv[1:]))
+"""
+"""A sweep whose tracking server is away: nothing listens there."""
 
 SPACE = """
 cap: 48
@@ -36,7 +45,7 @@ DRY = (
 
 def arguments(*more):
     model = ("--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"))
-    return [*model, "--max-eval-tokens", "300", "--space", "space.yaml", "--study", "s", *more]
+    return [*model, "--max-eval-tokens", "300", "--space", "space.yaml", "--study", "s", "--confirm", "0", *more]
 
 
 def sweep(folder, *more, code=None):
@@ -50,8 +59,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+def json_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
 def rows_of(folder):
-    return [json.loads(line) for line in (folder / "sweeps/s/trials.jsonl").read_text().splitlines()]
+    return json_lines(folder / "sweeps/s/trials.jsonl")
 
 
 def runs_of(folder):
@@ -60,7 +73,7 @@ def runs_of(folder):
 
 
 def test_a_sweep_from_end_to_end(folder):
-    done = sweep(folder, "--trials", "4", "--workers", "2")
+    done = sweep(folder, "--trials", "4", "--workers", "2", "--confirm", "2")
     assert done.returncode == 0, done.stderr
     assert "capped at" not in done.stderr, "the space's cap is below the trained length"
     assert "[4/4]" in done.stderr
@@ -95,6 +108,19 @@ def test_a_sweep_from_end_to_end(folder):
         assert run.data.tags["pareto"] == str(str(row["trial"]) in on_front)
         assert run.data.metrics["tpot_ms"] == pytest.approx(row["tpot_ms"])
         assert run.data.params["n_sink"] == str(row["n_sink"])
+
+    confirmed = {str(row["trial"]): row for row in json_lines(output / "confirmed.jsonl")}
+    assert on_front | {"baseline"} <= confirmed.keys()
+    for trial, row in confirmed.items():
+        assert row["confirmed_rounds"] == 2
+        assert children[trial].data.metrics["confirmed_tpot_ms"] == row["confirmed_tpot_ms"]
+        assert trial == "baseline" or 0 <= row["front_probability"] <= 1
+    stored = {path: path.stat().st_mtime_ns for path in (folder / "sweeps/.store").rglob("*.json")}
+    again = sweep(folder, "--trials", "4", "--workers", "2", "--confirm", "2", code=AWAY)
+    assert again.returncode == 0, again.stderr
+    assert f"-m orchestrator.sync {Path('sweeps/s')}" in again.stderr
+    assert {str(row["trial"]): row for row in json_lines(output / "confirmed.jsonl")} == confirmed
+    assert {path: path.stat().st_mtime_ns for path in (folder / "sweeps/.store").rglob("*.json")} == stored
 
     exported = subprocess.run(
         [sys.executable, "-m", "dashboards.pareto", "s", "--format", "csv", "--all"], cwd=folder, capture_output=True

@@ -1,0 +1,70 @@
+"""`python -m orchestrator.sync STUDY`: brings MLflow up to date with a study; an empty server gets all of it."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from streamllm.errors import UsageError
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m orchestrator.sync",
+        description="Bring MLflow up to date with a study. What is there already stays as it is.",
+    )
+    parser.add_argument("study", metavar="STUDY", help="a name under sweeps/, or the path of an output folder")
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="of MLflow ($MLFLOW_TRACKING_URI, or its own default store)"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    from dashboards.study import load_study
+
+    from .lease import study_lease
+
+    try:
+        folder = load_study(arguments.study).folder
+        with study_lease(folder):
+            return _sync(str(folder), arguments.tracking_uri)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: the same command goes on from here", file=sys.stderr)
+        return 130
+
+
+def _sync(folder: str, tracking_uri: str | None) -> int:
+    from rich.console import Console
+    from rich.progress import track
+
+    from dashboards.study import load_study, read_rows
+    from streamllm.store import MeasurementStore
+
+    from .folder import write_report
+    from .tracking import Projection, one_line
+
+    results = load_study(folder)
+    rows = read_rows(results.folder / "trials.jsonl")  # as the sweep logs them: what was confirmed comes with the close
+    projection = Projection(results.configuration, MeasurementStore(results.folder.parent / ".store"), tracking_uri)
+    try:
+        projection.open()
+        for row in track(rows, "MLflow", console=Console(stderr=True), transient=True):
+            projection.log(row)
+        projection.close(results, [*write_report(results), results.folder / "sweep.json"])
+    except Exception as error:  # MLflow raises anything
+        print(f"error: MLflow cannot be brought up to date: {one_line(error)}", file=sys.stderr)
+        return 1
+    for reason in projection.refused:
+        print(f"error: MLflow refuses {reason}", file=sys.stderr)
+    print(f"{results.name}: {len(rows)} runs in MLflow, {projection.logged} of them logged or completed just now")
+    return 1 if projection.refused else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

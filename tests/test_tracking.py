@@ -1,0 +1,337 @@
+"""MLflow as a projection of a study's folder and store: real stores, real servers, no sweep."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+
+from dashboards.study import load_study
+from orchestrator import sync, tracking
+from orchestrator.folder import TrialsFile, write_outcome, write_report, write_rows
+from orchestrator.lease import study_lease
+from orchestrator.tracking import Projection, Tracker
+from streamllm.store import Measurement, MeasurementStore, entry_name
+
+CONFIGURATION = {
+    "study": "s",
+    "study_id": "5711d",
+    "commit": "c0ffee",
+    "model": "m",
+    "dtype": "float32",
+    "quantization": "int8_weight_only",
+    "cap": 48,
+    "seed": 0,
+    "trials": 4,
+    "space": {"name": "default"},
+    "summary": "m on t",
+    "objectives": {"tpot_ms": "minimize", "ppl_increase_percent": "minimize"},
+}
+KEY = {"kind": "quality"}
+LOSSES = np.column_stack((np.arange(5.0), np.linspace(1, 2, 5)))
+
+
+def row(trial, tpot=2.0, increase=1.0, **more):
+    policy = {"n_sink": 4, "window_size": 44, "compress_every": 1, "cache_slack": 0, "max_drop": 0}
+    times = {"tpot_ms": tpot, "tpot_ms_low": tpot - 0.1, "tpot_ms_high": tpot + 0.1, "speedup": 9.0 / tpot}
+    quality = {"perplexity": 15.5, "ppl_increase_percent": increase}
+    words = {"method": "ours", "backend": "math", "backend_requested": "flash", "dtype": "float32", "model": "m"}
+    words |= {"device": "CPU", "protocol": "fast", "dataset": "t", "state": "complete", "feasible": True}
+    return {
+        "trial": trial, **words, **policy, **times, **quality, "runtime_sec": 2.5, "quality_entry": entry_name(KEY),
+        "finished_at": 1.7e9, "commit": "c0ffee", "reused": False, **more
+    }  # fmt: skip
+
+
+_KEPT = ("trial", "method", "backend_requested", "n_sink", "finished_at", "commit")
+FAILED = {name: row(3)[name] for name in _KEPT} | {
+    "state": "failed", "reason": "RuntimeError: nope", "feasible": False, "window_size": 44, "compress_every": 1,
+    "cache_slack": 0, "max_drop": 0,
+}  # fmt: skip
+ROWS = [row("baseline", 9.0, 0.0, method="recompute"), row(0, 3.0, 0.5), row(1, 2.0, 1.0), row(2, 4.0, 4.0), FAILED]
+
+
+@pytest.fixture(scope="session")
+def schema(tmp_path_factory):
+    """An empty MLflow database; creating its tables is what takes longest."""
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def study(tmp_path, schema, monkeypatch):
+    """A folder of a finished study, in a working directory with an empty MLflow store."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    shutil.copyfile(schema, "mlflow.db")
+    folder = tmp_path / "sweeps/s"
+    folder.mkdir(parents=True)
+    (folder / "sweep.json").write_text(json.dumps(CONFIGURATION))
+    MeasurementStore(tmp_path / "sweeps/.store").put(KEY, Measurement({}, LOSSES))
+    write_rows(folder / "trials.jsonl", ROWS)
+    write_outcome(folder, "FINISHED")
+    return folder
+
+
+def store(name="mlflow.db"):
+    """MLflow keeps connections by URI, for as long as the process lives: no two tests may have the same."""
+    return f"sqlite:///{Path(name).absolute()}"
+
+
+def synchronise(uri=None):
+    return sync.main(["s", "--tracking-uri", uri or store()])
+
+
+def contents(uri=None):
+    """All that MLflow has of the study, by trial ("" is the parent): every run once."""
+    client = MlflowClient(uri or store())
+    found = {}
+    for run in client.search_runs([e.experiment_id for e in client.search_experiments()], max_results=1000):
+        trial = run.data.tags.get("trial", "")
+        assert trial not in found, "two runs of one trial"
+        tags = {name: value for name, value in run.data.tags.items() if name != "mlflow.parentRunId"}
+        history = {
+            name: [(m.value, m.timestamp, m.step) for m in client.get_metric_history(run.info.run_id, name)]
+            for name in run.data.metrics
+        }
+        times = (run.info.start_time if trial else None, run.info.end_time)
+        artifacts = sorted(file.path for file in client.list_artifacts(run.info.run_id))
+        found[trial] = (run.info.status, run.info.run_name, times, tags, run.data.params, history, artifacts)
+    return found
+
+
+def search(condition):
+    client = MlflowClient(store())
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    return sorted(run.data.tags.get("trial", "") for run in client.search_runs([experiment.experiment_id], condition))
+
+
+def test_runs_are_found_by_what_they_are_and_carry_what_was_measured(study):
+    confirmed = {"trial": 1, "confirmed_tpot_ms": 2.5, "confirmed_tpot_ms_low": 2.25, "confirmed_rounds": 3}
+    write_rows(study / "confirmed.jsonl", [confirmed | {"front_probability": 0.75}])
+    assert synchronise() == 0
+    assert search("tags.pareto = 'True' and tags.`backend.used` = 'math' and metrics.ppl_increase_percent < 3") == ["1"]
+    assert search("tags.`backend.requested` = 'flash' and tags.feasible = 'False'") == ["3"]
+    assert search("tags.study = 's' and tags.method = 'ours' and metrics.tpot_ms < 3.5") == ["0", "1"]
+    assert search("tags.quantization = 'int8_weight_only' and tags.commit = 'c0ffee' and params.n_sink = '4'") == [
+        "0", "1", "2", "3", "baseline"
+    ]  # fmt: skip
+    assert search("tags.protocol = 'fast' and tags.dataset = 't' and tags.device = 'CPU'") == [
+        "0",
+        "1",
+        "2",
+        "baseline",
+    ]
+    assert search("attributes.status = 'FAILED' and tags.reason LIKE '%nope'") == ["3"]
+    assert search("metrics.confirmed_tpot_ms > 2.4 and metrics.front_probability >= 0.75") == ["1"]
+    assert search("metrics.tpot_ms_high > 4 and tags.trial = '2'") == ["2"]
+
+    client = MlflowClient(store())
+    runs = {run.data.tags.get("trial", ""): run for run in client.search_runs(["1"])}
+    assert {run.data.tags.get("mlflow.parentRunId") for trial, run in runs.items() if trial} == {runs[""].info.run_id}
+    assert runs["1"].data.metrics["tpot_ms"] == 2.0
+    assert (runs["1"].info.end_time, runs["1"].info.start_time) == (1_700_000_000_000, 1_699_999_997_500)
+    result = client.download_artifacts(runs["1"].info.run_id, "")
+    assert json.loads(Path(result, "result.json").read_text()) == ROWS[2]
+    assert np.array_equal(np.load(f"{result}/losses.npy"), LOSSES)
+    assert {"pareto.md", "pareto.csv", "pareto.png", "sweep.json"} == {
+        file.path for file in client.list_artifacts(runs[""].info.run_id)
+    }
+    assert runs[""].data.params["cap"] == "48"
+
+
+def test_mlflow_is_rebuilt_whole_and_syncing_again_changes_nothing(study, schema, capsys):
+    assert synchronise() == 0
+    first = contents()
+    assert sorted(first) == ["", "0", "1", "2", "3", "baseline"]
+    assert {trial: found[0] for trial, found in first.items() if found[0] != "FINISHED"} == {"3": "FAILED"}
+    assert "5 of them logged" in capsys.readouterr().out
+    assert synchronise() == 0
+    assert "0 of them logged" in capsys.readouterr().out
+    assert contents() == first
+    shutil.copyfile(schema, "lost.db")
+    assert synchronise(store("lost.db")) == 0
+    assert contents(store("lost.db")) == first
+
+
+def test_what_changed_since_is_brought_up_to_date(study):
+    write_rows(study / "trials.jsonl", ROWS[:3])
+    synchronise()
+    assert search("tags.pareto = 'True'") == ["0", "1"]
+    write_rows(study / "trials.jsonl", [*ROWS, row(4, 1.0, 0.1)])
+    synchronise()
+    assert search("tags.pareto = 'True'") == ["4"]
+    assert len(contents()) == 7
+
+
+def test_what_a_kill_left_running_or_twice_is_ended_and_once(study):
+    client = MlflowClient(store())
+    experiment = client.create_experiment(tracking.EXPERIMENT)
+    common = {"study": "s", "study_id": "5711d"}
+    client.create_run(experiment, tags=common)
+    for trial in ("1", "2", "2", "77"):  # begun, begun, asked for twice of a slow server, and of no trial any more
+        client.create_run(experiment, tags=common | {"trial": trial})
+    assert synchronise() == 0
+    runs = contents()
+    assert {trial: found[0] for trial, found in runs.items()} == {
+        "": "FINISHED", "baseline": "FINISHED", "0": "FINISHED", "1": "FINISHED", "2": "FINISHED", "3": "FAILED",
+        "77": "KILLED",
+    }  # fmt: skip
+    assert runs["1"][5]["tpot_ms"] == [(2.0, 1_700_000_000_000, 0)]
+    assert "result.json" in runs["2"][6]
+
+
+def test_what_mlflow_refuses_does_not_hold_up_the_rest(study, capsys):
+    synchronise()
+    write_rows(study / "trials.jsonl", [row(0, n_sink=1), *ROWS[2:], row(5)])
+    capsys.readouterr()
+    assert synchronise() == 1
+    assert "MLflow refuses trial 0" in capsys.readouterr().err
+    assert "5" in contents()
+
+
+def test_sync_says_what_is_wrong(study, capsys):
+    assert sync.main(["nowhere"]) == 2
+    assert "study 'nowhere'" in capsys.readouterr().err
+    with study_lease(study):
+        assert synchronise() == 2
+    assert "being run by process" in capsys.readouterr().err
+    assert synchronise(f"http://127.0.0.1:{free_port()}") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: MLflow cannot be brought up to date") and error.count("\n") == 1
+
+
+def test_a_row_that_is_being_written_is_not_read(study):
+    with (study / "trials.jsonl").open("a") as file:
+        file.write(json.dumps(row(9))[:50])
+    assert [r["trial"] for r in load_study("s").trials] == [0, 1, 2, 3]
+
+
+def test_the_trials_file_follows_the_study_and_keeps_the_baseline(study):
+    trials = TrialsFile(study, [ROWS[1]])
+    assert not (study / "outcome.json").exists(), "a study that runs has no outcome"
+    trials.trial_finished(ROWS[0] | {"reused": True, "finished_at": 1.8e9})
+    trials.trial_finished(ROWS[2])
+    results = load_study("s")
+    assert results.baseline == ROWS[0], "found again, not measured again"
+    assert results.trials == ROWS[1:3]
+    trials.trial_finished(ROWS[0] | {"tpot_ms": 8.0})
+    assert load_study("s").baseline["tpot_ms"] == 8.0
+    assert trials.count == 4
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@contextmanager
+def server(folder, port):
+    """A real tracking server that serves artifacts too, until the block ends: then it is killed."""
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += [
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "files"),
+    ]
+    log = (folder / "server.log").open("a")
+    process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log, start_new_session=True)
+    try:
+        yield
+    finally:
+        os.killpg(process.pid, 9)
+        process.wait()
+
+
+class SlowProxy:
+    """Passes connections on to a port, each piece after `delay` seconds."""
+
+    def __init__(self, port):
+        self.port, self.delay = port, 0.0
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        while True:
+            client, _ = self._listener.accept()
+            try:
+                upstream = socket.create_connection(("127.0.0.1", self.port))
+            except OSError:
+                client.close()
+                continue
+            for source, target in ((client, upstream), (upstream, client)):
+                threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    def _pass_on(self, source, target):
+        try:
+            while piece := source.recv(65536):
+                time.sleep(self.delay)
+                target.sendall(piece)
+        except OSError:
+            pass
+        for end in (source, target):
+            end.close()
+
+
+def wait_until(condition, seconds=300):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.05)
+
+
+def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tracking, "_LONGEST_PAUSE_SEC", 1.0)
+    port = free_port()
+    proxy = SlowProxy(port)
+    (study / "trials.jsonl").unlink()
+    trials = TrialsFile(study, [])
+    tracker = Tracker(Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"), proxy.uri), trials)
+
+    def finish_trial(row):
+        trials.trial_finished(row)
+        tracker.trial_finished(row)
+
+    finish_trial(ROWS[0])
+    wait_until(lambda: tracker.problem is not None)
+    finish_trial(ROWS[1])
+    assert tracker.backlog == 2
+    with server(tmp_path, port):
+        wait_until(lambda: tracker.backlog == 0)
+        assert tracker.problem is None
+        proxy.delay = 0.2
+        finish_trial(ROWS[2])
+        wait_until(lambda: tracker.backlog == 0)
+    proxy.delay = 0.0
+    finish_trial(ROWS[3])
+    wait_until(lambda: tracker.problem is not None)
+    assert tracker.finish([], lambda backlog: None, patience_sec=0.0) is not None, "does not wait for ever"
+    assert tracker.backlog == 1
+    finish_trial(ROWS[4])
+    write_outcome(study, "FINISHED")
+    with server(tmp_path, port):
+        report = [*write_report(load_study("s")), study / "sweep.json"]
+        assert tracker.finish(report, lambda backlog: None, patience_sec=300) is None
+        through_server = contents(proxy.uri)
+        assert sorted(through_server) == ["", "0", "1", "2", "3", "baseline"]
+        assert "View run" not in capsys.readouterr().out
+        assert through_server[""][0] == "FINISHED" and through_server["3"][0] == "FAILED"
+        assert synchronise(proxy.uri) == 0
+        assert contents(proxy.uri) == through_server
+        client = MlflowClient(proxy.uri)
+        run = client.search_runs(["1"], "tags.trial = '1'")[0]
+        assert run.info.artifact_uri.startswith("mlflow-artifacts:")
+        assert np.array_equal(np.load(f"{client.download_artifacts(run.info.run_id, '')}/losses.npy"), LOSSES)
