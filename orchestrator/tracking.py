@@ -57,6 +57,7 @@ _TAGS = {
     "state": "state",
     "reason": "reason",
     "warning": "warning",
+    "foreign_processes": "foreign_processes",
     "commit": "commit",
     "trial": "trial",
     "backend": "backend.used",
@@ -81,7 +82,7 @@ _METRICS = (
     "evaluated_tokens",
 )
 _CONFIRMED = ("confirmed_tpot_ms", "confirmed_speedup", "confirmed_rounds", "front_probability")
-_PARENT_PARAMS = ("model", "dtype", "quantization", "cap", "seed")
+PARENT_PARAMS = ("model", "dtype", "quantization", "cap", "seed")
 _DIGEST = "digest"
 """Tag of a run that says what was logged of it."""
 
@@ -205,7 +206,7 @@ class Projection:
         source = {"mlflow.source.name": "python -m orchestrator.sweep", "mlflow.source.type": "LOCAL"}
         tags = self._common() | source | {"commit": settings["commit"], "model": settings["model"]}
         run = self._client.create_run(self._experiment, tags=tags, run_name=settings["study"]).info.run_id
-        params = [Param(name, str(settings[name])) for name in _PARENT_PARAMS]
+        params = [Param(name, str(settings[name])) for name in PARENT_PARAMS]
         self._client.log_batch(run, params=[*params, Param("space", str(settings["space"]["name"]))])
         return str(run)
 

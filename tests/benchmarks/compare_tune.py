@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 
 from orchestrator.driver import Driver
+from orchestrator.folder import TrialsFile, write_outcome
 from orchestrator.pool import WorkerPool
 from orchestrator.study import Study
-from orchestrator.tracking import Tracker
+from orchestrator.tracking import PARENT_PARAMS, Projection, Tracker
 from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.worker import Worker
 from search_spaces import load_space
+from streamllm.store import MeasurementStore
 from streamllm.text import TextSource
 
 from .reporting import interleaved, summary
@@ -85,15 +87,23 @@ def ours(folder: Path, trials: int, workers: int) -> dict[str, float]:
     (folder / "space.yaml").write_text(f"cap: {CAP}\nparameters: {json.dumps(INTEGERS)}\n")
     space = load_space(str(folder / "space.yaml"))
     study, times = Study("ours", folder / "journal.log", space, CAP, seed=0), Times()
-    tracker = Tracker("ours", folder.name, "none")
+    settings = dict.fromkeys(("study", "model", "commit", "quantization", *PARENT_PARAMS), "none")
+    settings |= {
+        "study_id": folder.name,
+        "space": {"name": "integers"},
+        "objectives": dict.fromkeys(space.objectives, "minimize"),
+    }
+    (folder / "sweep.json").write_text(json.dumps(settings))
+    rows = TrialsFile(folder, [])
+    tracker = Tracker(Projection(settings, MeasurementStore(folder / "store")), rows)
     pool = WorkerPool(WorkerSetup("", TextSource(), "", "", folder / "store"), workers, worker_class=Idle)
     try:
-        Driver(study, pool, CAP, trials, [times, tracker]).run()
+        Driver(study, pool, CAP, trials, [times, rows, tracker]).run()
     finally:
         pool.shutdown()
-    tracker.finish(study.rows, [], [], "FINISHED")
-    if tracker.problem is not None:
-        raise RuntimeError(tracker.problem)
+    write_outcome(folder, "FINISHED")
+    if (problem := tracker.finish([], lambda _: None)) is not None:
+        raise RuntimeError(problem)
     return pace(times.finished, time.perf_counter())
 
 

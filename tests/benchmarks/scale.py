@@ -1,6 +1,6 @@
 """What the driver itself costs per trial, with a thousand workers and ten thousand trials.
 
-`python -m tests.benchmarks.scale`: the real driver, study (its journal on disk), store and display; only the workers
+`python -m tests.benchmarks.scale`: the real driver, study and its files on disk, store and display; only the workers
 are pretended. They take as long as real ones, in simulated time, so that nothing but the driver's own work passes.
 """
 
@@ -25,6 +25,7 @@ import numpy as np
 from orchestrator import driver as driver_module
 from orchestrator.display import Display
 from orchestrator.driver import Driver
+from orchestrator.folder import TrialsFile
 from orchestrator.pool import Finished
 from orchestrator.study import Study
 from orchestrator.trial import TrialMeasurement, TrialSpec
@@ -93,6 +94,13 @@ class SimulatedPool:
         return TrialMeasurement(record, losses, True, True)
 
 
+class NoTracking:
+    """MLflow follows at its own pace (tests/benchmarks/tracking.py); the driver never waits for it."""
+
+    backlog = 0
+    problem = None
+
+
 class Stopwatch:
     """Seconds by part; what `timed` returns adds to one."""
 
@@ -140,9 +148,10 @@ def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None)
     watch = Stopwatch()
     study.ask = watch.timed("ask", study.ask)  # type: ignore[method-assign]
     study.tell = watch.timed("tell", study.tell)  # type: ignore[method-assign]
-    display = Display(trials, [], space.objectives)
-    for method in ("worker_ready", "trial_started", "trial_finished"):
-        setattr(display, method, watch.timed("observers", getattr(display, method)))
+    observers = [TrialsFile(folder, []), Display(trials, [], space.objectives, NoTracking())]
+    for observer in observers:
+        for method in ("worker_ready", "trial_started", "trial_finished"):
+            setattr(observer, method, watch.timed("observers", getattr(observer, method)))
     original = driver_module.trial_row
     driver_module.trial_row = watch.timed("row", original)
     started = time.perf_counter()
@@ -155,7 +164,7 @@ def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None)
     marks = Marks(max(trials // 10, 1), now)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            Driver(study, pool, CAP, trials, [display, marks]).run()  # type: ignore[arg-type]
+            Driver(study, pool, CAP, trials, [*observers, marks]).run()  # type: ignore[arg-type]
     finally:
         driver_module.trial_row = original
     rows = [
