@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from functools import reduce
 from typing import Any, Protocol
 
 import torch
@@ -78,6 +79,8 @@ def attention(
     `mask` (new, held) is True where visible; `causal` aligns the last query with the last key.
     """
     new, held = query.shape[-2], key.shape[-2]
+    if new == 1 and torch.compiler.is_compiling() and fuses(backend, query.device):
+        return fused_attention(query, key, value, scaling, mask)
     if causal and new > 1 and backend.library != "flash_attn" and (new != held or backend.library == "eager"):
         mask = torch.ones(new, held, dtype=torch.bool, device=query.device).tril(held - new)
     if backend.library == "eager":
@@ -105,6 +108,36 @@ def _flash_attention_2(query: Tensor, key: Tensor, value: Tensor, scaling: float
 
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return flash_attn_func(query, key, value, softmax_scale=scaling, causal=causal).transpose(1, 2)
+
+
+def fuses(backend: Backend, device: torch.device) -> bool:
+    """Whether compiled steps use `fused_attention`: on a CPU, unless a kernel is asked for."""
+    return backend.name == "auto" and device.type == "cpu"
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """One query's attention as multiplies and sums, for a compiler: inductor streams keys and values through them
+    faster than torch's kernel for CPUs does. The softmax and the sums are in float32 at least."""
+    query = query.unflatten(1, (key.shape[1], -1))  # (batch, KV heads, heads of a group, 1, size)
+    logits = _dot(query, key[:, :, None], -1, parts=4) * scaling
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    weights = logits.softmax(-1)[..., None]
+    return _dot(weights, value[:, :, None], -2, parts=8).flatten(1, 2)[:, :, None].to(value.dtype)
+
+
+def _dot(a: Tensor, b: Tensor, dim: int, parts: int) -> Tensor:
+    """(a * b).sum(dim) by adding up `parts` slices first: inductor's own loop over short rows waits for each addition,
+    and one over columns reads them in strides."""
+    precision = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    length = a.shape[dim] // parts
+
+    def product(start: int, count: int) -> Tensor:
+        return a.narrow(dim, start, count).to(precision) * b.narrow(dim, start, count)
+
+    total = reduce(torch.add, [product(part * length, length) for part in range(parts)]).sum(dim)
+    rest = a.shape[dim] - parts * length
+    return total + product(parts * length, rest).sum(dim) if rest else total
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:

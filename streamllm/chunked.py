@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 
-from .attention import recorded_kernel
+from .attention import fuses, recorded_kernel
 from .backends import Backend
 from .decoding import Progress, negative_log_likelihood
 from .device import synchronize
@@ -68,6 +68,8 @@ def chunk_losses(
     stream = torch.from_numpy(tokens).to(loaded.device)
     with recorded_kernel(backend) as recorder:  # a first chunk that warms up and does not count
         _chunk(loaded, stream[: prefill + CONTINUATION_TOKENS + 1], method, policy, backend, execution)
+    if execution == "compile" and fuses(backend, loaded.device):
+        recorder.kernels.add("fused")
     timed, clock = attention_clock(loaded)
     _chunk(timed, stream[: prefill + CONTINUATION_TOKENS + 1], method, policy, backend, execution)
     del clock.spans[: loaded.model.config.num_hidden_layers]  # the prefill's

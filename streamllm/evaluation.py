@@ -134,7 +134,7 @@ def evaluate_decode_loop(
         run = decode_loop(decoder, stream.tokens, loaded.device, progress, marks=[1, *marks])
     with backend.active():
         attn_ms = attention_ms(loaded, method, policy, backend, stream.tokens)
-        used = used_backend(loaded, method, policy, backend, stream.tokens)
+        used = used_backend(loaded, method, policy, backend, stream.tokens, execution)
     check_finite(run.losses, str(loaded.dtype))
     warning = _warning(loaded, policy, run.peak_kv, n_losses)
     quality = Quality(run.losses, np.arange(n_losses), run.peak_kv, run.runtime_sec, warning)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .attention import AttentionState, recorded_kernel
+from .attention import AttentionState, fuses, recorded_kernel
 from .backends import Backend
 from .decoding import Decoder
 from .device import copy_bandwidth, peak_memory, synchronize
@@ -124,11 +124,11 @@ def measure_speed(
     execution: str = "eager",
 ) -> Speed:
     """Fills the cache, warms up (compiles, captures), then times segments of whole prune cycles. Speed does not depend
-    on the tokens. Kernel and attention's share are taken from eager steps, whatever the execution."""
+    on the tokens. Attention's share is taken from eager steps, whatever the execution."""
     started = time.perf_counter()
     policy = effective_policy(method, policy)
     with backend.active():
-        used = used_backend(loaded, method, policy, backend, tokens)  # initialises libraries too
+        used = used_backend(loaded, method, policy, backend, tokens, execution)  # initialises libraries too
         with no_garbage_collection(), peak_memory(loaded.device) as memory:
             run = TimedDecoder(loaded, method, policy, backend, tokens, execution)
             filled, first_token = run.prefill()
@@ -167,8 +167,18 @@ def bytes_per_token(loaded: LoadedModel, policy: EvictionPolicy) -> int:
     return int(weights + 2 * config.num_hidden_layers * key * (policy.kept + 1))
 
 
-def used_backend(loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray) -> str:
-    """The attention kernels seen in a cycle of the steady state, or in its first `_RECORDED_TOKENS` tokens."""
+def used_backend(
+    loaded: LoadedModel,
+    method: str,
+    policy: EvictionPolicy,
+    backend: Backend,
+    tokens: np.ndarray,
+    execution: str = "eager",
+) -> str:
+    """The attention kernels seen in a cycle of the steady state, or in its first `_RECORDED_TOKENS` tokens, run
+    eagerly; or `fused`, if the compiler makes one."""
+    if execution == "compile" and fuses(backend, loaded.device):
+        return "fused"
     with recorded_kernel(backend) as recorder:
         run = TimedDecoder(loaded, method, effective_policy(method, policy), backend, tokens)
         run.prefill()

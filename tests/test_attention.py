@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from streamllm.attention import attention, recorded_kernel
+from streamllm.attention import attention, eager_attention, fused_attention, recorded_kernel
 from streamllm.backends import BACKENDS, default_backend
 from streamllm.block_parallel import block_parallel_losses
 from streamllm.decoding import decode_loop
@@ -117,3 +117,19 @@ def test_recorder_sees_nothing_but_what_runs_inside():
         pass
     attention(BACKENDS["flash"], query, query, query, 1.0)
     assert recorder.used == "math"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("heads", "kv_heads", "held", "size"), [(4, 4, 257, 64), (6, 2, 31, 10), (2, 1, 5, 7)])
+def test_fused_is_eager(heads, kv_heads, held, size, masked, dtype):
+    """Whole parts and rests, on either side of what the sums are split into."""
+    torch.manual_seed(0)
+    query = torch.randn(1, heads, 1, size, dtype=dtype)
+    key, value = (torch.randn(1, kv_heads, held, size, dtype=dtype) for _ in range(2))
+    mask = (torch.arange(held) % 3 != 1)[None] if masked else None
+    found = fused_attention(query, key, value, 0.3, mask)
+    expected = eager_attention(query.double(), key.double(), value.double(), 0.3, mask)
+    assert found.dtype == dtype and found.shape == query.shape
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)

@@ -1,6 +1,9 @@
 """The ring as a transformers cache: what it sees is what the policy says, for any split of the stream into calls."""
 
 import json
+import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -124,6 +127,16 @@ def test_generate_is_the_policy(golden_model):
     fresh = StreamingCache(own("llama-tiny"), n_sink=4, window_size=28)
     replayed = losses_of(model, fresh, tokens)
     np.testing.assert_allclose(replayed, expected, rtol=0, atol=2e-5)
+
+
+def test_the_example_in_the_readme():
+    root = GOLDEN.parents[1]
+    example = re.search(r"```python\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    assert "10_000" in example
+    code = example.replace("10_000", "300")
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("303 tokens seen, 256 in the cache\n")
 
 
 def test_a_batch_is_its_sequences(golden_tokens):

@@ -85,3 +85,14 @@ def test_peak_memory_sees_what_was_freed():
         torch.ones(64 * 2**20 // 4)
     assert math.isfinite(nothing.megabytes)
     assert memory.megabytes >= nothing.megabytes + 48
+
+
+@pytest.mark.parametrize(
+    ("backend", "execution", "used"),
+    [("auto", "compile", "fused"), ("auto", "eager", "flash"), ("math", "compile", "math")],
+)
+def test_the_kernel_of_compiled_steps_is_named(backend, execution, used, golden_model, golden_tokens):
+    policy = EvictionPolicy(n_sink=2, window_size=30)
+    with BACKENDS[backend].active():
+        arguments = (golden_model("llama-tiny"), "ring", policy, BACKENDS[backend], golden_tokens)
+        assert timing.used_backend(*arguments, execution) == used
