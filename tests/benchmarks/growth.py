@@ -46,7 +46,7 @@ def policy_rows(loaded: LoadedModel, rounds: int) -> list[dict[str, Any]]:
 
 def stream_rows(loaded: LoadedModel, length: int, parts: int = 8) -> list[dict[str, Any]]:
     """A ring of 252 + 4 over `length` tokens: time per token and peak memory of each part of the stream."""
-    decoder = TimedDecoder(loaded, "ring", EvictionPolicy(), BACKENDS["auto"], np.arange(4096))
+    decoder = TimedDecoder(loaded, "ring", EvictionPolicy(), BACKENDS["auto"], np.arange(1024))
     decoder.prefill()
     decoder.decode(16)
     rows = []

@@ -190,7 +190,7 @@ def random_llama(dtype: str, shape: str) -> LoadedModel:
     size = SHAPES[shape]
     width = 32 * round(size["intermediate_size"] * 2 / 3 / 32)
     config = transformers.LlamaConfig(
-        vocab_size=50304, max_position_embeddings=2048, **{**size, "intermediate_size": width}
+        **{"vocab_size": 50304, "max_position_embeddings": 2048} | size | {"intermediate_size": width}
     )
     torch.manual_seed(0)
     with torch.device(default_device()):

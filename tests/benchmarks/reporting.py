@@ -33,7 +33,13 @@ SHAPES = {  # Pythia's configurations; speed does not depend on the values of th
         "num_attention_heads": 32,
         "intermediate_size": 10240,
     },
-    "tiny": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128},
+    "tiny": {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+        "vocab_size": 1024,
+    },
 }
 
 
@@ -51,7 +57,7 @@ def random_model(arguments: argparse.Namespace, quantization: str = "none") -> L
     limit_threads(arguments.threads)
     device = default_device()
     config = transformers.GPTNeoXConfig(
-        vocab_size=50304, max_position_embeddings=2048, rotary_pct=0.25, **SHAPES[arguments.shape]
+        **{"vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25} | SHAPES[arguments.shape]
     )
     torch.manual_seed(0)
     with torch.device(device):
