@@ -82,7 +82,7 @@ def confirm(
     samples = {
         row["trial"]: Sample(
             row,
-            np.array([one.record["segment_tpot_ms"] for one in measured[row["trial"]]]),
+            np.array([one.segment_tpot_ms for one in measured[row["trial"]]]),
             measured[row["trial"]][0].losses,
         )
         for row in (baseline, *rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ class TrialMeasurement:
     measured_quality: bool
     """False where the store had it; likewise for the speed."""
     measured_speed: bool
+    segment_tpot_ms: Sequence[float] = ()
+    """The timing's single segments."""
 
 
 class WorkerUnusableError(RuntimeError):

@@ -87,7 +87,11 @@ class Worker:
         record = identity(self.loaded, self.stream, spec.method, spec.policy, "fast", spec.execution)
         record["quality_entry"] = self.measurements.quality_entry(spec.method, spec.policy)
         return TrialMeasurement(
-            record | fast_record(quality.record, speed.record), quality.losses, fresh_quality, fresh_speed
+            record | fast_record(quality.record, speed.record),
+            quality.losses,
+            fresh_quality,
+            fresh_speed,
+            speed.record["segment_tpot_ms"],
         )
 
     def _claim(self, visible: str) -> list[str]:

@@ -135,8 +135,8 @@ class PretendPool:
 
 
 def measured(worker, spec):
-    record = {"segment_tpot_ms": [1.0 * spec.round, 2.0 * spec.round]}
-    return Finished(worker, measurement=TrialMeasurement(record, losses(0.0), False, True))
+    segments = [1.0 * spec.round, 2.0 * spec.round]
+    return Finished(worker, measurement=TrialMeasurement({}, losses(0.0), False, True, segments))
 
 
 ROWS = [row(1, 1.0, 1.0), row(2, 2.0, 0.5)]
