@@ -87,7 +87,7 @@ def _why(row: Row, front: Sequence[Row], objectives: Mapping[str, str], bend: fl
         best = (max if direction == "maximize" else min)(values, key=lambda one: one[name])
         shown.append(f"{column.title} {column.text(confirmed(row))} where the best has {column.text(best)}")
     return (
-        f"Trial {row['trial']} is recommended: it is the knee, of the front's {len(front)} points the farthest from the "
+        f"Trial {row['trial']} is recommended, the front's knee: of its {len(front)} points the farthest from the "
         f"straight line between the best in each objective ({bend:.0%} of the way to being best in all), with "
         f"{', and '.join(shown)}."
     )
