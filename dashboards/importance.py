@@ -48,7 +48,8 @@ def importance(study: StudyResults) -> Figure:
     axes.set_xlim(0, 100)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(
-        "share of the variance of the logarithm between the knob's values, %\n(epsilon squared: what chance brings is taken off)"
+        "share of the variance of the logarithm between the knob's values, %\n"
+        "(epsilon squared: what chance brings is taken off)"
     )
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=3)
