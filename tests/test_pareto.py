@@ -322,9 +322,9 @@ def test_the_knee_is_farthest_from_the_line_between_the_ends():
     found = knee([front[0], front[1] | {"ppl_increase_percent": 5.0}, deepest, front[3]], OBJECTIVES)
     assert found.row is deepest and "trials" not in found.why
     assert found.why == (
-        "Trial 4 is recommended, the front's knee: of its 4 points the farthest from the straight line between the best "
-        "in each objective (60% of the way to being best in all), with ms/token 2.00 [1.80, 2.20] where the best has 1.00 "
-        "[0.90, 1.10], and PPL increase % 3.0 [2.0, 4.0] where the best has 0.0 [-1.0, 1.0]."
+        "Trial 4 is recommended, the front's knee: of its 4 points the farthest from the straight line between the "
+        "best in each objective (60% of the way to being best in all), with ms/token 2.00 [1.80, 2.20] where the best "
+        "has 1.00 [0.90, 1.10], and PPL increase % 3.0 [2.0, 4.0] where the best has 0.0 [-1.0, 1.0]."
     )
     assert (
         knee([{**one, "confirmed_tpot_ms": 9.0} if one["trial"] == 1 else one for one in front], OBJECTIVES).row
