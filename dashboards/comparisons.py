@@ -80,7 +80,7 @@ def comparison(rows: Sequence[Row], metrics: Sequence[str], protocols: Sequence[
 def comparable(rows: Sequence[Row], protocols: Sequence[str | None], metric: str) -> list[Group]:
     """Per model and data set what was measured by the first protocol there is, at the policy that most series share,
     and the recommended trial. Raises NoDataError."""
-    having = [row for row in rows if row.get("state") == "complete" and _number(row.get(metric))]
+    having = [row for row in rows if _sound(row) and _number(row.get(metric))]
     places: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in having:
         if row.get("protocol") in protocols:
@@ -164,11 +164,19 @@ def _bars(axes: Any, groups: Sequence[Group], kinds: Sequence[Series], metric: s
     axes.set_title(LABELS[metric])
 
 
+def runtime(rows: Sequence[Row]) -> Figure:
+    """The time per token; where results have none, as the source documents', the runtime. Raises NoDataError."""
+    try:
+        return comparison(rows, ("tpot_ms",))
+    except NoDataError:
+        return comparison(rows, ("runtime_sec",), protocols=("chunked", None))
+
+
 def backends(rows: Sequence[Row]) -> Figure:
     """Time per token of the trials that differ in nothing but math or flash. Raises NoDataError."""
     pairs: dict[tuple[Any, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:
-        if row.get("state") == "complete" and row.get("backend") in ("math", "flash") and _number(row.get("tpot_ms")):
+        if _sound(row) and row.get("backend") in ("math", "flash") and _number(row.get("tpot_ms")):
             names = ("model", "dataset", "protocol", "method", "execution", *_KNOBS)
             pairs[tuple(row.get(name) for name in names)][row["backend"]] = row
     both = [pair for pair in pairs.values() if len(pair) == 2 and pair["math"]["method"] != BASELINE][:_PAIRS]
@@ -190,6 +198,12 @@ def backends(rows: Sequence[Row]) -> Figure:
 
 
 _PAIRS = 10
+
+
+def _sound(row: Row) -> bool:
+    """Whether it is complete, and nothing that it measured is not finite."""
+    measures = (row.get(name, 0.0) for name in ("perplexity", "tpot_ms", "ppl_increase_percent"))
+    return row.get("state") == "complete" and all(_number(value) is not None for value in measures)
 
 
 def _number(value: Any) -> float | None:

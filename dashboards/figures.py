@@ -15,7 +15,7 @@ from streamllm.errors import UsageError
 
 from .ablations import KNOBS, ablation
 from .columns import BY_KEY
-from .comparisons import backends, comparison
+from .comparisons import backends, comparison, runtime
 from .evaluations import read_results
 from .front import Row, confirmed, hypervolume
 from .importance import importance
@@ -98,7 +98,7 @@ ROW_FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
     "fixed_eval_speedup": partial(comparison, metrics=("speedup",)),
     "fixed_eval_ppl_comparison": partial(comparison, metrics=("perplexity",)),
     "fixed_eval_ppl_increase": partial(comparison, metrics=("ppl_increase_percent",)),
-    "fixed_eval_runtime": partial(comparison, metrics=("tpot_ms",)),
+    "fixed_eval_runtime": runtime,
     "fixed_eval_first_token_latency": partial(comparison, metrics=("first_token_latency_sec",)),
     "decode_loop_runtime_comparison": partial(comparison, metrics=("runtime_sec",), protocols=("decode-loop",)),
     "decode_loop_ppl_comparison": partial(comparison, metrics=("perplexity",), protocols=("decode-loop",)),

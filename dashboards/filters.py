@@ -6,6 +6,7 @@ import re
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
+from itertools import chain
 
 from streamllm.errors import UsageError
 
@@ -21,12 +22,14 @@ def select(rows: Sequence[Row], where: str) -> list[Row]:
 
     Nothing of it is run as Python, and there is nothing but the rows for it to read. Raises UsageError."""
     known = _columns(rows)
-    names = ", ".join(f'"{name}"' for name in known)
     condition = _NAME.sub(lambda match: _sql_name(match, known), where)
+    said = {match[3].strip("`").lower() for match in _NAME.finditer(condition) if match[3]}
+    used = [name for name in known if name.lower() in said]
+    names = ", ".join(f'"{name}"' for name in used)
     with closing(sqlite3.connect(":memory:")) as database:
         database.execute(f"CREATE TABLE trials (number INTEGER PRIMARY KEY{', ' + names if names else ''})")
-        marks = ", ".join("?" * (1 + len(known)))
-        values = ((number, *(_sql_value(row.get(name)) for name in known)) for number, row in enumerate(rows))
+        marks = ", ".join("?" * (1 + len(used)))
+        values = ((number, *(_sql_value(row.get(name)) for name in used)) for number, row in enumerate(rows))
         database.executemany(f"INSERT INTO trials VALUES ({marks})", values)
         database.set_authorizer(_reads_only)
         try:
@@ -37,8 +40,8 @@ def select(rows: Sequence[Row], where: str) -> list[Row]:
 
 
 def _columns(rows: Sequence[Row]) -> list[str]:
-    """Whatever is a single value in some row; names that differ by case only are one to SQL: the first counts."""
-    names = {name.lower(): name for row in rows for name, value in row.items() if not isinstance(value, list | dict)}
+    """Whatever some row has; names that differ by case only are one to SQL."""
+    names = {name.lower(): name for name in dict.fromkeys(chain.from_iterable(rows))}
     return [name for name in names.values() if re.fullmatch(r"\w+", name) and name.lower() != "number"]
 
 
@@ -50,7 +53,7 @@ def _sql_name(match: re.Match[str], known: Sequence[str]) -> str:
         return "'" + double[1:-1].replace('""', '"').replace("'", "''") + "'"
     name = name.strip("`")
     name = _ALIASES.get(name, name)
-    return f'trials."{name}"' if name in known or "." in name or match[0].startswith("`") else name
+    return f"`{name}`" if name in known or "." in name or match[0].startswith("`") else name
 
 
 def _sql_value(value: object) -> object:
@@ -65,5 +68,5 @@ def _reads_only(action: int, *_: object) -> int:
 def _explained(where: str, error: str, known: Sequence[str]) -> str:
     _, unknown, name = error.partition("no such column: ")
     if unknown:
-        return f"where: no column {name.removeprefix('trials.')!r}; there are {', '.join(sorted(known))}"
+        return f"where: no column {name!r}; there are {', '.join(sorted(known))}"
     return f"where {where!r}: {error}; write for example backend = 'flash' and ppl_increase_percent < 3"

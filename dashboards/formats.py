@@ -131,10 +131,10 @@ def comma_separated(table: Table) -> str:
 
 
 def json_records(table: Table) -> str:
-    """A list of objects with the same keys; what is missing or not finite is null."""
+    """A list of objects with the same keys, one a line; what is missing or not finite is null."""
     keys = table.keys
-    records = [{key: _finite(row.get(key)) for key in keys} for row in table.rows]
-    return json.dumps(records, indent=1, allow_nan=False) + "\n"
+    records = [json.dumps({key: _finite(row.get(key)) for key in keys}, allow_nan=False) for row in table.rows]
+    return "[\n" + ",\n".join(records) + "\n]\n"
 
 
 def parquet(table: Table) -> bytes:

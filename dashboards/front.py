@@ -28,15 +28,18 @@ def dominators(rows: Sequence[Row], front: Sequence[Row], objectives: Mapping[st
     """For each row the front's best one, in the first objective, of those that dominate it; None where none does."""
     import numpy as np
 
-    ends = np.array([objective_values(row, objectives) for row in front], dtype=float).reshape(len(front), -1)
-    found: list[Row | None] = []
-    for row in rows:
-        point = objective_values(row, objectives)
-        if point is None or not front:
-            found.append(None)
-            continue
-        better = np.flatnonzero((ends <= point).all(axis=1) & (ends < point).any(axis=1))
-        found.append(front[min(better, key=lambda index: tuple(ends[index]))] if len(better) else None)
+    nowhere = (math.nan,) * len(objectives)
+    points = np.array([objective_values(row, objectives) or nowhere for row in rows]).reshape(-1, len(objectives))
+    pairs = [(point, row) for row in front if (point := objective_values(row, objectives)) is not None]
+    found: list[Row | None] = [None] * len(rows)
+    left = np.arange(len(rows))
+    for point, better in sorted(pairs, key=lambda pair: pair[0]):
+        columns = points[left].T
+        beaten = np.all([column >= value for column, value in zip(columns, point, strict=True)], axis=0)
+        beaten &= np.any([column > value for column, value in zip(columns, point, strict=True)], axis=0)
+        for index in left[beaten]:
+            found[index] = better
+        left = left[~beaten]
     return found
 
 
@@ -100,6 +103,16 @@ def objective_values(row: Row, objectives: Mapping[str, str]) -> tuple[float, ..
 
 def _undominated(points: Sequence[tuple[float, ...]]) -> list[int]:
     """Of points in ascending order, the indices of those that none before them dominates."""
+    if not points or len(points[0]) > 2:
+        return _undominated_of_many_objectives(points)
+    kept: list[int] = []
+    for index, point in enumerate(points):  # of the kept ones the last is the best in the last objective
+        if not kept or point[-1] < points[kept[-1]][-1] or point == points[kept[-1]]:
+            kept.append(index)
+    return kept
+
+
+def _undominated_of_many_objectives(points: Sequence[tuple[float, ...]]) -> list[int]:
     import numpy as np
 
     kept: list[int] = []

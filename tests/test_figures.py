@@ -8,7 +8,7 @@ from dashboards.figures import ROW_FIGURES, STUDY_FIGURES, main, pareto, write_f
 from dashboards.importance import importance, main_effects
 from dashboards.kv_length import keys_attended, kv_length
 from dashboards.study import load_study
-from dashboards.style import NoDataError
+from dashboards.style import NoDataError, style
 from streamllm.policy import EvictionPolicy, peak_kv
 
 from .made_studies import BASELINE, failed, row, write_study
@@ -20,7 +20,7 @@ TRIALS = [
     row(4, 9.0, -1.0, method="mit"),
     row(1, 6.0, 1.5),
     row(2, 7.0, 1.5, backend="math"),
-    row(6, 1.0, -9.0, feasible=False),
+    row(6, 1.0, -9.0, n_sink=8, feasible=False),
     failed(8),
     row(9, 2.5, float("nan")),
 ]
@@ -42,14 +42,15 @@ def heights(axes):
 
 
 def test_the_front_with_all_trials_intervals_knee_and_hypervolume(tmp_path):
-    figure = pareto(load(tmp_path))
+    with style():
+        figure = pareto(load(tmp_path))
     axes = figure.axes[0]
     drawn = {bars.get_label(): bars for bars in axes.containers}
     front, others = drawn["Pareto front, with 95% intervals"], drawn["other trials"]
     assert front.lines[0].get_xydata().tolist() == [[2.0, 30.0], [3.0, 2.0], [6.0, 1.5], [9.0, -1.0]]
     assert others.lines[0].get_xydata().tolist() == [[7.0, 1.5], [1.0, -9.0]], "complete, whatever they are"
     horizontal, vertical = (lines.get_segments() for lines in front.lines[2])
-    assert horizontal[1].tolist() == pytest.approx([[2.7, 2.0], [3.3, 2.0]], rel=1e-9)
+    assert horizontal[1].ravel().tolist() == pytest.approx([2.7, 2.0, 3.3, 2.0])
     assert vertical[1].tolist() == [[3.0, 1.0], [3.0, 3.0]]
     assert "knee: recommended" in texts(figure)
     # up to (9, 30): (9-3)(30-2) + (9-6)(2-1.5), the ends being no better than the corner in one of them
@@ -103,6 +104,14 @@ def test_protocols_models_and_data_sets_are_kept_apart():
         comparable(rows[:1], ("decode-loop",), "runtime_sec")
     with pytest.raises(NoDataError):
         comparable([BASELINE], ("fast",), "tpot_ms")
+
+
+def test_runtime_where_results_have_no_time_per_token():
+    theirs = [
+        {"state": "complete", "dataset": "a", "method": m, "runtime_sec": s} for m, s in (("mit", 3.0), ("ours", 2.0))
+    ]
+    assert heights(comparisons.runtime(theirs).axes[0]) == {"MIT": [3.0], "StreamingLLM": [2.0]}
+    assert heights(comparisons.runtime([*theirs, row(0, 7.0, 0.0)]).axes[0]) == {"StreamingLLM (flash)": [7.0]}
 
 
 def test_labels_of_series():
@@ -184,7 +193,7 @@ def test_kv_length_is_that_of_the_policy(tmp_path):
     figure = kv_length(load(tmp_path, trials, cap=27))
     assert texts(figure) == ["S=4 W=20 R=8 σ=3 δ=2", "S=4 W=9 R=1 σ=0 δ=0"], "a policy once"
     lines = figure.axes[0].get_lines()
-    assert lines[0].get_ydata()[:60] == keys and lines[0].get_xdata()[0] == 1
+    assert list(lines[0].get_ydata()[:60]) == keys and lines[0].get_xdata()[0] == 1
     with pytest.raises(NoDataError):
         kv_length(load(tmp_path, [row(0, 1.0, 1.0, compress_every=0)], "dense"))
 
