@@ -25,11 +25,10 @@ def pareto_table(
     chosen = [filtered(study, where) for study in studies]
     if where is not None and not any(study.trials for study in chosen):
         raise UsageError(f"where {where!r}: none of the {sum(len(study.trials) for study in studies)} trials is such")
-    names = _names(studies)
+    fronts = [study.front for study in chosen]
     rows, baselines, advice = [], [], []
-    for study, name in zip(chosen, names, strict=True):
+    for study, front, name in zip(chosen, fronts, _names(studies), strict=True):
         more = {"study": name} if name else {}
-        front = study.front
         found = knee(front, study.objectives) if recommend else None
         marked = found.row["trial"] if found is not None and found.row is not None else None
         for row in _placed(study, front) if everything else front:
@@ -40,7 +39,7 @@ def pareto_table(
             baselines.append({**study.baseline, **more})
     return Table(
         title=f"{'Trials' if everything else 'Pareto front'} of {', '.join(dict.fromkeys(s.name for s in studies))}",
-        summary=tuple(_summary(whole, study, where) for whole, study in zip(studies, chosen, strict=True)),
+        summary=tuple(_summary(*of, where) for of in zip(studies, chosen, fronts, strict=True)),
         columns=shown_columns(rows, {name for study in studies for name in study.objectives}),
         rows=rows,
         baselines=baselines,
@@ -65,21 +64,20 @@ def _placed(study: StudyResults, front: Sequence[Row]) -> list[Row]:
     placed: list[Row] = [{**row, "place": "front"} for row in front]
     ranked = []
     for row, better in zip(others, dominators(others, front, objectives), strict=True):
-        place = _place(row, better, objectives)
         values = objective_values(row, objectives) or ()
+        place = "dominated" if better is not None else _place(row, values)
         more = {"place": place} | ({"dominated_by": better["trial"]} if better is not None else {})
         ranked.append((_PLACES.index(place), values, len(ranked), {**row, **more}))
     return [*placed, *(row for *_, row in sorted(ranked, key=lambda entry: entry[:3]))]
 
 
-def _place(row: Row, better: Row | None, objectives: dict[str, str]) -> str:
+def _place(row: Row, values: tuple[float, ...]) -> str:
+    """Of a row that nothing dominates and that is not on the front."""
     if row.get("state") != "complete":
         return "failed"
     if not row.get("feasible", True):
         return "infeasible"
-    if objective_values(row, objectives) is None:
-        return "not finite"
-    return "dominated" if better is not None else "unconfirmed"
+    return "unconfirmed" if values else "not finite"
 
 
 def _names(studies: Sequence[StudyResults]) -> list[str]:
@@ -90,9 +88,9 @@ def _names(studies: Sequence[StudyResults]) -> list[str]:
     return [study.name if distinct else str(study.folder) for study in studies]
 
 
-def _summary(whole: StudyResults, study: StudyResults, where: str | None) -> str:
+def _summary(whole: StudyResults, study: StudyResults, front: Sequence[Row], where: str | None) -> str:
     few = f"; of its {len(whole.trials)} trials only the {len(study.trials)} where {where}" if where else ""
-    return f"{study.configuration['summary']}: {len(study.front)} of {len(study.trials)} trials are on the front{few}"
+    return f"{study.configuration['summary']}: {len(front)} of {len(study.trials)} trials are on the front{few}"
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
