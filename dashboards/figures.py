@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ON_FRONT, _OTHERS, _KNEE, _BASELINE = (
-    "Pareto front, with 95% intervals",
+    "Pareto front",
     "other trials",
     "knee: recommended",
     "re-computation (baseline)",
 )
 _LISTED = 16
+_APART = 18
+"""Pixels, of which there are a hundred to the inch, between numbered points."""
 _WITH_INTERVALS = 300
 """Dominated trials; of more, intervals would cover everything."""
 
@@ -56,14 +58,14 @@ def pareto(study: StudyResults) -> Figure:
         steps = [row[x] for row in front], [row[y] for row in front]
         axes.plot(*steps, color=BLUE, linewidth=1, drawstyle="steps-post")
     _mark_knee(axes, study, x, y)
-    for row in front[:_LISTED]:
-        axes.annotate(f"{row['trial']}", (row[x], row[y]), xytext=(5, 5), textcoords="offset points", fontsize=9)
     if y == "ppl_increase_percent":
         axes.axhline(0, color="0.3", linewidth=1, linestyle="--", label=_BASELINE)
     _limit(axes, [*front, *others], x, y)
+    _number(axes, front[:_LISTED], x, y)
     axes.set_xlabel(LABELS[x])
     axes.set_ylabel(LABELS[y])
-    axes.set_title(f"{study.configuration['summary']}\n{_volume(study, [*front, *others])}")
+    intervals = "; lines are 95% intervals" if any(f"{name}_low" in row for row in front for name in (x, y)) else ""
+    axes.set_title(f"{study.configuration['summary']}\n{_volume(study, [*front, *others])}{intervals}")
     listing = "\n".join(_describe(row, (x, y)) for row in front[:_LISTED])
     more = f"\n… and {len(front) - _LISTED} more" if len(front) > _LISTED else ""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
@@ -208,6 +210,16 @@ def _scatter(
             label=label,
             rasterized=not intervals,
         )
+
+
+def _number(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
+    """Trial numbers beside the points; of points so close that they would cover each other, the first one's."""
+    said: list[Any] = []
+    for row in rows:
+        place = axes.transData.transform((row[x], row[y]))
+        if all(abs(place - other).max() > _APART for other in said):
+            axes.annotate(f"{row['trial']}", (row[x], row[y]), xytext=(5, 5), textcoords="offset points", fontsize=9)
+            said.append(place)
 
 
 def _mark_knee(axes: Any, study: StudyResults, x: str, y: str) -> None:

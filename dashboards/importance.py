@@ -14,7 +14,7 @@ from .style import BLUE, LABELS, ORANGE, PURPLE, NoDataError, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_KNOBS = ("method", "backend", "execution", "n_sink", "window_size", "compress_every", "cache_slack", "max_drop")
+_KNOBS = ("method", "backend", "execution", "n_sink", "compress_every", "cache_slack", "max_drop", "total_kv")
 _FEWEST = 12
 """Trials: of fewer, chance alone explains as much as a knob."""
 
@@ -60,16 +60,17 @@ def main_effects(rows: Sequence[Row], objective: str) -> dict[str, float]:
     """For each knob with several values, the share of the objective's variance between its values: epsilon squared
     (Kelley 1935), which is 0 on average for a knob without effect. Of logarithms, since effects are factors.
 
-    What a sampler tries together, or a derived window, is not told apart, and shares need not add up to one. Empty
-    where there are too few trials."""
+    The window is no knob but what the others leave of the total. What a sampler tries together is not told apart, and
+    shares need not add up to one. Empty where there are too few trials."""
     values = {row["trial"]: v for row in rows if (v := _logarithm(row, objective)) is not None}
     if len(values) < _FEWEST:
         return {}
     by_knob: dict[str, dict[Any, list[float]]] = {knob: defaultdict(list) for knob in _KNOBS}
     for row in rows:
-        for knob in _KNOBS:
-            if row["trial"] in values and knob in row:
-                by_knob[knob][row[knob]].append(values[row["trial"]])
+        if row["trial"] in values:
+            knobs = {"total_kv": row["n_sink"] + row["window_size"] + row["cache_slack"], **row}
+            for knob in _KNOBS:
+                by_knob[knob][knobs.get(knob)].append(values[row["trial"]])
     shares = {knob: _epsilon_squared(groups) for knob, groups in by_knob.items() if len(groups) > 1}
     return {knob: share for knob, share in shares.items() if share is not None}
 

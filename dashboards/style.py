@@ -29,6 +29,7 @@ LABELS = {
     "compress_every": "pruned every R tokens",
     "cache_slack": "slack σ, tokens",
     "max_drop": "max drop δ, tokens (0: no limit)",
+    "total_kv": "total KV S + W + σ, tokens",
     "method": "method",
     "backend": "backend",
     "execution": "execution",

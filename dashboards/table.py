@@ -62,7 +62,7 @@ def _placed(study: StudyResults, front: Sequence[Row]) -> list[Row]:
     on_front = {row["trial"] for row in front}
     others = [row for row in study.trials if row["trial"] not in on_front]
     placed: list[Row] = [{**row, "place": "front"} for row in front]
-    ranked = []
+    ranked: list[tuple[int, tuple[float, ...], int, Row]] = []
     for row, better in zip(others, dominators(others, front, objectives), strict=True):
         values = objective_values(row, objectives) or ()
         place = "dominated" if better is not None else _place(row, values)
