@@ -149,7 +149,9 @@ def _bars(axes: Any, groups: Sequence[Group], kinds: Sequence[Series], metric: s
                 hatch=_HATCHES.get(series.backend), error_kw={"elinewidth": 0.8, "capsize": 2, "ecolor": "0.35"},
             )  # fmt: skip
             text = f"{value:.3g}" if errors is None else f"{value:.{interval_decimals(low, high, 2)}f}"
-            end, side, at = (min(low, value), "top", -2) if value < 0 and high < 0 else (max(high, 0), "bottom", 2)
+            end, side, at = (
+                (min(low, value), "top", -2) if value < 0 and high < 0 else (max(value, high, 0), "bottom", 2)
+            )
             axes.annotate(text, (place, end), (0, at), textcoords="offset points", ha="center", va=side, fontsize=7)
             place += 1
         if place > start:

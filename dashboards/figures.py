@@ -34,8 +34,8 @@ _ON_FRONT, _OTHERS, _KNEE, _BASELINE = (
     "re-computation (baseline)",
 )
 _LISTED = 16
-_APART = 18
-"""Pixels, of which there are a hundred to the inch, between numbered points."""
+_APART = (36, 18)
+"""Pixels, of which there are a hundred to the inch, between numbered points, across and upwards."""
 _WITH_INTERVALS = 300
 """Dominated trials; of more, intervals would cover everything."""
 
@@ -58,9 +58,9 @@ def pareto(study: StudyResults) -> Figure:
         steps = [row[x] for row in front], [row[y] for row in front]
         axes.plot(*steps, color=BLUE, linewidth=1, drawstyle="steps-post")
     _mark_knee(axes, study, x, y)
-    if y == "ppl_increase_percent":
-        axes.axhline(0, color="0.3", linewidth=1, linestyle="--", label=_BASELINE)
     _limit(axes, [*front, *others], x, y)
+    if y == "ppl_increase_percent" and axes.get_ylim()[0] <= 0 <= axes.get_ylim()[1]:
+        axes.axhline(0, color="0.3", linewidth=1, linestyle="--", label=_BASELINE)
     _number(axes, front[:_LISTED], x, y)
     axes.set_xlabel(LABELS[x])
     axes.set_ylabel(LABELS[y])
@@ -217,7 +217,7 @@ def _number(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
     said: list[Any] = []
     for row in rows:
         place = axes.transData.transform((row[x], row[y]))
-        if all(abs(place - other).max() > _APART for other in said):
+        if all(abs((place - other) / _APART).max() > 1 for other in said):
             axes.annotate(f"{row['trial']}", (row[x], row[y]), xytext=(5, 5), textcoords="offset points", fontsize=9)
             said.append(place)
 

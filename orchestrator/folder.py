@@ -23,7 +23,7 @@ from .trial import TrialSpec
 _OF_A_START = {"reused", "finished_at", "commit"}
 """What differs in the baseline's row each time a sweep goes on."""
 
-_FIGURES = ("pareto", "importance", "results_summary")
+_FIGURES = ("pareto", "importance", "main_comparison")
 """`python -m dashboards.figures` draws the others."""
 
 
