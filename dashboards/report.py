@@ -239,7 +239,7 @@ def _measured(study: StudyResults) -> str:
         count = sum("confirmed_rounds" in row for row in rows)
         said.append(
             f"Confirming: after the search {count} candidates and the baseline were timed again in {rounds} rounds, "
-            f"each in turn on one worker. The front and its values are of these measurements; a search picks lucky ones."
+            f"each in turn on one worker. The front and its values are of these measurements: a search picks luck."
         )
     said.append(
         "On the front are the feasible trials that no other one beats in every objective. Objectives: "
