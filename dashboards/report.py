@@ -30,7 +30,7 @@ _AXES = ("tpot_ms", "ppl_increase_percent", "speedup", "perplexity", "peak_kv", 
 _LABELS = {
     "trial": "#",
     "tpot_ms": "ms/token",
-    "speedup": "speedup over re-computing",
+    "speedup": "speedup",
     "perplexity": "perplexity",
     "ppl_increase_percent": "perplexity increase, %",
     "peak_kv": "peak KV, tokens",
@@ -85,6 +85,14 @@ _TABLE = (
     "violated",
     "reason",
 )
+_DECIMALS = {
+    "tpot_ms": 2,
+    "speedup": 1,
+    "perplexity": 2,
+    "ppl_increase_percent": 1,
+    "peak_memory_mb": 0,
+    "front_probability": 2,
+}
 _DIGITS = 6
 """Significant ones in the page's data: what the chart and the table can show."""
 
@@ -181,7 +189,8 @@ def _data(study: StudyResults, front: Sequence[Row], recommended: Row | None) ->
         "objectives": study.objectives,
         "axes": measures if len(measures) > 1 else [*study.objectives][:2],
         "labels": {key: _LABELS.get(key, key) for key in keys},
-        "details": [key for key in _DETAILS if key in used],
+        "decimals": _DECIMALS,
+        "details": [key for key in _DETAILS if key in used and not (key == "execution" and _all_eager(rows))],
         "table": table,
     }
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
@@ -243,7 +252,10 @@ def _measured(study: StudyResults) -> str:
         )
     said.append(
         "On the front are the feasible trials that no other one beats in every objective. Objectives: "
-        + ", ".join(f"{_LABELS.get(name, name)} ({way}d)" for name, way in study.objectives.items())
+        + ", ".join(
+            f"{_LABELS.get(name, name)} ({'more' if way == 'maximize' else 'less'} is better)"
+            for name, way in study.objectives.items()
+        )
         + "."
     )
     return "".join(f"<p>{escape(text)}</p>" for text in said)

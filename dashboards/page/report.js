@@ -33,27 +33,29 @@
     return made;
   }
 
-  function show(value) {
+  function show(value, key) {
     if (value === null || value === undefined) return "";
-    if (typeof value !== "number" || Number.isInteger(value)) return String(value);
-    return String(Number(value.toPrecision(4)));
+    if (typeof value !== "number") return String(value);
+    if (key in study.decimals) return value.toFixed(study.decimals[key]);
+    return Number.isInteger(value) ? String(value) : String(Number(value.toPrecision(4)));
   }
 
   function withInterval(row, key) {
     const low = row[key + "_low"], high = row[key + "_high"];
-    const interval = typeof low === "number" && typeof high === "number" ? ` [${show(low)}, ${show(high)}]` : "";
-    return show(row[key]) + interval;
+    const interval = typeof low === "number" && typeof high === "number" ? ` [${show(low, key)}, ${show(high, key)}]` : "";
+    return show(row[key], key) + interval;
   }
 
   // The chart
 
-  /** From the least to the greatest; or to the front's and the nearest nine tenths, where that is less than half. */
+  /** The whole way, or the front with as much again on both sides, where there are trials. */
   function span(values, front, all) {
-    const sorted = values.slice().sort((a, b) => a - b);
-    const low = sorted[0];
-    let high = sorted[sorted.length - 1];
-    const usual = Math.max(sorted[Math.ceil(0.9 * sorted.length) - 1], ...front);
-    if (!all && high - low > 2 * (usual - low) && usual > low) high = usual;
+    let low = Math.min(...values), high = Math.max(...values);
+    const best = Math.min(...front), worst = Math.max(...front);
+    if (!all && worst > best) {
+      low = Math.max(low, best - 1.2 * (worst - best));
+      high = Math.min(high, worst + 1.2 * (worst - best));
+    }
     const margin = 0.06 * (high - low) || 0.1 * Math.abs(low) || 1;
     return [low - margin, high + margin];
   }
@@ -81,7 +83,7 @@
     const [bottom, top] = span(rows.map((row) => row[y]), front.map((row) => row[y]), all);
     const across = (value) => box.left + ((value - left) / (right - left)) * (box.right - box.left);
     const up = (value) => box.bottom - ((value - bottom) / (top - bottom)) * (box.bottom - box.top);
-    const inside = (row) => row[x] <= right && row[y] <= top;
+    const inside = (row) => row[x] >= left && row[x] <= right && row[y] >= bottom && row[y] <= top;
     axes(x, y, ticks(left, right), ticks(bottom, top), across, up);
     plotted = rows.filter(inside).map((row) => ({ row, x: across(row[x]), y: up(row[y]) }));
     const beyond = rows.length - plotted.length;
@@ -153,7 +155,7 @@
         tabindex: 0,
         role: "button",
         "data-trial": mark.row.trial,
-        "aria-label": `${recommended ? "recommended, " : ""}trial ${mark.row.trial}: ${labels[x]} ${show(mark.row[x])}, ${labels[y]} ${show(mark.row[y])}`,
+        "aria-label": `${recommended ? "recommended, " : ""}trial ${mark.row.trial}: ${labels[x]} ${show(mark.row[x], x)}, ${labels[y]} ${show(mark.row[y], y)}`,
       });
       shape.addEventListener("focus", () => point(mark.row));
       shape.addEventListener("keydown", (event) => {
@@ -216,9 +218,13 @@
     const body = html("tbody", null, made);
     for (const key of study.details) {
       if (columns.every((row) => row[key] === null || row[key] === undefined)) continue;
+      if (key === "backend_requested" && columns.every((row) => row[key] === row.backend)) continue;
       const line = html("tr", null, body);
       html("th", labels[key] || key, line).scope = "row";
-      for (const row of columns) html("td", withInterval(row, key), line);
+      for (const row of columns) {
+        const text = withInterval(row, key);
+        html("td", text, line, text.length > 30 ? "long" : "");
+      }
     }
   }
 
@@ -235,7 +241,7 @@
 
   function table() {
     const wanted = element("filter").value.trim().toLowerCase();
-    const text = (row) => study.table.map((key) => show(row[key])).join(" ").toLowerCase();
+    const text = (row) => study.table.map((key) => show(row[key], key)).join(" ").toLowerCase();
     const chosen = (wanted ? trials.filter((row) => text(row).includes(wanted)) : trials.slice()).sort(compare);
     const pages = Math.max(1, Math.ceil(chosen.length / pageSize));
     page = Math.min(page, pages - 1);
@@ -252,10 +258,10 @@
       for (const key of study.table) {
         const cell = html("td", null, line, typeof row[key] === "number" ? "number" : key === "reason" ? "reason" : "");
         if (key !== "trial") {
-          cell.textContent = show(row[key]);
+          cell.textContent = show(row[key], key);
           continue;
         }
-        const button = html("button", show(row[key]), cell);
+        const button = html("button", show(row.trial), cell);
         button.type = "button";
         button.title = "pin it in the chart";
         button.addEventListener("click", () => pin(row));
