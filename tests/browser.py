@@ -26,14 +26,18 @@ class Browser:
     def __init__(self, port, profile, *flags):
         self._base = f"http://127.0.0.1:{port}"
         options = {"args": [*_FLAGS, f"--user-data-dir={profile}", *flags]}
-        wanted = {"goog:chromeOptions": options, "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"}}
+        wanted = {
+            "pageLoadStrategy": "none",
+            "goog:chromeOptions": options,
+            "goog:loggingPrefs": {"browser": "ALL", "performance": "ALL"},
+        }
         answer = self._send("POST", "/session", {"capabilities": {"alwaysMatch": wanted}})
         self._base += f"/session/{answer['sessionId']}"
 
     def _send(self, method, path, body=None):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._base + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=120) as answer:
+        with urllib.request.urlopen(request, timeout=60) as answer:
             return json.load(answer)["value"]
 
     def open(self, address):
@@ -110,4 +114,4 @@ def browser(*flags):
             made.close()
         finally:
             driver.terminate()
-            driver.wait()
+            driver.wait(20)
