@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+import urllib.error
 import urllib.request
 from contextlib import contextmanager
 
@@ -37,8 +38,11 @@ class Browser:
     def _send(self, method, path, body=None):
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(self._base + path, data, {"Content-Type": "application/json"}, method=method)
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            return json.load(answer)["value"]
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return json.load(answer)["value"]
+        except urllib.error.HTTPError as error:
+            raise RuntimeError(json.load(error)["value"]["message"]) from None
 
     def open(self, address):
         self._send("POST", "/url", {"url": address})
@@ -107,11 +111,13 @@ def browser(*flags):
                 try:
                     made = Browser(port, profile, *flags)
                     break
-                except OSError:
+                except OSError:  # it is not listening yet
                     assert driver.poll() is None and time.monotonic() < deadline
                     time.sleep(0.1)
-            yield made
-            made.close()
+            try:
+                yield made
+            finally:  # a driver that ends leaves its browsers behind
+                made.close()
         finally:
             driver.terminate()
             driver.wait(20)
