@@ -175,7 +175,7 @@ def commands(studies: Sequence[StudyResults]) -> tuple[list[tuple[str, list[str]
 
 def launch(name: str, command: Sequence[str], port: int, logs: Path) -> Child:
     log = (logs / f"{name}.log").open("w+b")
-    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     process = subprocess.Popen(
         [*command, "--port", str(port)],
         stdin=subprocess.DEVNULL,
