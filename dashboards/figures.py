@@ -1,76 +1,244 @@
-"""Figures of a study, for people who would rather look than read."""
+"""`python -m dashboards.figures STUDY`: figures for people who would rather look than read, as PNG and PDF."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import argparse
+import math
+import sys
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from .front import Row, confirmed
-from .study import StudyResults
+from streamllm.errors import UsageError
 
-_LABELS = {
-    "tpot_ms": "time per output token, ms",
-    "speedup": "speedup over re-computation",
-    "perplexity": "perplexity",
-    "ppl_increase_percent": "perplexity increase over re-computation, %",
-    "peak_kv": "largest number of keys attended to",
-}
-_FRONT, _OTHERS = "#0072b2", "0.6"
+from .ablations import KNOBS, ablation
+from .columns import BY_KEY
+from .comparisons import backends, comparison, runtime
+from .evaluations import read_results
+from .front import Row, confirmed, hypervolume
+from .importance import importance
+from .knee import knee
+from .kv_length import kv_length
+from .study import StudyResults, is_study, load_study
+from .style import BLUE, GREY, LABELS, VERMILLION, NoDataError, new_figure, save, style
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_ON_FRONT, _OTHERS, _KNEE, _BASELINE = (
+    "Pareto front",
+    "other trials",
+    "knee: recommended",
+    "re-computation (baseline)",
+)
+_LISTED = 16
+_APART = (36, 18)
+"""Pixels, of which there are a hundred to the inch, between numbered points, across and upwards."""
+_WITH_INTERVALS = 300
+"""Dominated trials; of more, intervals would cover everything."""
+
+
+def pareto(study: StudyResults) -> Figure:
+    """All trials in the plane of the first two objectives, with intervals; the front joined, numbered and listed, with
+    its hypervolume up to the worst trial. Raises NoDataError if nothing is on the front."""
+    x, y = list(study.objectives)[:2]
+    front = [confirmed(row) for row in study.front]
+    if not front:
+        raise NoDataError("no trial is complete and feasible")
+    on_front = {row["trial"] for row in front}
+    others = [confirmed(row) for row in study.trials if row["state"] == "complete" and row["trial"] not in on_front]
+    others = [row for row in others if _finite(row, x) and _finite(row, y)]
+    figure = new_figure(11, 5.5)
+    axes = figure.subplots()
+    _scatter(axes, others, x, y, GREY, "o", _OTHERS, intervals=len(others) <= _WITH_INTERVALS)
+    _scatter(axes, front, x, y, BLUE, "D", _ON_FRONT, intervals=True)
+    if len(study.objectives) == 2:
+        steps = [row[x] for row in front], [row[y] for row in front]
+        axes.plot(*steps, color=BLUE, linewidth=1, drawstyle="steps-post")
+    _mark_knee(axes, study, x, y)
+    _limit(axes, [*front, *others], x, y)
+    if y == "ppl_increase_percent" and axes.get_ylim()[0] <= 0 <= axes.get_ylim()[1]:
+        axes.axhline(0, color="0.3", linewidth=1, linestyle="--", label=_BASELINE)
+    _number(axes, front[:_LISTED], x, y)
+    axes.set_xlabel(LABELS[x])
+    axes.set_ylabel(LABELS[y])
+    intervals = "; lines are 95% intervals" if any(f"{name}_low" in row for row in front for name in (x, y)) else ""
+    axes.set_title(f"{study.configuration['summary']}\n{_volume(study, [*front, *others])}{intervals}")
+    listing = "\n".join(_describe(row, (x, y)) for row in front[:_LISTED])
+    more = f"\n… and {len(front) - _LISTED} more" if len(front) > _LISTED else ""
+    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    labels = [label for label in (_ON_FRONT, _OTHERS, _KNEE, _BASELINE) if label in handles]
+    legend = figure.legend(
+        [handles[label] for label in labels],
+        labels,
+        loc="outside right upper",
+        title=f"{listing}{more}\n",
+        alignment="left",
+    )
+    legend.get_title().set(fontsize=8, family="monospace")
+    return figure
 
 
 def pareto_figure(study: StudyResults, path: Path) -> Path:
-    """All trials in the plane of the first two objectives, with intervals; the front joined, numbered and listed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    x, y = list(study.objectives)[:2]
-    front = [confirmed(row) for row in study.front]
-    on_front = {row["trial"] for row in front}
-    others = [confirmed(row) for row in study.trials if row["state"] == "complete" and row["trial"] not in on_front]
-    figure, axes = plt.subplots(figsize=(11, 5.5), layout="constrained")
-    _scatter(axes, others, x, y, _OTHERS, "o", "dominated")
-    _scatter(axes, front, x, y, _FRONT, "D", "Pareto front")
-    axes.plot([row[x] for row in front], [row[y] for row in front], color=_FRONT, linewidth=1, drawstyle="steps-post")
-    for row in front:
-        axes.annotate(f"{row['trial']}", (row[x], row[y]), xytext=(5, 5), textcoords="offset points", fontsize=9)
-    listing = "\n".join(_describe(row) for row in front)
-    axes.text(1.02, 1, f"on the front\n\n{listing}", transform=axes.transAxes, va="top", fontsize=8, family="monospace")
-    if y == "ppl_increase_percent":
-        axes.axhline(0, color="#d55e00", linewidth=1, linestyle="--", label="re-computation (baseline)")
-    _limit(axes, [*front, *others], x, y)
-    axes.set_xlabel(_LABELS[x])
-    axes.set_ylabel(_LABELS[y])
-    axes.set_title(study.configuration["summary"], fontsize=10, loc="left")
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(1.01, 0))
-    figure.savefig(path, dpi=150)
-    plt.close(figure)
-    return path
+    """`pareto`, as a file."""
+    with style():
+        return save(pareto(study), path.with_suffix(""), [path.suffix[1:]])[0]
 
 
-def _scatter(axes: Any, rows: Sequence[Row], x: str, y: str, color: str, marker: str, label: str) -> None:
+STUDY_FIGURES: dict[str, Callable[[StudyResults], Figure]] = {
+    "pareto": pareto,
+    "importance": importance,
+    "kv_length": kv_length,
+}
+"""Of one study, by file name."""
+
+ROW_FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
+    "main_comparison": partial(comparison, metrics=("speedup", "perplexity")),
+    "results_summary": partial(comparison, metrics=("speedup", "tpot_ms", "perplexity", "ppl_increase_percent")),
+    "fixed_eval_speedup": partial(comparison, metrics=("speedup",)),
+    "fixed_eval_ppl_comparison": partial(comparison, metrics=("perplexity",)),
+    "fixed_eval_ppl_increase": partial(comparison, metrics=("ppl_increase_percent",)),
+    "fixed_eval_runtime": runtime,
+    "fixed_eval_first_token_latency": partial(comparison, metrics=("first_token_latency_sec",)),
+    "decode_loop_runtime_comparison": partial(comparison, metrics=("runtime_sec",), protocols=("decode-loop",)),
+    "decode_loop_ppl_comparison": partial(comparison, metrics=("perplexity",), protocols=("decode-loop",)),
+    "backend_comparison": backends,
+    **{f"ablation_{knob}": partial(ablation, knob=knob) for knob in KNOBS},
+}
+"""Of the rows of studies and evaluations together, by file name; the source documents' names where they have one."""
+
+
+@dataclass(frozen=True)
+class Written:
+    paths: list[Path]
+    left_out: dict[str, str]
+    """Figure -> why."""
+
+
+def write_figures(
+    studies: Sequence[StudyResults],
+    folder: Path,
+    suffixes: Sequence[str] = ("png", "pdf"),
+    evaluations: Sequence[Row] = (),
+    only: Collection[str] | None = None,
+) -> Written:
+    """Writes the figures that there is data for. Of several studies, each has those of a study under its own name.
+
+    evaluations: rows of `read_results`; only: names of figures."""
+    drawn: dict[str, Callable[[], Figure]] = {}
+    for study in studies:
+        for name, draw in STUDY_FIGURES.items():
+            drawn[name if len(studies) == 1 else f"{name}-{study.name}"] = partial(draw, study)
+    rows = [*(row for study in studies for row in _rows(study)), *evaluations]
+    drawn |= {name: partial(draw, rows) for name, draw in ROW_FIGURES.items()}
+    written = Written([], {})
+    with style():
+        for name, draw_it in drawn.items():
+            if only is None or name in only:
+                try:
+                    written.paths.extend(save(draw_it(), folder / name, suffixes))
+                except NoDataError as reason:
+                    written.left_out[name] = str(reason)
+    return written
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = _parse(argv)
+    try:
+        studies = [load_study(name) for name in arguments.study if is_study(name) or not Path(name).is_dir()]
+        evaluations = []
+        for name in arguments.study:
+            if not is_study(name) and Path(name).is_dir():
+                rows, problems = read_results(Path(name))
+                evaluations += rows
+                for problem in problems:
+                    print(f"warning: left out {problem}", file=sys.stderr)
+        folder = arguments.output or (studies[0].folder if len(arguments.study) == len(studies) == 1 else Path())
+        folder.mkdir(parents=True, exist_ok=True)
+        written = write_figures(studies, folder, tuple(arguments.format), evaluations)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: output {error.filename!r}: cannot be written ({error.strerror})", file=sys.stderr)
+        return 2
+    for path in written.paths:
+        print(f"written {path}")
+    for name, reason in written.left_out.items():
+        print(f"left out {name}: {reason}")
+    return 0
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m dashboards.figures",
+        description="Draw the figures of studies, and of folders of JSON results of `streamllm evaluate`.",
+    )
+    parser.add_argument(
+        "study", nargs="+", metavar="STUDY", help="a name under sweeps/, the path of an output folder, or of results"
+    )
+    parser.add_argument("--output", type=Path, metavar="DIR", help="(the study's folder; of several, here)")
+    parser.add_argument("--format", nargs="+", choices=("png", "pdf"), default=["png", "pdf"], help="(both)")
+    return parser.parse_args(argv)
+
+
+def _rows(study: StudyResults) -> list[Row]:
+    """The study's, the recommended one marked; of what was confirmed, the confirmed values."""
+    best = knee(study.front, study.objectives).row
+    mark = {"recommended": "knee"}
+    baseline = [confirmed(study.baseline)] if study.baseline is not None else []
+    trials = (confirmed(row) for row in study.trials)
+    return [*baseline, *({**row, **(mark if best and row["trial"] == best["trial"] else {})} for row in trials)]
+
+
+def _scatter(
+    axes: Any, rows: Sequence[Row], x: str, y: str, color: str, marker: str, label: str, intervals: bool
+) -> None:
     if rows:
         axes.errorbar(
             [row[x] for row in rows],
             [row[y] for row in rows],
-            xerr=_errors(rows, x),
-            yerr=_errors(rows, y),
+            xerr=_errors(rows, x) if intervals else None,
+            yerr=_errors(rows, y) if intervals else None,
             fmt=marker,
             color=color,
-            markersize=6,
+            markersize=6 if intervals else 3,
             elinewidth=0.7,
             alpha=0.9,
             label=label,
+            rasterized=not intervals,
         )
+
+
+def _number(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
+    """Trial numbers beside the points; of points so close that they would cover each other, the first one's."""
+    said: list[Any] = []
+    for row in rows:
+        place = axes.transData.transform((row[x], row[y]))
+        if all(abs((place - other) / _APART).max() > 1 for other in said):
+            axes.annotate(f"{row['trial']}", (row[x], row[y]), xytext=(5, 5), textcoords="offset points", fontsize=9)
+            said.append(place)
+
+
+def _mark_knee(axes: Any, study: StudyResults, x: str, y: str) -> None:
+    row = knee(study.front, study.objectives).row
+    if row is not None:
+        at = confirmed(row)
+        axes.plot(at[x], at[y], "o", markersize=14, markerfacecolor="none", color=VERMILLION, label=_KNEE)
+
+
+def _volume(study: StudyResults, rows: Sequence[Row]) -> str:
+    worst = {
+        name: (min if direction == "maximize" else max)(row[name] for row in rows if _finite(row, name))
+        for name, direction in study.objectives.items()
+    }
+    return f"hypervolume up to the worst trial {hypervolume(study.front, study.objectives, worst):.4g}"
 
 
 def _limit(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
     """The axes span the points, not the widest interval; far points bend the axis instead of flattening it."""
-    if not rows:
-        return
     for values, set_limits in (([row[x] for row in rows], axes.set_xlim), ([row[y] for row in rows], axes.set_ylim)):
         margin = 0.08 * (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
         set_limits(min(values) - margin, max(values) + margin)
@@ -85,17 +253,26 @@ def _limit(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
 
 
 def _errors(rows: Sequence[Row], name: str) -> list[list[float]] | None:
-    if any(f"{name}_low" not in row for row in rows):
+    if not any(f"{name}_low" in row for row in rows):
         return None
     return [
-        [max(row[name] - row[f"{name}_low"], 0) for row in rows],
-        [max(row[f"{name}_high"] - row[name], 0) for row in rows],
+        [max(row[name] - row.get(f"{name}_low", row[name]), 0) for row in rows],
+        [max(row.get(f"{name}_high", row[name]) - row[name], 0) for row in rows],
     ]
 
 
-def _describe(row: Row) -> str:
+def _finite(row: Row, name: str) -> bool:
+    value = row.get(name)
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _describe(row: Row, objectives: Sequence[str]) -> str:
+    values = ", ".join(f"{BY_KEY[name].title} {BY_KEY[name].text(row)}" for name in objectives)
     return (
         f"{row['trial']:>3}  {row['method']} {row['backend']}  S={row['n_sink']} W={row['window_size']} "
-        f"R={row['compress_every']}\n     slack={row['cache_slack']} drop={row['max_drop']}  "
-        f"{row['tpot_ms']:.2f} ms  {row['ppl_increase_percent']:+.1f}%"
+        f"R={row['compress_every']} σ={row['cache_slack']} δ={row['max_drop']}\n     {values}"
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -18,13 +18,29 @@ def pareto_front(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row
 
     objectives: name -> "minimize" or "maximize".
     """
-    points = [(point, row) for row in rows if (point := _point(row, objectives)) is not None]
-    points.sort(key=lambda pair: pair[0])
-    front: list[tuple[tuple[float, ...], Row]] = []
-    for point, row in points:  # in this order a later point never dominates an earlier one
-        if not any(_dominates(other, point) for other, _ in front):
-            front.append((point, row))
-    return [row for _, row in front]
+    pairs = [(point, row) for row in rows if (point := objective_values(row, objectives)) is not None]
+    pairs.sort(key=lambda pair: pair[0])  # in this order a later point never dominates an earlier one
+    kept = _undominated([point for point, _ in pairs])
+    return [pairs[index][1] for index in kept]
+
+
+def dominators(rows: Sequence[Row], front: Sequence[Row], objectives: Mapping[str, str]) -> list[Row | None]:
+    """For each row the front's best one, in the first objective, of those that dominate it; None where none does."""
+    import numpy as np
+
+    nowhere = (math.nan,) * len(objectives)
+    points = np.array([objective_values(row, objectives) or nowhere for row in rows]).reshape(-1, len(objectives))
+    pairs = [(point, row) for row in front if (point := objective_values(row, objectives)) is not None]
+    found: list[Row | None] = [None] * len(rows)
+    left = np.arange(len(rows))
+    for point, better in sorted(pairs, key=lambda pair: pair[0]):
+        columns = points[left].T
+        beaten = np.all([column >= value for column, value in zip(columns, point, strict=True)], axis=0)
+        beaten &= np.any([column > value for column, value in zip(columns, point, strict=True)], axis=0)
+        for index in left[beaten]:
+            found[index] = better
+        left = left[~beaten]
+    return found
 
 
 def confirmed(row: Row) -> Row:
@@ -40,10 +56,12 @@ def hypervolume(rows: Sequence[Row], objectives: Mapping[str, str], reference: M
 
     reference: objective -> value, each in its own direction.
     """
-    corner = _point({"state": "complete"} | dict(reference), objectives)
+    corner = objective_values({"state": "complete"} | dict(reference), objectives)
     if corner is None:
         raise ValueError(f"reference {dict(reference)}: needs a finite value of each of {', '.join(objectives)}")
-    points = [point for row in pareto_front(rows, objectives) if (point := _point(row, objectives)) is not None]
+    points = [
+        point for row in pareto_front(rows, objectives) if (point := objective_values(row, objectives)) is not None
+    ]
     return _volume([p for p in points if all(a < b for a, b in zip(p, corner, strict=True))], corner)
 
 
@@ -53,6 +71,8 @@ def _volume(points: Sequence[tuple[float, ...]], corner: tuple[float, ...]) -> f
         return 0.0
     if len(corner) == 1:
         return corner[0] - min(point[0] for point in points)
+    if len(corner) == 2:
+        return _area(points, corner)
     points = sorted(points, key=lambda point: point[-1])
     ends = [*(point[-1] for point in points[1:]), corner[-1]]
     return sum(
@@ -62,7 +82,15 @@ def _volume(points: Sequence[tuple[float, ...]], corner: tuple[float, ...]) -> f
     )
 
 
-def _point(row: Row, objectives: Mapping[str, str]) -> tuple[float, ...] | None:
+def _area(points: Sequence[tuple[float, ...]], corner: tuple[float, ...]) -> float:
+    area, top = 0.0, corner[1]
+    for x, y in sorted(points):
+        if y < top:
+            area, top = area + (corner[0] - x) * (top - y), y
+    return area
+
+
+def objective_values(row: Row, objectives: Mapping[str, str]) -> tuple[float, ...] | None:
     """The row's objectives, all to be minimised; None if it cannot be on a front."""
     if row.get("state") != "complete" or not row.get("feasible", True):
         return None
@@ -73,5 +101,27 @@ def _point(row: Row, objectives: Mapping[str, str]) -> tuple[float, ...] | None:
     return tuple(sign * float(value) for sign, value in zip(signs, values, strict=True) if value is not None)
 
 
-def _dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one != other and all(a <= b for a, b in zip(one, other, strict=True))
+def _undominated(points: Sequence[tuple[float, ...]]) -> list[int]:
+    """Of points in ascending order, the indices of those that none before them dominates."""
+    if not points or len(points[0]) > 2:
+        return _undominated_of_many_objectives(points)
+    kept: list[int] = []
+    for index, point in enumerate(points):  # of the kept ones the last is the best in the last objective
+        if not kept or point[-1] < points[kept[-1]][-1] or point == points[kept[-1]]:
+            kept.append(index)
+    return kept
+
+
+def _undominated_of_many_objectives(points: Sequence[tuple[float, ...]]) -> list[int]:
+    import numpy as np
+
+    kept: list[int] = []
+    columns = np.empty((len(points[0]) if points else 0, len(points)))  # of the kept ones, a row per objective
+    for index, point in enumerate(points):
+        as_good = np.ones(len(kept), dtype=bool)
+        for column, value in zip(columns[1:], point[1:], strict=True):  # in the first, by their order, all of them are
+            as_good &= column[: len(kept)] <= value
+        if all(points[kept[other]] == point for other in np.flatnonzero(as_good)):
+            columns[:, len(kept)] = point
+            kept.append(index)
+    return kept

@@ -35,8 +35,7 @@ class StudyResults:
 
 def load_study(study: str) -> StudyResults:
     """A study by name, under `sweeps/` of the working directory, or by the path of its folder. Raises UsageError."""
-    folders = [Path(study), Path("sweeps") / study]
-    folder = next((folder for folder in folders if (folder / "trials.jsonl").is_file()), None)
+    folder = next((folder for folder in _folders(study) if (folder / "trials.jsonl").is_file()), None)
     if folder is None:
         known = ", ".join(sorted(path.parent.name for path in Path("sweeps").glob("*/trials.jsonl"))) or "none yet"
         raise UsageError(f"study {study!r}: neither a folder with results nor one of sweeps/ ({known})")
@@ -46,6 +45,15 @@ def load_study(study: str) -> StudyResults:
     baseline = next((row for row in rows if row["trial"] == "baseline"), None)
     trials = [row for row in rows if row["trial"] != "baseline"]
     return StudyResults(str(configuration["study"]), folder, configuration, baseline, trials)
+
+
+def is_study(study: str) -> bool:
+    """Whether `load_study` finds it."""
+    return any((folder / "trials.jsonl").is_file() for folder in _folders(study))
+
+
+def _folders(study: str) -> tuple[Path, Path]:
+    return Path(study), Path("sweeps") / study
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

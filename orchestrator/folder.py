@@ -12,9 +12,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from dashboards.figures import pareto_figure
+from dashboards.figures import write_figures
 from dashboards.front import Row
-from dashboards.pareto import FORMATS, export
+from dashboards.pareto import export
 from dashboards.study import StudyResults, read_rows
 
 from .results import BASELINE
@@ -22,6 +22,9 @@ from .trial import TrialSpec
 
 _OF_A_START = {"reused", "finished_at", "commit"}
 """What differs in the baseline's row each time a sweep goes on."""
+
+_FIGURES = ("pareto", "importance", "main_comparison")
+"""`python -m dashboards.figures` draws the others."""
 
 
 class TrialsFile:
@@ -72,8 +75,9 @@ def read_outcome(folder: Path) -> tuple[str, float | None]:
 
 
 def write_report(results: StudyResults) -> list[Path]:
-    """Tables and figure, as files of the folder."""
-    return [*export(results, list(FORMATS)), pareto_figure(results, results.folder / "pareto.png")]
+    """Tables and figures, as files of the folder; of the figures those worth a wait at the end of each sweep."""
+    figures = write_figures([results], results.folder, ("png",), only=_FIGURES)
+    return [*export(results, ("md", "csv")), *figures.paths]
 
 
 def _measured(row: Mapping[str, Any]) -> dict[str, Any]:

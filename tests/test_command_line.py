@@ -32,6 +32,8 @@ def measure(command, *more, cwd=None):
         ("streamllm", ["baseline", "--help"]),
         ("streamllm", ["backends", "--help"]),
         ("dashboards.pareto", ["--help"]),
+        ("dashboards.figures", ["--help"]),
+        ("dashboards.summarize", ["--help"]),
     ],
 )
 def test_help_imports_nothing_heavy(module, arguments):

@@ -2,8 +2,6 @@ import numpy as np
 import pytest
 
 from dashboards.front import pareto_front
-from dashboards.pareto import markdown
-from dashboards.study import StudyResults
 from orchestrator.confirm import Sample, candidates, confirm, confirmed_rows
 from orchestrator.pool import Finished
 from orchestrator.trial import TrialMeasurement
@@ -181,13 +179,3 @@ def test_without_workers_it_ends_with_the_reason():
     assert samples == [] and baseline is None
     assert problems[0].endswith("boom") and len(lost.submitted) == 1
     assert run(PretendPool(), [])[1] is None
-
-
-def test_confirmed_columns_are_shown_only_where_there_are_some(tmp_path):
-    study = StudyResults("s", tmp_path, {"summary": "m", "objectives": OBJECTIVES}, None, ROWS)
-    assert "confirmed" not in markdown(study, ROWS)
-    added = {"confirmed_tpot_ms": 7.0, "confirmed_tpot_ms_low": 6.0, "confirmed_tpot_ms_high": 8.0}
-    added |= {"confirmed_speedup": 5.0, "front_probability": 0.25}
-    half = markdown(study, [ROWS[0] | added, ROWS[1]])
-    assert "7.00 [6.00, 8.00] | 5.0 | 0.25" in half and "| ms/token |" in half
-    assert "| ms/token |" not in markdown(study, [ROWS[0] | added])

@@ -1,0 +1,84 @@
+"""What one knob does: lines through trials that differ in nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from .front import Row
+from .style import CYCLE, LABELS, MARKERS, NoDataError, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KNOBS = ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop")
+_LETTERS = dict(zip(KNOBS, "SWRσδ", strict=True))
+_METRICS = ("tpot_ms", "ppl_increase_percent")
+_LINES = 4
+"""Shown at most: those with the most values."""
+
+
+def ablation(rows: Sequence[Row], knob: str) -> Figure:
+    """Time and perplexity over the knob's values, a line for each setting of the others. Raises NoDataError."""
+    lines = ablation_lines(rows, knob)
+    if not lines:
+        raise NoDataError(f"no two trials that differ in {knob} alone")
+    figure = new_figure(8.4, 3.4)
+    panels = figure.subplots(1, len(_METRICS))
+    for metric, axes in zip(_METRICS, panels, strict=True):
+        for (label, line), color, marker in zip(lines, CYCLE, MARKERS, strict=False):
+            _draw(axes, line, knob, metric, color, marker, label)
+        values = sorted({row[knob] for _, line in lines for row in line})
+        if values[-1] > 8 * max(values[0], 1):
+            axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.set_xticks(values, [str(value) for value in values])
+        axes.minorticks_off()
+        axes.set_xlabel(LABELS[knob])
+        axes.set_title(LABELS[metric])
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    return figure
+
+
+def ablation_lines(rows: Sequence[Row], knob: str) -> list[tuple[str, list[Row]]]:
+    """The longest lines with their labels, each in the knob's order. The window is no setting of its own but what the
+    others leave of the total, unless it is the knob."""
+    settings: dict[tuple[Any, ...], dict[int, Row]] = defaultdict(dict)
+    for row in rows:
+        if _complete(row) and row.get("method") != "recompute":
+            settings[_others(row, knob)][row[knob]] = row
+    longest = sorted((line for line in settings.values() if len(line) > 1), key=lambda line: -len(line))[:_LINES]
+    return [(_label(next(iter(line.values())), knob), [line[value] for value in sorted(line)]) for line in longest]
+
+
+def _others(row: Row, knob: str) -> tuple[Any, ...]:
+    names = ("model", "dataset", "protocol", "method", "backend", "execution", *KNOBS)
+    total = row["n_sink"] + row["window_size"] + row.get("cache_slack", 0) if knob != "window_size" else None
+    return total, *(row.get(name) for name in names if name not in (knob, "window_size"))
+
+
+def _complete(row: Row) -> bool:
+    numbers = [row.get(name) for name in (*KNOBS, _METRICS[0])]
+    return row.get("state") == "complete" and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+
+
+def _label(row: Row, knob: str) -> str:
+    knobs = [f"{_LETTERS[name]}={row[name]}" for name in KNOBS if name not in (knob, "window_size")]
+    execution = row.get("execution", "eager")
+    how = [str(row[name]) for name in ("method", "backend") if name in row] + [execution] * (execution != "eager")
+    return " ".join([*how, *knobs])
+
+
+def _draw(axes: Any, line: Sequence[Row], knob: str, metric: str, color: str, marker: str, label: str) -> None:
+    line = [row for row in line if isinstance(row.get(metric), int | float)]
+    values = [row[metric] for row in line]
+    errors = [
+        [max(row[metric] - row.get(f"{metric}_low", row[metric]), 0) for row in line],
+        [max(row.get(f"{metric}_high", row[metric]) - row[metric], 0) for row in line],
+    ]
+    axes.errorbar(
+        [row[knob] for row in line], values, yerr=errors, color=color, marker=marker, markersize=5, linewidth=1.2,
+        elinewidth=0.7, capsize=2, label=label,
+    )  # fmt: skip

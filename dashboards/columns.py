@@ -1,0 +1,112 @@
+"""The columns of the tables: what is shown of a row, under which header, in which unit, with how many digits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from .front import Row
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    key: str
+    header: str
+    unit: str = ""
+    """Empty where the header says it, or there is none."""
+    decimals: int | None = None
+    """Where no interval says how many; None for words and whole numbers."""
+    interval: bool = False
+    """Whether rows may have `KEY_low` and `KEY_high`."""
+    words: bool = False
+
+    @property
+    def title(self) -> str:
+        return f"{self.header} ({self.unit})" if self.unit else self.header
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """Of a row, with those of the interval."""
+        return (self.key, f"{self.key}_low", f"{self.key}_high") if self.interval else (self.key,)
+
+    def text(self, row: Row) -> str:
+        """The value, to the digit where its interval begins to matter, and the interval; empty if there is none."""
+        value = row.get(self.key)
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return ""
+        if self.decimals is None or not isinstance(value, int | float):
+            return str(value)
+        low, high = row.get(f"{self.key}_low"), row.get(f"{self.key}_high")
+        if not self.interval or low is None or high is None:
+            return _fixed(value, self.decimals)
+        decimals = interval_decimals(low, high, self.decimals)
+        return f"{_fixed(value, decimals)} [{_fixed(low, decimals)}, {_fixed(high, decimals)}]"
+
+
+COLUMNS = (
+    Column("study", "study", words=True),
+    Column("trial", "#"),
+    Column("recommended", "knee", words=True),
+    Column("method", "method", words=True),
+    Column("backend", "backend", words=True),
+    Column("backend_requested", "backend asked for", words=True),
+    Column("execution", "execution", words=True),
+    Column("n_sink", "sinks", "tokens"),
+    Column("window_size", "window", "tokens"),
+    Column("compress_every", "prune every", "tokens"),
+    Column("cache_slack", "slack", "tokens"),
+    Column("max_drop", "max drop", "tokens"),
+    Column("peak_kv", "peak KV", "tokens"),
+    Column("peak_memory_mb", "peak memory", "MiB", 0),
+    Column("tpot_ms", "ms/token", "", 2, interval=True),
+    Column("speedup", "speedup", "×", 1),
+    Column("confirmed_tpot_ms", "ms/token, confirmed", "", 2, interval=True),
+    Column("confirmed_speedup", "speedup, confirmed", "×", 1, interval=True),
+    Column("front_probability", "P(front)", "", 2),
+    Column("perplexity", "PPL", "", 2),
+    Column("ppl_increase_percent", "PPL increase %", "", 1, interval=True),
+    Column("place", "place", words=True),
+    Column("dominated_by", "dominated by"),
+)
+"""Of a study's table, in order. `place` and `dominated_by` are of `pareto_table`, the others of rows."""
+
+BY_KEY = {column.key: column for column in COLUMNS}
+
+_CONFIRMED = "confirmed_tpot_ms"
+_WHERE_THERE = {"study", "recommended", "place", "dominated_by"}
+"""Columns that only rows with such a value have."""
+
+
+def shown_columns(rows: Sequence[Row], objectives: Collection[str] = ()) -> tuple[Column, ...]:
+    """All but those that say nothing: the execution where every row's is eager, the backend asked for where it is the
+    one that ran, memory where it is no objective, confirmed values where there are none, the search's where all rows
+    are confirmed."""
+    present = {key for row in rows for key in _WHERE_THERE if row.get(key) is not None}
+    needless = _WHERE_THERE - present
+    if all(row.get("execution", "eager") == "eager" for row in rows):
+        needless.add("execution")
+    if all(row.get("backend_requested") in (row.get("backend"), None) or "backend" not in row for row in rows):
+        needless.add("backend_requested")
+    if "peak_memory_mb" not in objectives:
+        needless.add("peak_memory_mb")
+    if not any(_CONFIRMED in row for row in rows):
+        needless |= {_CONFIRMED, "confirmed_speedup", "front_probability"}
+    elif all(_CONFIRMED in row for row in rows):
+        needless |= {"tpot_ms", "speedup"}
+    return tuple(column for column in COLUMNS if column.key not in needless)
+
+
+def interval_decimals(low: float, high: float, otherwise: int) -> int:
+    """Decimals of a value with that interval, by the Particle Data Group's rule: the half-width has two significant
+    digits where they are up to 35, else one. `otherwise` where it has no width, or none that is finite."""
+    half = (high - low) / 2
+    if not math.isfinite(half) or half <= 0:
+        return otherwise
+    mantissa, exponent = f"{half:.2e}".split("e")
+    return max((2 if float(mantissa) < 3.55 else 1) - 1 - int(exponent), 0)
+
+
+def _fixed(value: float, decimals: int) -> str:
+    text = f"{value:.{decimals}f}"
+    return text.lstrip("-") if float(text) == 0 else text

@@ -1,0 +1,100 @@
+"""JSON results of single evaluations as flat rows: those of `streamllm evaluate --output-file`, and files in the source
+documents' own format, with whatever of it they have."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from streamllm.errors import UsageError
+
+_SPELLINGS = {
+    "model_name": "model",
+    "dataset_name": "dataset",
+    "streaming_mode": "method",
+    "attn_backend": "backend",
+    "attn_implementation": "backend",
+    "attn_impl": "backend",
+    "ppl": "perplexity",
+    "ppl_increase_pct": "ppl_increase_percent",
+    "runtime": "runtime_sec",
+    "ttft_sec": "first_token_latency_sec",
+    "throughput": "decode_toks_per_sec",
+    "tokens_per_sec": "decode_toks_per_sec",
+    "max_eval_tokens": "n_tokens",
+    "num_tokens": "n_tokens",
+}
+"""Other names of what our rows have, which hold where ours is missing."""
+
+_MEASURES = ("perplexity", "runtime_sec", "tpot_ms")
+"""An object with one of them is a result."""
+_NOT_THE_BASELINES = ("method", "speedup", "ppl_increase_percent", "compress_every", "cache_slack", "max_drop")
+"""Of what stands beside the results in a file."""
+_IN_NAMES = {
+    "dataset": r"(?:^|[_-])(wikitext|pg19)",
+    "backend": r"backend-([a-z_]+?)(?:[_-]\d+)?$",
+    "protocol": r"(decode[_-]loop|chunked)",
+}
+"""What the source documents' file names say."""
+
+
+def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row per result of the folder's `*.json`, subfolders included, with its `file` and `role`; and a line per file
+    that has none. Raises UsageError if the folder is none."""
+    if not folder.is_dir():
+        raise UsageError(f"results {str(folder)!r}: no such folder")
+    rows: list[dict[str, Any]] = []
+    problems = []
+    for path in sorted(folder.rglob("*.json")):
+        name = str(path.relative_to(folder))
+        try:
+            found = [{"file": name, **row} for row in _results(json.loads(path.read_text("utf-8")), path.stem)]
+        except (OSError, ValueError, RecursionError) as error:
+            problems.append(f"{name}: {' '.join(str(error).split())}")
+            continue
+        rows += found
+        if not found:
+            problems.append(f"{name}: no object with {' or '.join(_MEASURES)}")
+    return rows, problems
+
+
+def _results(document: Any, name: str) -> Iterator[dict[str, Any]]:
+    if not isinstance(document, dict):
+        return
+    objects = {role: _renamed(value) for role, value in document.items() if isinstance(value, dict)}
+    results = {role: values for role, values in objects.items() if _is_result(values)}
+    shared = _said_by(name)
+    for role, values in objects.items():
+        if role not in results:  # settings, under whatever name
+            shared |= values
+    shared |= _renamed(document)
+    if not results and _is_result(shared):
+        role = "baseline" if "baseline" in name else ""
+        yield _row(role, {}, shared)
+    for role, values in results.items():
+        is_baseline = role == "baseline"
+        yield _row(role, values, {k: v for k, v in shared.items() if not (is_baseline and k in _NOT_THE_BASELINES)})
+
+
+def _row(role: str, values: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
+    usual = {"method": "recompute" if role == "baseline" else role} if role else {}
+    return {"role": role, "state": "complete", **usual, **shared, **values}
+
+
+def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Its single values, under our names."""
+    single = {name: value for name, value in values.items() if not isinstance(value, dict | list) and value is not None}
+    renamed = {_SPELLINGS[name]: value for name, value in single.items() if name in _SPELLINGS}
+    return renamed | {name: value for name, value in single.items() if name not in _SPELLINGS}
+
+
+def _is_result(values: Mapping[str, Any]) -> bool:
+    return any(isinstance(values.get(name), int | float) for name in _MEASURES)
+
+
+def _said_by(name: str) -> dict[str, Any]:
+    found = {key: re.search(pattern, name) for key, pattern in _IN_NAMES.items()}
+    return {key: match[1].replace("_loop", "-loop") for key, match in found.items() if match is not None}

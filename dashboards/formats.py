@@ -1,0 +1,209 @@
+"""The formats a table is written in. Adding one is adding an entry to `FORMATS`.
+
+For reading: Markdown, LaTeX, HTML, with digits by the interval and the baseline below. For computing: CSV, JSON,
+Parquet, with all digits, intervals in columns of their own and the rows' own keys as headers.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from .columns import Column
+from .front import Row
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+@dataclass(frozen=True)
+class Table:
+    title: str
+    summary: tuple[str, ...]
+    """Lines above the table."""
+    columns: tuple[Column, ...]
+    rows: Sequence[Row]
+    baselines: Sequence[Row] = ()
+    """Shown below the rows; no rows of the data formats."""
+    notes: tuple[str, ...] = ()
+    """Lines below the table."""
+    data_columns: tuple[Column, ...] = ()
+    """Of the data formats, where they have more than `columns`."""
+
+    @cached_property
+    def cells(self) -> list[list[str]]:
+        return [[column.text(row) for column in self.columns] for row in (*self.rows, *self.baselines)]
+
+    @property
+    def keys(self) -> list[str]:
+        return [key for column in self.data_columns or self.columns for key in column.keys]
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    suffix: str
+    """Of the file, without the dot."""
+    write: Callable[[Table], str | bytes]
+
+
+def markdown(table: Table) -> str:
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(_markdown(cell) for cell in cells) + " |"
+
+    lines = [
+        f"# {table.title}",
+        *(f"\n{text}" for text in table.summary),
+        "",
+        line([column.title for column in table.columns]),
+        "|" + "|".join("---:" if _is_right(column) else "---" for column in table.columns) + "|",
+        *(line(cells) for cells in table.cells),
+        *(f"\n{text}" for text in table.notes),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def latex(table: Table) -> str:
+    """For \\input{}; the units are a row of the header. Long tables break over pages."""
+    long = len(table.cells) > _ROWS_OF_A_PAGE
+    kind, package = ("longtable", "booktabs,longtable") if long else ("tabular", "booktabs")
+    alignment = "".join("r" if _is_right(column) else "l" for column in table.columns)
+    units = [f"({column.unit})" if column.unit else "" for column in table.columns]
+    about = [table.title, *table.summary, f"needs \\usepackage{{{package}}}", *table.notes]
+    lines = [
+        *(f"% {' '.join(line.split())}" for line in about),
+        "{\\footnotesize\\setlength{\\tabcolsep}{3pt}%",
+        f"\\begin{{{kind}}}{{@{{}}{alignment}@{{}}}}",
+        "\\toprule",
+        _latex_line([column.header for column in table.columns], table.columns),
+        *([_latex_line(units, table.columns)] if any(units) else []),
+        "\\midrule",
+        *(["\\endhead"] if long else []),
+        *(_latex_line(cells, table.columns) for cells in table.cells[: len(table.rows)]),
+        *(["\\midrule"] if table.baselines else []),
+        *(_latex_line(cells, table.columns) for cells in table.cells[len(table.rows) :]),
+        "\\bottomrule",
+        f"\\end{{{kind}}}}}",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def html_page(table: Table) -> str:
+    """A page of its own, which needs nothing else."""
+
+    def line(cells: Sequence[str], tag: str) -> str:
+        pairs = zip(cells, table.columns, strict=True)
+        return "".join(f"<{tag}{' class=r' if _is_right(c) else ''}>{html.escape(text)}</{tag}>" for text, c in pairs)
+
+    body = [f"<tr>{line(cells, 'td')}</tr>" for cells in table.cells]
+    body.insert(len(table.rows), "</tbody><tbody>")
+    return "\n".join(
+        (
+            "<!doctype html>",
+            f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(table.title)}</title>',
+            f"<style>{_STYLE}</style></head><body>",
+            f"<h1>{html.escape(table.title)}</h1>",
+            *(f"<p>{html.escape(text)}</p>" for text in table.summary),
+            f"<table><thead><tr>{line([column.title for column in table.columns], 'th')}</tr></thead><tbody>",
+            *body,
+            "</tbody></table>",
+            *(f"<p>{html.escape(text)}</p>" for text in table.notes),
+            "</body></html>",
+            "",
+        )
+    )
+
+
+def comma_separated(table: Table) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, table.keys, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table.rows)
+    return text.getvalue()
+
+
+def json_records(table: Table) -> str:
+    """A list of objects with the same keys, one a line; what is missing or not finite is null."""
+    keys = table.keys
+    records = [json.dumps({key: _finite(row.get(key)) for key in keys}, allow_nan=False) for row in table.rows]
+    return "[\n" + ",\n".join(records) + "\n]\n"
+
+
+def parquet(table: Table) -> bytes:
+    buffer = io.BytesIO()
+    data_frame(table).to_parquet(buffer, index=False)
+    return buffer.getvalue()
+
+
+def data_frame(table: Table) -> pd.DataFrame:
+    import pandas as pd
+
+    frame = pd.DataFrame.from_records([[row.get(key) for key in table.keys] for row in table.rows], columns=table.keys)
+    return frame.convert_dtypes()
+
+
+FORMATS: dict[str, Format] = {
+    "md": Format("md", markdown),
+    "csv": Format("csv", comma_separated),
+    "latex": Format("tex", latex),
+    "json": Format("json", json_records),
+    "parquet": Format("parquet", parquet),
+    "html": Format("html", html_page),
+}
+"""By the name that `--format` takes."""
+
+_ROWS_OF_A_PAGE = 50
+_STYLE = (
+    "body{font:14px system-ui,sans-serif;margin:2em;color-scheme:light dark}"
+    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
+    "th,td{padding:.25em .6em;text-align:left;white-space:nowrap;border-bottom:1px solid #8884}"
+    "thead,tbody+tbody{border-top:1px solid;border-bottom:1px solid}.r{text-align:right}"
+)
+_LATEX = {
+    "\\": "\\textbackslash{}",
+    "~": "\\textasciitilde{}",
+    "^": "\\textasciicircum{}",
+    "<": "\\textless{}",
+    ">": "\\textgreater{}",
+    "|": "\\textbar{}",
+    "×": "$\\times$",
+    "*": "{*}",  # after the end of a line it, and an opening bracket, would be read as its option
+    "[": "{[}",
+    "]": "{]}",
+} | {character: f"\\{character}" for character in "&%$#_{}"}
+_BEYOND_OT1 = "ÐÞ÷ðþ"
+
+
+def _is_right(column: Column) -> bool:
+    return not column.words
+
+
+def _markdown(text: str) -> str:
+    escaped = html.escape(" ".join(text.split()), quote=False)
+    return "".join(f"\\{c}" if c in "|\\`*" else c for c in escaped)
+
+
+def _latex_line(cells: Sequence[str], columns: Sequence[Column]) -> str:
+    pairs = zip(cells, columns, strict=True)
+    return " & ".join(_latex(text).replace("-", "-" if column.words else "$-$") for text, column in pairs) + " \\\\"
+
+
+def _latex(text: str) -> str:
+    """What the standard fonts lack is a question mark."""
+    return "".join(_LATEX.get(c, c if _in_standard_fonts(c) else "?") for c in " ".join(text.split()))
+
+
+def _in_standard_fonts(character: str) -> bool:
+    return " " <= character <= "~" or ("À" <= character <= "ÿ" and character not in _BEYOND_OT1)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

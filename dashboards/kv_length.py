@@ -1,0 +1,60 @@
+"""How many keys a query attends to while a text goes on: of the front's policies, and of nothing but them."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING
+
+from streamllm.policy import EvictionPolicy, evicted_before
+
+from .front import Row
+from .study import StudyResults
+from .style import CYCLE, NoDataError, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+_LINES = 5
+_DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
+
+
+def kv_length(study: StudyResults) -> Figure:
+    """Raises NoDataError for an empty front."""
+    policies = list(dict.fromkeys(_policy(row) for row in study.front if row["compress_every"] > 0))[:_LINES]
+    if not policies:
+        raise NoDataError("no policy on the front ever evicts")
+    cap = study.configuration["cap"]
+    cycle = max(p.compress_every for p in policies)
+    filled = max(p.kept + p.cache_slack for p in policies) + 2 * cycle
+    n_tokens = filled + max(3 * cycle, 64)
+    figure = new_figure(8.4, 3.4)
+    whole, steady = figure.subplots(1, 2)
+    for policy, color, dashes in zip(policies, CYCLE, _DASHES, strict=False):
+        tokens, keys = keys_attended(policy, n_tokens)
+        how = {"color": color, "linestyle": dashes, "linewidth": 1.3}
+        whole.plot(tokens, keys, label=_label(policy), **how)
+        steady.plot(tokens[filled:], keys[filled:], **how)
+    for axes in (whole, steady):
+        axes.axhline(cap, color="0.4", linewidth=0.8)
+        axes.set_xlabel("token of the text")
+    whole.annotate(f"total KV {cap}", (0, cap), (2, 2), textcoords="offset points", fontsize=7, color="0.3")
+    whole.set_ylim(bottom=0)
+    whole.set_title("keys that a token's query attends to")
+    steady.set_title("the same when the cache is full")
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def keys_attended(policy: EvictionPolicy, n_tokens: int) -> tuple[range, list[int]]:
+    """Tokens from 1, and the keys that each query attends to, its own included."""
+    return range(1, n_tokens + 1), [t + 1 - gone for t, gone in enumerate(evicted_before(policy, n_tokens))]
+
+
+def _policy(row: Row) -> EvictionPolicy:
+    return EvictionPolicy(**{field.name: row[field.name] for field in fields(EvictionPolicy)})
+
+
+def _label(policy: EvictionPolicy) -> str:
+    return (
+        f"S={policy.n_sink} W={policy.window_size} R={policy.compress_every} σ={policy.cache_slack} δ={policy.max_drop}"
+    )

@@ -1,0 +1,111 @@
+"""The Pareto table of one study or several: which rows, in which order, beaten by whom, and what is said about them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from streamllm.errors import UsageError
+
+from .columns import COLUMNS, shown_columns
+from .filters import select
+from .formats import Table
+from .front import Row, dominators, objective_values
+from .knee import Knee, knee, reproduce_command
+from .study import StudyResults
+
+_PLACES = ("front", "dominated", "unconfirmed", "not finite", "infeasible", "failed")
+"""In the order in which they are listed. unconfirmed: not dominated, but by what only the search measured."""
+
+
+def pareto_table(
+    studies: Sequence[StudyResults], everything: bool = False, where: str | None = None, recommend: bool = False
+) -> Table:
+    """The fronts of the studies, each of those of its trials that meet `where`; with `everything` the other trials as
+    well, each with the one of the front that dominates it; with `recommend` the knees are marked. Raises UsageError."""
+    chosen = [filtered(study, where) for study in studies]
+    if where is not None and not any(study.trials for study in chosen):
+        raise UsageError(f"where {where!r}: none of the {sum(len(study.trials) for study in studies)} trials is such")
+    fronts = [study.front for study in chosen]
+    rows, baselines, advice = [], [], []
+    for study, front, name in zip(chosen, fronts, _names(studies), strict=True):
+        more = {"study": name} if name else {}
+        found = knee(front, study.objectives) if recommend else None
+        marked = found.row["trial"] if found is not None and found.row is not None else None
+        for row in _placed(study, front) if everything else front:
+            rows.append({**row, **more, **({"recommended": "knee"} if row["trial"] == marked else {})})
+        if found is not None:
+            advice += [f"{name}: {text}" if name else text for text in _advice(study, found)]
+        if study.baseline is not None:
+            baselines.append({**study.baseline, **more})
+    return Table(
+        title=f"{'Trials' if everything else 'Pareto front'} of {', '.join(dict.fromkeys(s.name for s in studies))}",
+        summary=tuple(_summary(*of, where) for of in zip(studies, chosen, fronts, strict=True)),
+        columns=shown_columns(rows, {name for study in studies for name in study.objectives}),
+        rows=rows,
+        baselines=baselines,
+        notes=(*_notes(rows), *advice),
+        data_columns=tuple(c for c in COLUMNS if any(c.key in row for row in rows)) or COLUMNS,
+    )
+
+
+def filtered(study: StudyResults, where: str | None) -> StudyResults:
+    """The study as if it had only those trials. Raises UsageError."""
+    if where is None:
+        return study
+    trials = select(study.trials, where)
+    return StudyResults(study.name, study.folder, study.configuration, study.baseline, trials)
+
+
+def _placed(study: StudyResults, front: Sequence[Row]) -> list[Row]:
+    """All trials, each with its `place` and, where there is one, what it is `dominated_by`; the best first."""
+    objectives = study.objectives
+    on_front = {row["trial"] for row in front}
+    others = [row for row in study.trials if row["trial"] not in on_front]
+    placed: list[Row] = [{**row, "place": "front"} for row in front]
+    ranked: list[tuple[int, tuple[float, ...], int, Row]] = []
+    for row, better in zip(others, dominators(others, front, objectives), strict=True):
+        values = objective_values(row, objectives) or ()
+        place = "dominated" if better is not None else _place(row, values)
+        more = {"place": place} | ({"dominated_by": better["trial"]} if better is not None else {})
+        ranked.append((_PLACES.index(place), values, len(ranked), {**row, **more}))
+    return [*placed, *(row for *_, row in sorted(ranked, key=lambda entry: entry[:3]))]
+
+
+def _place(row: Row, values: tuple[float, ...]) -> str:
+    """Of a row that nothing dominates and that is not on the front."""
+    if row.get("state") != "complete":
+        return "failed"
+    if not row.get("feasible", True):
+        return "infeasible"
+    return "unconfirmed" if values else "not finite"
+
+
+def _names(studies: Sequence[StudyResults]) -> list[str]:
+    """What tells the studies apart; nothing where there is one."""
+    if len(studies) < 2:
+        return [""] * len(studies)
+    distinct = len({study.name for study in studies}) == len(studies)
+    return [study.name if distinct else str(study.folder) for study in studies]
+
+
+def _summary(whole: StudyResults, study: StudyResults, front: Sequence[Row], where: str | None) -> str:
+    few = f"; of its {len(whole.trials)} trials only the {len(study.trials)} where {where}" if where else ""
+    return f"{study.configuration['summary']}: {len(front)} of {len(study.trials)} trials are on the front{few}"
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    notes = ["Intervals are 95%; PPL increase is paired with the re-computation baseline on the same tokens."]
+    if any("confirmed_tpot_ms" in row for row in rows):
+        notes.append(
+            "Confirmed times are medians over rounds after the search; P(front) is the share of bootstrap draws, over "
+            "rounds and tokens, in which no other candidate is better."
+        )
+    if any(row.get("place") == "unconfirmed" for row in rows):
+        notes.append("Unconfirmed: no better by what the search measured, which was not measured again.")
+    return notes
+
+
+def _advice(study: StudyResults, found: Knee) -> list[str]:
+    if found.row is None:
+        return [found.why]
+    return [found.why, f"Measured again by: {reproduce_command(study, found.row)}"]

@@ -1,0 +1,416 @@
+import csv
+import io
+import json
+import math
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from argparse import ArgumentParser
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from dashboards.columns import BY_KEY, Column, interval_decimals
+from dashboards.filters import select
+from dashboards.formats import FORMATS, Table, latex
+from dashboards.knee import knee, reproduce_command
+from dashboards.pareto import main
+from dashboards.study import load_study
+from dashboards.table import pareto_table
+from streamllm.arguments import given_policy
+from streamllm.commands import evaluate
+from streamllm.policy import EvictionPolicy
+
+from .conftest import GOLDEN
+from .made_studies import OBJECTIVES, failed, row, write_study
+
+FRONT = [
+    row(7, 2.0, 9.0, method="ring", compress_every=64),
+    row(3, 3.0, 2.0, n_sink=32),
+    row(4, 3.0, 2.0, backend="math", backend_requested="math"),  # a duplicate of 3's values
+    row(1, 8.0, -1.0, n_sink=8),
+]
+REST = [
+    row(0, 3.0, 2.5),  # tied with 3 in time
+    row(2, 8.5, -1.0, backend="math", backend_requested="flash"),  # tied with 1 in quality
+    row(5, 20.0, 30.0, method="mit"),
+    row(6, 1.0, -9.0, feasible=False),
+    failed(8),
+    row(9, 2.5, math.nan),
+]
+PLACES = {0: ("dominated", 3), 2: ("dominated", 1), 5: ("dominated", 7), 6: ("infeasible", None), 8: ("failed", None)}
+PLACES |= {9: ("not finite", None)} | {trial["trial"]: ("front", None) for trial in FRONT}
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return load_study(str(write_study(tmp_path, [*REST, *reversed(FRONT)])))
+
+
+def numbers(table):
+    return [row["trial"] for row in table.rows]
+
+
+def test_the_whole_front_and_with_all_the_rest_with_what_dominates_it(study):
+    assert numbers(pareto_table([study])) == [7, 4, 3, 1]  # of equals as they come in the file
+    table = pareto_table([study], everything=True)
+    assert numbers(table) == [7, 4, 3, 1, 0, 2, 5, 9, 6, 8]
+    expected = PLACES | {0: ("dominated", 4)}
+    assert {row["trial"]: (row["place"], row.get("dominated_by")) for row in table.rows} == expected
+    assert [row["trial"] for row in table.baselines] == ["baseline"]
+    assert table.summary == ("m on d, study s: 4 of 10 trials are on the front",)
+
+
+def test_unconfirmed_values_do_not_beat_confirmed_ones(tmp_path):
+    """3 and 1 were confirmed; 7, on the search's front, was not: it is neither on the front nor dominated."""
+
+    def values(trial, tpot):
+        ends = {"confirmed_tpot_ms_low": tpot - 0.5, "confirmed_tpot_ms_high": tpot + 0.5}
+        return {"trial": trial, "confirmed_tpot_ms": tpot, "front_probability": 0.9, "confirmed_speedup": 5.0} | ends
+
+    folder = write_study(tmp_path, [*FRONT, row(0, 8.5, 5.0)], confirmed=[values(3, 4.0), values(1, 7.0)])
+    table = pareto_table([load_study(str(folder))], everything=True)
+    places = {row["trial"]: (row["place"], row.get("dominated_by")) for row in table.rows}
+    assert places == {3: ("front", None), 1: ("front", None), 7: ("unconfirmed", None), 4: ("unconfirmed", None)} | {
+        0: ("dominated", 3)
+    }
+    text = FORMATS["md"].write(table)
+    assert "4.0 [3.5, 4.5] | 5.0 | 0.90" in text and "| ms/token |" in text and "not measured again" in text
+    assert "| ms/token |" not in FORMATS["md"].write(pareto_table([load_study(str(folder))]))
+
+
+def test_without_trials_or_without_a_front(tmp_path):
+    empty = load_study(str(write_study(tmp_path, [], "empty", baseline=None)))
+    lost = load_study(str(write_study(tmp_path, [failed(0), row(1, math.nan, 1.0)], "lost")))
+    for form in FORMATS.values():
+        for everything in (False, True):
+            assert form.write(pareto_table([empty, lost], everything, recommend=True))
+    assert numbers(pareto_table([lost], everything=True)) == [1, 0]
+    assert "the front is empty" in pareto_table([lost], recommend=True).notes[-1]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "decimals"),
+    [
+        (0.0, 2.0, 1),  # half-width 1.0: two digits
+        (0.0, 7.08, 1),  # 3.54
+        (0.0, 7.12, 0),  # 3.56: one
+        (4.75, 5.62, 1),  # 0.435
+        (5.08, 5.56, 2),  # 0.24
+        (-0.00012, 0.00012, 5),
+        (0.0, 300.0, 0),
+        (1.0, 1.0, 7),
+        (0.0, math.inf, 7),
+        (0.0, math.nan, 7),
+    ],
+)
+def test_digits_end_where_the_interval_begins_to_matter(low, high, decimals):
+    assert interval_decimals(low, high, otherwise=7) == decimals
+
+
+def test_what_a_cell_says():
+    time = BY_KEY["tpot_ms"]
+    assert time.text({"tpot_ms": 5.1712, "tpot_ms_low": 4.75, "tpot_ms_high": 5.62}) == "5.2 [4.8, 5.6]"
+    assert time.text({"tpot_ms": 5.1712}) == "5.17"
+    assert BY_KEY["ppl_increase_percent"].text({"ppl_increase_percent": -0.001}) == "0.0"
+    assert [time.text({}), time.text({"tpot_ms": math.nan}), BY_KEY["n_sink"].text({"n_sink": 0})] == ["", "", "0"]
+    assert BY_KEY["n_sink"].title == "sinks (tokens)"
+
+
+def test_every_format_is_read_back_as_the_same_rows(study, capsys):
+    assert main(["s", "--all", "--format", "md,csv,latex,json,parquet,html", "--knee"]) == 0
+    table = pareto_table([study], everything=True, recommend=True)
+    trials, times = numbers(table), [row.get("tpot_ms") for row in table.rows]
+    folder = study.folder
+    frames = [pd.read_csv(folder / "pareto.csv"), pd.read_json(folder / "pareto.json", dtype_backend="numpy_nullable")]
+    frames.append(pd.read_parquet(folder / "pareto.parquet"))
+    for frame in frames:
+        assert frame["trial"].tolist() == trials
+        assert [None if pd.isna(x) else x for x in frame["tpot_ms"]] == times
+        assert [None if pd.isna(x) else x for x in frame["dominated_by"]] == [PLACES_BY_4.get(t) for t in trials]
+        assert frame["ppl_increase_percent"].isna().sum() == 2, "NaN and a failed trial"
+        assert frame["tpot_ms_high"].dropna().tolist() == pytest.approx([1.1 * t for t in times if t is not None])
+        assert frame["recommended"].fillna("").tolist() == ["", "knee"] + [""] * 8
+    titles = [column.title for column in table.columns]
+    cells = table.cells
+    assert cells[0][titles.index("ms/token")] == "2.00 [1.80, 2.20]"
+    lines = [line[2:-2].split(" | ") for line in (folder / "pareto.md").read_text().splitlines() if line[:2] == "| "]
+    assert lines == [titles, *cells]
+    page = Page()
+    page.feed((folder / "pareto.html").read_text())
+    assert page.lines == [titles, *cells]
+    assert not page.addresses, "opens offline"
+    assert latex_cells((folder / "pareto.tex").read_text()) == cells
+    assert "written:" in capsys.readouterr().out
+
+
+PLACES_BY_4 = {0: 4, 2: 1, 5: 7}
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.lines, self.addresses, self.inside = [], [], False
+
+    def handle_starttag(self, tag, attributes):
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+        self.inside = tag in ("td", "th")
+        if tag == "tr":
+            self.lines.append([])
+        if self.inside:
+            self.lines[-1].append("")
+
+    def handle_data(self, data):
+        if self.inside:
+            self.lines[-1][-1] += data
+
+    def handle_endtag(self, tag):
+        self.inside = False
+
+
+def latex_cells(text):
+    """The body of a LaTeX table, in plain characters; checks what would keep it from compiling."""
+    source = "\n".join(line for line in text.splitlines() if not line.startswith("%"))
+    assert not re.search(r"[^\x20-\x7eÀ-ÿ\n]", source)
+    assert balanced(source)
+    opened = re.findall(r"\\begin\{(\w+)\}", source)
+    assert opened == list(reversed(re.findall(r"\\end\{(\w+)\}", source))) and len(opened) == 1
+    columns = re.search(r"\\begin\{\w+\}\{@\{\}([lr]+)@\{\}\}", source)[1]
+    assert [source.count(rule) for rule in ("\\toprule", "\\bottomrule")] == [1, 1]
+    body = source.split("\\midrule", 1)[1].split("\\bottomrule")[0]
+    lines = [line for line in body.splitlines() if line and not line.startswith(("\\midrule", "\\endhead"))]
+    assert all(line.endswith(" \\\\") for line in lines)
+    cells = [re.split(r"(?<!\\)&", line[:-3]) for line in lines]
+    assert {len(line) for line in cells} == {len(columns)}
+    return [[plain(cell.strip()) for cell in line] for line in cells]
+
+
+def balanced(source):
+    depth = 0
+    for brace in re.findall(r"(?<!\\)[{}]", source.replace("\\\\", "")):
+        depth += 1 if brace == "{" else -1
+        if depth < 0:
+            return False
+    return depth == 0
+
+
+def plain(cell):
+    for written, meant in {"$-$": "-", "{[}": "[", "{]}": "]", "{*}": "*", "$\\times$": "×"}.items():
+        cell = cell.replace(written, meant)
+    bare = re.sub(r"\\text\w+\{\}|\\[&%$#_{}]", "", cell)
+    assert not re.search(r"[&%$#_{}~^\\]", bare), "a character that LaTeX takes for its own"
+    cell = re.sub(r"\\([&%$#_{}])", r"\1", cell)
+    return re.sub(r"\\text(\w+)\{\}", lambda m: SYMBOLS[m[1]], cell)
+
+
+SYMBOLS = {"backslash": "\\", "asciitilde": "~", "asciicircum": "^", "less": "<", "greater": ">", "bar": "|"}
+NASTY = "[a] 50% & $1 #_{x}~^ \\n <b>|*é"
+
+
+def nasty_table(count=1):
+    columns = (Column("name", "na_me", "%", words=True), Column("x", "x", "", 1, interval=True))
+    rows = [{"name": NASTY, "x": -1.0, "x_low": -2.0, "x_high": 0.0}] * count
+    return Table("T $%", ("% & \\",), columns, rows, [{"name": "b", "x": -3}], ("line\nbreak",))
+
+
+@pytest.mark.parametrize("count", [1, 80])
+def test_nothing_in_a_cell_is_taken_for_markup(count):
+    table = nasty_table(count)
+    text = latex(table)
+    assert latex_cells(text) == [*[[NASTY, "-1.0 [-2.0, 0.0]"]] * count, ["b", "-3.0"]]
+    assert ("longtable" in text) == (count > 50)
+    assert latex_cells(latex(Table("", (), table.columns[:1], [{"name": "模型 ð"}]))) == [["?? ?"]]
+    page = Page()
+    page.feed(FORMATS["html"].write(table))
+    assert page.lines[1] == [NASTY, "-1.0 [-2.0, 0.0]"]
+    line = FORMATS["md"].write(table).splitlines()[6]
+    assert len(re.findall(r"(?<!\\)\|", line)) == 3 and "&lt;b&gt;" in line
+    assert next(csv.reader(io.StringIO(FORMATS["csv"].write(table).split("\n", 1)[1])))[0] == NASTY
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+@pytest.mark.parametrize("count", [1, 80])
+def test_latex_compiles(count, tmp_path):
+    head = "\\documentclass{article}\\usepackage{booktabs,longtable}\\begin{document}\n"
+    (tmp_path / "t.tex").write_text(head + latex(nasty_table(count)) + "\\end{document}\n")
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("where", "trials"),
+    [
+        ("backend='math'", [2, 4]),
+        ("backend.used = 'math'", [2, 4]),
+        ("tags.`backend.used` = 'math' and metrics.tpot_ms < 8", [4]),
+        ('backend = "math" and backend.requested = "flash"', [2]),
+        ("ppl_increase_percent < 3 and method in ('ours', 'ring') and n_sink >= 8", [3, 1]),
+        ("ppl_increase_percent is null", [8, 9]),
+        ("not feasible", [6, 8]),
+        ("reason like '%no room'", [8]),
+        ("method = 'backend.used'", []),
+        ("STATE = 'failed' or trial=5 -- a comment", [5, 8]),
+    ],
+)
+def test_filters(study, where, trials):
+    assert sorted(row["trial"] for row in select(study.trials, where)) == sorted(trials)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("backnd = 'math'", "no column 'backnd'; there are backend, backend_requested, cache_slack"),
+        ("metrics.tpot = 1", "no column 'tpot'; there are"),
+        ("`tpot ms` < 3", "no column 'tpot ms'; there are"),
+        ("backend ==", "syntax error; write for example"),
+        ("1) union select 1 --", "where '1) union select 1 --':"),
+        ("1; drop table trials", "where '1; drop table trials':"),
+        ("__import__('os').system('true')", "where"),
+        ("tpot_ms < 0", "none of the 10 trials is such"),
+    ],
+)
+def test_a_filter_that_cannot_be_meant_is_one_line_with_exit_code_2(study, where, message, capsys):
+    assert main(["s", "--where", where]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: where") and message in error and error.count("\n") == 1
+
+
+def test_the_front_of_a_filter_is_that_of_what_it_leaves(study):
+    table = pareto_table([study], where="n_sink < 8 and feasible")
+    assert numbers(table) == [7, 4, 2]
+    assert table.summary[0].endswith(
+        "3 of 6 trials are on the front; of its 10 trials only the 6 where n_sink < 8 and feasible"
+    )
+
+
+def test_several_studies_side_by_side(study, tmp_path, capsys):
+    other = write_study(tmp_path, [row(0, 1.0, 1.0), row(1, 2.0, 2.0)], "other")
+    assert main(["s", str(other), "--format", "csv"]) == 0
+    frame = pd.read_csv("pareto.csv")
+    assert list(zip(frame["study"], frame["trial"], strict=True)) == [
+        ("s", 7),
+        ("s", 4),
+        ("s", 3),
+        ("s", 1),
+        ("other", 0),
+    ]
+    assert main(["s", str(other), "--format", "csv", "--output", "deep/er"]) == 0
+    assert Path("deep/er/pareto.csv").read_text() == Path("pareto.csv").read_text()
+    assert "other: No knee" in "\n".join(pareto_table([study, load_study("other")], recommend=True).notes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["s", "--format", "xls"], "format 'xls': must be one of md, csv, latex, json, parquet, html"),
+        (["none"], "study 'none': neither a folder with results nor one of sweeps/ (s)"),
+        (["s", "--output", "/dev/null/x"], "cannot be written"),
+    ],
+)
+def test_bad_input(study, arguments, message, capsys):
+    assert main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_knee_is_farthest_from_the_line_between_the_ends():
+    front = [row(0, 1.0, 10.0), row(1, 2.0, 4.0), row(2, 3.0, 3.0), row(3, 11.0, 0.0)]  # bends 0.5, 0.5, 0.5
+    deepest = row(4, 2.0, 3.0)
+    found = knee([front[0], front[1] | {"ppl_increase_percent": 5.0}, deepest, front[3]], OBJECTIVES)
+    assert found.row is deepest and "trials" not in found.why
+    assert found.why == (
+        "Trial 4 is recommended, the front's knee: of its 4 points the farthest from the straight line between the "
+        "best in each objective (60% of the way to being best in all), with ms/token 2.00 [1.80, 2.20] where the best "
+        "has 1.00 [0.90, 1.10], and PPL increase % 3.0 [2.0, 4.0] where the best has 0.0 [-1.0, 1.0]."
+    )
+    assert (
+        knee([{**one, "confirmed_tpot_ms": 9.0} if one["trial"] == 1 else one for one in front], OBJECTIVES).row
+        is front[2]
+    )
+    flipped = [{**one, "speedup": -one["tpot_ms"]} for one in (front[0], front[3], deepest)]
+    assert knee(flipped, {"ppl_increase_percent": "minimize", "speedup": "maximize"}).row["trial"] == 4
+
+
+@pytest.mark.parametrize(
+    ("front", "why"),
+    [
+        ([], "No knee: the front is empty."),
+        ([row(0, 1.0, 1.0), row(1, 1.0, 1.0)], "No knee: the front is one point."),
+        ([row(0, 1.0, 3.0), row(1, 2.0, 1.0)], "No knee: the front has two points only, its ends."),
+        ([row(0, 1.0, 3.0), row(1, 2.0, 1.99), row(2, 3.0, 1.0)], "No knee: no point of the front lies below"),
+        ([row(0, 1.0, 3.0), row(1, 2.5, 2.5), row(2, 3.0, 1.0)], "No knee: no point of the front lies below"),
+    ],
+)
+def test_there_may_be_no_knee(front, why):
+    found = knee(front, OBJECTIVES)
+    assert found.row is None and found.why.startswith(why)
+
+
+def test_the_knee_of_three_objectives():
+    objectives = OBJECTIVES | {"peak_kv": "minimize"}
+    ends = [row(0, 1.0, 9.0, peak_kv=90), row(1, 9.0, 1.0, peak_kv=90), row(2, 9.0, 9.0, peak_kv=10)]
+    middle = row(3, 2.0, 2.0, peak_kv=20)
+    assert knee([*ends, middle], objectives).row is middle
+
+
+def parsed(command):
+    python, dash_m, module, name, *flags = shlex.split(command)
+    assert [python, dash_m, module, name] == ["python", "-m", "streamllm", "evaluate"]
+    parser = ArgumentParser()
+    evaluate.add_arguments(parser)
+    return parser.parse_args(flags)
+
+
+def test_the_command_names_all_that_decides_the_trial(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = {"text": "my book.txt", "token_ids": None, "dataset_name": None, "dataset_config": None, "offset": 7}
+    trial = row(3, 3.0, 2.0, method="ring", n_sink=32, window_size=200, compress_every=16, cache_slack=24, max_drop=8)
+    trial |= {"backend_requested": "math", "execution": "compile", "threads": 2, "dtype": "bfloat16"}
+    write_study(
+        tmp_path, [trial], source=source | {"max_eval_tokens": 500}, model="-odd/model", quantization="int8_weight_only"
+    )
+    arguments = parsed(reproduce_command(load_study("s"), trial))
+    assert given_policy(arguments) == EvictionPolicy(
+        n_sink=32, window_size=200, compress_every=16, cache_slack=24, max_drop=8
+    )
+    assert {name: getattr(arguments, name) for name in ("method", "attn_backend", "execution", "threads", "dtype")} == {
+        "method": "ring", "attn_backend": "math", "execution": "compile", "threads": 2, "dtype": "bfloat16",
+    }  # fmt: skip
+    assert (arguments.model, arguments.quantization) == ("-odd/model", "int8_weight_only")
+    assert (arguments.text, arguments.offset, arguments.max_eval_tokens) == (Path("my book.txt"), 7, 500)
+    assert arguments.store == Path("sweeps/.store") and arguments.mode == "both"
+    elsewhere = reproduce_command(load_study(str(tmp_path / "sweeps" / "s")), trial)
+    assert parsed(elsewhere).store == tmp_path / "sweeps" / ".store"
+    data = {"text": None, "token_ids": None, "dataset_name": "pg19", "dataset_config": "c", "offset": 0}
+    other = load_study(str(write_study(tmp_path, [trial], "o", source=data | {"max_eval_tokens": None})))
+    assert (parsed(reproduce_command(other, trial)).dataset_name, other.name) == ("pg19", "o")
+
+
+def test_the_command_measures_the_same_again(tmp_path, monkeypatch, capsys):
+    """A trial's row is that of an evaluation; its command prints the same perplexity and policy."""
+    from streamllm.__main__ import main as streamllm
+
+    def run_streamllm(arguments):
+        monkeypatch.setattr(sys, "argv", ["streamllm", *arguments, "--json"])
+        assert streamllm() == 0
+        return json.loads(capsys.readouterr().out)
+
+    monkeypatch.chdir(tmp_path)
+    source = {"text": None, "token_ids": str(GOLDEN / "tokens.json"), "dataset_name": None, "dataset_config": None}
+    what = ["--model", str(GOLDEN / "neox-tiny"), "--token-ids", source["token_ids"], "--max-eval-tokens", "160"]
+    how = "--mode both --method ring --n-sink 3 --window-size 20 --compress-every 4 --cache-slack 5 --max-drop 2"
+    first = run_streamllm(["evaluate", *what, *how.split(), "--threads", "1"])
+    trial = {"trial": 0, "feasible": True, "state": "complete", **first}
+    source |= {"offset": 0, "max_eval_tokens": 160}
+    write_study(tmp_path, [trial], source=source, model=str(GOLDEN / "neox-tiny"))
+    command = shlex.split(reproduce_command(load_study("s"), trial))
+    again = run_streamllm(command[3:])
+    same = set(first) - {
+        name for name in first if re.search("tpot|sec|ms|speedup|bandwidth|memory|warmup|segment", name)
+    }
+    assert {name: again[name] for name in same} == {name: first[name] for name in same} and "perplexity" in same
