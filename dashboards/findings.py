@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .front import Row, confirmed
+from .knee import knee
 from .study import StudyResults
 
 
@@ -28,29 +28,16 @@ class Findings:
 def findings(study: StudyResults, front: Sequence[Row]) -> Findings:
     """front: the study's, which is computed only once."""
     points = [confirmed(row) for row in front]
-    chosen = recommended(points, study.objectives)
+    found = knee(front, study.objectives)
+    only = points[0] if len(points) == 1 else None  # no other is as good in anything
+    chosen = points[front.index(found.row)] if found.row is not None else only
     return Findings(
         _asked(study),
         _found(points) if points else ("No configuration is on the front: none was measured and feasible.",),
         chosen,
-        _why(chosen, points, study.objectives) if chosen is not None else "",
+        found.why if chosen is None else f"Recommended: {configuration_words(chosen)}. {found.why}",
         _certainty(study, chosen),
     )
-
-
-def recommended(points: Sequence[Row], objectives: Mapping[str, str]) -> Row | None:
-    """The point nearest to the best value of every objective at once, each objective scaled from its best (0) to its
-    worst (1) on the front; None of an empty front."""
-    best = {name: _best(points, name, direction) for name, direction in objectives.items()} if points else {}
-
-    def distance(row: Row) -> float:
-        total = 0.0
-        for name in objectives:
-            span = max(abs(point[name] - best[name]) for point in points)
-            total += ((row[name] - best[name]) / span) ** 2 if span else 0.0
-        return total
-
-    return min(points, key=distance, default=None)
 
 
 def costs_nothing(row: Row) -> bool:
@@ -113,18 +100,6 @@ def _cost(row: Row) -> str:
     return f"for {value:.1f}% more perplexity{interval}"
 
 
-def _why(chosen: Row, points: Sequence[Row], objectives: Mapping[str, str]) -> str:
-    what = configuration_words(chosen)
-    result = f", {_speed(chosen)} {_cost(chosen)}" if {"speedup", "ppl_increase_percent"} <= chosen.keys() else ""
-    if len(points) == 1:
-        return f"Recommended: {what}{result}. It beats all others in every objective."
-    names = " and ".join(WORDS.get(name, name) for name in objectives)
-    return (
-        f"Recommended: {what}{result}. Of the {len(points)} points of the front it is the nearest to having the best "
-        f"{names} at once."
-    )
-
-
 def _certainty(study: StudyResults, chosen: Row | None) -> tuple[str, ...]:
     said = []
     if chosen is not None and "rounds" in chosen:
@@ -160,18 +135,3 @@ def _confirmed_words(chosen: Row) -> str:
             f"beats it."
         )
     return text
-
-
-def _best(points: Sequence[Row], name: str, direction: str) -> Any:
-    return (max if direction == "maximize" else min)(point[name] for point in points)
-
-
-WORDS = {
-    "tpot_ms": "time per token",
-    "speedup": "speedup",
-    "perplexity": "perplexity",
-    "ppl_increase_percent": "perplexity increase",
-    "peak_memory_mb": "peak memory",
-    "peak_kv": "peak KV",
-}
-"""Objective -> what it is called in a sentence."""

@@ -20,9 +20,9 @@ from typing import Any
 
 from streamllm.errors import UsageError
 
+from .columns import Column, shown_columns
 from .findings import Findings, findings, read_status
 from .front import Row, confirmed
-from .pareto import COLUMNS, Column
 from .study import StudyResults, load_study
 
 _PAGE = Path(__file__).parent / "page"
@@ -139,26 +139,19 @@ def _summary(found: Findings) -> str:
 
 def _front_table(study: StudyResults, front: Sequence[Row], recommended: Row | None) -> str:
     rows = [*front, *([study.baseline] if study.baseline is not None else [])]
-    columns = [column for column in COLUMNS if _tells(column, front)]
+    columns = shown_columns(front, study.objectives)
     marked = recommended["trial"] if recommended is not None else None
     lines = []
     for row in rows:
         kind = "recommended" if row["trial"] == marked else "baseline" if row is study.baseline else ""
         cells = "".join(f'<td class="{_alignment(column)}">{escape(column.text(row))}</td>' for column in columns)
         lines.append(f'<tr class="{kind}">{cells}</tr>')
-    heads = "".join(f'<th scope="col" class="{_alignment(column)}">{escape(column.header)}</th>' for column in columns)
+    heads = "".join(f'<th scope="col" class="{_alignment(column)}">{escape(column.title)}</th>' for column in columns)
     return f'<table id="front-table"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 
-def _tells(column: Column, front: Sequence[Row]) -> bool:
-    """Whether some row has it; not the search's time where there is a confirmed one, nor the execution if all eager."""
-    if column.key in ("tpot_ms", "speedup") and front and all(f"confirmed_{column.key}" in row for row in front):
-        return False
-    return any(row.get(column.key, "eager") != "eager" for row in front)
-
-
 def _alignment(column: Column) -> str:
-    return "" if column.key in ("method", "backend", "execution", "trial") else "number"
+    return "" if column.words or column.key == "trial" else "number"
 
 
 def _front_note(front: Sequence[Row]) -> str:
@@ -209,12 +202,16 @@ def _shown(value: Any) -> Any:
 def _figures(study: StudyResults) -> str:
     if not study.trials:
         return "<p>No trial has finished.</p>"
-    from .figures import pareto_figure
+    from .figures import write_figures
 
     with tempfile.TemporaryDirectory() as folder:
-        picture = pareto_figure(study, Path(folder) / "pareto.png").read_bytes()
-    source = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
-    caption = "All trials by the first two objectives, with 95% intervals; the front is numbered and listed."
+        written = write_figures([study], Path(folder), ["png"])
+        return "".join(_figure(path) for path in written.paths)
+
+
+def _figure(path: Path) -> str:
+    source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    caption = escape(path.stem.replace("_", " "))
     return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
