@@ -17,10 +17,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from dashboards.findings import Findings, findings
 from dashboards.front import Row
 from dashboards.study import StudyResults, load_study
 from streamllm.store import MeasurementStore
@@ -83,6 +84,17 @@ _METRICS = (
 )
 _CONFIRMED = ("confirmed_tpot_ms", "confirmed_speedup", "confirmed_rounds", "front_probability")
 PARENT_PARAMS = ("model", "dtype", "quantization", "cap", "seed")
+_COLUMNS = (
+    *(f"tags.`{name}`" for name in ("pareto", "method", "backend.used")),
+    *(f"metrics.`{name}`" for name in ("tpot_ms", "speedup", "ppl_increase_percent", "perplexity", "peak_kv")),
+    *(f"params.`{name}`" for name in ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop")),
+    *(f"tags.`{name}`" for name in ("dataset", "device", "feasible", "reason")),
+)
+"""Of the table of runs that MLflow's UI shows at a study's own address, in this order."""
+_VIEW = "mlflow.sharedViewState."
+"""Tag of an experiment: a view of it, at the address `#/experiments/ID/runs?viewStateShareKey=NAME`."""
+_LONGEST_NOTE = 8000
+"""Characters of a tag's value that MLflow keeps."""
 _DIGEST = "digest"
 """Tag of a run that says what was logged of it."""
 
@@ -108,6 +120,7 @@ class Projection:
         self._client = _client(self._uri)
         experiment = self._client.get_experiment_by_name(EXPERIMENT)
         self._experiment = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
+        self._describe_experiment(experiment.tags if experiment else {})
         self._runs: dict[str, str] = {}
         self._digests: dict[str, str] = {}
         self._on_front: set[str] = set()
@@ -180,7 +193,7 @@ class Projection:
         self._update_metrics(
             self._runs[""], {"trials": len(results.trials), "pareto_trials": len(results.front)}, ended
         )
-        self._attach(report)
+        self._attach(report, findings(results, results.front))
         for trial in self._runs.keys() - self._digests.keys() - {""}:  # of no trial that the study knows, or refused
             self._client.set_terminated(self._runs[trial], "KILLED", ended)
         parent = self._client.get_run(self._runs[""]).info
@@ -210,6 +223,31 @@ class Projection:
         self._client.log_batch(run, params=[*params, Param("space", str(settings["space"]["name"]))])
         return str(run)
 
+    def _describe_experiment(self, before: Mapping[str, str]) -> None:
+        """Says what the experiment is, and keeps the view of it that shows this study: what MLflow's "share" button
+        keeps, under the study's name."""
+        study = self._configuration["study"]
+        first, direction = next(iter(self._configuration["objectives"].items()))
+        tags = {
+            "mlflow.experimentKind": "custom_model_development",
+            "mlflow.note.content": (
+                "Sweeps of streamllm-sweep: a parent run per study, with the front in its description and artifacts, "
+                "and a run per configuration. `tags.pareto = 'True'` finds the front."
+            ),
+            f"{_VIEW}{study}": json.dumps(
+                {
+                    "searchFilter": f"tags.study = '{study}'",
+                    "orderByKey": f"metrics.`{first}`",
+                    "orderByAsc": direction == "minimize",
+                    "selectedColumns": _COLUMNS,
+                    "columnOrder": _COLUMNS,
+                }
+            ),
+        }
+        for name, value in tags.items():
+            if before.get(name) != value:
+                self._client.set_experiment_tag(self._experiment, name, value)
+
     def _common(self) -> dict[str, str]:
         return {"study": self._configuration["study"], "study_id": self._configuration["study_id"]}
 
@@ -234,16 +272,17 @@ class Projection:
         if changed:
             self._client.log_batch(run, metrics=[Metric(name, value, at, 0) for name, value in changed.items()])
 
-    def _attach(self, report: list[Path]) -> None:
-        """Files for the parent, unless it has just these."""
-        digest = _digest(*(path.read_bytes() for path in report))
+    def _attach(self, report: list[Path], found: Findings) -> None:
+        """Files for the parent, unless it has just these; the description says what was found and shows the front."""
+        digest = _digest(*found.paragraphs, *(path.read_bytes() for path in report))
         parent = self._runs[""]
         if self._client.get_run(parent).data.tags.get(_DIGEST) == digest:
             return
         for path in report:
             self._client.log_artifact(parent, str(path))
             if path.suffix == ".md":
-                self._client.set_tag(parent, "mlflow.note.content", path.read_text(encoding="utf-8"))
+                note = "\n\n".join([*found.paragraphs, path.read_text(encoding="utf-8")])
+                self._client.set_tag(parent, "mlflow.note.content", shortened(note))
         self._client.set_tag(parent, _DIGEST, digest)
 
 
@@ -346,6 +385,15 @@ def _whole_lines(file: IO[str]) -> Iterator[Row]:
             file.seek(position)
             return
         yield json.loads(line)
+
+
+def shortened(note: str) -> str:
+    """As many of the note's lines as MLflow keeps, and the number of those left out."""
+    if len(note) <= _LONGEST_NOTE:
+        return note
+    lines = note.splitlines()
+    kept = note[: _LONGEST_NOTE - 60].count("\n")
+    return "\n".join([*lines[:kept], "", f"({len(lines) - kept} more lines are in the artifact pareto.md)"])
 
 
 def _client(tracking_uri: str | None) -> Any:

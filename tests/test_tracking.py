@@ -150,6 +150,36 @@ def test_runs_are_found_by_what_they_are_and_carry_what_was_measured(study):
     assert runs[""].data.params["cap"] == "48"
 
 
+def test_mlflows_own_view_shows_what_matters_at_once(study):
+    assert synchronise() == 0
+    client = MlflowClient(store())
+    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
+    assert "parent run per study" in experiment.tags["mlflow.note.content"]
+    view = json.loads(experiment.tags["mlflow.sharedViewState.s"])
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`tpot_ms`", True)
+    assert search(view["searchFilter"]) == ["", "0", "1", "2", "3", "baseline"]
+    runs = client.search_runs([experiment.experiment_id])
+    logged = {f"{kind}.`{name}`" for run in runs for kind in ("params", "metrics", "tags")
+              for name in getattr(run.data, kind)}  # fmt: skip
+    assert view["selectedColumns"] == view["columnOrder"] and set(view["selectedColumns"]) - logged == {
+        "metrics.`peak_kv`"
+    }, "of columns that are never logged"
+    note = next(run for run in runs if "trial" not in run.data.tags).data.tags["mlflow.note.content"]
+    assert note.startswith("How fast can m stream") and "Recommended: trial" in note
+    assert "| ours | math |" in note, "the front"
+
+
+def test_a_description_that_mlflow_would_cut_says_what_is_missing():
+    note = "\n".join(f"| {n} | {'x' * 90} |" for n in range(200))
+    kept = tracking.shortened(note).splitlines()
+    assert len("\n".join(kept)) <= 8000
+    shown = len(kept) - 2
+    assert kept[:shown] == note.splitlines()[:shown] and shown > 70
+    assert kept[-1] == f"({200 - shown} more lines are in the artifact pareto.md)"
+    assert tracking.shortened("short") == "short"
+
+
 def test_mlflow_is_rebuilt_whole_and_syncing_again_changes_nothing(study, schema, capsys):
     assert synchronise() == 0
     first = contents()

@@ -1,0 +1,137 @@
+"""What a study found, in words: for people who decide, not for people who measure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .front import Row, confirmed
+from .knee import knee
+from .study import StudyResults
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    asked: str
+    found: tuple[str, ...]
+    recommended: Row | None
+    """Of the front, with its confirmed values."""
+    why: str
+    certainty: tuple[str, ...]
+
+    @property
+    def paragraphs(self) -> tuple[str, ...]:
+        return tuple(text for text in (self.asked, *self.found, self.why, *self.certainty) if text)
+
+
+def findings(study: StudyResults, front: Sequence[Row]) -> Findings:
+    """front: the study's, which is computed only once."""
+    points = [confirmed(row) for row in front]
+    found = knee(front, study.objectives)
+    only = points[0] if len(points) == 1 else None  # no other is as good in anything
+    chosen = points[front.index(found.row)] if found.row is not None else only
+    return Findings(
+        _asked(study),
+        _found(points) if points else ("No configuration is on the front: none was measured and feasible.",),
+        chosen,
+        found.why if chosen is None else f"Recommended: {configuration_words(chosen)}. {found.why}",
+        _certainty(study, chosen),
+    )
+
+
+def costs_nothing(row: Row) -> bool:
+    """Whether the interval of the row's perplexity increase reaches down to no increase."""
+    low = row.get("ppl_increase_percent_low", row.get("ppl_increase_percent"))
+    return low is not None and low <= 0
+
+
+def configuration_words(row: Row) -> str:
+    """For people who know the knobs."""
+    return (
+        f"trial {row['trial']}: {row['method']}, {row.get('backend', row['backend_requested'])} attention, "
+        f"{row['n_sink']} sinks, window {row['window_size']}, prune every {row['compress_every']}, "
+        f"slack {row['cache_slack']}, max drop {row['max_drop']}"
+    )
+
+
+def read_status(study: StudyResults) -> str | None:
+    """FINISHED, FAILED or KILLED; None of a sweep that runs, or was killed outright."""
+    path = study.folder / "outcome.json"
+    return str(json.loads(path.read_text())["status"]) if path.is_file() else None
+
+
+def _asked(study: StudyResults) -> str:
+    settings = study.configuration
+    kept = f"last {study.baseline['n_sink'] + study.baseline['window_size']} tokens" if study.baseline else "window"
+    return (
+        f"How fast can {settings['model']} stream, and what does that cost in quality? {len(study.trials)} "
+        f"configurations were tried, each holding the model's memory of the text at {settings['cap']} tokens or close "
+        f"to it. They are compared with re-computing: running the {kept} through the model again for every new token."
+    )
+
+
+def _found(points: Sequence[Row]) -> tuple[str, ...]:
+    if not all("speedup" in point and "ppl_increase_percent" in point for point in points):
+        return (f"{len(points)} configurations are on the front: no other beats one of them in every objective.",)
+    fastest = max(points, key=lambda row: row["speedup"])
+    said = [f"{_speed(fastest)} {_cost(fastest)} (trial {fastest['trial']}): the fastest."]
+    free = [point for point in points if costs_nothing(point)]
+    if free and not costs_nothing(fastest):
+        other = max(free, key=lambda row: row["speedup"])
+        said.append(f"{_speed(other)} {_cost(other)} (trial {other['trial']}).")
+    if not free:
+        said.append("No configuration on the front is free: each costs some quality, by more than its interval.")
+    return tuple(said)
+
+
+def _speed(row: Row) -> str:
+    return f"{row['speedup']:.1f} times as fast as re-computing"
+
+
+def _cost(row: Row) -> str:
+    value = row["ppl_increase_percent"]
+    low, high = row.get("ppl_increase_percent_low", value), row.get("ppl_increase_percent_high", value)
+    interval = f" [{low:+.1f}, {high:+.1f}]" if low != high else ""
+    if high < 0:
+        return f"with {-value:.1f}% less perplexity{interval}"
+    if costs_nothing(row):
+        return f"at no measurable cost in quality: {value:+.1f}% perplexity{interval}"
+    return f"for {value:.1f}% more perplexity{interval}"
+
+
+def _certainty(study: StudyResults, chosen: Row | None) -> tuple[str, ...]:
+    said = []
+    if chosen is not None and "rounds" in chosen:
+        said.append(_confirmed_words(chosen))
+    elif chosen is not None:
+        said.append(
+            "Its speed was measured once, in the search, and not confirmed: a search picks lucky measurements. The "
+            "same sweep command with --confirm 3, the default, measures the front again."
+        )
+    if chosen is not None and chosen.get("warning"):
+        said.append(f"A warning about the recommended point: {chosen['warning']}.")
+    if chosen is not None and chosen.get("foreign_processes"):
+        said.append("Other processes used the same accelerator while it was measured.")
+    failed = sum(row["state"] != "complete" for row in study.trials)
+    if failed:
+        said.append(f"{failed} of {len(study.trials)} configurations failed; the reasons are at the end.")
+    status = read_status(study)
+    if status != "FINISHED":
+        words = {None: "has not finished", "KILLED": "was interrupted", "FAILED": "ended with an error"}
+        said.append(f"The sweep {words[status]}: what it would have found is not in here.")
+    return tuple(said)
+
+
+def _confirmed_words(chosen: Row) -> str:
+    text = f"After the search its speed was measured again, {chosen['rounds']} times, in turn with the other candidates"
+    if "speedup_low" in chosen:
+        text += f": between {chosen['speedup_low']:.1f} and {chosen['speedup_high']:.1f} times re-computing, with 95% "
+        text += "confidence"
+    text += "."
+    if "front_probability" in chosen:
+        text += (
+            f" In {100 * chosen['front_probability']:.0f}% of the draws from all these measurements no other candidate "
+            f"beats it."
+        )
+    return text

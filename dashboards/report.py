@@ -1,0 +1,356 @@
+"""The report of a study, one HTML file that needs nothing else: `python -m dashboards.report STUDY`."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import hashlib
+import json
+import math
+import re
+import string
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from streamllm.errors import UsageError
+
+from .columns import Column, shown_columns
+from .findings import Findings, findings, read_status
+from .front import Row, confirmed
+from .study import StudyResults, load_study
+
+_PAGE = Path(__file__).parent / "page"
+_AXES = ("tpot_ms", "ppl_increase_percent", "speedup", "perplexity", "peak_kv", "peak_memory_mb")
+_LABELS = {
+    "trial": "#",
+    "tpot_ms": "ms/token",
+    "speedup": "speedup",
+    "perplexity": "perplexity",
+    "ppl_increase_percent": "perplexity increase, %",
+    "peak_kv": "peak KV, tokens",
+    "peak_memory_mb": "peak memory, MB",
+    "front_probability": "P(front)",
+    "n_sink": "sinks",
+    "window_size": "window",
+    "compress_every": "prune every",
+    "cache_slack": "slack",
+    "max_drop": "max drop",
+    "backend": "backend used",
+    "backend_requested": "backend asked for",
+}
+_DETAILS = (
+    "method",
+    "backend",
+    "backend_requested",
+    "execution",
+    "n_sink",
+    "window_size",
+    "compress_every",
+    "cache_slack",
+    "max_drop",
+    "tpot_ms",
+    "speedup",
+    "ppl_increase_percent",
+    "perplexity",
+    "peak_kv",
+    "peak_memory_mb",
+    "front_probability",
+    "rounds",
+    "violated",
+    "warning",
+)
+_TABLE = (
+    "trial",
+    "state",
+    "method",
+    "backend",
+    "execution",
+    "n_sink",
+    "window_size",
+    "compress_every",
+    "cache_slack",
+    "max_drop",
+    "peak_kv",
+    "tpot_ms",
+    "speedup",
+    "perplexity",
+    "ppl_increase_percent",
+    "peak_memory_mb",
+    "violated",
+    "reason",
+)
+_DECIMALS = {
+    "tpot_ms": 2,
+    "speedup": 1,
+    "perplexity": 2,
+    "ppl_increase_percent": 1,
+    "peak_memory_mb": 0,
+    "front_probability": 2,
+}
+_DIGITS = 6
+"""Significant ones in the page's data: what the chart and the table can show."""
+
+
+def write_report(study: StudyResults, path: Path | None = None) -> Path:
+    """Writes the report, `report.html` in the study's folder unless given. Returns the file."""
+    path = path or study.folder / "report.html"
+    text = report(study)
+    temporary = path.with_name(f".{path.name}.new")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def report(study: StudyResults) -> str:
+    """The page. All that comes from the study is escaped; no script runs but its own, whose digest its policy names."""
+    front = study.front
+    found = findings(study, front)
+    script = (_PAGE / "report.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return string.Template((_PAGE / "report.html").read_text(encoding="utf-8")).substitute(
+        policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'",
+        title=escape(study.name),
+        subtitle=escape(f"{study.configuration['summary']}. Written {time.strftime('%Y-%m-%d %H:%M')}."),
+        style=(_PAGE / "report.css").read_text(encoding="utf-8"),
+        script=script,
+        summary=_summary(found),
+        front_table=_front_table(study, front, found.recommended),
+        front_note=_front_note(front),
+        data=_data(study, front, found.recommended),
+        figures=_figures(study),
+        measured=_measured(study),
+        failures=_failures(study),
+        environment=_environment(study),
+    )
+
+
+def _summary(found: Findings) -> str:
+    points = "".join(f"<li>{escape(text)}</li>" for text in found.found)
+    why = f'<p class="why">{escape(found.why)}</p>' if found.why else ""
+    sure = "".join(f"<p>{escape(text)}</p>" for text in found.certainty)
+    return f"<p>{escape(found.asked)}</p><ul>{points}</ul>{why}{sure}"
+
+
+def _front_table(study: StudyResults, front: Sequence[Row], recommended: Row | None) -> str:
+    rows = [*front, *([study.baseline] if study.baseline is not None else [])]
+    columns = shown_columns(front, study.objectives)
+    marked = recommended["trial"] if recommended is not None else None
+    lines = []
+    for row in rows:
+        kind = "recommended" if row["trial"] == marked else "baseline" if row is study.baseline else ""
+        cells = "".join(f'<td class="{_alignment(column)}">{escape(column.text(row))}</td>' for column in columns)
+        lines.append(f'<tr class="{kind}">{cells}</tr>')
+    heads = "".join(f'<th scope="col" class="{_alignment(column)}">{escape(column.title)}</th>' for column in columns)
+    return f'<table id="front-table"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+
+
+def _alignment(column: Column) -> str:
+    return "" if column.words or column.key == "trial" else "number"
+
+
+def _front_note(front: Sequence[Row]) -> str:
+    text = "Intervals are 95%. The perplexity increase is paired with re-computing on the same tokens."
+    if any("confirmed_tpot_ms" in row for row in front):
+        text += (
+            " Confirmed times are medians over rounds after the search. P(front) is the share of draws from the "
+            "measurements in which no other candidate is better."
+        )
+    return escape(text)
+
+
+def _data(study: StudyResults, front: Sequence[Row], recommended: Row | None) -> str:
+    """What the script draws and sorts, as JSON that cannot end its element: no `<` is left in it."""
+    rows = [confirmed(row) for row in study.trials]
+    index = {row["trial"]: place for place, row in enumerate(rows)}
+    used = {key for row in rows for key in row}
+    table = [key for key in _TABLE if key in used and not (key == "execution" and _all_eager(rows))]
+    measures = [name for name in dict.fromkeys([*study.objectives, *_AXES]) if name in used]
+    intervals = [f"{name}{end}" for name in _DETAILS for end in ("_low", "_high") if f"{name}{end}" in used]
+    keys = [*dict.fromkeys([*table, *measures, *(key for key in _DETAILS if key in used), "feasible"]), *intervals]
+    value = {
+        "keys": keys,
+        "rows": [[_shown(row.get(key)) for key in keys] for row in rows],
+        "front": [index[row["trial"]] for row in front],
+        "recommended": None if recommended is None else index[recommended["trial"]],
+        "baseline": {name: _shown(study.baseline.get(name)) for name in measures} if study.baseline else None,
+        "objectives": study.objectives,
+        "axes": measures if len(measures) > 1 else [*study.objectives][:2],
+        "labels": {key: _LABELS.get(key, key) for key in keys},
+        "decimals": _DECIMALS,
+        "details": [key for key in _DETAILS if key in used and not (key == "execution" and _all_eager(rows))],
+        "table": table,
+    }
+    return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+
+
+def _all_eager(rows: Iterable[Row]) -> bool:
+    return all(row.get("execution", "eager") == "eager" for row in rows)
+
+
+def _shown(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
+    return value
+
+
+def _figures(study: StudyResults) -> str:
+    if not study.trials:
+        return "<p>No trial has finished.</p>"
+    from .figures import write_figures
+
+    with tempfile.TemporaryDirectory() as folder:
+        written = write_figures([study], Path(folder), ["png"])
+        return "".join(_figure(path) for path in written.paths)
+
+
+def _figure(path: Path) -> str:
+    source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    caption = escape(path.stem.replace("_", " "))
+    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+
+
+def _measured(study: StudyResults) -> str:
+    rows = [row for row in study.trials if row["state"] == "complete"]
+    row = rows[0] if rows else None
+    said = []
+    if study.baseline is not None:
+        kept = study.baseline["n_sink"] + study.baseline["window_size"]
+        said.append(
+            f"The baseline runs the last {kept} tokens through the model again for every token, without a cache: "
+            f"{study.baseline['tpot_ms']:.2f} ms per token, perplexity {study.baseline['perplexity']:.2f} over "
+            f"{_count(study.baseline, 'evaluated_tokens')} tokens spread over the text."
+        )
+    if row is not None and row.get("protocol") == "fast":
+        said.append(
+            f"Quality: the perplexity of {_count(row, 'evaluated_tokens')} tokens of {row['dataset']}, computed in a "
+            f"few block forwards, which gives the losses of token-by-token decoding. The increase over the baseline is "
+            f"paired: on the tokens the baseline was sampled at, with a 95% bootstrap interval."
+        )
+        said.append(
+            f"Speed: the steady state of a full cache. After a warm-up, {row.get('segments', 'several')} segments of "
+            f"whole prune cycles are timed; the value is the median of their means, with a 95% interval."
+        )
+    elif row is not None:
+        said.append(f"Protocol {row.get('protocol')} on {row['dataset']}.")
+    rounds = max((row["confirmed_rounds"] for row in rows if "confirmed_rounds" in row), default=None)
+    if rounds is None:
+        said.append("Nothing was confirmed: each time is of one measurement during the search.")
+    else:
+        count = sum("confirmed_rounds" in row for row in rows)
+        said.append(
+            f"Confirming: after the search {count} candidates and the baseline were timed again in {rounds} rounds, "
+            f"each in turn on one worker. The front and its values are of these measurements: a search picks luck."
+        )
+    said.append(
+        "On the front are the feasible trials that no other one beats in every objective. Objectives: "
+        + ", ".join(
+            f"{_LABELS.get(name, name)} ({'more' if way == 'maximize' else 'less'} is better)"
+            for name, way in study.objectives.items()
+        )
+        + "."
+    )
+    return "".join(f"<p>{escape(text)}</p>" for text in said)
+
+
+def _count(row: Row, key: str) -> str:
+    return f"{row[key]:,}" if key in row else "some"
+
+
+def _failures(study: StudyResults) -> str:
+    """Reasons that differ in numbers only are one."""
+    parts = []
+    for title, key in (
+        ("Failed", "reason"),
+        ("Measured, but breaking a constraint", "violated"),
+        ("Measured, with a warning", "warning"),
+    ):
+        rows = [row for row in study.trials if row.get(key)]
+        if rows:
+            parts.append(f"<h3>{title}: {len(rows)} of {len(study.trials)} trials</h3>{_reasons(rows, key)}")
+    return "".join(parts) or "<p>Nothing failed, and no constraint was broken.</p>"
+
+
+def _reasons(rows: Sequence[Row], key: str) -> str:
+    def kind(row: Row) -> str:
+        return re.sub(r"\d+(\.\d+)?", "0", str(row[key]))
+
+    lines = []
+    for reason, count in Counter(kind(row) for row in rows).most_common():
+        like = [row for row in rows if kind(row) == reason]
+        trials = ", ".join(str(row["trial"]) for row in like[:8]) + (", ..." if count > 8 else "")
+        cells = f'<td class="number">{count}</td><td class="reason">{escape(str(like[0][key]))}</td>'
+        lines.append(f"<tr>{cells}<td>{escape(trials)}</td></tr>")
+    head = (
+        '<tr><th scope="col">trials</th><th scope="col">why (the first of its kind)</th><th scope="col">which</th></tr>'
+    )
+    return f'<div class="wide"><table><thead>{head}</thead><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def _environment(study: StudyResults) -> str:
+    settings, rows = study.configuration, [*study.trials, *([study.baseline] if study.baseline is not None else [])]
+    space = settings["space"]
+    facts = {
+        "study": f"{study.name} ({read_status(study) or 'running, or killed'})",
+        "finished": _times(rows),
+        "model": _values(settings, rows, "model", "model_digest"),
+        "text": _values({}, rows, "dataset", "text_digest"),
+        "device": _values({}, rows, "device"),
+        "threads per worker": _values({}, rows, "threads"),
+        "dtype": _values({}, rows, "dtype"),
+        "quantization": settings.get("quantization"),
+        "total KV": f"{settings['cap']} ({space.get('cap_accounting', 'nominal')})",
+        "search space": space["name"],
+        "sampler, seed": f"{settings.get('sampler', 'auto')}, {settings['seed']}",
+        "commit": ", ".join(dict.fromkeys([settings["commit"], *(row["commit"] for row in rows if "commit" in row)])),
+        "versions": ", ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items()),
+        "other processes on the device": _values({}, rows, "foreign_processes"),
+    }
+    lines = [
+        f'<tr><th scope="row">{name}</th><td>{escape(str(value))}</td></tr>' for name, value in facts.items() if value
+    ]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _values(settings: dict[str, Any], rows: Sequence[Row], key: str, digest: str = "") -> str:
+    """The different values that the rows have, with the first digits of the digest that goes with them."""
+    found = dict.fromkeys(
+        f"{row[key]}" + (f" ({str(row[digest])[:12]})" if digest in row else "") for row in rows if row.get(key)
+    )
+    return ", ".join(found) or str(settings.get(key, ""))
+
+
+def _times(rows: Sequence[Row]) -> str:
+    times = [row["finished_at"] for row in rows if "finished_at" in row]
+    if not times:
+        return ""
+    first, last = (time.strftime("%Y-%m-%d %H:%M", time.localtime(at)) for at in (min(times), max(times)))
+    return f"first trial {first}, last {last}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dashboards.report",
+        description="Write the report of a study: one HTML file, which opens offline.",
+    )
+    parser.add_argument("study", metavar="STUDY", help="a name under sweeps/, or the path of an output folder")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="where to (report.html in the study's folder)")
+    arguments = parser.parse_args(argv)
+    try:
+        if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+            raise UsageError(f"output {str(arguments.output)!r}: its folder does not exist; create it")
+        path = write_report(load_study(arguments.study), arguments.output)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

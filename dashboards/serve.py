@@ -1,0 +1,294 @@
+"""MLflow's UI, optuna-dashboard and the reports, on this machine only, until Ctrl-C: `python -m dashboards.serve`."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from html import escape
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import IO
+from urllib.parse import quote, unquote, urlsplit
+
+from streamllm.errors import UsageError
+
+from .study import StudyResults, load_study
+
+_HOST = "127.0.0.1"
+_PORTS = 100
+"""Tried from the one that is wanted."""
+_START_SEC, _END_SEC = 120.0, 8.0
+_LAST_LINES = 8
+_INPUTS = ("trials.jsonl", "confirmed.jsonl", "outcome.json", "sweep.json")
+"""What a report is made of."""
+
+
+@dataclass(frozen=True)
+class Child:
+    """A server in a process group of its own, so that its workers end with it."""
+
+    name: str
+    port: int
+    process: subprocess.Popen[bytes]
+    log: IO[bytes]
+
+    @property
+    def address(self) -> str:
+        return f"http://{_HOST}:{self.port}"
+
+    def last_lines(self) -> str:
+        self.log.seek(0)
+        lines = self.log.read().decode(errors="replace").splitlines()
+        return "\n".join(f"    {line}" for line in lines[-_LAST_LINES:])
+
+    def answers(self) -> bool:
+        with socket.socket() as probe:
+            probe.settimeout(1.0)
+            return probe.connect_ex((_HOST, self.port)) == 0
+
+
+class Reports(ThreadingHTTPServer):
+    """The reports of some studies and a page that links to them; nothing else that lies on the disk."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int, studies: Sequence[StudyResults]) -> None:
+        self._folders = {f"/{study.name}.html": study.folder for study in studies}
+        self._writing = threading.Lock()
+        super().__init__((_HOST, port), _Handler)
+
+    def page(self, path: str) -> bytes | None:
+        """Anew where its study has gone on since; None if there is no such page."""
+        if path == "/":
+            return self._index().encode()
+        folder = self._folders.get(path)
+        if folder is None:
+            return None
+        with self._writing:
+            return up_to_date_report(folder).read_bytes()
+
+    def _index(self) -> str:
+        links = "".join(
+            f'<li><a href="{quote(path)}">{escape(path.strip("/").removesuffix(".html"))}</a></li>'
+            for path in self._folders
+        )
+        return (
+            '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+            f'<link rel="icon" href="data:,"><title>Reports</title><h1>Reports</h1><ul>{links}</ul></html>'
+        )
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: Reports
+
+    def do_GET(self) -> None:
+        host = self.headers.get("Host", "").rpartition(":")[0]
+        if host not in (_HOST, "localhost"):  # a page elsewhere whose name was made to point here
+            self.send_error(403)
+            return
+        page = self.server.page(unquote(urlsplit(self.path).path))
+        if page is None:
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html; charset=utf-8")
+        self.send_header("Content-Length", str(len(page)))
+        self.end_headers()
+        self.wfile.write(page)
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def up_to_date_report(folder: Path) -> Path:
+    """The study's `report.html`, written if it is older than what it is made of."""
+    from .report import write_report
+
+    path = folder / "report.html"
+    inputs = [folder / name for name in _INPUTS]
+    newest = max(file.stat().st_mtime_ns for file in inputs if file.is_file())
+    if path.is_file() and path.stat().st_mtime_ns > newest:
+        return path
+    return write_report(load_study(str(folder)), path)
+
+
+def free_port(wanted: int) -> int:
+    """The first free one from `wanted` on. Raises UsageError if there is none."""
+    for port in range(wanted, min(wanted + _PORTS, 65536)):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that was just let go is free
+            try:
+                probe.bind((_HOST, port))
+            except OSError:
+                continue
+            return port
+    raise UsageError(f"port {wanted}: it and the next {_PORTS} are in use; choose another --port")
+
+
+def chosen_studies(names: Sequence[str]) -> list[StudyResults]:
+    """Those named, or all under `sweeps/`, the one that went on last first. Raises UsageError."""
+    if not names:
+        found = sorted(Path("sweeps").glob("*/trials.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
+        names = [str(path.parent) for path in found]
+    studies = [load_study(name) for name in names]
+    if not studies:
+        raise UsageError("no study under sweeps/: name one, or run python -m orchestrator.sweep first")
+    taken = [study.name for study in studies]
+    if twice := {name for name in taken if taken.count(name) > 1}:
+        raise UsageError(f"two studies are called {min(twice)!r}: serve one of them at a time")
+    return studies
+
+
+def commands(studies: Sequence[StudyResults]) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """What to start, as name and command without its port, and a sentence for each that is not."""
+    start, said = [], []
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if uri.startswith(("http://", "https://")):
+        said.append(f"MLflow            {uri} ($MLFLOW_TRACKING_URI; not started here)")
+    elif not uri and not Path("mlflow.db").is_file():
+        said.append("MLflow            not started: no mlflow.db here; python -m orchestrator.sync STUDY makes one")
+    else:
+        command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--host", _HOST]
+        start.append(("MLflow", [*command, "--backend-store-uri", uri or "sqlite:///mlflow.db"]))
+    journal = studies[0].folder / "journal.log"
+    if importlib.util.find_spec("optuna_dashboard") is None:
+        said.append("optuna-dashboard  not started: not installed; pip install 'streamllm-sweep[dashboard]' brings it")
+    elif not journal.is_file():
+        said.append(f"optuna-dashboard  not started: study {studies[0].name!r} has no journal")
+    else:
+        program = "import sys; from optuna_dashboard._cli import main; sys.exit(main())"
+        command = [sys.executable, "-c", program, "--host", _HOST, "--storage-class", "JournalFileStorage"]
+        start.append(("optuna-dashboard", [*command, str(journal)]))
+    return start, said
+
+
+def launch(name: str, command: Sequence[str], port: int, logs: Path) -> Child:
+    log = (logs / f"{name}.log").open("w+b")
+    environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    process = subprocess.Popen(
+        [*command, "--port", str(port)],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=environment,
+        start_new_session=True,
+    )
+    return Child(name, port, process, log)
+
+
+def end(children: Sequence[Child]) -> None:
+    """All of them and their workers: asked first, killed after some seconds."""
+    for child in children:
+        _signal(child, signal.SIGTERM)
+    deadline = time.monotonic() + _END_SEC
+    for child in children:
+        with suppress(subprocess.TimeoutExpired):
+            child.process.wait(max(deadline - time.monotonic(), 0.1))
+        _signal(child, signal.SIGKILL)  # a worker may outlive the process that started it
+        child.process.wait()
+        child.log.close()
+
+
+def _signal(child: Child, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(child.process.pid, number)
+
+
+@contextmanager
+def asked_to_end() -> Iterator[threading.Event]:
+    """Set by Ctrl-C, SIGTERM and the terminal's end: nothing is interrupted between starting a child and knowing it."""
+    stop = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in numbers}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def watch(children: Sequence[Child], stop: threading.Event) -> None:
+    """Says when a child answers for the first time, and when one dies, until `stop`."""
+    starting, alive = list(children), list(children)
+    deadline = time.monotonic() + _START_SEC
+    while not stop.wait(0.3):
+        for child in list(alive):
+            if child.process.poll() is not None:
+                alive.remove(child)
+                say(f"{child.name} ended with exit code {child.process.returncode}; its last lines:")
+                say(child.last_lines())
+        for child in [child for child in starting if child not in alive or child.answers()]:
+            starting.remove(child)
+            if child in alive:
+                say(f"{child.name:17} {child.address}")
+        if starting and time.monotonic() > deadline:
+            for child in starting:
+                say(f"{child.name} does not answer yet; its last lines:\n{child.last_lines()}")
+            starting.clear()
+
+
+def serve(studies: Sequence[StudyResults], first_port: int) -> None:
+    start, said = commands(studies)
+    children: list[Child] = []
+    with tempfile.TemporaryDirectory() as logs, asked_to_end() as stop:
+        port = _next_port("reports", first_port)
+        reports = Reports(port, studies)
+        threading.Thread(target=reports.serve_forever, name="reports", daemon=True).start()
+        try:
+            say(f"reports           http://{_HOST}:{port}/")
+            for sentence in said:
+                say(sentence)
+            for name, command in start:
+                port = _next_port(name, port + 1)
+                children.append(launch(name, command, port, Path(logs)))
+            say("Ctrl-C ends all of them")
+            watch(children, stop)
+        finally:
+            end(children)
+            reports.server_close()
+
+
+def _next_port(name: str, wanted: int) -> int:
+    port = free_port(wanted)
+    if port != wanted:
+        say(f"port {wanted} is in use: {name} gets {port}")
+    return port
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m dashboards.serve",
+        description="Open MLflow's UI, optuna-dashboard (of the first study) and the reports, on this machine only.",
+    )
+    parser.add_argument(
+        "studies", metavar="STUDY", nargs="*", help="names or folders (all under sweeps/, newest first)"
+    )
+    parser.add_argument("--port", type=int, default=5000, metavar="N", help="the first one; others are the next (5000)")
+    arguments = parser.parse_args(argv)
+    try:
+        if not 1 <= arguments.port <= 65535:
+            raise UsageError(f"port {arguments.port}: must be from 1 to 65535")
+        serve(chosen_studies(arguments.studies), arguments.port)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
