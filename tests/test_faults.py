@@ -278,6 +278,7 @@ sys.exit(main(sys.argv[2:]))
 """
 
 
+@pytest.mark.slow
 def test_the_driver_killed_while_it_tells_and_while_it_writes(tmp_path):
     """First between a trial's row and its state, then in the middle of the row."""
     (tmp_path / "space.yaml").write_text(SPACE)

@@ -168,6 +168,7 @@ def test_killed_in_the_middle_and_started_again(folder):
     assert {run.info.status for run in runs_of(folder)} == {"FINISHED"}
 
 
+@pytest.mark.slow
 def test_each_worker_sees_its_own_accelerator(folder):
     code = (
         "import os, ray, sys; from orchestrator.sweep import main\n"

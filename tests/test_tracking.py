@@ -323,6 +323,7 @@ def wait_until(condition, seconds=300):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(tracking, "_LONGEST_PAUSE_SEC", 1.0)
     port = free_port()
