@@ -47,7 +47,7 @@ class StreamingCache(Cache):  # type: ignore[misc]
                 stacklevel=2,
             )
         rotary = Rotary(model)
-        rotary.take_over(model.dtype)
+        rotary.take_over(in_its_dtype=True)
         turn = _SinkTurn(rotary)
         super().__init__(layers=[_RingLayer(policy, turn) for _ in range(model.config.num_hidden_layers)])
 

@@ -39,16 +39,17 @@ class Rotary:
         """Dimensions of a head that are rotated."""
         return 2 * len(self._frequencies)
 
-    def take_over(self, dtype: torch.dtype | None = None) -> None:
+    def take_over(self, in_its_dtype: bool = False) -> None:
         """From now on the model rotates by these angles, exact at any position, instead of its own. Their sines come
-        in `dtype`; None is float32 at least, which the engine's attention expects."""
-        self._embedded = dtype or self._dtype
+        in float32 at least, which the engine's attention expects, or in the dtype of the model's hidden states."""
+        self._in_its_dtype = in_its_dtype
         self.embedding.forward = self._embed
 
     def _embed(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """What the model's rotary embedding returns: position_ids (batch, n) -> cos and sin (batch, n, _)."""
         angles = self._arrange(position_ids[..., None] * self._frequencies)
-        return (angles.cos() * self._scaling).to(self._embedded), (angles.sin() * self._scaling).to(self._embedded)
+        dtype = x.dtype if self._in_its_dtype else self._dtype
+        return (angles.cos() * self._scaling).to(dtype), (angles.sin() * self._scaling).to(dtype)
 
     def turn(self, distances: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (n, rotary size) that turn vectors on by `distances` (n), back where they are negative."""

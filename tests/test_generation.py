@@ -156,6 +156,8 @@ def test_half_precision(golden_tokens):
     whole = own("llama-tiny")
     expected = losses_of(whole, StreamingCache(whole, 4, 20), golden_tokens[:80])
     assert np.abs(found - expected).mean() < 0.1
+    again = losses_of(model, StreamingCache(model, 4, 20), golden_tokens[:80])
+    np.testing.assert_array_equal(again, found, "a second cache of the same model")
 
 
 def test_what_cannot_be_is_refused():
