@@ -56,7 +56,7 @@ class Driver:
         """Worker -> its trial; None is the baseline."""
         self._retries: deque[OpenTrial | None] = deque([None])
         """To be handed out before anything new is asked for: at first, the baseline."""
-        self._deaths: dict[int | None, int] = {}
+        self._baseline_deaths = 0
         self._unpaired: list[tuple[OpenTrial, TrialMeasurement, int]] = []
         """Measured before the baseline was."""
 
@@ -126,17 +126,23 @@ class Driver:
 
     def _failed(self, trial: OpenTrial | None, finished: Finished) -> None:
         """What took a worker down is tried once more, by whoever is free first; what raised would raise again."""
-        number = trial.number if trial is not None else None
         reason = str(finished.error)
         if finished.died:
-            self._deaths[number] = self._deaths.get(number, 0) + 1
-            if self._deaths[number] < _DEATHS:
+            if self._died(trial) < _DEATHS:
                 self._retries.append(trial)
                 return
             reason = f"quarantined: {_DEATHS} workers ended on it: {reason}"
         if trial is None:
             raise SweepError(f"the baseline could not be measured: {reason}")
         self._tell(trial, failed_row(trial, reason, finished.worker))
+
+    def _died(self, trial: OpenTrial | None) -> int:
+        """How many workers have ended on the trial, this one included."""
+        if trial is None:
+            self._baseline_deaths += 1
+            return self._baseline_deaths
+        with _writing():
+            return self.study.died(trial.number)
 
     def _ask(self) -> OpenTrial | None:
         with _writing():

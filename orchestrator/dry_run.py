@@ -16,7 +16,7 @@ from .options import AUTO_TPE_TRIALS
 from .study import spec_of
 
 
-def describe(configuration: SweepConfiguration, address: str | None) -> str:
+def describe(configuration: SweepConfiguration, address: str | None, cpus_per_worker: int) -> str:
     """The resolved configuration for people. Raises UsageError if the study exists with other settings."""
     exists = configuration.check() is not None
     space, cap, source = configuration.space, configuration.cap, configuration.source
@@ -37,7 +37,7 @@ def describe(configuration: SweepConfiguration, address: str | None) -> str:
         "sampler": [f"{configuration.sampler}{auto}, seed {configuration.seed}"],
         "known first": [_known(params, configuration) for params in space.known] or ["none"],
         "limits": [limits],
-        "workers": [_workers(configuration.workers, address)],
+        "workers": [_workers(configuration.workers, cpus_per_worker, address)],
         "cost": [_cost(configuration)],
     }
     lines = []
@@ -85,15 +85,24 @@ def _known(params: Any, configuration: SweepConfiguration) -> str:
     )
 
 
-def _workers(count: int, address: str | None) -> str:
+def _workers(count: int, cpus_per_worker: int, address: str | None) -> str:
+    cores = f"{cpus_per_worker} cores" if cpus_per_worker > 1 else "core"
     if address is not None:
-        return f"{count or 'one per accelerator, or per core,'} of the cluster at {address}"
+        return f"{count or f'one per accelerator, or per {cores},'} of the cluster at {address}"
     from torch import cuda
 
     accelerators = cuda.device_count()
     if accelerators:
         return f"{count or accelerators}, each with one of {accelerators} x {cuda.get_device_name(0)}"
-    return f"{count or os.cpu_count()}, sharing {os.cpu_count()} cores; no accelerator here"
+    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = count or max(here // max(cpus_per_worker, 1), 1)
+    each = cpus_per_worker or max(here // count, 1)
+    if not 1 <= count <= here // each:
+        raise UsageError(
+            f"workers {count}: there is room for {here // each} with {each} of the {here} cores each; give fewer of one "
+            "or the other"
+        )
+    return f"{count}, each with {each} of {here} cores; no accelerator here"
 
 
 def _cost(configuration: SweepConfiguration) -> str:

@@ -34,6 +34,7 @@ from .trial import TrialSpec
 
 _ROW = "row"
 _SKIPPED = "skipped"
+_DEATHS = "deaths"
 _NEIGHBOURS = 8
 """Tried at each distance, in place of a configuration that was tried already."""
 
@@ -104,6 +105,13 @@ class Study:
         if self._identity(suggestion.params) in self._seen:
             suggestion = replace(suggestion, params=self._unseen_near(suggestion.params))
         return suggestion
+
+    def died(self, number: int) -> int:
+        """Notes that a worker ended on an open trial. Returns how many have, in all starts of the sweep."""
+        trial, *_ = self._open[number]
+        deaths = int(trial.user_attrs.get(_DEATHS, 0)) + 1
+        trial.set_user_attr(_DEATHS, deaths)
+        return deaths
 
     def tell(self, number: int, row: dict[str, Any]) -> dict[str, Any]:
         """Finishes a trial with its table row. Returns the row as it is kept: `feasible` by the space's constraints,

@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             from .dry_run import describe
 
-            print(describe(configuration, arguments.address))
+            print(describe(configuration, arguments.address, arguments.cpus_per_worker))
             return 0
         configuration.output.mkdir(parents=True, exist_ok=True)
         with study_lease(configuration.output):

@@ -1,7 +1,8 @@
-"""Models shared by all tests, loaded once."""
+"""Models and a Ray cluster shared by all tests, loaded and started once."""
 
 import json
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,18 @@ def golden_tokens() -> np.ndarray:
 @pytest.fixture(scope="session")
 def golden_model() -> Callable[..., LoadedModel]:
     return cache(lambda family, dtype="float32": load_model(str(GOLDEN / family), dtype))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Any]:
+    """Of one node with two cores, in processes of its own; whoever wants to use it in this one connects."""
+    from ray.cluster_utils import Cluster
+
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)  # where workers find the classes of faulty ones
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    yield cluster
+    cluster.shutdown()
 
 
 def golden_cases() -> list[Any]:

@@ -29,15 +29,35 @@ class WithoutModel(Worker):
 
     def load(self):
         self.store = MeasurementStore(self.setup.store)
-        return self.place() | {"warnings": self._claim(""), "cores": self.cores}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        warnings = self._claim(visible)
+        return self.place() | {
+            "device": "none",
+            "visible_devices": visible,
+            "cores": self.cores,
+            "n_tokens": 0,
+            "warnings": warnings,
+        }
 
     def measure(self, spec):
         key = {"spec": str(spec)}
         found = self.store.get(key)
-        measurement = found or Measurement({"tpot_ms": 2.0, "method": spec.method} | asdict(spec.policy), LOSSES)
+        measurement = found or Measurement(record(spec), LOSSES)
         if found is None:
             self.store.put(key, measurement)
-        return TrialMeasurement(measurement.record, measurement.losses, found is None, found is None)
+        return TrialMeasurement(measurement.record, measurement.losses, found is None, found is None, [2.0] * 12)
+
+
+class Slow(WithoutModel):
+    def measure(self, spec):
+        time.sleep(0.3)
+        return super().measure(spec)
+
+
+def record(spec):
+    backends = {"backend": spec.attn_backend, "backend_requested": spec.attn_backend}
+    values = {"tpot_ms": 2.0, "perplexity": 2.7, "peak_kv": 49, "method": spec.method, "execution": spec.execution}
+    return values | backends | asdict(spec.policy)
 
 
 LOSSES = np.column_stack((np.arange(50.0), np.full(50, 1.0)))

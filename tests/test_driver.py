@@ -126,6 +126,25 @@ def test_a_dead_workers_trial_is_tried_again_and_a_deadly_one_given_up(drive):
     assert len(deaths) == 1 + 2 * 2
 
 
+def test_a_deadly_trial_is_quarantined_over_several_starts(drive):
+    deaths = []
+
+    def answer(worker, spec):
+        if spec.method == "recompute" or spec.policy.n_sink != 1:
+            return measured(worker, spec)
+        deaths.append(spec)
+        if len(deaths) == 2:
+            raise KeyboardInterrupt
+        return Finished(worker, error="boom", died=True)
+
+    with pytest.raises(KeyboardInterrupt):
+        drive(PretendPool(1, answer), 6)
+    study, _ = drive(PretendPool(1, answer), 6)
+    reasons = [row["reason"] for row in study.rows if row["state"] == "failed"]
+    assert reasons == ["quarantined: 2 workers ended on it: boom"] * 2
+    assert len(deaths) == 1 + 1 + 1 + 2, "dead, interrupted, dead again; then the other one"
+
+
 def test_a_sweep_goes_on_when_its_only_worker_has_died(drive):
     def answer(worker, spec):
         died = spec.policy.n_sink == 1

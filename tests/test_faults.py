@@ -3,17 +3,11 @@
 After each, the same study goes on, and every finished trial is there exactly once.
 """
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import ray
 import torch
-from ray.cluster_utils import Cluster
 
 from orchestrator import pool as pool_module
 from orchestrator.driver import Driver
@@ -39,19 +33,15 @@ from .faulty_workers import (
     WithoutModel,
 )
 from .test_driver import Log
-from .test_sweep import OFFLINE, SPACE, arguments, rows_of, runs_of
 
 CAP = 48
 
 
-@pytest.fixture(scope="module")
-def cluster():
-    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+@pytest.fixture(scope="module", autouse=True)
+def connected(cluster):
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    yield cluster
+    yield
     ray.shutdown()
-    cluster.shutdown()
 
 
 class Sweep:
@@ -86,7 +76,7 @@ class Sweep:
 
 
 @pytest.fixture
-def sweep(cluster, tmp_path):
+def sweep(tmp_path):
     return lambda sinks: Sweep(tmp_path, sinks)
 
 
@@ -222,6 +212,17 @@ def test_more_than_the_cluster_has_is_refused(sweep, count, options, message):
         sweep([0]).pool(count, WithoutModel, **options)
 
 
+def test_each_worker_sees_its_own_accelerator(sweep, cluster):
+    node = cluster.add_node(num_cpus=4, num_gpus=4)
+    pool = sweep([0]).pool(0, WithoutModel)
+    ready = {}
+    while len(ready) < 4:
+        ready |= {finished.worker: finished.description for finished in pool.wait(0.1)}
+    pool.shutdown()
+    cluster.remove_node(node)
+    assert sorted(description["visible_devices"] for description in ready.values()) == ["0", "1", "2", "3"]
+
+
 class Nodes(Log):
     """Adds a node when the baseline is there, kills it when a trial has started on it."""
 
@@ -252,56 +253,3 @@ def test_nodes_come_and_go(sweep, cluster, tmp_path):
     assert [worker for worker, sinks in nodes.started if sinks == lost and worker != 2], "tried again elsewhere"
     assert any(note.startswith("worker 2 on ") for note in sweep.notes)
     sweep.check_going_on_changes_nothing(rows)
-
-
-DYING = """
-import json, os, signal, sys
-from optuna.storages.journal import JournalFileBackend
-from orchestrator.sweep import main
-
-append, rows = JournalFileBackend.append_logs, []
-
-def append_and_die(self, logs):
-    mine = [n for n, log in enumerate(logs) if "row" in log.get("user_attr", ())]
-    rows.extend(mine)
-    if len(rows) < 2:
-        return append(self, logs)
-    if sys.argv[1] == "between":
-        append(self, logs[:mine[0] + 1])
-    else:
-        with open(self._file_path, "ab") as file:
-            file.write(json.dumps(logs[mine[0]]).encode()[:100])
-    os.kill(os.getpid(), signal.SIGKILL)
-
-JournalFileBackend.append_logs = append_and_die
-sys.exit(main(sys.argv[2:]))
-"""
-
-
-@pytest.mark.slow
-def test_the_driver_killed_while_it_tells_and_while_it_writes(tmp_path):
-    """First between a trial's row and its state, then in the middle of the row."""
-    (tmp_path / "space.yaml").write_text(SPACE)
-    command = arguments("--trials", "7", "--workers", "2")
-    for moment in ("between", "within"):
-        done = subprocess.run(
-            [sys.executable, "-c", DYING, moment, *command], cwd=tmp_path, capture_output=True, text=True, env=OFFLINE
-        )
-        assert done.returncode == -signal.SIGKILL, done.stderr
-    stored = {path: path.stat().st_mtime_ns for path in (tmp_path / "sweeps/.store").rglob("*.json")}
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.sweep", *command],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env=OFFLINE,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "going on: 3 of 7 trials are finished" in done.stderr
-    for path, written in stored.items():
-        assert path.stat().st_mtime_ns == written, "a finished measurement was made again"
-    rows = rows_of(tmp_path)
-    assert len(rows) == 1 + 7
-    assert len({json.dumps([r["method"], r["backend_requested"], r["n_sink"], r["compress_every"]]) for r in rows}) == 8
-    logged = [run.data.tags["trial"] for run in runs_of(tmp_path) if "trial" in run.data.tags]
-    assert sorted(logged) == sorted(str(row["trial"]) for row in rows)

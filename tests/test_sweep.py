@@ -3,10 +3,8 @@
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -137,48 +135,6 @@ def test_a_sweep_from_end_to_end(folder):
     other = sweep(folder, "--trials", "4", "--seed", "7")
     assert other.returncode == 2
     assert "seed: 0 then, 7 now" in other.stderr
-
-
-def test_killed_in_the_middle_and_started_again(folder):
-    command = [sys.executable, "-m", "orchestrator.sweep", *arguments("--trials", "6", "--workers", "2")]
-    log = folder / "log"
-    with log.open("w") as stderr:
-        process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=stderr)
-        deadline = time.monotonic() + 120
-        while "[2/6]" not in log.read_text() and time.monotonic() < deadline:
-            assert process.poll() is None, log.read_text()
-            time.sleep(0.05)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    finished_before = log.read_text().count("/6]")
-    assert 2 <= finished_before < 6
-    stored_before = {path: path.stat().st_mtime_ns for path in (folder / "sweeps/.store").rglob("*.json")}
-
-    done = sweep(folder, "--trials", "6", "--workers", "2")
-    assert done.returncode == 0, done.stderr
-    assert "of 6 trials are finished" in done.stderr
-    trials = rows_of(folder)[1:]
-    assert len(trials) == 6 == len({(r["method"], r["backend"], r["n_sink"], r["compress_every"]) for r in trials})
-    for path, written in stored_before.items():
-        assert path.stat().st_mtime_ns == written, "a finished measurement was made again"
-    children = [run for run in runs_of(folder) if "trial" in run.data.tags]
-    assert sorted(run.data.tags["trial"] for run in children) == sorted(
-        ["baseline", *(str(r["trial"]) for r in trials)]
-    )
-    assert {run.info.status for run in runs_of(folder)} == {"FINISHED"}
-
-
-@pytest.mark.slow
-def test_each_worker_sees_its_own_accelerator(folder):
-    code = (
-        "import os, ray, sys; from orchestrator.sweep import main\n"
-        "ray.init(num_gpus=4, num_cpus=4, include_dashboard=False, log_to_driver=False)\n"
-        "sys.exit(main(sys.argv[1:]))"
-    )
-    done = sweep(folder, "--trials", "4", code=code)
-    assert done.returncode == 0, done.stderr
-    seen = sorted(line.split(": ")[1].split(",")[0] for line in done.stderr.splitlines() if line.startswith("worker "))
-    assert seen == ["GPU 0", "GPU 1", "GPU 2", "GPU 3"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,70 @@
+"""A sweep whose workers measure nothing, slowly, and whose driver ends itself by `kill -9` at a chosen moment."""
+
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+from optuna.storages.journal import JournalFileBackend
+
+from orchestrator import display, pool, sweep
+
+from .faulty_workers import Slow
+
+MOMENTS = ("measuring", "between a row and its state", "within a row", "confirming", "never")
+_TRIALS = 2
+"""How far it goes before it ends."""
+
+
+def die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_measuring() -> None:
+    """When a worker has begun with one trial more."""
+    started, begun = display.Display.trial_started, []
+
+    def trial_started(self, worker, spec):
+        started(self, worker, spec)
+        begun.append(spec)
+        if len(begun) > 1 + _TRIALS:
+            die()
+
+    display.Display.trial_started = trial_started
+
+
+def die_writing(torn: bool) -> None:
+    """In a write of a trial's row: after the row itself, or in the middle of it."""
+    append, rows = JournalFileBackend.append_logs, []
+
+    def append_and_die(self, logs):
+        mine = [number for number, log in enumerate(logs) if "row" in log.get("user_attr", ())]
+        rows.extend(mine)
+        if len(rows) < _TRIALS:
+            return append(self, logs)
+        if torn:
+            with Path(self._file_path).open("ab") as file:
+                file.write(json.dumps(logs[mine[0]]).encode()[:100])
+        else:
+            append(self, logs[: mine[0] + 1])
+        die()
+
+    JournalFileBackend.append_logs = append_and_die
+
+
+def die_confirming() -> None:
+    display.Display.confirming = die
+
+
+def run(moment: str, folder: Path, arguments: list[str]) -> None:
+    """The whole command, in a process of its own; what it prints goes to `folder/stdout` and `folder/stderr`."""
+    os.setsid()  # as from a terminal: its Ctrl-C is sent to a group
+    os.chdir(folder)
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    pool.WorkerPool = partial(pool.WorkerPool, worker_class=Slow)
+    moments = [die_measuring, partial(die_writing, False), partial(die_writing, True), die_confirming, lambda: None]
+    dict(zip(MOMENTS, moments, strict=True))[moment]()
+    sys.exit(sweep.main(arguments))

@@ -1,0 +1,86 @@
+"""The driver is ended at every moment there is, by `kill -9` or Ctrl-C; the same command goes on from there."""
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import pytest
+from mlflow import MlflowClient
+
+from .conftest import GOLDEN
+from .mortal_sweep import MOMENTS, run
+
+SPACE = "cap: 48\nparameters: {method: [ours, mit], n_sink: [0, 4], compress_every: [1, 16]}\n"
+TRIALS = 7
+ARGUMENTS = ["--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--space", "space.yaml"]
+ARGUMENTS += ["--study", "s", "--trials", str(TRIALS), "--workers", "2", "--confirm", "1"]
+
+
+@pytest.fixture
+def start(tmp_path, cluster):
+    """Starts sweeps as processes that have everything imported already, on a Ray that is there already."""
+    (tmp_path / "space.yaml").write_text(SPACE)
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["tests.mortal_sweep", "mlflow", "ray", "torch", "transformers", "matplotlib.pyplot"]
+    )
+
+    def start(moment):
+        process = context.Process(target=run, args=(moment, tmp_path, [*ARGUMENTS, "--address", cluster.address]))
+        process.start()
+        return process
+
+    return start
+
+
+def stored(folder):
+    return {path: path.stat().st_mtime_ns for path in (folder / "sweeps/.store").rglob("*.json")}
+
+
+def rows_of(folder):
+    return [json.loads(line) for line in (folder / "sweeps/s/trials.jsonl").read_text().splitlines()]
+
+
+def runs_of(folder):
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    return client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+
+
+def test_ended_at_every_moment_and_started_again(start, tmp_path):
+    stdout, stderr = tmp_path / "stdout", tmp_path / "stderr"
+    process = start("never")
+    while process.is_alive() and not (stderr.exists() and "[1/" in stderr.read_text()):
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    process.join()
+    log = stderr.read_text()
+    assert process.exitcode == 130, log
+    assert "interrupted: the same command goes on from here" in log and "Traceback" not in log
+    assert "Pareto front" in stdout.read_text() and "go on" in stdout.read_text(), "what is there is shown"
+    assert json.loads((tmp_path / "sweeps/s/outcome.json").read_text())["status"] == "KILLED"
+
+    finished, measured = 1, stored(tmp_path)
+    for moment in MOMENTS:
+        process = start(moment)
+        process.join()
+        log = stderr.read_text()
+        assert process.exitcode == (0 if moment == "never" else -signal.SIGKILL), log
+        going_on = next(line for line in log.splitlines() if line.startswith("going on: "))
+        before, finished = finished, int(going_on.split()[2])
+        assert finished >= before, moment
+        now = stored(tmp_path)
+        assert {path: now[path] for path in measured} == measured, f"{moment}: a measurement was made again"
+        measured = now
+    assert finished == TRIALS, "all were finished before confirming"
+
+    baseline, *rows = rows_of(tmp_path)
+    assert baseline["trial"] == "baseline" and sorted(row["trial"] for row in rows) == list(range(TRIALS))
+    assert len({(row["method"], row["n_sink"], row["compress_every"]) for row in rows}) == TRIALS
+    assert (tmp_path / "sweeps/s/confirmed.jsonl").is_file()
+    parents = [run for run in runs_of(tmp_path) if "trial" not in run.data.tags]
+    children = [run for run in runs_of(tmp_path) if "trial" in run.data.tags]
+    assert [run.info.status for run in parents] == ["FINISHED"]
+    assert sorted(run.data.tags["trial"] for run in children) == sorted(["baseline", *map(str, range(TRIALS))])
+    assert {run.info.status for run in children} == {"FINISHED"}
