@@ -99,8 +99,8 @@ def _workers(count: int, cpus_per_worker: int, address: str | None) -> str:
     each = cpus_per_worker or max(here // count, 1)
     if not 1 <= count <= here // each:
         raise UsageError(
-            f"workers {count}: there is room for {here // each} with {each} of the {here} cores each; give fewer of one "
-            "or the other"
+            f"workers {count}: there is room for {here // each} with {each} of the {here} cores each; "
+            f"give fewer of one or the other"
         )
     return f"{count}, each with {each} of {here} cores; no accelerator here"
 

@@ -176,7 +176,8 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
     from .folder import TrialsFile, write_outcome
     from .pool import SweepError, WorkerPool
     from .study import Study
-    from .tracking import Projection, Tracker
+    from .tracker import Tracker
+    from .tracking import Projection
     from .trial import WorkerSetup
 
     study = Study(

@@ -1,8 +1,7 @@
 """MLflow as a projection of a study: a parent run per study, a child run per trial, made of the study's folder and the
 measurement store alone, so that any part of it can be made again at any time.
 
-While a sweep runs, a thread follows its `trials.jsonl`, at the server's pace and behind the workers' back. All it holds
-in memory of a run is its id; a server that is away is asked again later.
+While a sweep runs, `tracker` keeps it up to date. All it holds in memory of a run is its id.
 """
 
 from __future__ import annotations
@@ -13,22 +12,19 @@ import logging
 import math
 import os
 import shutil
-import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dashboards.findings import Findings, findings
 from dashboards.front import Row
-from dashboards.study import StudyResults, load_study
+from dashboards.study import StudyResults
 from streamllm.store import MeasurementStore
 
-from .folder import TrialsFile, read_outcome
+from .folder import read_outcome
 from .results import BASELINE
-from .trial import TrialSpec
 
 EXPERIMENT = "streamllm-sweep"
 
@@ -97,8 +93,6 @@ _LONGEST_NOTE = 8000
 """Characters of a tag's value that MLflow keeps."""
 _DIGEST = "digest"
 """Tag of a run that says what was logged of it."""
-
-_FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 1.0, 60.0
 
 
 class Projection:
@@ -284,107 +278,6 @@ class Projection:
                 note = "\n\n".join([*found.paragraphs, path.read_text(encoding="utf-8")])
                 self._client.set_tag(parent, "mlflow.note.content", shortened(note))
         self._client.set_tag(parent, _DIGEST, digest)
-
-
-class Tracker:
-    """An observer of the sweep: a thread that keeps MLflow up to date with `trials`, whenever MLflow can be reached."""
-
-    def __init__(self, projection: Projection, trials: TrialsFile) -> None:
-        self._projection = projection
-        self._trials = trials
-        self._done = 0
-        self._pause = _FIRST_PAUSE_SEC
-        self._report: list[Path] = []
-        self._failed = False
-        self._news = threading.Event()
-        self._closing = threading.Event()
-        self.problem: str | None = None
-        """Why MLflow cannot be written to just now."""
-        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
-        self._thread.start()
-
-    def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
-        pass
-
-    def trial_started(self, worker: int, spec: TrialSpec) -> None:
-        pass
-
-    def trial_finished(self, row: dict[str, Any]) -> None:
-        self._news.set()
-
-    @property
-    def backlog(self) -> int:
-        """Finished trials that MLflow does not have yet."""
-        return max(self._trials.count - self._done, 0)
-
-    def finish(
-        self,
-        report: list[Path],
-        progress: Callable[[int], None],
-        patience_sec: float = 20.0,
-        limit_sec: float = 600.0,
-    ) -> str | None:
-        """Waits until MLflow has everything, the report included; gives up on a server that is away for `patience_sec`,
-        or after `limit_sec`. Returns what is wrong, if anything is. `progress` is told the backlog every second."""
-        self._report = report
-        self._closing.set()
-        self._news.set()
-        started = away_since = time.monotonic()
-        while self._thread.is_alive():
-            self._thread.join(1.0)
-            progress(self.backlog)
-            now = time.monotonic()
-            if self.problem is None:
-                away_since = now
-            if now - away_since > patience_sec or now - started > limit_sec:
-                return self.problem or f"{self.backlog} runs are waiting"
-        return self._projection.refused[0] if self._projection.refused else None
-
-    def _work(self) -> None:
-        if sys.platform == "linux":  # where niceness is a thread's own: on a CPU, logging must not show in the timings
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 15)
-        while True:
-            try:
-                self._follow()
-                return
-            except Exception as error:  # whatever it is, the sweep goes on, and MLflow is asked again
-                self.problem, self._failed = one_line(error), True
-            if not self._closing.is_set():
-                self._closing.wait(self._pause)
-            else:
-                time.sleep(_FIRST_PAUSE_SEC)
-            self._pause = min(2 * self._pause, _LONGEST_PAUSE_SEC)
-
-    def _follow(self) -> None:
-        """Logs each line of `trials.jsonl`, from the first, as they come; then, asked to finish, the rest."""
-        self._projection.open()
-        self._projection.reopen_parent()
-        self.problem, self._done = None, 0
-        with self._trials.path.open() as file:
-            while True:
-                self._news.clear()
-                closing = self._closing.is_set()
-                for row in _whole_lines(file):
-                    self._projection.log(row)
-                    self._done += 1
-                    self._pause = _FIRST_PAUSE_SEC
-                if closing:
-                    break
-                self._news.wait()
-        if self._failed:  # what was asked for in vain may have been done after all
-            self._projection.open()
-        self._projection.close(load_study(str(self._trials.path.parent)), self._report)
-
-
-def _whole_lines(file: IO[str]) -> Iterator[Row]:
-    """From where the file stands to the last line that has its end."""
-    while True:
-        position = file.tell()
-        line = file.readline()
-        if not line.endswith("\n"):
-            file.seek(position)
-            return
-        yield json.loads(line)
 
 
 def shortened(note: str) -> str:

@@ -19,7 +19,8 @@ from dashboards.study import load_study
 from orchestrator import sync, tracking
 from orchestrator.folder import TrialsFile, write_outcome, write_report, write_rows
 from orchestrator.lease import study_lease
-from orchestrator.tracking import Projection, Tracker
+from orchestrator.tracker import Tracker
+from orchestrator.tracking import Projection
 from streamllm.store import Measurement, MeasurementStore, entry_name
 
 CONFIGURATION = {
@@ -324,13 +325,13 @@ def wait_until(condition, seconds=300):
 
 
 @pytest.mark.slow
-def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(tracking, "_LONGEST_PAUSE_SEC", 1.0)
+def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, capfd):
     port = free_port()
     proxy = SlowProxy(port)
     (study / "trials.jsonl").unlink()
     trials = TrialsFile(study, [])
-    tracker = Tracker(Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"), proxy.uri), trials)
+    projection = Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"), proxy.uri)
+    tracker = Tracker(projection, trials, longest_pause_sec=1.0)
 
     def finish_trial(row):
         trials.trial_finished(row)
@@ -358,7 +359,7 @@ def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, monkeypatch
         assert tracker.finish(report, lambda backlog: None, patience_sec=300) is None
         through_server = contents(proxy.uri)
         assert sorted(through_server) == ["", "0", "1", "2", "3", "baseline"]
-        assert "View run" not in capsys.readouterr().out
+        assert "View run" not in capfd.readouterr().out
         assert through_server[""][0] == "FINISHED" and through_server["3"][0] == "FAILED"
         assert synchronise(proxy.uri) == 0
         assert contents(proxy.uri) == through_server

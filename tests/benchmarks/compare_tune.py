@@ -2,7 +2,7 @@
 
 `python -m tests.benchmarks.compare_tune`: the same trials, which do nothing (four integers, two objectives), the same
 number of workers on the same Ray, the same MLflow store, rounds interleaved. Ours is what a sweep does: driver, pool,
-study with its journal on disk, MLflow from a thread of its own. Two paces for each: from the first finished trial to
+study with its journal on disk, MLflow from a process of its own. Two paces for each: from the first finished trial to
 the last, and the same until MLflow has everything.
 """
 
@@ -23,7 +23,8 @@ from orchestrator.driver import Driver
 from orchestrator.folder import TrialsFile, write_outcome
 from orchestrator.pool import WorkerPool
 from orchestrator.study import Study
-from orchestrator.tracking import PARENT_PARAMS, Projection, Tracker
+from orchestrator.tracker import Tracker
+from orchestrator.tracking import PARENT_PARAMS, Projection
 from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.worker import Worker
 from search_spaces import load_space
@@ -56,7 +57,8 @@ class Idle(Worker):
         policy = asdict(spec.policy)
         speed, loss = objectives(**{name: policy[name] for name in INTEGERS})
         losses = LOSSES + np.array([0.0, loss])
-        return TrialMeasurement({"method": spec.method, "tpot_ms": speed} | policy, losses, True, True)
+        record = {"method": spec.method, "tpot_ms": speed, "backend_requested": spec.attn_backend} | policy
+        return TrialMeasurement(record, losses, True, True)
 
 
 class Times:
