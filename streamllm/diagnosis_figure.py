@@ -1,0 +1,78 @@
+"""The picture of a diagnosis: the excess loss around a prune, the cache beneath it, and both along the text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .diagnosis import Spike
+from .figure_style import BLUE, GREY, VERMILLION, new_figure, save, style
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+_MOST_POINTS = 96
+"""On a curve: of more tokens, neighbours are averaged."""
+_MOST_MEANS = 120
+"""Along the text."""
+
+
+def draw_diagnosis(spike: Spike, table: pd.DataFrame, title: str, path: Path) -> None:
+    """Writes a PNG."""
+    with style():
+        figure = new_figure(11, 4.6)
+        around, cache, along = figure.subplot_mosaic(
+            [["around", "along"], ["cache", "along"]], width_ratios=[3, 2], height_ratios=[3, 1]
+        ).values()  # in order of first appearance: around, along, cache
+        cache, along = along, cache
+        _around(around, spike)
+        _cache(cache, spike, table)
+        _along(along, spike, table)
+        cache.sharex(around)
+        around.tick_params(labelbottom=False)
+        figure.suptitle(title, x=0.01, ha="left", fontsize=9)
+        save(figure, path.with_suffix(""), [path.suffix[1:]])
+
+
+def _around(axes: Axes, spike: Spike) -> None:
+    step = -(-len(spike.curve) // _MOST_POINTS)
+    offsets = np.arange(-spike.before, spike.interval)
+    x, curve, low, high = (_means(values, step) for values in (offsets, spike.curve, spike.low, spike.high))
+    axes.fill_between(x, low, high, color=BLUE, alpha=0.2, linewidth=0, label="95% band, bootstrap over prunes")
+    axes.plot(x, curve, color=BLUE, label=f"mean of {spike.prunes} prunes")
+    axes.axhline(spike.level.value, color=GREY, linewidth=1, linestyle="--", label="level before the prune")
+    axes.axhline(0, color="0.3", linewidth=1)
+    axes.axvline(-0.5, color=VERMILLION, linewidth=1, label="a prune begins")
+    axes.set_ylabel("loss above the reference, nats")
+    axes.legend(fontsize=8)
+
+
+def _cache(axes: Axes, spike: Spike, table: pd.DataFrame) -> None:
+    starts = np.flatnonzero(table["prune"])
+    start = next(start for start in starts[len(starts) // 2 :])
+    keys = table["keys"].to_numpy()[start - spike.before : start + spike.interval]
+    axes.plot(np.arange(-spike.before, len(keys) - spike.before), keys, color=GREY, drawstyle="steps-mid")
+    axes.axvline(-0.5, color=VERMILLION, linewidth=1)
+    axes.set_ylabel("keys\nattended to")
+    axes.set_xlabel("tokens since the prune began")
+
+
+def _along(axes: Axes, spike: Spike, table: pd.DataFrame) -> None:
+    """Means over whole intervals, so that what is drawn is the text and not the prune."""
+    width = -(-len(table) // _MOST_MEANS // spike.interval) * spike.interval
+    tokens, excess = table["token"].to_numpy(), table["excess"].to_numpy()
+    whole = len(table) // width * width
+    means = excess[:whole].reshape(-1, width).mean(axis=1)
+    axes.bar(tokens[:whole:width], means, width=width, align="edge", color=BLUE, alpha=0.6)
+    axes.axhline(excess.mean(), color="0.3", linewidth=1, linestyle="--", label=f"mean {excess.mean():+.4f}")
+    axes.set_xlabel(f"token of the text (means of {width})")
+    axes.set_ylabel("loss above the reference, nats")
+    axes.legend(fontsize=8)
+
+
+def _means(values: np.ndarray, step: int) -> np.ndarray:
+    """Of `step` neighbours each; the last group may be smaller."""
+    return np.add.reduceat(values, range(0, len(values), step)) / np.diff([*range(0, len(values), step), len(values)])
