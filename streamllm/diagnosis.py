@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 FEWEST_PRUNES = 8
+_MOST_POINTS = 64
 _RESAMPLES = 1000
 
 
@@ -33,12 +34,14 @@ class Spike:
     """How many are averaged: those with whole surroundings."""
     before: int
     interval: int
-    """Curves cover tokens -before .. interval-1 from a prune, 0 being the first whose query sees the cache pruned. The
+    """Looked at are tokens -before .. interval-1 from a prune, 0 being the first whose query sees the cache pruned. The
     interval is the shortest between two prunes, and `before` a quarter of it."""
+    offsets: np.ndarray
     curve: np.ndarray
     low: np.ndarray
     high: np.ndarray
-    """(before + interval) mean excess, and its 95% band."""
+    """(points) tokens since the prune, mean excess there, and its 95% band. Of more than 64 tokens, a point is the mean
+    of neighbours."""
     level: Estimate
     """Mean excess of the `before` tokens before a prune. All that follows counts from there."""
     jump: Estimate
@@ -117,7 +120,8 @@ def find_spike(excess: np.ndarray, starts: list[int], seed: int = 0) -> Spike:
         [np.stack([_resampled_mean(half, generator) for half in halves]) for _ in range(_RESAMPLES)]
     )  # (draws, 2, before + interval)
     found = np.stack([half.mean(axis=0) for half in halves])
-    low, high = np.quantile(draws.mean(axis=1), (0.025, 0.975), axis=0)
+    offsets = np.arange(-before, interval)
+    low, high = np.quantile(_points(draws.mean(axis=1), before, interval), (0.025, 0.975), axis=0)
     level, jump, peak, area = (
         Estimate(float(value), *(float(x) for x in np.quantile(drawn, (0.025, 0.975))))
         for value, drawn in zip(_statistics(found, before, run), _statistics(draws, before, run), strict=True)
@@ -126,7 +130,8 @@ def find_spike(excess: np.ndarray, starts: list[int], seed: int = 0) -> Spike:
         prunes=len(windows),
         before=before,
         interval=interval,
-        curve=found.mean(axis=0),
+        offsets=_points(offsets, before, interval),
+        curve=_points(found.mean(axis=0), before, interval),
         low=low,
         high=high,
         level=level,
@@ -143,6 +148,14 @@ def _resampled_mean(windows: np.ndarray, generator: np.random.Generator) -> np.n
     count = len(windows)
     weights = np.bincount(generator.integers(count, size=count), minlength=count) / count
     return weights @ windows
+
+
+def _points(curves: np.ndarray, before: int, interval: int) -> np.ndarray:
+    """curves (..., before + interval) -> (..., points): means of neighbours on the same side of the prune."""
+    step = -(-interval // _MOST_POINTS)
+    first, last = before % step, before + interval - interval % step
+    whole = curves[..., first:last]
+    return whole.reshape(*whole.shape[:-1], -1, step).mean(axis=-1)
 
 
 def _statistics(halves: np.ndarray, before: int, run: int) -> tuple[np.ndarray, ...]:
@@ -172,14 +185,14 @@ def in_words(spike: Spike, largest_cache: int, trained_length: int | None) -> st
     """What was found, in a sentence or two."""
     outgrown = trained_length is not None and largest_cache > trained_length + 1
     cause = f" The cache grows to {largest_cache} keys, the model was trained on {trained_length}." if outgrown else ""
+    if spike.area.high < 0:
+        return f"No spike but a relief: a prune saves {-spike.area.value:.2f} nats until the next one.{cause}"
     if max(spike.peak.low, spike.area.low) > 0:
         where = f"{spike.peak_at} tokens after it" if spike.peak_at else "right after it"
         return (
             f"A spike: a prune costs {spike.area.value:.2f} nats until the next one; at its highest, {where}, the loss "
             f"is {spike.peak.value:.3f} nats above where it was before.{cause}"
         )
-    if spike.area.high < 0:
-        return f"No spike but a relief: a prune saves {-spike.area.value:.2f} nats until the next one.{cause}"
     return (
         f"No spike to be told from noise: at its highest the loss after a prune is {spike.peak.value:.3f} nats above "
         f"where it was before it [{spike.peak.low:.3f}, {spike.peak.high:.3f}].{cause}"

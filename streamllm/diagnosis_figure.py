@@ -14,35 +14,29 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
 
-_MOST_POINTS = 96
-"""On a curve: of more tokens, neighbours are averaged."""
 _MOST_MEANS = 120
 """Along the text."""
 
 
-def draw_diagnosis(spike: Spike, table: pd.DataFrame, title: str, path: Path) -> None:
+def draw_diagnosis(spike: Spike, table: pd.DataFrame, trained_length: int | None, title: str, path: Path) -> None:
     """Writes a PNG."""
     with style():
-        figure = new_figure(11, 4.6)
-        around, cache, along = figure.subplot_mosaic(
-            [["around", "along"], ["cache", "along"]], width_ratios=[3, 2], height_ratios=[3, 1]
-        ).values()  # in order of first appearance: around, along, cache
-        cache, along = along, cache
-        _around(around, spike)
-        _cache(cache, spike, table)
-        _along(along, spike, table)
-        cache.sharex(around)
-        around.tick_params(labelbottom=False)
+        figure = new_figure(11, 4.8)
+        places = [["around", "along"], ["cache", "along"]]
+        axes = figure.subplot_mosaic(places, width_ratios=[3, 2], height_ratios=[3, 1])
+        _around(axes["around"], spike)
+        _cache(axes["cache"], spike, table, trained_length)
+        _along(axes["along"], spike, table)
+        axes["cache"].sharex(axes["around"])
+        axes["around"].tick_params(labelbottom=False)
         figure.suptitle(title, x=0.01, ha="left", fontsize=9)
         save(figure, path.with_suffix(""), [path.suffix[1:]])
 
 
 def _around(axes: Axes, spike: Spike) -> None:
-    step = -(-len(spike.curve) // _MOST_POINTS)
-    offsets = np.arange(-spike.before, spike.interval)
-    x, curve, low, high = (_means(values, step) for values in (offsets, spike.curve, spike.low, spike.high))
-    axes.fill_between(x, low, high, color=BLUE, alpha=0.2, linewidth=0, label="95% band, bootstrap over prunes")
-    axes.plot(x, curve, color=BLUE, label=f"mean of {spike.prunes} prunes")
+    band = "95% band, bootstrap over prunes"
+    axes.fill_between(spike.offsets, spike.low, spike.high, color=BLUE, alpha=0.2, linewidth=0, label=band)
+    axes.plot(spike.offsets, spike.curve, color=BLUE, label=f"mean of {spike.prunes} prunes")
     axes.axhline(spike.level.value, color=GREY, linewidth=1, linestyle="--", label="level before the prune")
     axes.axhline(0, color="0.3", linewidth=1)
     axes.axvline(-0.5, color=VERMILLION, linewidth=1, label="a prune begins")
@@ -50,12 +44,18 @@ def _around(axes: Axes, spike: Spike) -> None:
     axes.legend(fontsize=8)
 
 
-def _cache(axes: Axes, spike: Spike, table: pd.DataFrame) -> None:
+def _cache(axes: Axes, spike: Spike, table: pd.DataFrame, trained_length: int | None) -> None:
+    """Around a prune in the middle of the text."""
     starts = np.flatnonzero(table["prune"])
-    start = next(start for start in starts[len(starts) // 2 :])
+    start = int(starts[len(starts) // 2])
     keys = table["keys"].to_numpy()[start - spike.before : start + spike.interval]
-    axes.plot(np.arange(-spike.before, len(keys) - spike.before), keys, color=GREY, drawstyle="steps-mid")
+    axes.plot(np.arange(-spike.before, len(keys) - spike.before), keys, color="0.3", drawstyle="steps-mid")
+    if trained_length is not None and keys.max() > trained_length + 1:
+        axes.axhline(trained_length, color=GREY, linewidth=1, linestyle=":")
+        place = {"xytext": (-2, 2), "textcoords": "offset points", "ha": "right", "va": "bottom", "fontsize": 8}
+        axes.annotate(f"trained on {trained_length}", (1, trained_length), xycoords=axes.get_yaxis_transform(), **place)
     axes.axvline(-0.5, color=VERMILLION, linewidth=1)
+    axes.margins(y=0.15)
     axes.set_ylabel("keys\nattended to")
     axes.set_xlabel("tokens since the prune began")
 
@@ -71,8 +71,3 @@ def _along(axes: Axes, spike: Spike, table: pd.DataFrame) -> None:
     axes.set_xlabel(f"token of the text (means of {width})")
     axes.set_ylabel("loss above the reference, nats")
     axes.legend(fontsize=8)
-
-
-def _means(values: np.ndarray, step: int) -> np.ndarray:
-    """Of `step` neighbours each; the last group may be smaller."""
-    return np.add.reduceat(values, range(0, len(values), step)) / np.diff([*range(0, len(values), step), len(values)])

@@ -86,7 +86,8 @@ def run(arguments: argparse.Namespace) -> int:
     record = _record(measurements, policy, reference, table, spike)
     table.to_csv(folder / "losses.csv", index=False)
     table.to_parquet(folder / "losses.parquet", index=False)
-    draw_diagnosis(spike, table, f"{_title(record)}; {record['summary']}", folder / "spike.png")
+    title = f"{_title(record)}\n{record['summary']}"
+    draw_diagnosis(spike, table, measurements.loaded.trained_length, title, folder / "spike.png")
     (folder / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record) if arguments.json else _report(record, folder))
     return 0
