@@ -7,6 +7,7 @@ inside it would change what is compiled.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -127,6 +128,7 @@ def profile_decoding(
 
 
 def _profiler(device: torch.device) -> profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or its library writes its own news to stderr
     on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
     return profile(activities=[ProfilerActivity.CPU, *on_gpu])
 
