@@ -62,4 +62,5 @@ class Screen:
         lines.extend([Text()] * (rows - len(lines)))
         held, done = writer.status
         bar = Text("─" * width, style="dim")
-        return Panel(Group(*lines, bar, Text(held, style="bold"), Text(done)), title=title, title_align="left")
+        size = Text(held, style="bold red" if writer.overgrown else "bold green")
+        return Panel(Group(*lines, bar, size, Text(done, no_wrap=True)), title=title, title_align="left")

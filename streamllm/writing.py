@@ -125,10 +125,16 @@ class Writer:
         return self.decoder.kv_length * self.loaded.kv_bytes / 1e6
 
     @property
+    def overgrown(self) -> bool:
+        """Whether it attends to more than the model was trained on."""
+        trained = self.loaded.trained_length
+        return trained is not None and self.decoder.kv_length > trained
+
+    @property
     def status(self) -> tuple[str, str]:
         """What it holds, and how far it is."""
         trained = self.loaded.trained_length
-        times = f" ({self.seen / trained:.1f} × the trained length)" if trained else ""
+        times = f" ({self.seen / trained:.1f} × trained)" if trained else ""
         return (
             f"KV cache {self.decoder.kv_length:,} tokens, {self.kv_megabytes:.1f} MB",
             f"{self.seen:,} tokens seen{times}, {self.tokens_per_second:.0f} tokens/s",

@@ -11,11 +11,13 @@ python -m streamllm generate --max-new-tokens 10000 > text.txt
 
 import argparse
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
+from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
 from ..arguments import (
@@ -67,20 +69,31 @@ def run(arguments: argparse.Namespace) -> int:
         print("loading ...", end="\r", file=sys.stderr, flush=True)
     writers = _writers(arguments)
     started = time.perf_counter()
-    with _output(writers, terminal) as output:
+    with _interruption() as interrupted, _output(writers, terminal) as output:
         try:
-            prompt = arguments.prompt or _prompt(arguments.model)
+            prompt = arguments.prompt if arguments.prompt is not None else _prompt(arguments.model)
             for title, writer in writers.items():
                 output.add(title, writer.read(prompt))
             for _ in count() if limit is None else range(limit):
+                if interrupted.is_set():
+                    break
                 for title, writer in writers.items():
                     output.add(title, writer.write())
-        except KeyboardInterrupt:
-            pass
         except BrokenPipeError:  # `| head` has seen enough; nothing is left to be flushed into it at exit
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     _summarize(writers, time.perf_counter() - started)
     return 0
+
+
+@contextmanager
+def _interruption() -> Iterator[Event]:
+    """Ctrl-C sets the event, so that no token is left half done."""
+    interrupted = Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
