@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def draw_diagnosis(spike: Spike, table: pd.DataFrame, trained_length: int | None
     with style():
         figure = new_figure(11, 4.8)
         places = [["around", "along"], ["cache", "along"]]
-        axes = figure.subplot_mosaic(places, width_ratios=[3, 2], height_ratios=[3, 1])
+        axes: dict[str, Any] = figure.subplot_mosaic(places, width_ratios=[3, 2], height_ratios=[3, 1])
         _around(axes["around"], spike)
         _cache(axes["cache"], spike, table, trained_length)
         _along(axes["along"], spike, table)
@@ -52,8 +52,8 @@ def _cache(axes: Axes, spike: Spike, table: pd.DataFrame, trained_length: int | 
     axes.plot(np.arange(-spike.before, len(keys) - spike.before), keys, color="0.3", drawstyle="steps-mid")
     if trained_length is not None and keys.max() > trained_length + 1:
         axes.axhline(trained_length, color=GREY, linewidth=1, linestyle=":")
-        place = {"xytext": (-2, 2), "textcoords": "offset points", "ha": "right", "va": "bottom", "fontsize": 8}
-        axes.annotate(f"trained on {trained_length}", (1, trained_length), xycoords=axes.get_yaxis_transform(), **place)
+        words, across = f"trained on {trained_length}", axes.get_yaxis_transform()
+        axes.text(1, trained_length, words, transform=across, ha="right", va="bottom", fontsize=8)
     axes.axvline(-0.5, color=VERMILLION, linewidth=1)
     axes.margins(y=0.15)
     axes.set_ylabel("keys\nattended to")

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from . import attention
@@ -28,7 +28,7 @@ from .errors import UsageError
 from .loaded import LoadedModel
 from .methods import effective_policy
 from .policy import EvictionPolicy
-from .timing import WARMUP_TOKENS, TimedDecoder, no_garbage_collection
+from .timing import TimedDecoder, no_garbage_collection
 
 ATTENTION, MLP, CACHE, ENDS, OTHER = "attention", "MLP", "cache update", "head and embedding", "norms and other"
 STEP = "compiled step"
@@ -37,6 +37,7 @@ MOST_TOKENS = 512
 
 _RANGE = "streamllm: "
 _SDPA = "aten::scaled_dot_product_attention"
+_TOKENS = 32
 _STRETCHES = 5
 
 
@@ -102,7 +103,7 @@ def profile_decoding(
                 f"compress_every {policy.compress_every}: {run.period} tokens from prune to prune, at most "
                 f"{MOST_TOKENS} can be profiled; lower --compress-every"
             )
-        count = run.whole_cycles(WARMUP_TOKENS)
+        count = run.whole_cycles(_TOKENS)
         stack.enter_context(no_garbage_collection())
         run.prefill()
         run.warm_up()

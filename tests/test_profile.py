@@ -16,7 +16,20 @@ from streamllm.commands import profile
 from streamllm.errors import UsageError
 from streamllm.methods import make_decoder
 from streamllm.policy import EvictionPolicy
-from streamllm.profiling import ATTENTION, CACHE, ENDS, MLP, OTHER, STEP, _ranges, parts_of, profile_decoding, summed
+from streamllm.profiling import (
+    ATTENTION,
+    CACHE,
+    ENDS,
+    MLP,
+    OTHER,
+    STEP,
+    _part,
+    _profiler,
+    _ranges,
+    parts_of,
+    profile_decoding,
+    summed,
+)
 
 from .conftest import GOLDEN
 from .tiny_models import FAMILIES, tiny_model
@@ -132,6 +145,21 @@ def test_a_profile_adds_up(method, backend, golden_model, golden_tokens):
     assert calls.get("aten::softmax", 0) == (0 if backend == "auto" else layers)
     operators = sum(kernel.ms_per_token for kernel in found.kernels)
     assert operators == pytest.approx(sum(found.parts_ms.values()), rel=0.02), "the table is the parts, otherwise cut"
+
+
+@pytest.mark.parametrize(
+    ("backend", "kernel"), [("auto", "aten::scaled_dot_product_attention"), ("eager", "aten::softmax")]
+)
+def test_a_cache_is_not_its_kernel(backend, kernel, golden_model, golden_tokens):
+    loaded = golden_model("neox-tiny")
+    decoder = make_decoder("ours", loaded, POLICY, BACKENDS[backend])
+    tokens = torch.from_numpy(golden_tokens[:40]).split(1)
+    with torch.inference_mode(), _ranges(loaded, decoder, "eager"), _profiler(loaded.device) as profiler:
+        for token in tokens:
+            decoder.feed(token)
+    parts = {(event.name, _part(event, OTHER)) for event in profiler.events()}
+    assert {part for name, part in parts if name == kernel} == {ATTENTION}
+    assert ("aten::cat", CACHE) in parts and ("aten::addmm", MLP) in parts and ("aten::embedding", ENDS) in parts
 
 
 def test_too_long_a_cycle(golden_model, golden_tokens):

@@ -101,17 +101,16 @@ def run(arguments: argparse.Namespace) -> int:
     from ..profiling import profile_decoding
     from ..timing import used_backend
 
-    what = (loaded, arguments.method)
-    how = (backend, stream.tokens, arguments.execution)
-    profiled = profile_decoding(*what, policy, *how, trace)
+    def profiled(policy: EvictionPolicy, trace: Path | None = None) -> "Profile":
+        return profile_decoding(loaded, arguments.method, policy, backend, stream.tokens, arguments.execution, trace)
+
+    own = profiled(policy, trace)
+    others = {other: own if other == policy else profiled(other) for other in _others(arguments, policy)}
     result = _identity(arguments, loaded, stream, policy) | {
-        "backend": used_backend(*what, policy, *how),
+        "backend": used_backend(loaded, arguments.method, policy, backend, stream.tokens, arguments.execution),
         "backend_requested": arguments.attn_backend,
-        **_record(profiled),
-        "intervals": [
-            _interval(profiled if other == policy else profile_decoding(*what, other, *how), other)
-            for other in _others(arguments, policy)
-        ],
+        **_record(own),
+        "intervals": [_interval(found, other) for other, found in others.items()],
         "trace": str(trace),
     }
     file.write_text(json.dumps(result, indent=2) + "\n")
