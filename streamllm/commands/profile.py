@@ -186,7 +186,7 @@ def _report(result: dict[str, Any], file: Path) -> str:
     if result["intervals"]:
         lines += [
             "",
-            f"{'prune interval':>14}{'forward ms':>12}{'update ms':>11}{'update':>8}{'idle ms':>10}{'ms/token':>10}",
+            f"{'prune interval':>14}{'forward ms':>12}{'update ms':>11}{'share':>8}{'idle ms':>10}{'ms/token':>10}",
         ]
     for row in result["intervals"]:
         lines.append(
