@@ -84,6 +84,12 @@ def add_measuring_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="P",
         help=f"prefill of a chunk (the trained length, at most {TOTAL_KV_CAP}; the cache is half of it)",
     )
+    add_backend_arguments(group)
+    add_threads_argument(group)
+    add_store_argument(group)
+
+
+def add_backend_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--attn-backend",
         choices=tuple(BACKENDS),
@@ -93,13 +99,19 @@ def add_measuring_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--strict", action="store_true", help="an attention backend that does not run is an error, not a warning"
     )
+
+
+def add_threads_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
+
+
+def add_store_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--store",
         type=Path,
         default=Path("sweeps/.store"),
         metavar="DIR",
-        help="where the baseline is kept and found, shared with sweeps (sweeps/.store)",
+        help="where measurements are kept and found, shared with sweeps (sweeps/.store)",
     )
 
 
@@ -121,6 +133,11 @@ def given_policy(arguments: argparse.Namespace) -> EvictionPolicy:
     """The policy as far as it is given: `complete_policy` finds a window that was left out. Raises PolicyError."""
     if arguments.prefill_tokens is not None and (arguments.protocol != "chunked" or arguments.prefill_tokens < 1):
         raise UsageError(f"prefill_tokens {arguments.prefill_tokens}: a number >= 1, with --protocol chunked only")
+    return given_stream_policy(arguments)
+
+
+def given_stream_policy(arguments: argparse.Namespace) -> EvictionPolicy:
+    """As `given_policy`, for commands that know one protocol only: the text is one stream."""
     return EvictionPolicy(
         n_sink=arguments.n_sink,
         window_size=1 if arguments.window_size is None else arguments.window_size,
@@ -132,10 +149,19 @@ def given_policy(arguments: argparse.Namespace) -> EvictionPolicy:
 
 def complete_policy(arguments: argparse.Namespace, loaded: LoadedModel) -> EvictionPolicy:
     """The policy with a window of what the cap leaves, unless one is given; of a chunk, half the prefill is the cap."""
+    if arguments.protocol != "chunked":
+        return stream_policy(arguments, loaded)
     policy = given_policy(arguments)
-    cap = min(TOTAL_KV_CAP, loaded.trained_length or TOTAL_KV_CAP)
-    if arguments.protocol == "chunked":
-        prefill = arguments.prefill_tokens or cap
-        policy = EvictionPolicy(n_sink=policy.n_sink, window_size=policy.window_size, compress_every=prefill)
-        cap = max(prefill // 2, 1)
-    return with_derived_window(policy, cap) if arguments.window_size is None else policy
+    prefill = arguments.prefill_tokens or _cap(loaded)
+    policy = EvictionPolicy(n_sink=policy.n_sink, window_size=policy.window_size, compress_every=prefill)
+    return policy if arguments.window_size is not None else with_derived_window(policy, max(prefill // 2, 1))
+
+
+def stream_policy(arguments: argparse.Namespace, loaded: LoadedModel) -> EvictionPolicy:
+    """As `complete_policy`, of one stream."""
+    policy = given_stream_policy(arguments)
+    return policy if arguments.window_size is not None else with_derived_window(policy, _cap(loaded))
+
+
+def _cap(loaded: LoadedModel) -> int:
+    return min(TOTAL_KV_CAP, loaded.trained_length or TOTAL_KV_CAP)

@@ -52,6 +52,17 @@ def copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / min(seconds)
 
 
+def used_memory(device: torch.device) -> float:
+    """MiB in use now: of the CUDA allocator, or else the process's resident set (its peak, where there is no /proc)."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / 2**20
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return pages * resource.getpagesize() / 2**20
+
+
 @dataclass
 class Memory:
     megabytes: float = math.nan

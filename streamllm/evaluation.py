@@ -19,7 +19,7 @@ from .errors import UnsupportedModelError
 from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder, sampled_losses
 from .policy import EvictionPolicy, peak_kv, steady_state
-from .quality import Estimate, baseline_positions, check_finite, median_interval, perplexity
+from .quality import baseline_positions, check_finite, median_interval, perplexity
 from .text import TokenStream
 from .timing import SEGMENTS, Speed, attention_ms, measure_speed, used_backend
 
@@ -43,7 +43,7 @@ class Quality:
 
     def summary(self) -> dict[str, Any]:
         return {
-            **_flat("perplexity", perplexity(self.losses)),
+            **perplexity(self.losses).flat("perplexity"),
             "evaluated_tokens": len(self.losses),
             "peak_kv": self.peak_kv,
             "quality_sec": self.seconds,
@@ -75,7 +75,7 @@ def measure_quality(
 
 def speed_summary(speed: Speed, requested: str) -> dict[str, Any]:
     return {
-        **_flat("tpot_ms", speed.tpot_ms),
+        **speed.tpot_ms.flat("tpot_ms"),
         "decode_toks_per_sec": 1e3 / speed.tpot_ms.value,
         "prefill_sec": speed.prefill_sec,
         "first_token_latency_sec": speed.first_token_latency_sec,
@@ -142,7 +142,7 @@ def evaluate_decode_loop(
     quality = Quality(run.losses, np.arange(n_losses), run.peak_kv, run.runtime_sec, warning)
     tpot = median_interval(1e3 * np.diff([run.elapsed[mark] for mark in marks]) / np.diff(marks))
     return quality, quality.summary() | {
-        **_flat("tpot_ms", tpot),
+        **tpot.flat("tpot_ms"),
         "decode_toks_per_sec": 1e3 / tpot.value,
         "prefill_sec": run.elapsed[marks[0]],
         "first_token_latency_sec": run.elapsed[1],
@@ -179,7 +179,7 @@ def evaluate_chunked(
     quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning)
     tpot = median_interval(1e3 * run.continuation_sec / run.continuation_tokens)
     return quality, quality.summary() | {
-        **_flat("tpot_ms", tpot),
+        **tpot.flat("tpot_ms"),
         "decode_toks_per_sec": 1e3 / tpot.value,
         "prefill_sec": float(np.median(run.prefill_sec)),
         "first_token_latency_sec": float(np.median(run.prefill_sec)),
@@ -251,7 +251,3 @@ def _warning(loaded: LoadedModel, policy: EvictionPolicy, peak: int, n_tokens: i
     if policy.compress_every > 0 and peak >= n_tokens:
         return f"the text's {n_tokens} tokens all fit in the cache: nothing was evicted"
     return None
-
-
-def _flat(name: str, estimate: Estimate) -> dict[str, float]:
-    return {name: estimate.value, f"{name}_low": estimate.low, f"{name}_high": estimate.high}

@@ -42,6 +42,13 @@ class LoadedModel:
         config = self.model.config
         return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
+    @property
+    def kv_bytes(self) -> int:
+        """Of one token's keys and values, in all layers."""
+        config = self.model.config
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return int(2 * config.num_hidden_layers * kv_heads * self.head_size * self.dtype.itemsize)
+
     def forward(self, input_ids: Tensor, position_ids: Tensor, state: AttentionState, logits_to_keep: int = 0) -> Any:
         """input_ids (batch, n), position_ids (n) -> output with `logits` (batch, n or `logits_to_keep`, vocabulary)."""
         return self.model(

@@ -94,6 +94,17 @@ def evicted_before(policy: EvictionPolicy, n_tokens: int) -> list[int]:
     return list(itertools.accumulate(drops, initial=0))[:n_tokens]
 
 
+def prune_starts(policy: EvictionPolicy, n_tokens: int) -> list[int]:
+    """Queries (counted from 0, ascending, below `n_tokens`) that are the first to see a prune: it began just before
+    them. With `max_drop`, it may go on before the next ones."""
+    schedule, starts = Schedule(policy), []
+    for t in range(1, n_tokens):
+        going_on = schedule.pruning
+        if schedule.after_token() and not going_on:
+            starts.append(t)
+    return starts
+
+
 def peak_kv(policy: EvictionPolicy, n_tokens: int) -> int:
     """Largest number of keys any of the first `n_tokens` queries attends to, its own included."""
     return max(t + 1 - evicted for t, evicted in enumerate(evicted_before(policy, n_tokens)))

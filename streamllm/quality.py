@@ -26,6 +26,10 @@ class Estimate:
     low: float
     high: float
 
+    def flat(self, name: str) -> dict[str, float]:
+        """As a part of a flat record."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 def baseline_positions(n_tokens: int, count: int = BASELINE_POSITIONS) -> np.ndarray:
     """Ascending indices into the losses of a text of `n_tokens`, spread evenly; all of them if `count` is 0."""

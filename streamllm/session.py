@@ -19,26 +19,33 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .decoding import Progress
+    from .loaded import LoadedModel
     from .measurements import Measurements
+    from .text import TokenStream
 
 Measured = tuple[dict[str, Any], "np.ndarray"]
 """A flat record; losses (n, 2: position, nats)."""
 
 
-def open_measurements(arguments: argparse.Namespace) -> Measurements:
-    """Loads model and text. Raises UsageError."""
+def load_model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, TokenStream]:
+    """Raises UsageError."""
     from .device import limit_threads
-    from .measurements import Measurements
     from .models import load_model, load_tokenizer
-    from .store import MeasurementStore
     from .text import load_tokens
 
     source = text_source(arguments)
     limit_threads(arguments.threads)
     loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
     tokenizer = None if source.token_ids is not None else load_tokenizer(arguments.model)
-    stream = load_tokens(source, tokenizer, loaded.model.config.vocab_size)
-    return Measurements(MeasurementStore(arguments.store), loaded, stream)
+    return loaded, load_tokens(source, tokenizer, loaded.model.config.vocab_size)
+
+
+def open_measurements(arguments: argparse.Namespace) -> Measurements:
+    """Loads model and text. Raises UsageError."""
+    from .measurements import Measurements
+    from .store import MeasurementStore
+
+    return Measurements(MeasurementStore(arguments.store), *load_model_and_text(arguments))
 
 
 def measure_baseline(

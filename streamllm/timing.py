@@ -157,14 +157,12 @@ def measure_speed(
 def bytes_per_token(loaded: LoadedModel, policy: EvictionPolicy) -> int:
     """What must be read to decode a token with a full cache: every weight (of an embedding that is not also the output
     layer, one row), and the keys and values of S + W + 1 tokens."""
-    model, config = loaded.model, loaded.model.config
+    model = loaded.model
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if output is None or output.weight is not embedding:
         weights -= embedding.nbytes
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    key = kv_heads * loaded.head_size * loaded.dtype.itemsize
-    return int(weights + 2 * config.num_hidden_layers * key * (policy.kept + 1))
+    return int(weights + loaded.kv_bytes * (policy.kept + 1))
 
 
 def used_backend(

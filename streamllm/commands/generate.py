@@ -1,0 +1,172 @@
+"""Writes without end in constant memory, until Ctrl-C or --max-new-tokens. On a terminal with the size of the cache and
+the pace beneath the text; elsewhere the plain text on stdout, and one line about it on stderr.
+
+examples:
+python -m streamllm generate                                 the embedded model
+python -m streamllm generate --dense                         and beside it what becomes of it without StreamingLLM
+python -m streamllm generate --n-sink 0                      without sinks
+python -m streamllm generate --model EleutherAI/pythia-410m --prompt "The history of" --top-p 0.9
+python -m streamllm generate --max-new-tokens 10000 > text.txt
+"""
+
+import argparse
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from threading import Event
+from typing import TYPE_CHECKING, Protocol
+
+from ..arguments import (
+    add_model_arguments,
+    add_policy_arguments,
+    add_threads_argument,
+    given_stream_policy,
+    stream_policy,
+)
+from ..errors import UsageError
+from ..methods import METHODS
+
+if TYPE_CHECKING:
+    from ..writing import Writer
+
+HELP = "write without end in constant memory, and watch it"
+
+
+class Output(Protocol):
+    def add(self, title: str, text: str) -> None: ...
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is written")
+    add_model_arguments(what)
+    what.add_argument("--prompt", metavar="TEXT", help="how it begins (a few words)")
+    what.add_argument("--max-new-tokens", type=int, metavar="N", help="(no end)")
+    what.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 picks the likeliest token (0.8)")
+    what.add_argument("--top-k", type=int, default=40, metavar="K", help="of the K likeliest only; 0 of all (40)")
+    what.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="of the likeliest with probability P together (1: all)"
+    )
+    what.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (0)")
+    policy = parser.add_argument_group("the policy")
+    policy.add_argument("--method", choices=METHODS, default="ring", help="how the cache is implemented (ring)")
+    add_policy_arguments(policy)
+    policy.add_argument("--dense", action="store_true", help="beside it the same where nothing is ever evicted")
+    add_threads_argument(parser.add_argument_group("how it is run"))
+
+
+def run(arguments: argparse.Namespace) -> int:
+    given_stream_policy(arguments)
+    limit, terminal = arguments.max_new_tokens, sys.stdout.isatty()
+    if limit is not None and limit < 1:
+        raise UsageError(f"max_new_tokens {limit}: must be >= 1, or left out for no end")
+    if arguments.dense and limit is None and not terminal:
+        raise UsageError("dense: two texts without end go on a terminal only; give --max-new-tokens N")
+    if sys.stderr.isatty():
+        print("loading ...", end="\r", file=sys.stderr, flush=True)
+    writers = _writers(arguments)
+    started = time.perf_counter()
+    with _interruption() as interrupted, _output(writers, terminal) as output:
+        try:
+            prompt = arguments.prompt if arguments.prompt is not None else _prompt(arguments.model)
+            for title, writer in writers.items():
+                output.add(title, writer.read(prompt))
+            for _ in count() if limit is None else range(limit):
+                if interrupted.is_set():
+                    break
+                for title, writer in writers.items():
+                    output.add(title, writer.write())
+        except BrokenPipeError:  # `| head` has seen enough; nothing is left to be flushed into it at exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    _summarize(writers, time.perf_counter() - started)
+    return 0
+
+
+@contextmanager
+def _interruption() -> Iterator[Event]:
+    """Ctrl-C sets the event, so that no token is left half done."""
+    interrupted = Event()
+    before = signal.signal(signal.SIGINT, lambda *_: interrupted.set())
+    try:
+        yield interrupted
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
+    """By the title they are shown under."""
+    from ..writing import Sampler, Sampling, Writer
+
+    sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
+
+    from ..backends import BACKENDS
+    from ..device import limit_threads
+    from ..methods import make_decoder
+    from ..models import load_model, load_tokenizer
+
+    limit_threads(arguments.threads)
+    loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
+    tokenizer = load_tokenizer(arguments.model)
+    policy = stream_policy(arguments, loaded)
+    methods = {f"{arguments.method}: {policy.n_sink} sinks, {policy.window_size} recent tokens": arguments.method}
+    if arguments.dense:
+        methods["dense: nothing is evicted"] = "dense"
+    return {
+        title: Writer(
+            loaded,
+            tokenizer,
+            make_decoder(method, loaded, policy, BACKENDS["auto"]),
+            Sampler(sampling, loaded.device, arguments.seed),
+        )
+        for title, method in methods.items()
+    }
+
+
+def _prompt(model: str) -> str:
+    return "The with statement" if model == "testbed" else "Once upon a time"
+
+
+class _Plain:
+    """One text as it comes; two one after the other, at the end."""
+
+    def __init__(self, titles: list[str]) -> None:
+        self.texts: dict[str, list[str]] = {title: [] for title in titles}
+
+    def add(self, title: str, text: str) -> None:
+        if len(self.texts) == 1:
+            print(text, end="", flush=True)
+        else:
+            self.texts[title].append(text)
+
+    def finish(self) -> None:
+        for title, pieces in self.texts.items():
+            if pieces:
+                print(f"=== {title} ===\n{''.join(pieces)}\n")
+        if len(self.texts) == 1:
+            print(flush=True)
+
+
+@contextmanager
+def _output(writers: "dict[str, Writer]", terminal: bool) -> Iterator[Output]:
+    if terminal:
+        from ..screen import Screen
+
+        with Screen(writers) as screen:
+            yield screen
+        return
+    plain = _Plain(list(writers))
+    yield plain
+    plain.finish()
+
+
+def _summarize(writers: "dict[str, Writer]", seconds: float) -> None:
+    from ..device import used_memory
+
+    for title, writer in writers.items():
+        name = f"{title}: " if len(writers) > 1 else ""
+        held, done = writer.status
+        memory = used_memory(writer.loaded.device)
+        print(f"{name}{done}; {held}; memory {memory:,.0f} MiB; {seconds:.1f} s in all", file=sys.stderr)

@@ -1,0 +1,196 @@
+"""Decodes with a full cache under torch's profiler. Times of parts are taken under the profiler, whose own cost is
+stated; on a GPU they are those of kernels, on a CPU those of operators, and what is left is idle: waiting for Python.
+
+Writes FILE (JSON) and beside it a Chrome trace, FILE's name with .trace.json.gz, for https://ui.perfetto.dev.
+
+examples:
+python -m streamllm profile                                         the embedded model, vanilla StreamingLLM
+python -m streamllm profile --method mit --attn-backend eager
+python -m streamllm profile --method ring --execution compile       a compiled step is one part
+python -m streamllm profile --intervals 1 16 256 --window-size 124  forward against update at other R
+"""
+
+import argparse
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..arguments import (
+    add_backend_arguments,
+    add_model_arguments,
+    add_policy_arguments,
+    add_text_arguments,
+    add_threads_argument,
+    given_stream_policy,
+    stream_policy,
+    text_source,
+)
+from ..errors import UsageError
+from ..methods import METHODS
+from ..options import EXECUTIONS
+from ..policy import EvictionPolicy
+from ..session import load_model_and_text, make_room, messages_on_stderr
+
+if TYPE_CHECKING:
+    from ..loaded import LoadedModel
+    from ..profiling import Profile
+    from ..text import TokenStream
+
+HELP = "where a token's time goes: kernels, parts of the model, cache update against forward"
+_SHOWN_KERNELS = 12
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    what = parser.add_argument_group("what is profiled")
+    add_model_arguments(what)
+    add_text_arguments(what)
+    policy = parser.add_argument_group("the policy")
+    policy.add_argument(
+        "--method", "--streaming-mode", choices=METHODS, default="ours", help="how the cache is implemented (ours)"
+    )
+    add_policy_arguments(policy)
+    how = parser.add_argument_group("how it is run")
+    add_backend_arguments(how)
+    how.add_argument(
+        "--execution",
+        choices=EXECUTIONS,
+        default="eager",
+        help="how a step is run; the others want --method ring (eager)",
+    )
+    add_threads_argument(how)
+    how.add_argument(
+        "--intervals",
+        type=int,
+        nargs="*",
+        default=[1, 8, 32, 64],
+        metavar="R",
+        help="for the table of forward against update, profile these values of --compress-every too (1 8 32 64)",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output-file",
+        type=Path,
+        default=Path("results/profile_kernels/profile.json"),
+        metavar="FILE.json",
+        help="(results/profile_kernels/profile.json)",
+    )
+    output.add_argument("--json", action="store_true", help="what is written to FILE on stdout, nothing else")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    text_source(arguments)
+    given_stream_policy(arguments)
+    file = arguments.output_file
+    if file.suffix != ".json":
+        raise UsageError(f"output_file {str(file)!r}: must end in .json")
+    if any(interval < 1 for interval in arguments.intervals):
+        raise UsageError(f"intervals {' '.join(map(str, arguments.intervals))}: whole numbers >= 1, or none")
+    make_room(file)
+
+    from ..methods import check_execution
+    from ..probing import resolve_backend
+
+    check_execution(arguments.method, arguments.execution)
+    loaded, stream = load_model_and_text(arguments)
+    policy = stream_policy(arguments, loaded)
+    with messages_on_stderr():
+        backend = resolve_backend(arguments.attn_backend, loaded, arguments.strict)
+    trace = file.with_name(f"{file.stem}.trace.json.gz")
+
+    from ..profiling import profile_decoding
+    from ..timing import used_backend
+
+    def profiled(policy: EvictionPolicy, trace: Path | None = None) -> "Profile":
+        return profile_decoding(loaded, arguments.method, policy, backend, stream.tokens, arguments.execution, trace)
+
+    own = profiled(policy, trace)
+    others = {other: own if other == policy else profiled(other) for other in _others(arguments, policy)}
+    result = _identity(arguments, loaded, stream, policy) | {
+        "backend": used_backend(loaded, arguments.method, policy, backend, stream.tokens, arguments.execution),
+        "backend_requested": arguments.attn_backend,
+        **_record(own),
+        "intervals": [_interval(found, other) for other, found in others.items()],
+        "trace": str(trace),
+    }
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result) if arguments.json else _report(result, file))
+    return 0
+
+
+def _identity(
+    arguments: argparse.Namespace, loaded: "LoadedModel", stream: "TokenStream", policy: EvictionPolicy
+) -> dict[str, Any]:
+    from ..evaluation import identity
+
+    record = identity(loaded, stream, arguments.method, policy, "fast", arguments.execution)
+    del record["protocol"]
+    return record
+
+
+def _others(arguments: argparse.Namespace, policy: EvictionPolicy) -> list[EvictionPolicy]:
+    """The policy at every interval asked for and its own; none where the method does not prune."""
+    from ..methods import effective_policy
+
+    if effective_policy(arguments.method, policy).compress_every != policy.compress_every or not arguments.intervals:
+        return []
+    intervals = sorted({*arguments.intervals, policy.compress_every} - {0})
+    return [replace(policy, compress_every=interval) for interval in intervals]
+
+
+def _record(profiled: "Profile") -> dict[str, Any]:
+    return {
+        "tpot_ms": profiled.tpot_ms,
+        "profiled_ms": profiled.profiled_ms,
+        "profiler_overhead_percent": 100 * (profiled.profiled_ms / profiled.tpot_ms - 1),
+        "profiled_tokens": profiled.tokens,
+        "parts_ms": profiled.parts_ms | {"idle": profiled.idle_ms},
+        "launches_per_token": profiled.launches,
+        "kernels": [asdict(kernel) for kernel in profiled.kernels],
+    }
+
+
+def _interval(profiled: "Profile", policy: EvictionPolicy) -> dict[str, Any]:
+    """Milliseconds per prune interval."""
+    return {
+        "compress_every": policy.compress_every,
+        "tokens": profiled.cycle,
+        "forward_ms": profiled.cycle * profiled.forward_ms,
+        "update_ms": profiled.cycle * profiled.update_ms,
+        "idle_ms": profiled.cycle * profiled.idle_ms,
+        "update_percent": 100 * profiled.update_ms / (profiled.update_ms + profiled.forward_ms),
+        "tpot_ms": profiled.tpot_ms,
+    }
+
+
+def _report(result: dict[str, Any], file: Path) -> str:
+    on_gpu = result["threads"] is None
+    knobs = "S={n_sink} W={window_size} R={compress_every} slack={cache_slack} drop={max_drop}".format(**result)
+    threads = "" if on_gpu else f", threads {result['threads']}"
+    lines = [
+        f"{result['model']}, {result['dtype']}, {result['device']}{threads}",
+        f"{result['method']} {result['backend']} {result['execution']} {knobs}",
+        f"{result['tpot_ms']:.2f} ms per token; {result['profiled_ms']:.2f} under the profiler "
+        f"({result['profiler_overhead_percent']:+.0f}%), over {result['profiled_tokens']} tokens; "
+        f"{result['launches_per_token']:.0f} {'kernels' if on_gpu else 'operators called from Python'} per token",
+        "",
+        f"{'part':34}{'ms/token':>10}{'share':>8}",
+    ]
+    for part, time in sorted(result["parts_ms"].items(), key=lambda item: (item[0] == "idle", -item[1])):
+        name = f"{part} ({'of the GPU' if on_gpu else 'Python'})" if part == "idle" else part
+        lines.append(f"{name:34}{time:10.3f}{time / result['profiled_ms']:8.0%}")
+    lines += ["", f"{'kernel' if on_gpu else 'operator':54}{'calls/token':>12}{'ms/token':>10}{'share':>8}"]
+    for kernel in result["kernels"][:_SHOWN_KERNELS]:
+        calls, time = kernel["calls_per_token"], kernel["ms_per_token"]
+        lines.append(f"{kernel['name'][:53]:54}{calls:12.1f}{time:10.3f}{time / result['profiled_ms']:8.0%}")
+    if result["intervals"]:
+        lines += [
+            "",
+            f"{'prune interval':>14}{'forward ms':>12}{'update ms':>11}{'share':>8}{'idle ms':>10}{'ms/token':>10}",
+        ]
+    for row in result["intervals"]:
+        lines.append(
+            f"{row['tokens']:14}{row['forward_ms']:12.2f}{row['update_ms']:11.2f}{row['update_percent']:7.0f}%"
+            f"{row['idle_ms']:10.2f}{row['tpot_ms']:10.2f}"
+        )
+    return "\n".join([*lines, "", f"files: {file}, {result['trace']}"])
