@@ -2,6 +2,7 @@
 
 `python -m tests.benchmarks.scale`: the real driver, study and its files on disk, store and display; only the workers
 are pretended. They take as long as real ones, in simulated time, so that nothing but the driver's own work passes.
+With `--mlflow URI` (of a server, or sqlite:///FILE) the real tracker follows in its process; its backlog is shown.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import itertools
 import json
 import tempfile
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -25,11 +27,13 @@ import numpy as np
 from orchestrator import driver as driver_module
 from orchestrator.display import Display
 from orchestrator.driver import Driver
-from orchestrator.folder import TrialsFile
+from orchestrator.folder import TrialsFile, write_outcome
 from orchestrator.pool import Finished
 from orchestrator.study import Study
+from orchestrator.tracker import Tracker
+from orchestrator.tracking import PARENT_PARAMS, Projection
 from orchestrator.trial import TrialMeasurement, TrialSpec
-from search_spaces import load_space
+from search_spaces import SearchSpace, load_space
 from streamllm.store import Measurement, MeasurementStore
 
 CAP = 2048
@@ -46,6 +50,8 @@ parameters:
 TRIAL_SEC = 20.0
 """The median; durations are log-normal."""
 N_LOSSES = 1024
+PARTS = ("ask", "tell", "row", "observers", "other")
+"""Of what the driver does."""
 
 
 class SimulatedPool:
@@ -139,7 +145,24 @@ class Marks:
             self.marks.append(self.now())
 
 
-def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None) -> dict[str, Any]:
+def follower(folder: Path, trials: TrialsFile, space: SearchSpace, uri: str) -> Tracker:
+    settings = dict.fromkeys(("study", "model", "commit", "quantization", *PARENT_PARAMS), "none")
+    settings |= {"study_id": uuid.uuid4().hex, "space": {"name": "scale"}}
+    settings |= {"objectives": dict.fromkeys(space.objectives, "minimize")}
+    (folder / "sweep.json").write_text(json.dumps(settings))
+    return Tracker(Projection(settings, MeasurementStore(folder / "store"), uri), trials)
+
+
+def drain(folder: Path, tracker: Tracker) -> dict[str, Any]:
+    """Waits until MLflow has everything."""
+    write_outcome(folder, "FINISHED")
+    behind, started = tracker.backlog, time.perf_counter()
+    problem = tracker.finish([], lambda _: None, limit_sec=3600.0)
+    assert problem is None, problem
+    return {"behind_at_the_end": behind, "drained_sec": time.perf_counter() - started}
+
+
+def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None, mlflow: str | None) -> dict[str, Any]:
     (folder / "space.yaml").write_text(SPACE)
     space = load_space(str(folder / "space.yaml"))
     more = {} if sampler is None else {"sampler": sampler}
@@ -148,7 +171,10 @@ def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None)
     watch = Stopwatch()
     study.ask = watch.timed("ask", study.ask)  # type: ignore[method-assign]
     study.tell = watch.timed("tell", study.tell)  # type: ignore[method-assign]
-    observers = [TrialsFile(folder, []), Display(trials, [], space.objectives, NoTracking())]
+    file = TrialsFile(folder, [])
+    tracker = None if mlflow is None else follower(folder, file, space, mlflow)
+    observers = [file, Display(trials, [], space.objectives, tracker or NoTracking())]
+    observers += [tracker] if tracker else []
     for observer in observers:
         for method in ("worker_ready", "trial_started", "trial_finished"):
             setattr(observer, method, watch.timed("observers", getattr(observer, method)))
@@ -157,9 +183,10 @@ def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None)
     started = time.perf_counter()
 
     def now() -> dict[str, float]:
-        parts = {part: watch.seconds[part] for part in ("ask", "tell", "row", "observers")}
+        parts = {part: watch.seconds[part] for part in PARTS if part != "other"}
         wall = time.perf_counter() - started
-        return parts | {"other": wall - pool.seconds - sum(parts.values()), "store": pool.seconds, "wall": wall}
+        parts |= {"other": wall - pool.seconds - sum(parts.values()), "store": pool.seconds, "wall": wall}
+        return parts | ({"backlog": tracker.backlog} if tracker else {})
 
     marks = Marks(max(trials // 10, 1), now)
     try:
@@ -169,8 +196,9 @@ def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None)
         driver_module.trial_row = original
     rows = [
         {"trials": number * marks.every}
-        | {part: 1e3 * (after[part] - before[part]) / marks.every for part in after if part != "wall"}
-        | {"driver": 1e3 * sum(after[p] - before[p] for p in after if p not in ("wall", "store")) / marks.every}
+        | {part: 1e3 * (after[part] - before[part]) / marks.every for part in after if part not in ("wall", "backlog")}
+        | {"driver": 1e3 * sum(after[p] - before[p] for p in PARTS) / marks.every}
+        | ({"MLflow's backlog": after["backlog"]} if tracker else {})
         for number, (before, after) in enumerate(itertools.pairwise(marks.marks), start=1)
     ]
     wall = marks.marks[-1]["wall"]
@@ -181,7 +209,7 @@ def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None)
         "driver_trials_per_sec": len(study.rows) / (wall - marks.marks[-1]["store"]),
         "trials_per_sec_with_store": len(study.rows) / wall,
         "ms_per_trial": rows,
-    }
+    } | ({"mlflow": drain(folder, tracker)} if tracker else {})
 
 
 def main() -> None:
@@ -190,10 +218,13 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampler", help="the study's default")
+    parser.add_argument("--mlflow", metavar="URI", help="have MLflow follow")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = run(Path(folder), arguments.workers, arguments.trials, arguments.seed, arguments.sampler)
+        result = run(
+            Path(folder), arguments.workers, arguments.trials, arguments.seed, arguments.sampler, arguments.mlflow
+        )
     print(
         f"{result['workers']} workers, {result['trials']} trials, {result['driver_trials_per_sec']:.0f} "
         f"trials/s, with what the workers write {result['trials_per_sec_with_store']:.0f}; ms per trial:"
@@ -205,6 +236,12 @@ def main() -> None:
             "| "
             + " | ".join(f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
             + " |"
+        )
+    if "mlflow" in result:
+        print(
+            "MLflow: {behind_at_the_end} runs behind at the end, drained in {drained_sec:.0f} s".format(
+                **result["mlflow"]
+            )
         )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"benchmark": "scale"} | result, indent=1) + "\n")

@@ -1,0 +1,87 @@
+"""What a second worker is worth: `python -m tests.benchmarks.workers [--json FILE]`.
+
+Trials per minute for the quality part, which is what workers do beside one another (timings take turns): real Ray
+workers with the embedded model, each trial another policy, nothing stored beforehand; counts of workers interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+from orchestrator.lease import computing_lease
+from orchestrator.pool import WorkerPool
+from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
+from orchestrator.worker import Worker
+from streamllm.policy import EvictionPolicy
+from streamllm.text import TextSource
+
+from .reporting import interleaved, summary
+
+
+class OnlyQuality(Worker):
+    def measure(self, spec: TrialSpec) -> TrialMeasurement:
+        quality, fresh = self.measurements.quality(spec.method, spec.policy, computing_lease())
+        assert fresh and quality.losses is not None
+        return TrialMeasurement(quality.record, quality.losses, True, False)
+
+
+def trials_per_minute(workers: int, trials: int, tokens: int, folder: Path) -> float:
+    source = TextSource(max_eval_tokens=tokens)
+    setup = WorkerSetup("testbed", source, "float32", "none", Path(tempfile.mkdtemp(dir=folder)))
+    pool = WorkerPool(setup, workers, cpus_per_worker=1, worker_class=OnlyQuality)
+    try:
+        idle: deque[int] = deque()
+        while len(idle) < workers:
+            idle += [finished.worker for finished in pool.wait(0.1)]
+        waiting = deque(EvictionPolicy(n_sink=n, window_size=250 - n, compress_every=1) for n in range(trials))
+        left, started = trials, time.perf_counter()
+        while left:
+            while idle and waiting:
+                pool.submit(idle.popleft(), TrialSpec("ours", "auto", waiting.popleft()))
+            for finished in pool.wait(0.1):
+                assert finished.measurement is not None, finished.error
+                idle.append(finished.worker)
+                left -= 1
+        return 60 * trials / (time.perf_counter() - started)
+    finally:
+        pool.shutdown()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workers", type=int, default=2, help="beside one (2)")
+    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        paces = interleaved(
+            {
+                str(count): lambda count=count: trials_per_minute(  # type: ignore[misc]
+                    count, arguments.trials, arguments.tokens, Path(name)
+                )
+                for count in (1, arguments.workers)
+            },
+            arguments.rounds,
+        )
+    one, more = paces["1"], paces[str(arguments.workers)]
+    ratios = [b / a for a, b in zip(one, more, strict=True)]
+    print(
+        f"1 worker {np.median(one):.1f}, {arguments.workers} workers {np.median(more):.1f} trials a minute: "
+        f"{np.median(ratios):.2f} times [{min(ratios):.2f}, {max(ratios):.2f} over {len(ratios)} rounds]"
+    )
+    if arguments.json is not None:
+        result = {"trials_per_minute": paces, "ratio": summary(ratios) | {"rounds": ratios}}
+        arguments.json.write_text(json.dumps({"benchmark": "workers"} | result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
