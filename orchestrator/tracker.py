@@ -1,7 +1,7 @@
 """Keeps MLflow up to date while a sweep runs: a process that follows `trials.jsonl` at the server's pace.
 
-It is a process and not a thread: MLflow takes longer for a run than the driver for a trial, and would take it out of the
-same interpreter's time.
+It is a process and not a thread: MLflow takes longer for a run than the driver for a trial, and would take that out of
+the same interpreter's time.
 """
 
 from __future__ import annotations
