@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .front import Row, confirmed
 from .knee import knee
-from .study import StudyResults
+from .study import StudyResults, read_outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,12 +52,6 @@ def configuration_words(row: Row) -> str:
         f"{row['n_sink']} sinks, window {row['window_size']}, prune every {row['compress_every']}, "
         f"slack {row['cache_slack']}, max drop {row['max_drop']}"
     )
-
-
-def read_status(study: StudyResults) -> str | None:
-    """FINISHED, FAILED or KILLED; None of a sweep that runs, or was killed outright."""
-    path = study.folder / "outcome.json"
-    return str(json.loads(path.read_text())["status"]) if path.is_file() else None
 
 
 def _asked(study: StudyResults) -> str:
@@ -116,7 +109,7 @@ def _certainty(study: StudyResults, chosen: Row | None) -> tuple[str, ...]:
     failed = sum(row["state"] != "complete" for row in study.trials)
     if failed:
         said.append(f"{failed} of {len(study.trials)} configurations failed; the reasons are at the end.")
-    status = read_status(study)
+    status, _ = read_outcome(study.folder)
     if status != "FINISHED":
         words = {None: "has not finished", "KILLED": "was interrupted", "FAILED": "ended with an error"}
         said.append(f"The sweep {words[status]}: what it would have found is not in here.")

@@ -13,101 +13,53 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from streamllm.errors import UsageError
 
-from .columns import Column, shown_columns
-from .findings import Findings, findings, read_status
+from .columns import COLUMNS, Column, shown_columns
+from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
+from .findings import Findings, findings
 from .front import Row, confirmed
-from .study import StudyResults, load_study
+from .study import StudyResults, load_study, read_outcome
 
 _PAGE = Path(__file__).parent / "page"
 _AXES = ("tpot_ms", "ppl_increase_percent", "speedup", "perplexity", "peak_kv", "peak_memory_mb")
-_LABELS = {
-    "trial": "#",
-    "tpot_ms": "ms/token",
-    "speedup": "speedup",
+_LABELS = {column.key: column.title for column in COLUMNS} | {
     "perplexity": "perplexity",
     "ppl_increase_percent": "perplexity increase, %",
-    "peak_kv": "peak KV, tokens",
-    "peak_memory_mb": "peak memory, MB",
-    "front_probability": "P(front)",
-    "n_sink": "sinks",
-    "window_size": "window",
-    "compress_every": "prune every",
-    "cache_slack": "slack",
-    "max_drop": "max drop",
-    "backend": "backend used",
-    "backend_requested": "backend asked for",
 }
-_DETAILS = (
-    "method",
-    "backend",
-    "backend_requested",
-    "execution",
-    "n_sink",
-    "window_size",
-    "compress_every",
-    "cache_slack",
-    "max_drop",
-    "tpot_ms",
-    "speedup",
-    "ppl_increase_percent",
-    "perplexity",
-    "peak_kv",
-    "peak_memory_mb",
-    "front_probability",
-    "rounds",
-    "violated",
-    "warning",
+_DECIMALS = {column.key: column.decimals for column in COLUMNS if column.decimals is not None}
+_NOT_OF_A_TRIAL = {"study", "trial", "recommended", "confirmed_tpot_ms", "confirmed_speedup", "place", "dominated_by"}
+_VALUES = tuple(column.key for column in COLUMNS if column.key not in _NOT_OF_A_TRIAL)
+_DETAILS = (*_VALUES, "rounds", "violated", "warning")
+_TABLE = ("trial", "state", *_VALUES, "violated", "reason")
+FIGURES = tuple(
+    name
+    for name in (*STUDY_FIGURES, *ROW_FIGURES)
+    if name not in ("main_comparison", "fixed_eval_speedup", "fixed_eval_ppl_comparison", "fixed_eval_ppl_increase")
 )
-_TABLE = (
-    "trial",
-    "state",
-    "method",
-    "backend",
-    "execution",
-    "n_sink",
-    "window_size",
-    "compress_every",
-    "cache_slack",
-    "max_drop",
-    "peak_kv",
-    "tpot_ms",
-    "speedup",
-    "perplexity",
-    "ppl_increase_percent",
-    "peak_memory_mb",
-    "violated",
-    "reason",
-)
-_DECIMALS = {
-    "tpot_ms": 2,
-    "speedup": 1,
-    "perplexity": 2,
-    "ppl_increase_percent": 1,
-    "peak_memory_mb": 0,
-    "front_probability": 2,
-}
+"""All but what `results_summary` shows as well."""
 _DIGITS = 6
 """Significant ones in the page's data: what the chart and the table can show."""
 
 
-def write_report(study: StudyResults, path: Path | None = None) -> Path:
-    """Writes the report, `report.html` in the study's folder unless given. Returns the file."""
+def write_report(study: StudyResults, path: Path | None = None, figures: Sequence[Path] | None = None) -> Path:
+    """Writes the report, `report.html` in the study's folder unless given. Returns the file.
+
+    figures: PNGs of `FIGURES` that are there already; without them they are drawn."""
     path = path or study.folder / "report.html"
-    text = report(study)
+    text = report(study, figures)
     temporary = path.with_name(f".{path.name}.new")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)
     return path
 
 
-def report(study: StudyResults) -> str:
+def report(study: StudyResults, figures: Sequence[Path] | None = None) -> str:
     """The page. All that comes from the study is escaped; no script runs but its own, whose digest its policy names."""
     front = study.front
     found = findings(study, front)
@@ -123,7 +75,7 @@ def report(study: StudyResults) -> str:
         front_table=_front_table(study, front, found.recommended),
         front_note=_front_note(front),
         data=_data(study, front, found.recommended),
-        figures=_figures(study),
+        figures=_figures(study, figures),
         measured=_measured(study),
         failures=_failures(study),
         environment=_environment(study),
@@ -169,7 +121,8 @@ def _data(study: StudyResults, front: Sequence[Row], recommended: Row | None) ->
     rows = [confirmed(row) for row in study.trials]
     index = {row["trial"]: place for place, row in enumerate(rows)}
     used = {key for row in rows for key in row}
-    table = [key for key in _TABLE if key in used and not (key == "execution" and _all_eager(rows))]
+    used -= _needless(rows)
+    table = [key for key in _TABLE if key in used]
     measures = [name for name in dict.fromkeys([*study.objectives, *_AXES]) if name in used]
     intervals = [f"{name}{end}" for name in _DETAILS for end in ("_low", "_high") if f"{name}{end}" in used]
     keys = [*dict.fromkeys([*table, *measures, *(key for key in _DETAILS if key in used), "feasible"]), *intervals]
@@ -183,14 +136,17 @@ def _data(study: StudyResults, front: Sequence[Row], recommended: Row | None) ->
         "axes": measures if len(measures) > 1 else [*study.objectives][:2],
         "labels": {key: _LABELS.get(key, key) for key in keys},
         "decimals": _DECIMALS,
-        "details": [key for key in _DETAILS if key in used and not (key == "execution" and _all_eager(rows))],
+        "details": [key for key in _DETAILS if key in used],
         "table": table,
     }
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _all_eager(rows: Iterable[Row]) -> bool:
-    return all(row.get("execution", "eager") == "eager" for row in rows)
+def _needless(rows: Sequence[Row]) -> set[str]:
+    """What says nothing: an execution that is every row's, a backend asked for that is the one that ran."""
+    eager = all(row.get("execution", "eager") == "eager" for row in rows)
+    granted = all(row.get("backend", row.get("backend_requested")) == row.get("backend_requested") for row in rows)
+    return ({"execution"} if eager else set()) | ({"backend_requested"} if granted else set())
 
 
 def _shown(value: Any) -> Any:
@@ -199,13 +155,13 @@ def _shown(value: Any) -> Any:
     return value
 
 
-def _figures(study: StudyResults) -> str:
+def _figures(study: StudyResults, drawn: Sequence[Path] | None) -> str:
     if not study.trials:
         return "<p>No trial has finished.</p>"
-    from .figures import write_figures
-
+    if drawn is not None:
+        return "".join(_figure(path) for path in drawn)
     with tempfile.TemporaryDirectory() as folder:
-        written = write_figures([study], Path(folder), ["png"])
+        written = write_figures([study], Path(folder), ["png"], only=FIGURES)
         return "".join(_figure(path) for path in written.paths)
 
 
@@ -296,7 +252,7 @@ def _environment(study: StudyResults) -> str:
     settings, rows = study.configuration, [*study.trials, *([study.baseline] if study.baseline is not None else [])]
     space = settings["space"]
     facts = {
-        "study": f"{study.name} ({read_status(study) or 'running, or killed'})",
+        "study": f"{study.name} ({read_outcome(study.folder)[0] or 'running, or killed'})",
         "finished": _times(rows),
         "model": _values(settings, rows, "model", "model_digest"),
         "text": _values({}, rows, "dataset", "text_digest"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -12,24 +13,33 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 from urllib.parse import quote, unquote, urlsplit
+from urllib.request import urlopen
 
 from streamllm.errors import UsageError
 
-from .study import StudyResults, load_study
+from .study import EXPERIMENT, VIEW, StudyResults, load_study
 
 _HOST = "127.0.0.1"
 _PORTS = 100
 """Tried from the one that is wanted."""
 _START_SEC, _END_SEC = 120.0, 8.0
 _LAST_LINES = 8
+_ENDS_WITH_US = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Run before a command, so that the kernel ends it where we are killed and cannot."""
 _INPUTS = ("trials.jsonl", "confirmed.jsonl", "outcome.json", "sweep.json")
 """What a report is made of."""
 
@@ -176,8 +186,9 @@ def commands(studies: Sequence[StudyResults]) -> tuple[list[tuple[str, list[str]
 def launch(name: str, command: Sequence[str], port: int, logs: Path) -> Child:
     log = (logs / f"{name}.log").open("w+b")
     environment = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    before = [sys.executable, "-c", _ENDS_WITH_US] if sys.platform == "linux" else []
     process = subprocess.Popen(
-        [*command, "--port", str(port)],
+        [*before, *command, "--port", str(port)],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
@@ -218,8 +229,24 @@ def asked_to_end() -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
-def watch(children: Sequence[Child], stop: threading.Event) -> None:
-    """Says when a child answers for the first time, and when one dies, until `stop`."""
+def mlflow_view(study: str, address: str) -> str:
+    """Where MLflow shows the study: the view that the sweep keeps there. Empty if it has none."""
+    named = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name={quote(EXPERIMENT)}"
+    try:
+        with urlopen(named, timeout=10.0) as answer:
+            experiment = json.load(answer)["experiment"]
+    except (OSError, ValueError, KeyError):
+        return ""
+    known = any(tag["key"] == f"{VIEW}{study}" for tag in experiment.get("tags", ()))
+    return f"/#/experiments/{experiment['experiment_id']}/runs?viewStateShareKey={quote(study)}" if known else ""
+
+
+def watch(
+    children: Sequence[Child], stop: threading.Event, views: Mapping[str, Callable[[str], str]] = MappingProxyType({})
+) -> None:
+    """Says when a child answers for the first time, and when one dies, until `stop`.
+
+    views: by name of a child, what comes behind its address."""
     starting, alive = list(children), list(children)
     deadline = time.monotonic() + _START_SEC
     while not stop.wait(0.3):
@@ -231,7 +258,7 @@ def watch(children: Sequence[Child], stop: threading.Event) -> None:
         for child in [child for child in starting if child not in alive or child.answers()]:
             starting.remove(child)
             if child in alive:
-                say(f"{child.name:17} {child.address}")
+                say(f"{child.name:17} {child.address}{views.get(child.name, lambda _: '')(child.address)}")
         if starting and time.monotonic() > deadline:
             for child in starting:
                 say(f"{child.name} does not answer yet; its last lines:\n{child.last_lines()}")
@@ -253,7 +280,7 @@ def serve(studies: Sequence[StudyResults], first_port: int) -> None:
                 port = _next_port(name, port + 1)
                 children.append(launch(name, command, port, Path(logs)))
             say("Ctrl-C ends all of them")
-            watch(children, stop)
+            watch(children, stop, {"MLflow": partial(mlflow_view, studies[0].name)})
         finally:
             end(children)
             reports.server_close()

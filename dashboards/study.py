@@ -1,5 +1,5 @@
-"""A sweep's output folder as dashboards read it: `sweep.json`, a row per finished trial in `trials.jsonl`, and what
-confirming added to some of them in `confirmed.jsonl`."""
+"""A sweep's output folder as dashboards read it: `sweep.json`, a row per finished trial in `trials.jsonl`, what
+confirming added to some of them in `confirmed.jsonl`, and how it ended in `outcome.json`."""
 
 from __future__ import annotations
 
@@ -12,6 +12,11 @@ from typing import Any
 from streamllm.errors import UsageError
 
 from .front import Row, pareto_front
+
+EXPERIMENT = "streamllm-sweep"
+"""Of all studies in MLflow."""
+VIEW = "mlflow.sharedViewState."
+"""Tag of an MLflow experiment: a view of it, at the address `#/experiments/ID/runs?viewStateShareKey=NAME`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +59,16 @@ def is_study(study: str) -> bool:
 
 def _folders(study: str) -> tuple[Path, Path]:
     return Path(study), Path("sweeps") / study
+
+
+def read_outcome(folder: Path) -> tuple[str | None, float | None]:
+    """How the sweep ended (FINISHED, FAILED or KILLED) and when, in seconds since 1970; None of one that runs, or was
+    killed outright."""
+    path = folder / "outcome.json"
+    if not path.is_file():
+        return None, None
+    outcome = json.loads(path.read_text())
+    return outcome["status"], outcome["ended_at"]
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

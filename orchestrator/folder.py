@@ -12,9 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from dashboards import report
 from dashboards.figures import write_figures
 from dashboards.front import Row
 from dashboards.pareto import export
+from dashboards.report import FIGURES
 from dashboards.study import StudyResults, read_rows
 
 from .results import BASELINE
@@ -22,9 +24,6 @@ from .trial import TrialSpec
 
 _OF_A_START = {"reused", "finished_at", "commit"}
 """What differs in the baseline's row each time a sweep goes on."""
-
-_FIGURES = ("pareto", "importance", "main_comparison")
-"""`python -m dashboards.figures` draws the others."""
 
 
 class TrialsFile:
@@ -65,19 +64,10 @@ def write_outcome(folder: Path, status: str) -> None:
     _replace(folder / "outcome.json", json.dumps({"status": status, "ended_at": time.time()}) + "\n")
 
 
-def read_outcome(folder: Path) -> tuple[str, float | None]:
-    """Status, and when the sweep ended, in seconds since 1970."""
-    path = folder / "outcome.json"
-    if not path.is_file():
-        return "KILLED", None
-    outcome = json.loads(path.read_text())
-    return outcome["status"], outcome["ended_at"]
-
-
 def write_report(results: StudyResults) -> list[Path]:
-    """Tables and figures, as files of the folder; of the figures those worth a wait at the end of each sweep."""
-    figures = write_figures([results], results.folder, ("png",), only=_FIGURES)
-    return [*export(results, ("md", "csv")), *figures.paths]
+    """Tables, figures and the report made of them, as files of the folder."""
+    figures = write_figures([results], results.folder, ("png",), only=FIGURES).paths
+    return [*export(results, ("md", "csv")), *figures, report.write_report(results, figures=figures)]
 
 
 def _measured(row: Mapping[str, Any]) -> dict[str, Any]:

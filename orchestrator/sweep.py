@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import shutil
 import sys
@@ -297,13 +296,11 @@ def _conclude(configuration: SweepConfiguration, tracker: Any, display: Any) -> 
 
 def _next_steps(configuration: SweepConfiguration) -> str:
     python = _python()
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    browse = uri if uri.startswith("http") else f"{python} -m mlflow ui"
     return "\n".join(
         (
-            f"results   {configuration.output}/pareto.md, pareto.csv, pareto.png",
-            f"browse    {browse}",
-            f"export    {python} -m dashboards.pareto {configuration.output} --format md,csv --all",
+            f"report    {configuration.output}/report.html; tables and figures beside it",
+            f"browse    {python} -m dashboards.serve",
+            f"export    {python} -m dashboards.pareto {configuration.output} --format latex,parquet --all",
             f"go on     the same command with --trials {2 * configuration.trials}",
             f"bigger    {python} -m orchestrator.sweep --model EleutherAI/pythia-2.8b --dataset-name pg19 "
             f"--max-eval-tokens 20000",

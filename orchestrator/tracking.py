@@ -20,13 +20,10 @@ from typing import Any
 
 from dashboards.findings import Findings, findings
 from dashboards.front import Row
-from dashboards.study import StudyResults
+from dashboards.study import EXPERIMENT, VIEW, StudyResults, read_outcome
 from streamllm.store import MeasurementStore
 
-from .folder import read_outcome
 from .results import BASELINE
-
-EXPERIMENT = "streamllm-sweep"
 
 _PARAMS = (
     "n_sink",
@@ -87,8 +84,6 @@ _COLUMNS = (
     *(f"tags.`{name}`" for name in ("dataset", "device", "feasible", "reason")),
 )
 """Of the table of runs that MLflow's UI shows at a study's own address, in this order."""
-_VIEW = "mlflow.sharedViewState."
-"""Tag of an experiment: a view of it, at the address `#/experiments/ID/runs?viewStateShareKey=NAME`."""
 _LONGEST_NOTE = 8000
 """Characters of a tag's value that MLflow keeps."""
 _DIGEST = "digest"
@@ -191,8 +186,8 @@ class Projection:
         for trial in self._runs.keys() - self._digests.keys() - {""}:  # of no trial that the study knows, or refused
             self._client.set_terminated(self._runs[trial], "KILLED", ended)
         parent = self._client.get_run(self._runs[""]).info
-        if (parent.status, parent.end_time) != (status, ended):
-            self._client.set_terminated(self._runs[""], status, ended)
+        if (parent.status, parent.end_time) != (status or "KILLED", ended):
+            self._client.set_terminated(self._runs[""], status or "KILLED", ended)
 
     def _known_runs(self) -> Iterator[Any]:
         """The study's runs, the oldest first."""
@@ -228,7 +223,7 @@ class Projection:
                 "Sweeps of streamllm-sweep: a parent run per study, with the front in its description and artifacts, "
                 "and a run per configuration. `tags.pareto = 'True'` finds the front."
             ),
-            f"{_VIEW}{study}": json.dumps(
+            f"{VIEW}{study}": json.dumps(
                 {
                     "searchFilter": f"tags.study = '{study}'",
                     "orderByKey": f"metrics.`{first}`",

@@ -31,7 +31,7 @@ from search_spaces import load_space
 from streamllm.store import MeasurementStore
 from streamllm.text import TextSource
 
-from .reporting import interleaved, summary
+from .reporting import interleaved, machine, summary
 
 CAP = 2048
 INTEGERS = {
@@ -187,7 +187,7 @@ def main() -> None:
             f"{np.median(ratios):.1f} times [{min(ratios):.1f}, {max(ratios):.1f} over {len(ratios)} rounds]"
         )
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"benchmark": "compare_tune"} | result, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"benchmark": "compare_tune"} | machine() | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -99,18 +101,25 @@ def summary(values: list[float]) -> dict[str, float]:
     return {"median": estimate.value, "low": estimate.low, "high": estimate.high}
 
 
-def environment(loaded: LoadedModel) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
+    """Where and with what something was measured."""
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return {
+        "machine": f"{device_name(torch.device('cpu'))}, {len(os.sched_getaffinity(0))} cores",
+        "versions": {name: version(name) for name in ("torch", "transformers", "optuna", "ray", "mlflow")},
+        "commit": found.stdout.strip() or None,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def environment(loaded: LoadedModel) -> dict[str, Any]:
     return {
         "model": loaded.name,
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": device_name(loaded.device),
         "threads": torch.get_num_threads(),
         "copy_bandwidth_gb_per_sec": copy_bandwidth(loaded.device) / 1e9,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "commit": found.stdout.strip() or None,
-        "date": datetime.now(UTC).date().isoformat(),
+        **machine(),
     }
 
 

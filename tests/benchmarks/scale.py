@@ -36,6 +36,8 @@ from orchestrator.trial import TrialMeasurement, TrialSpec
 from search_spaces import SearchSpace, load_space
 from streamllm.store import Measurement, MeasurementStore
 
+from .reporting import machine
+
 CAP = 2048
 SPACE = f"""
 cap: {CAP}
@@ -244,7 +246,7 @@ def main() -> None:
             )
         )
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps({"benchmark": "scale"} | result, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"benchmark": "scale"} | machine() | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from orchestrator import tracking
 from streamllm.quality import median_interval
 from streamllm.store import Measurement, MeasurementStore, entry_name
 
+from .reporting import machine
+
 _CALLS = ("create_run", "log_batch", "log_artifacts", "set_terminated")
 
 
@@ -83,7 +85,11 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         client.seconds["a run, in all"].append(time.perf_counter() - started)
     assert not projection.refused, projection.refused[0]
     kind = uri.partition(":")[0]
-    return {"benchmark": "MLflow", "store": kind, "runs": arguments.runs, "milliseconds": summary(client.seconds)}
+    return (
+        {"benchmark": "MLflow"}
+        | machine()
+        | {"store": kind, "runs": arguments.runs, "milliseconds": summary(client.seconds)}
+    )
 
 
 def summary(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:

@@ -22,7 +22,7 @@ from orchestrator.worker import Worker
 from streamllm.policy import EvictionPolicy
 from streamllm.text import TextSource
 
-from .reporting import interleaved, summary
+from .reporting import interleaved, machine, summary
 
 
 class OnlyQuality(Worker):
@@ -80,7 +80,7 @@ def main() -> None:
     )
     if arguments.json is not None:
         result = {"trials_per_minute": paces, "ratio": summary(ratios) | {"rounds": ratios}}
-        arguments.json.write_text(json.dumps({"benchmark": "workers"} | result, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({"benchmark": "workers"} | machine() | result, indent=1) + "\n")
 
 
 if __name__ == "__main__":
