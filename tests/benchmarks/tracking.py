@@ -71,7 +71,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     configuration: dict[str, Any] = dict.fromkeys(
         ("study", "commit", "model", "dtype", "quantization", "cap", "seed"), "benchmark"
     )
-    configuration |= {"study_id": uuid.uuid4().hex, "space": {"name": "none"}}
+    configuration |= {"study_id": uuid.uuid4().hex, "space": {"name": "none"}, "objectives": {"tpot_ms": "minimize"}}
     store, key = MeasurementStore(folder / "store"), {"kind": "benchmark"}
     store.put(key, Measurement({}, np.random.default_rng(0).random((arguments.tokens, 2))))
     uri = arguments.tracking_uri or f"sqlite:///{folder}/mlflow.db"
