@@ -31,9 +31,13 @@ class Series:
     method: str
     backend: str
     execution: str = "eager"
+    name: str = ""
+    """Instead of one made of the others."""
 
     @property
     def label(self) -> str:
+        if self.name:
+            return self.name
         if self.method == BASELINE:
             return _NAMES[BASELINE]
         how = ", ".join(word for word in (self.backend, self.execution) if word not in ("", "eager"))

@@ -40,7 +40,6 @@ _SETTINGS = (
 _MEASURES = {
     **{column.key: column for column in EVALUATION_COLUMNS},
     **{column.key: column for column in (BY_KEY["ppl_increase_percent"], BY_KEY["tpot_ms"])},
-    "runtime_sec": Column("runtime_sec", "runtime", "s", 3),
     "runtime_change_percent": Column("runtime_change_percent", "runtime change %", "", 1),
     "decode_sec": Column("decode_sec", "total time", "s", 2),
     "speedup": Column("speedup", "speedup", "×", 2),
@@ -48,7 +47,8 @@ _MEASURES = {
 _ALWAYS = {"dataset", "method"}
 _UNSAID = ("", None, "eager", "none", 0)
 """Values that go without saying where all rows have them."""
-_REASON = Column("reason", "why not", words=True)
+_STATE = Column("note", "", words=True)
+_CHUNKS_RUNTIME = Column("runtime_sec", "runtime of a chunk", "s", 3)
 _DRAWN = ("tpot_ms", "decode_toks_per_sec", "avg_attn_ms", "perplexity", "peak_memory_mb")
 _ABOUT = {
     "fast": "Protocol fast: all losses in a few block forwards, ms/token in the steady state of a full cache.",
@@ -111,6 +111,7 @@ def matrix_tables(
 
 
 def _table(title: str, description: str, rows: Sequence[Row], measures: Sequence[str]) -> Table:
+    protocol = str(rows[0]["protocol"])
     compared = [row for row in rows if not row.get("baseline")] or rows
     told = _ALWAYS | {column.key for column in _SETTINGS if len({row.get(column.key) for row in compared}) > 1}
     if any(row.get("backend") not in (row["backend_requested"], None) for row in rows):
@@ -120,20 +121,32 @@ def _table(title: str, description: str, rows: Sequence[Row], measures: Sequence
     fixed = [f"{c.header} {same.get(c.key)}" for c in _SETTINGS if c not in shown and same.get(c.key) not in _UNSAID]
     done = next((row for row in rows if row["state"] == "complete"), None)
     where = [str(done["model"]), str(done["device"])] if done is not None else []
-    failing = [_REASON] if any(row["state"] != "complete" for row in rows) else []
+    noted, reasons = _noted(rows)
+    measured = [_CHUNKS_RUNTIME if name == "runtime_sec" and protocol == "chunked" else _MEASURES[name]
+                for name in measures]  # fmt: skip
     return Table(
         title=title,
         summary=tuple(line for line in (description, ", ".join(where + fixed)) if line),
-        columns=(*shown, *(_MEASURES[name] for name in measures), *failing),
-        rows=rows,
-        notes=(_ABOUT[str(rows[0]["protocol"])], "Intervals are 95%; PPL increase is paired on the same tokens."),
-        data_columns=_data_columns(rows, failing),
+        columns=(*shown, *measured, *([_STATE] if reasons else [])),
+        rows=noted,
+        notes=(_ABOUT[protocol], "Intervals are 95%; PPL increase is paired on the same tokens.", *reasons),
+        data_columns=_data_columns(rows),
     )
 
 
-def _data_columns(rows: Sequence[Row], failing: Sequence[Column]) -> tuple[Column, ...]:
-    more = [Column(name, name) for name in ("protocol", "model", "device", "n_tokens", "evaluated_tokens", "state")]
-    every = [*_SETTINGS, *more, BY_KEY["peak_kv"], *_MEASURES.values(), *failing]
+def _noted(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+    """The rows, those without a result with a `note` that says where to read why; and the reasons."""
+    reasons = list(dict.fromkeys(str(row["reason"]) for row in rows if row["state"] != "complete"))
+    noted = [
+        row if row["state"] == "complete" else {**row, "note": f"{row['state']} ({reasons.index(row['reason']) + 1})"}
+        for row in rows
+    ]
+    return noted, [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+
+
+def _data_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
+    names = ("protocol", "model", "device", "n_tokens", "evaluated_tokens", "state", "reason")
+    every = [*_SETTINGS, *(Column(name, name) for name in names), BY_KEY["peak_kv"], *_MEASURES.values()]
     columns = {column.key: column for column in every if any(column.key in row for row in rows)}
     return tuple(columns.values())
 
@@ -157,26 +170,27 @@ def matrix_figures(
 def _figure(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
     """A panel per measure, a group per data set, a bar per cell."""
     compared = [row for row in rows if not row.get("baseline")] or rows
-    told = [column.key for column in _SETTINGS if column.key not in ("dataset", "backend")]
-    told = [key for key in told if key == "method" or len({row.get(key) for row in compared}) > 1]
-    labels = {id(row): _label(row, told) for row in rows}
-    names = list(dict.fromkeys(labels.values()))
-    colors = {Series(label, ""): CYCLE[index % len(CYCLE)] for index, label in enumerate(names)}
-    groups = []
-    for dataset in dict.fromkeys(str(row["dataset"]) for row in rows):
-        own = {Series(labels[id(row)], ""): row for row in rows if row["dataset"] == dataset}
-        groups.append(Group(dataset, own))
+    told = [column.key for column in _SETTINGS if len({row.get(column.key) for row in compared}) > 1]
+    told = ["method", *(key for key in told if key not in ("dataset", "method", "backend"))]
+    kinds = {_series(row, told): row for row in rows}
+    colors = None  # methods and attention have theirs
+    if set(told) - {"method", "backend_requested"}:
+        colors = {kind: CYCLE[index % len(CYCLE)] for index, kind in enumerate(kinds)}
+    groups = [
+        Group(dataset, {_series(row, told): row for row in rows if row["dataset"] == dataset})
+        for dataset in dict.fromkeys(str(row["dataset"]) for row in rows)
+    ]
     width = max(3.4, 0.5 * sum(len(group.rows) for group in groups) + 1)
-    figure = new_figure(len(measures) * width, 3.2 + 0.2 * len(names) / 2)
+    figure = new_figure(len(measures) * width, 3.2 + 0.1 * len(kinds))
     for measure, axes in zip(measures, figure.subplots(1, len(measures), squeeze=False).flat, strict=True):
-        bars(axes, groups, list(colors), measure, colors)
-    handles, legend = figure.axes[0].get_legend_handles_labels()
-    by_label = dict(zip(legend, handles, strict=True))
+        bars(axes, groups, list(kinds), measure, colors)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
     figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=min(2 * len(measures), 4))
     return figure
 
 
-def _label(row: Row, told: Sequence[str]) -> str:
+def _series(row: Row, told: Sequence[str]) -> Series:
     words = [str(row[key]) if isinstance(row[key], str) else f"{LABELS[key].split()[1].strip(',')}={row[key]}"
              for key in told if row.get(key) not in ("", None)]  # fmt: skip
-    return ", ".join(words)
+    return Series(str(row["method"]), str(row["backend_requested"]), name=", ".join(words))

@@ -15,6 +15,7 @@ from typing import Any
 from dashboards.figures import write_figures
 from dashboards.front import Row
 from dashboards.pareto import export
+from dashboards.published import write_published
 from dashboards.study import StudyResults, read_rows
 
 from .results import BASELINE
@@ -75,9 +76,11 @@ def read_outcome(folder: Path) -> tuple[str, float | None]:
 
 
 def write_report(results: StudyResults) -> list[Path]:
-    """Tables and figures, as files of the folder; of the figures those worth a wait at the end of each sweep."""
+    """Tables and figures, as files of the folder; of the figures those worth a wait at the end of each sweep; of the
+    space `paper` the source documents' main table too."""
     figures = write_figures([results], results.folder, ("png",), only=_FIGURES)
-    return [*export(results, ("md", "csv")), *figures.paths]
+    theirs = write_published(results) if results.configuration["space"]["name"] == "paper" else []
+    return [*export(results, ("md", "csv")), *theirs, *figures.paths]
 
 
 def _measured(row: Mapping[str, Any]) -> dict[str, Any]:

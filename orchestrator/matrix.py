@@ -10,6 +10,7 @@ import gc
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -261,10 +262,15 @@ def _conclude(plan: MatrixPlan, documents: Sequence[Document]) -> None:
     paths = []
     for suffix, table in matrix_tables(plan.matrix.name, plan.matrix.description, documents, columns).items():
         show(table, "\n".join((table.title, *table.summary)))
+        print(*table.notes, "", sep="\n")
         paths += write(table, _FORMATS, plan.folder, f"{plan.matrix.name}{suffix}")
     rows = [row for row in matrix_rows(documents) if row["state"] == "complete"]
     paths += write_figures([], plan.folder, ("png",), rows, only=FIGURES).paths
     paths += matrix_figures(plan.matrix.name, documents, columns, plan.folder)
+    missing = Counter(document["state"] for document in documents if document["state"] != "complete")
+    if missing:
+        states = ", ".join(f"{count} {state}" for state, count in missing.items())
+        print(f"not measured: {states}, of {len(plan.cells)} cells; the same command tries them again")
     print("results  ", plan.folder / "results")
     print("written  ", *(path.relative_to(plan.folder) for path in paths))
 
