@@ -193,9 +193,12 @@ def backends(rows: Sequence[Row]) -> Figure:
     both = [pair for pair in pairs.values() if len(pair) == 2 and pair["math"]["method"] != BASELINE][:_PAIRS]
     if not both:
         raise NoDataError("no two results that differ in nothing but the backend, math and flash")
+    datasets = {pair["math"].get("dataset") for pair in both}
     groups = [
         Group(
-            f"{pair['math']['method']}\n" + _policy(pair["math"]).replace(" ", "\n"),
+            f"{pair['math'].get('dataset')}\n" * (len(datasets) > 1)
+            + f"{pair['math']['method']}\n"
+            + _policy(pair["math"]).replace(" ", "\n"),
             {Series("ours", backend): row for backend, row in pair.items()},
         )
         for pair in both

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .ablations import LETTERS
 from .columns import BY_KEY, Column
 from .comparisons import Group, Series, bars
 from .formats import Table
 from .front import Row
-from .style import CYCLE, LABELS, new_figure, save, style
+from .style import CYCLE, new_figure, save, style
 from .summarize import EVALUATION_COLUMNS
 
 if TYPE_CHECKING:
@@ -45,6 +46,11 @@ _MEASURES = {
     "speedup": Column("speedup", "speedup", "×", 2),
 }
 _ALWAYS = {"dataset", "method"}
+_NOTES = {
+    "decode_sec": "Total time is that of the tokens after the cache is full.",
+    "ppl_increase_percent": "Intervals are 95%; PPL increase is paired on the same tokens.",
+}
+"""On a column."""
 _UNSAID = ("", None, "eager", "none", 0)
 """Values that go without saying where all rows have them."""
 _STATE = Column("note", "", words=True)
@@ -122,6 +128,7 @@ def _table(title: str, description: str, rows: Sequence[Row], measures: Sequence
     done = next((row for row in rows if row["state"] == "complete"), None)
     where = [str(done["model"]), str(done["device"])] if done is not None else []
     noted, reasons = _noted(rows)
+    about = [text for name, text in _NOTES.items() if name in measures]
     measured = [_CHUNKS_RUNTIME if name == "runtime_sec" and protocol == "chunked" else _MEASURES[name]
                 for name in measures]  # fmt: skip
     return Table(
@@ -129,7 +136,7 @@ def _table(title: str, description: str, rows: Sequence[Row], measures: Sequence
         summary=tuple(line for line in (description, ", ".join(where + fixed)) if line),
         columns=(*shown, *measured, *([_STATE] if reasons else [])),
         rows=noted,
-        notes=(_ABOUT[protocol], "Intervals are 95%; PPL increase is paired on the same tokens.", *reasons),
+        notes=(_ABOUT[protocol], *about, *_warnings(rows), *reasons),
         data_columns=_data_columns(rows),
     )
 
@@ -142,6 +149,10 @@ def _noted(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
         for row in rows
     ]
     return noted, [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
+
+
+def _warnings(rows: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(f"Warning, {row['method']}: {row['warning']}." for row in rows if "warning" in row))
 
 
 def _data_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
@@ -172,6 +183,8 @@ def _figure(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
     compared = [row for row in rows if not row.get("baseline")] or rows
     told = [column.key for column in _SETTINGS if len({row.get(column.key) for row in compared}) > 1]
     told = ["method", *(key for key in told if key not in ("dataset", "method", "backend"))]
+    if "configuration" in told:  # which says the knobs
+        told = [key for key in told if key not in LETTERS]
     kinds = {_series(row, told): row for row in rows}
     colors = None  # methods and attention have theirs
     if set(told) - {"method", "backend_requested"}:
@@ -191,6 +204,6 @@ def _figure(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
 
 
 def _series(row: Row, told: Sequence[str]) -> Series:
-    words = [str(row[key]) if isinstance(row[key], str) else f"{LABELS[key].split()[1].strip(',')}={row[key]}"
-             for key in told if row.get(key) not in ("", None)]  # fmt: skip
-    return Series(str(row["method"]), str(row["backend_requested"]), name=", ".join(words))
+    words = [str(row[key]) for key in told if key not in LETTERS and row.get(key)]
+    knobs = [f"{LETTERS[key]}={row[key]}" for key in told if key in LETTERS and not row.get("baseline")]
+    return Series(str(row["method"]), str(row["backend_requested"]), name=", ".join([*words, *knobs]))

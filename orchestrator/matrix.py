@@ -290,7 +290,8 @@ def _say_outcome(plan: MatrixPlan, planned: Planned, document: Document) -> None
 def _title(plan: MatrixPlan, planned: Planned) -> str:
     """What tells the cell from the others."""
     spoken = {"attn_backend": "Backend"}
-    axes = [axis for axis in plan.matrix.varying() if axis != "dataset"]
+    axes = (["configuration"] if plan.matrix.configurations else []) + list(plan.matrix.axes)
+    axes = [axis for axis in axes if axis in plan.matrix.varying() and axis != "dataset"]
     values = [f"{spoken.get(axis, axis)}: {getattr(planned.cell, axis)}" for axis in axes]
     label = planned.source.label
     return f"{_TITLES.get(label, label)}" + (f" ({', '.join(values)})" if values else "")

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import streamllm.evaluation
-from dashboards.matrix import matrix_rows, matrix_tables
+from dashboards.matrix import _figure, matrix_figures, matrix_rows, matrix_tables
+from dashboards.style import LABELS, style
 from orchestrator.matrix_plan import policy_of
 from orchestrator.sweep import main
 from search_spaces import MEASURES, SHIPPED, Cell, SpaceError, is_matrix, load_matrix
@@ -54,7 +55,9 @@ def run(tmp_path, monkeypatch):
 
 @pytest.fixture
 def evaluations(monkeypatch):
-    """Every evaluation by decode-loop, and what it is to raise in place of being one."""
+    """Every evaluation by decode-loop, and what it is to raise in place of being one. No figures are drawn."""
+    monkeypatch.setattr("dashboards.figures.ROW_FIGURES", {})
+    monkeypatch.setattr("dashboards.matrix.matrix_figures", lambda *_: [])
     calls, real = [], streamllm.evaluation.evaluate_decode_loop
 
     def evaluate(loaded, stream, method, policy, backend, *rest):
@@ -264,3 +267,19 @@ def test_protocols_are_never_in_one_table_and_baselines_are_shown_once():
     assert list(matrix_tables("m", "", documents[:3], {"fast": MEASURES})) == [""]
     row = tables["-chunked"].rows[1]
     assert (row["runtime_change_percent"], row["decode_sec"]) == (pytest.approx(-75), pytest.approx(0.9))
+
+
+def test_figures_name_what_differs(tmp_path):
+    documents = [document("ours", "fast", tpot, n_sink=n_sink) for tpot, n_sink in ((10.0, 4), (12.0, 32))]
+    for name, found in zip(("standard", "best"), documents, strict=True):
+        found["settings"]["configuration"] = name
+    paths = matrix_figures("m", documents, {"fast": ("tpot_ms", "speedup")}, tmp_path)
+    assert [path.name for path in paths] == ["m.png"]
+    with style():
+        figure = _figure(matrix_rows(documents), ("tpot_ms", "perplexity"))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["recompute", "ours, standard", "ours, best"]
+    for found in documents:
+        found["settings"]["configuration"] = ""
+    figure = _figure(matrix_rows(documents), ("tpot_ms",))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["recompute", "ours, S=4", "ours, S=32"]
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [LABELS["tpot_ms"], LABELS["perplexity"]]
