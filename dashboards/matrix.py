@@ -152,7 +152,8 @@ def _noted(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
 
 
 def _warnings(rows: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(f"Warning, {row['method']}: {row['warning']}." for row in rows if "warning" in row))
+    warned = [row for row in rows if "warning" in row]
+    return list(dict.fromkeys(f"Warning, {row['configuration'] or row['method']}: {row['warning']}." for row in warned))
 
 
 def _data_columns(rows: Sequence[Row]) -> tuple[Column, ...]:

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 _TITLES = {"wikitext": "WikiText-103", "pg19": "PG19"}
 _FORMATS = ("md", "csv", "latex")
+_TOLD = {"dataset", "protocol", "method", "attn_backend", "execution"}
+"""What the source documents' figures tell apart."""
 
 
 class _SpoiledError(RuntimeError):
@@ -264,8 +266,9 @@ def _conclude(plan: MatrixPlan, documents: Sequence[Document]) -> None:
         show(table, "\n".join((table.title, *table.summary)))
         print(*table.notes, "", sep="\n")
         paths += write(table, _FORMATS, plan.folder, f"{plan.matrix.name}{suffix}")
-    rows = [row for row in matrix_rows(documents) if row["state"] == "complete"]
-    paths += write_figures([], plan.folder, ("png",), rows, only=FIGURES).paths
+    if set(plan.matrix.varying()) <= _TOLD:
+        rows = [row for row in matrix_rows(documents) if row["state"] == "complete"]
+        paths += write_figures([], plan.folder, ("png",), rows, only=FIGURES).paths
     paths += matrix_figures(plan.matrix.name, documents, columns, plan.folder)
     missing = Counter(document["state"] for document in documents if document["state"] != "complete")
     if missing:

@@ -277,9 +277,9 @@ def test_figures_name_what_differs(tmp_path):
     assert [path.name for path in paths] == ["m.png"]
     with style():
         figure = _figure(matrix_rows(documents), ("tpot_ms", "perplexity"))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [LABELS["tpot_ms"], LABELS["perplexity"]]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["recompute", "ours, standard", "ours, best"]
     for found in documents:
         found["settings"]["configuration"] = ""
     figure = _figure(matrix_rows(documents), ("tpot_ms",))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["recompute", "ours, S=4", "ours, S=32"]
-    assert [axes.get_title(loc="left") for axes in figure.axes] == [LABELS["tpot_ms"], LABELS["perplexity"]]
