@@ -180,20 +180,21 @@ def matrix_figures(
 
 
 def _figure(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
-    """A panel per measure, a group per data set, a bar per cell."""
+    """A panel per measure, a group per data set and number format, a bar per cell."""
     compared = [row for row in rows if not row.get("baseline")] or rows
-    told = [column.key for column in _SETTINGS if len({row.get(column.key) for row in compared}) > 1]
-    told = ["method", *(key for key in told if key not in ("dataset", "method", "backend"))]
+    varying = [column.key for column in _SETTINGS if len({row.get(column.key) for row in compared}) > 1]
+    apart = ["dataset", *(key for key in ("dtype", "quantization") if key in varying)]
+    told = ["method", *(key for key in varying if key not in (*apart, "method", "backend"))]
     if "configuration" in told:  # which says the knobs
         told = [key for key in told if key not in LETTERS]
     kinds = {_series(row, told): row for row in rows}
     colors = None  # methods and attention have theirs
     if set(told) - {"method", "backend_requested"}:
         colors = {kind: CYCLE[index % len(CYCLE)] for index, kind in enumerate(kinds)}
-    groups = [
-        Group(dataset, {_series(row, told): row for row in rows if row["dataset"] == dataset})
-        for dataset in dict.fromkeys(str(row["dataset"]) for row in rows)
-    ]
+    grouped: dict[str, dict[Series, Row]] = {}
+    for row in rows:
+        grouped.setdefault("\n".join(str(row[key]) for key in apart), {})[_series(row, told)] = row
+    groups = [Group(title, own) for title, own in grouped.items()]
     width = max(3.4, 0.5 * sum(len(group.rows) for group in groups) + 1)
     figure = new_figure(len(measures) * width, 3.2 + 0.1 * len(kinds))
     for measure, axes in zip(measures, figure.subplots(1, len(measures), squeeze=False).flat, strict=True):

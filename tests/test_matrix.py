@@ -283,3 +283,10 @@ def test_figures_name_what_differs(tmp_path):
         found["settings"]["configuration"] = ""
     figure = _figure(matrix_rows(documents), ("tpot_ms",))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["recompute", "ours, S=4", "ours, S=32"]
+
+
+def test_an_interval_without_width_is_none(tmp_path):
+    """Of one block of tokens there is no spread to tell."""
+    found = document("ours", "chunked", ppl_increase_percent_low=1.0, ppl_increase_percent_high=1.0)
+    (table,) = matrix_tables("m", "", [found], {"chunked": ("ppl_increase_percent",)}).values()
+    assert table.cells[1][-1] == "1.0"
