@@ -79,7 +79,7 @@ def write_report(results: StudyResults) -> list[Path]:
     """Tables and figures, as files of the folder; of the figures those worth a wait at the end of each sweep; of the
     space `paper` the source documents' main table too."""
     figures = write_figures([results], results.folder, ("png",), only=_FIGURES)
-    theirs = write_published(results) if results.configuration["space"]["name"] == "paper" else []
+    theirs = write_published(results) if results.configuration.get("space", {}).get("name") == "paper" else []
     return [*export(results, ("md", "csv")), *theirs, *figures.paths]
 
 
