@@ -115,9 +115,9 @@ def show_progress(what: str) -> Progress | None:
 def report(result: dict[str, dict[str, Any]]) -> str:
     """The objects of a result side by side, a line per value."""
     names = dict.fromkeys(name for record in reversed(result.values()) for name in record)
-    lines = [f"{'':26}" + "".join(f"{column:24}" for column in result)] if len(result) > 1 else []
+    lines = [f"{'':28}" + "".join(f"{column:24}" for column in result)] if len(result) > 1 else []
     for name in names:
         values = (record.get(name, "") for record in result.values())
         shown = (f"{value:.6g}" if isinstance(value, float) else str(value) for value in values)
-        lines.append((f"{name:26}" + "".join(f"{value[:23]:24}" for value in shown)).rstrip())
+        lines.append((f"{name:28}" + "".join(f"{value[:23]:24}" for value in shown)).rstrip())
     return "\n".join(lines)
