@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 KNOBS = ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop")
-_LETTERS = dict(zip(KNOBS, "SWRσδ", strict=True))
+LETTERS = dict(zip(KNOBS, "SWRσδ", strict=True))
 _METRICS = ("tpot_ms", "ppl_increase_percent")
 _LINES = 4
 """Shown at most: those with the most values."""
@@ -65,7 +65,7 @@ def _complete(row: Row) -> bool:
 
 
 def _label(row: Row, knob: str) -> str:
-    knobs = [f"{_LETTERS[name]}={row[name]}" for name in KNOBS if name not in (knob, "window_size")]
+    knobs = [f"{LETTERS[name]}={row[name]}" for name in KNOBS if name not in (knob, "window_size")]
     execution = row.get("execution", "eager")
     how = [str(row[name]) for name in ("method", "backend") if name in row] + [execution] * (execution != "eager")
     return " ".join([*how, *knobs])

@@ -38,7 +38,7 @@ class Column:
         if self.decimals is None or not isinstance(value, int | float):
             return str(value)
         low, high = row.get(f"{self.key}_low"), row.get(f"{self.key}_high")
-        if not self.interval or low is None or high is None:
+        if not self.interval or low is None or high is None or low == high:  # of too little for an interval
             return _fixed(value, self.decimals)
         decimals = interval_decimals(low, high, self.decimals)
         return f"{_fixed(value, decimals)} [{_fixed(low, decimals)}, {_fixed(high, decimals)}]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,13 @@ class Series:
     method: str
     backend: str
     execution: str = "eager"
+    name: str = ""
+    """Instead of one made of the others."""
 
     @property
     def label(self) -> str:
+        if self.name:
+            return self.name
         if self.method == BASELINE:
             return _NAMES[BASELINE]
         how = ", ".join(word for word in (self.backend, self.execution) if word not in ("", "eager"))
@@ -60,12 +64,12 @@ def comparison(rows: Sequence[Row], metrics: Sequence[str], protocols: Sequence[
     kinds = sorted({series for group in groups for series in group.rows}, key=lambda series: series.order)
     columns = 2 if len(metrics) > 1 else 1
     lines = math.ceil(len(metrics) / columns)
-    bars = sum(len(group.rows) for group in groups)
-    width = max(5.0 if columns == 1 else 3.8, 0.45 * bars + 1.2)
+    count = sum(len(group.rows) for group in groups)
+    width = max(5.0 if columns == 1 else 3.8, 0.45 * count + 1.2)
     figure = new_figure(columns * width, 2.9 * lines + 0.25 * math.ceil(len(kinds) / (2 * columns)))
     panels = figure.subplots(lines, columns, squeeze=False).flat
     for metric, axes in zip(metrics, panels, strict=False):
-        _bars(axes, groups, kinds, metric)
+        bars(axes, groups, kinds, metric)
     for axes in list(panels)[len(metrics) :]:
         axes.remove()
     handles: dict[str, Any] = {}
@@ -129,8 +133,14 @@ def _policy(row: Row) -> str:
     )
 
 
-def _bars(axes: Any, groups: Sequence[Group], kinds: Sequence[Series], metric: str) -> None:
-    """Next to one another within a group, with their values and intervals."""
+def bars(
+    axes: Any,
+    groups: Sequence[Group],
+    kinds: Sequence[Series],
+    metric: str,
+    colors: Mapping[Series, str] | None = None,
+) -> None:
+    """Next to one another within a group, with their values and intervals; in the methods' colours, or `colors`."""
     place, ticks = 0.0, []
     for group in groups:
         start = place
@@ -143,7 +153,7 @@ def _bars(axes: Any, groups: Sequence[Group], kinds: Sequence[Series], metric: s
             if low is None or high is None:
                 low = high = value
             errors = [[max(value - low, 0)], [max(high - value, 0)]] if low < high else None
-            color = _COLORS.get(series.method, SKY)
+            color = (colors or {}).get(series) or _COLORS.get(series.method, SKY)
             axes.bar(
                 place, value, 0.85, yerr=errors, label=series.label, color=color, edgecolor="white",
                 hatch=_HATCHES.get(series.backend), error_kw={"elinewidth": 0.8, "capsize": 2, "ecolor": "0.35"},
@@ -183,16 +193,19 @@ def backends(rows: Sequence[Row]) -> Figure:
     both = [pair for pair in pairs.values() if len(pair) == 2 and pair["math"]["method"] != BASELINE][:_PAIRS]
     if not both:
         raise NoDataError("no two results that differ in nothing but the backend, math and flash")
+    datasets = {pair["math"].get("dataset") for pair in both}
     groups = [
         Group(
-            f"{pair['math']['method']}\n" + _policy(pair["math"]).replace(" ", "\n"),
+            f"{pair['math'].get('dataset')}\n" * (len(datasets) > 1)
+            + f"{pair['math']['method']}\n"
+            + _policy(pair["math"]).replace(" ", "\n"),
             {Series("ours", backend): row for backend, row in pair.items()},
         )
         for pair in both
     ]
     figure = new_figure(max(4.5, 0.95 * len(groups) + 1), 3.6)
     axes = figure.subplots()
-    _bars(axes, groups, [Series("ours", "math"), Series("ours", "flash")], "tpot_ms")
+    bars(axes, groups, [Series("ours", "math"), Series("ours", "flash")], "tpot_ms")
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2)
     return figure

@@ -33,11 +33,11 @@ def export(study: StudyResults, formats: Sequence[str], everything: bool = False
     return write(pareto_table([study], everything), formats, study.folder)
 
 
-def write(table: Table, formats: Sequence[str], folder: Path) -> list[Path]:
-    """Writes `pareto.SUFFIX` into the folder. Returns the files. Raises UsageError if it cannot be written to."""
+def write(table: Table, formats: Sequence[str], folder: Path, stem: str = "pareto") -> list[Path]:
+    """Writes `STEM.SUFFIX` into the folder. Returns the files. Raises UsageError if it cannot be written to."""
     paths = []
     for name in formats:
-        path = folder / f"pareto.{FORMATS[name].suffix}"
+        path = folder / f"{stem}.{FORMATS[name].suffix}"
         content = FORMATS[name].write(table)
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def print_table(study: StudyResults, everything: bool = False) -> None:
     """The table on stdout, the baseline as its last row; as wide as it needs to be where stdout is no terminal."""
     rows = study.trials if everything else study.front
     what = f"{len(rows)} trials" if everything else f"Pareto front: {len(rows)} of {len(study.trials)} trials"
-    _print(pareto_table([study], everything), what)
+    show(pareto_table([study], everything), what)
 
 
 def rich_table(rows: Sequence[Row], title: str, columns: Sequence[Column] | None = None) -> rich.table.Table:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    _print(table, "\n".join(table.summary))
+    show(table, "\n".join(table.summary))
     print(*table.notes, sep="\n")
     print("written:", *paths)
     return 0
@@ -113,7 +113,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _print(table: Table, title: str) -> None:
+def show(table: Table, title: str) -> None:
+    """On stdout; as wide as it needs to be where that is no terminal."""
     from rich.console import Console
 
     cells = table.cells

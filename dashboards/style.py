@@ -44,6 +44,8 @@ LABELS = {
     "peak_kv": "largest number of keys attended to",
     "peak_memory_mb": "peak memory, MiB",
     "runtime_sec": "runtime over the whole text, s",
+    "decode_toks_per_sec": "decoding, tokens per second",
+    "avg_attn_ms": "attention per token, ms",
     "first_token_latency_sec": "first token latency, s",
     "n_sink": "sinks S, tokens",
     "window_size": "window W, tokens",

@@ -14,7 +14,7 @@ from .columns import BY_KEY, Column
 from .evaluations import read_results
 from .formats import FORMATS, Table
 
-_COLUMNS = (
+EVALUATION_COLUMNS = (
     Column("model", "model", words=True),
     Column("dataset", "data set", words=True),
     Column("n_tokens", "text", "tokens"),
@@ -45,7 +45,7 @@ def summary_table(rows: Sequence[Mapping[str, Any]], folder: Path) -> Table:
 
     protocols = {row.get("protocol") for row in rows}
     notes = ("Times by different protocols are not comparable.",) if len(protocols) > 1 else ()
-    columns = tuple(column for column in _COLUMNS if any(column.text(row) for row in rows))
+    columns = tuple(column for column in EVALUATION_COLUMNS if any(column.text(row) for row in rows))
     return Table(f"Results in {folder.name or folder}", (), columns, sorted(rows, key=order), notes=notes)
 
 

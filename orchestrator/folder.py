@@ -16,6 +16,7 @@ from dashboards import report
 from dashboards.figures import write_figures
 from dashboards.front import Row
 from dashboards.pareto import export
+from dashboards.published import write_published
 from dashboards.report import FIGURES
 from dashboards.study import StudyResults, read_rows
 
@@ -65,9 +66,12 @@ def write_outcome(folder: Path, status: str) -> None:
 
 
 def write_report(results: StudyResults) -> list[Path]:
-    """Tables, figures and the report made of them, as files of the folder."""
+    """Tables, figures and the report made of them, as files of the folder; of the space `paper` the source documents'
+    main table too."""
     figures = write_figures([results], results.folder, ("png",), only=FIGURES).paths
-    return [*export(results, ("md", "csv")), *figures, report.write_report(results, figures=figures)]
+    theirs = write_published(results) if results.configuration.get("space", {}).get("name") == "paper" else []
+    html = report.write_report(results, figures=figures)
+    return [*export(results, ("md", "csv")), *theirs, *figures, html]
 
 
 def _measured(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from search_spaces import SHIPPED, load_space
+from search_spaces import SHIPPED, is_matrix, load_space
 from streamllm.arguments import add_model_arguments, add_text_arguments, text_source
+from streamllm.environment import HELP, read_env_file
 from streamllm.errors import UsageError
 
 from .options import SAMPLERS
@@ -24,17 +25,33 @@ _EXAMPLES = """examples:
   python -m orchestrator.sweep                                  the embedded model and text: minutes, no GPU, no network
   python -m orchestrator.sweep --trials 100                     go on with the same study
   python -m orchestrator.sweep --model EleutherAI/pythia-2.8b --dataset-name pg19 --max-eval-tokens 20000 --study pythia
+  python -m orchestrator.sweep --space comprehensive            a matrix: every cell measured once; --dry-run lists them
   python -m orchestrator.sweep --model ./my-model --text book.txt --space my_space.yaml --study mine
 
 Interrupt it as you like: the same command goes on where it was, nothing finished is measured again.
+
 """
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+_OF_SEARCHES = (
+    "trials",
+    "time_budget",
+    "sampler",
+    "workers",
+    "trial_timeout",
+    "load_timeout",
+    "confirm",
+    "seed",
+    "address",
+)
+"""Options that mean nothing to a matrix."""
+
+
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m orchestrator.sweep",
         description="Search the knobs of StreamingLLM for the best trade-offs of speed and perplexity on this machine.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES + HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_argument_group("what is swept")
@@ -89,7 +106,18 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     where = parser.add_argument_group("where")
     where.add_argument("--study", metavar="NAME", help="name of the study (MODEL-TEXT-SPACE)")
     where.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (sweeps/STUDY)")
-    return parser.parse_args(argv)
+    return parser
+
+
+def check_matrix_options(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for an option that a matrix, which searches nothing, cannot heed."""
+    usual = parser().parse_args([])
+    given = [name for name in _OF_SEARCHES if getattr(arguments, name) != getattr(usual, name)]
+    if given:
+        raise UsageError(
+            f"{', '.join('--' + name.replace('_', '-') for name in given)}: of searches; the matrix "
+            f"{arguments.space!r} measures each of its cells once, in this process; leave it out"
+        )
 
 
 def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
@@ -149,10 +177,16 @@ def seconds(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = parse(argv)
-    from .lease import study_lease
-
     try:
+        read_env_file()
+        arguments = parser().parse_args(argv)
+        if is_matrix(arguments.space):
+            from .matrix import run_matrix
+
+            check_matrix_options(arguments)
+            return run_matrix(arguments)
+        from .lease import study_lease
+
         configuration = resolve(arguments)
         if arguments.dry_run:
             from .dry_run import describe

@@ -1,6 +1,22 @@
-"""Declarative search spaces: the YAML files of this folder, or anyone's; `default.yaml` begins with the syntax."""
+"""Declarative search spaces and matrices: the YAML files of this folder, or anyone's; `default.yaml` begins with the
+syntax of the one, `comprehensive.yaml` with that of the other."""
 
-from .loader import SHIPPED, SpaceError, load_space
+from .loader import load_space
+from .matrix import MEASURES, Cell, Matrix, is_matrix, load_matrix
+from .reader import SHIPPED, SpaceError
 from .space import OBJECTIVES, Constraint, SearchSpace, Value
 
-__all__ = ["OBJECTIVES", "SHIPPED", "Constraint", "SearchSpace", "SpaceError", "Value", "load_space"]
+__all__ = [
+    "MEASURES",
+    "OBJECTIVES",
+    "SHIPPED",
+    "Cell",
+    "Constraint",
+    "Matrix",
+    "SearchSpace",
+    "SpaceError",
+    "Value",
+    "is_matrix",
+    "load_matrix",
+    "load_space",
+]

@@ -1,25 +1,20 @@
-"""Reads a search space from YAML, and explains what is wrong with one: file, line, key, what is allowed."""
+"""Reads a search space from YAML."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import yaml
 
 from streamllm.backends import BACKENDS
-from streamllm.errors import UsageError
 from streamllm.methods import METHODS
 from streamllm.options import EXECUTIONS
 from streamllm.policy import CapAccounting
 
+from .reader import Reader, SpaceError, compose
 from .space import OBJECTIVES, Constraint, SearchSpace, Value
-
-FOLDER = Path(__file__).parent
-SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
 
 # Parameter -> the words it may be, or the least whole number; and what it is where a space does not say.
 _WORDS: dict[str, tuple[str, ...]] = {"method": METHODS, "attn_backend": tuple(BACKENDS), "execution": EXECUTIONS}
@@ -39,31 +34,13 @@ _ACCOUNTINGS: tuple[CapAccounting, ...] = ("nominal", "peak")
 _RELATION = re.compile(r"(\w+)\s*(<=|>=)\s*(-?\d+(?:\.\d+)?)")
 
 
-class SpaceError(UsageError):
-    """A space that does not exist or says something that cannot be meant; the message names file, line and key."""
-
-
 def load_space(name: str) -> SearchSpace:
     """A shipped space by name, or a YAML file by path. Raises SpaceError."""
-    path = FOLDER / f"{name}.yaml" if name in SHIPPED else Path(name)
-    if not path.is_file():
-        raise SpaceError(f"space {name!r}: neither a file nor one of {', '.join(SHIPPED)}")
-    try:
-        node = yaml.compose(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpaceError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    return _Reader(path).space(node)
+    path, node = compose(name)
+    return _SpaceReader(path).space(node)
 
 
-class _Reader:
-    """Turns YAML nodes into values, knowing the line each came from."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def fail(self, node: yaml.Node, message: str) -> SpaceError:
-        return SpaceError(f"{self.path}, line {node.start_mark.line + 1}: {message}")
-
+class _SpaceReader(Reader):
     def space(self, node: yaml.Node | None) -> SearchSpace:
         if node is None:
             raise SpaceError(f"{self.path}: empty; a space needs at least 'parameters'")
@@ -96,42 +73,6 @@ class _Reader:
         )
         known = self.sequence(entries["known"], "known") if "known" in entries else []
         return replace(space, known=tuple(self.known(entry, space) for entry in known))
-
-    def mapping(self, node: yaml.Node, what: str, allowed: Sequence[str]) -> dict[str, yaml.Node]:
-        if not isinstance(node, yaml.MappingNode):
-            raise self.fail(node, f"{what} must be a mapping of {', '.join(allowed)}")
-        entries: dict[str, yaml.Node] = {}
-        for key, value in node.value:
-            if key.value not in allowed:
-                raise self.fail(key, f"unknown key {key.value!r} in {what}; allowed: {', '.join(allowed)}")
-            if key.value in entries:
-                raise self.fail(key, f"key {key.value!r} is given twice in {what}")
-            entries[key.value] = value
-        return entries
-
-    def sequence(self, node: yaml.Node, what: str) -> list[yaml.Node]:
-        if not isinstance(node, yaml.SequenceNode) or not node.value:
-            raise self.fail(node, f"{what} must be a list of at least one entry")
-        return list(node.value)
-
-    def scalar(self, node: yaml.Node) -> Any:
-        if not isinstance(node, yaml.ScalarNode):
-            raise self.fail(node, "a single value is expected here")
-        return yaml.safe_load(yaml.serialize(node))
-
-    def whole(self, node: yaml.Node, key: str, least: int) -> int:
-        value = self.scalar(node)
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise self.fail(node, f"{key} {value!r}: must be a whole number >= {least}")
-        return value
-
-    def word(self, entries: dict[str, yaml.Node], key: str, allowed: Sequence[Any], default: Any) -> Any:
-        if key not in entries:
-            return default
-        value = self.scalar(entries[key])
-        if value not in allowed:
-            raise self.fail(entries[key], f"{key} {value!r}: must be one of {', '.join(map(str, allowed))}")
-        return value
 
     def objectives(self, node: yaml.Node | None) -> tuple[str, ...]:
         if node is None:

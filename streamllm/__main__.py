@@ -5,12 +5,21 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+from .environment import HELP, read_env_file
 from .errors import UsageError
 
 
 def main() -> int:
+    try:
+        read_env_file()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(
-        prog="python -m streamllm", description="StreamingLLM on any rotary language model."
+        prog="python -m streamllm",
+        description="StreamingLLM on any rotary language model.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for path in sorted((Path(__file__).parent / "commands").glob("[a-z]*.py")):

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .backends import BACKENDS, default_backend
+from .environment import default_dataset, default_model
 from .errors import UsageError
 from .options import DTYPES, PROTOCOLS, QUANTIZATIONS
-from .policy import EvictionPolicy, with_derived_window
+from .policy import EvictionPolicy, for_chunks, with_derived_window
 from .text import TextSource
 
 if TYPE_CHECKING:
@@ -20,7 +21,11 @@ TOTAL_KV_CAP = 2048
 
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "--model", "--model-name", default="testbed", metavar="MODEL", help="testbed, a folder or a hub id (testbed)"
+        "--model",
+        "--model-name",
+        default=default_model(),
+        metavar="MODEL",
+        help="testbed, a folder or a hub id (STREAMLLM_MODEL or testbed)",
     )
     group.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="what the device does well: bfloat16, float16 or float32 (auto)"
@@ -42,7 +47,9 @@ def add_text_arguments(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--token-ids", type=Path, metavar="FILE.json", help="a JSON list of token ids instead of text")
     group.add_argument(
-        "--dataset-name", metavar="NAME", help="wikitext, pg19, a hub id or a folder in the hub's layout"
+        "--dataset-name",
+        metavar="NAME",
+        help="wikitext, pg19, a hub id or a folder in the hub's layout (STREAMLLM_DATASET)",
     )
     group.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set")
     group.add_argument("--offset", type=int, default=0, metavar="N", help="tokens to skip (0)")
@@ -117,10 +124,11 @@ def add_store_argument(group: argparse._ArgumentGroup) -> None:
 
 def text_source(arguments: argparse.Namespace) -> TextSource:
     """Raises TextError."""
+    given = (arguments.text, arguments.token_ids, arguments.dataset_name) != (None, None, None)
     source = TextSource(
         text=arguments.text,
         token_ids=arguments.token_ids,
-        dataset_name=arguments.dataset_name,
+        dataset_name=arguments.dataset_name if given else default_dataset(),
         dataset_config=arguments.dataset_config,
         offset=arguments.offset,
         max_eval_tokens=arguments.max_eval_tokens,
@@ -153,7 +161,7 @@ def complete_policy(arguments: argparse.Namespace, loaded: LoadedModel) -> Evict
         return stream_policy(arguments, loaded)
     policy = given_policy(arguments)
     prefill = arguments.prefill_tokens or _cap(loaded)
-    policy = EvictionPolicy(n_sink=policy.n_sink, window_size=policy.window_size, compress_every=prefill)
+    policy = for_chunks(policy, prefill)
     return policy if arguments.window_size is not None else with_derived_window(policy, max(prefill // 2, 1))
 
 

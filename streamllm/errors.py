@@ -6,5 +6,9 @@ class UsageError(ValueError):
     exit with code 2."""
 
 
+class UnavailableError(UsageError):
+    """A method that cannot be measured here, or not in that way; the message says what it lacks."""
+
+
 class UnsupportedModelError(UsageError):
     """The engine cannot evaluate this model exactly; the message says why."""

@@ -20,6 +20,14 @@ from .timing import measure_speed
 
 
 @dataclass(frozen=True)
+class Leases:
+    """What is held while something is timed, and while something is computed that is not."""
+
+    timing: Callable[[], AbstractContextManager[Any]] = nullcontext
+    computing: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+
+@dataclass(frozen=True)
 class Measurements:
     """The measurements of one model on one text. Methods return the measurement, and whether it was taken just now."""
 
@@ -64,7 +72,7 @@ class Measurements:
             )
 
         key = self._speed_key(method, policy, attn_backend, execution)
-        return self._once(key | ({"round": round_number} if round_number else {}), measure, lease)
+        return self._once(_of_round(key, round_number), measure, lease)
 
     def quality_entry(self, method: str, policy: EvictionPolicy) -> str:
         """The name of the store's entry with the per-token losses."""
@@ -79,11 +87,16 @@ class Measurements:
         execution: str = "eager",
         strict: bool = False,
         progress: Progress | None = None,
+        round_number: int = 0,
+        leases: Leases | None = None,
     ) -> tuple[Measurement, bool]:
-        """Quality and speed by any protocol; they come from the same run in all but `fast`."""
+        """Quality and speed by any protocol; they come from the same run in all but `fast`. Measured once per round."""
+        leases = leases or Leases()
         if protocol == "fast":
-            quality, fresh = self.quality(method, policy, progress=progress)
-            speed, fresh_too = self.speed(method, policy, attn_backend, execution, strict=strict)
+            quality, fresh = self.quality(method, policy, leases.computing(), progress)
+            speed, fresh_too = self.speed(
+                method, policy, attn_backend, execution, leases.timing(), strict, round_number
+            )
             return _joined(quality, speed), fresh or fresh_too
 
         def measure() -> Measurement:
@@ -93,16 +106,24 @@ class Measurements:
             )
             return Measurement(record | {"backend_requested": attn_backend}, quality.table)
 
-        return self._once(self._whole_key(protocol, method, policy, attn_backend, execution), measure, None)
+        key = self._whole_key(protocol, method, policy, attn_backend, execution)
+        return self._once(_of_round(key, round_number), measure, leases.timing())
 
     def find(
-        self, protocol: str, method: str, policy: EvictionPolicy, attn_backend: str, execution: str = "eager"
+        self,
+        protocol: str,
+        method: str,
+        policy: EvictionPolicy,
+        attn_backend: str,
+        execution: str = "eager",
+        round_number: int = 0,
     ) -> Measurement | None:
         """What `whole` would return, if it is stored."""
         if protocol != "fast":
-            return self.store.get(self._whole_key(protocol, method, policy, attn_backend, execution))
+            key = self._whole_key(protocol, method, policy, attn_backend, execution)
+            return self.store.get(_of_round(key, round_number))
         quality = self.store.get(self._quality_key(method, policy))
-        speed = self.store.get(self._speed_key(method, policy, attn_backend, execution))
+        speed = self.store.get(_of_round(self._speed_key(method, policy, attn_backend, execution), round_number))
         return _joined(quality, speed) if quality is not None and speed is not None else None
 
     def _quality_key(self, method: str, policy: EvictionPolicy) -> dict[str, Any]:
@@ -138,6 +159,10 @@ class Measurements:
             measured = measure()
         self.store.put(key, measured)
         return measured, True
+
+
+def _of_round(key: dict[str, Any], round_number: int) -> dict[str, Any]:
+    return key | ({"round": round_number} if round_number else {})
 
 
 def _joined(quality: Measurement, speed: Measurement) -> Measurement:

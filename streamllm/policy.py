@@ -87,6 +87,11 @@ class Schedule:
         return self.seen % max(self.policy.compress_every, 1), self.held, self.pruning
 
 
+def for_chunks(policy: EvictionPolicy, prefill: int) -> EvictionPolicy:
+    """Of protocol `chunked`: "a prefill, then one compression" is a policy that prunes after just so many tokens."""
+    return EvictionPolicy(n_sink=policy.n_sink, window_size=policy.window_size, compress_every=prefill)
+
+
 def evicted_before(policy: EvictionPolicy, n_tokens: int) -> list[int]:
     """Element t: tokens evicted before query t (counted from 0), so that it attends to t + 1 - element t keys."""
     schedule = Schedule(policy)

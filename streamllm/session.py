@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 import warnings
@@ -11,20 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import TOTAL_KV_CAP, text_source
+from .arguments import text_source
+from .baseline import average, baseline_policy
 from .errors import UsageError
-from .policy import EvictionPolicy
 
 if TYPE_CHECKING:
-    import numpy as np
-
+    from .baseline import Measured
     from .decoding import Progress
     from .loaded import LoadedModel
     from .measurements import Measurements
+    from .policy import EvictionPolicy
     from .text import TokenStream
-
-Measured = tuple[dict[str, Any], "np.ndarray"]
-"""A flat record; losses (n, 2: position, nats)."""
 
 
 def load_model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, TokenStream]:
@@ -51,25 +49,36 @@ def open_measurements(arguments: argparse.Namespace) -> Measurements:
 def measure_baseline(
     measurements: Measurements, arguments: argparse.Namespace, policy: EvictionPolicy, only_stored: bool
 ) -> Measured | None:
-    """The fixed baseline, out of the store if it is there; if not, measured, or None if it is not to be.
+    """The fixed baseline, the mean of all its runs in the store; of what is not there, the first `--runs` are measured,
+    unless only what is stored is wanted: then None if there is nothing."""
+    runs = baseline_runs(measurements, arguments, policy, only_stored)
+    return average(runs) if runs else None
 
-    Its window is the policy's total S + W + slack, but at most the cap or the trained length."""
+
+def baseline_runs(
+    measurements: Measurements, arguments: argparse.Namespace, policy: EvictionPolicy, only_stored: bool
+) -> list[Measured]:
+    """Every run of the fixed baseline: all that are stored, and of the first `--runs` those that are not."""
     from .evaluation import identity
 
     loaded, stream, protocol = measurements.loaded, measurements.stream, arguments.protocol
-    chunked = protocol == "chunked"
-    window = min(policy.kept + policy.cache_slack, TOTAL_KV_CAP, loaded.trained_length or TOTAL_KV_CAP)
-    # A chunk's prefill is as long for the baseline; in other protocols nothing of it is ever pruned lazily.
-    fixed = EvictionPolicy(n_sink=0, window_size=window, compress_every=policy.compress_every if chunked else 1)
+    fixed = baseline_policy(policy, protocol, loaded.trained_length)
     what = (protocol, "recompute", fixed, arguments.attn_backend)
-    stored = measurements.find(*what)
-    if stored is None and only_stored:
-        return None
-    measurement = stored or measurements.whole(*what, strict=arguments.strict, progress=show_progress("baseline"))[0]
-    assert measurement.losses is not None
-    record = identity(loaded, stream, "recompute", fixed, protocol) | measurement.record
-    reused = stored is not None
-    return record | {"speedup": 1.0, "ppl_increase_percent": 0.0, "reused": reused}, measurement.losses
+    wanted = 0 if only_stored else getattr(arguments, "runs", 1)
+    runs: list[Measured] = []
+    for number in itertools.count():
+        stored = measurements.find(*what, round_number=number)
+        if stored is None and number >= wanted:
+            return runs
+        measurement = stored
+        if measurement is None:
+            progress = show_progress("baseline" if wanted == 1 else f"baseline, run {number + 1} of {wanted}")
+            measurement, _ = measurements.whole(*what, strict=arguments.strict, progress=progress, round_number=number)
+        assert measurement.losses is not None
+        record = identity(loaded, stream, "recompute", fixed, protocol) | measurement.record
+        more = {"speedup": 1.0, "ppl_increase_percent": 0.0, "reused": stored is not None}
+        runs.append((record | more, measurement.losses))
+    raise AssertionError("unreachable: the store is finite")
 
 
 def make_room(*files: Path | None) -> None:
@@ -113,9 +122,9 @@ def show_progress(what: str) -> Progress | None:
 def report(result: dict[str, dict[str, Any]]) -> str:
     """The objects of a result side by side, a line per value."""
     names = dict.fromkeys(name for record in reversed(result.values()) for name in record)
-    lines = [f"{'':26}" + "".join(f"{column:24}" for column in result)] if len(result) > 1 else []
+    lines = [f"{'':28}" + "".join(f"{column:24}" for column in result)] if len(result) > 1 else []
     for name in names:
         values = (record.get(name, "") for record in result.values())
         shown = (f"{value:.6g}" if isinstance(value, float) else str(value) for value in values)
-        lines.append((f"{name:26}" + "".join(f"{value[:23]:24}" for value in shown)).rstrip())
+        lines.append((f"{name:28}" + "".join(f"{value[:23]:24}" for value in shown)).rstrip())
     return "\n".join(lines)

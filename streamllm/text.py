@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,6 +110,10 @@ def _read_text(source: TextSource) -> str:
     reader = _READERS.get(path.suffix)
     if reader is not None:
         return _text_of(_load(f"text {str(path)!r}", reader, data_files=str(path), split="train"), str(path))
+    return _read_plain(path)
+
+
+def _read_plain(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -130,11 +135,33 @@ def hub_name(source: TextSource) -> tuple[str, str | None]:
 
 def _read_dataset(source: TextSource) -> str:
     """The `text` column of a split: WikiText's lines joined, of PG19 the first book."""
+    what = f"data set {source.dataset_name!r}"
     name, config = hub_name(source)
-    rows = _load(f"data set {source.dataset_name!r}", name, name=config, split=source.split)
+    local = local_data(str(source.dataset_name))
+    if local is None:
+        rows = _load(what, name, name=config, split=source.split)
+    elif local.is_dir():
+        part = local / config if config is not None and (local / config).is_dir() else local
+        rows = _load(what, str(part), split=source.split)
+    elif local.suffix in _READERS:
+        rows = _load(what, _READERS[local.suffix], data_files=str(local), split="train")
+    else:
+        return _read_plain(local)
     if "text" in rows.column_names and Path(str(source.dataset_name)).name == "pg19":
         return str(rows[0]["text"])
     return _text_of(rows, str(source.dataset_name))
+
+
+def local_data(name: str) -> Path | None:
+    """Where the folder that `STREAMLLM_DATA` names has the data set: NAME.txt, .jsonl, .parquet, or a folder NAME in
+    the hub's layout. None if it does not, or the variable is not set. Raises TextError if that is no folder."""
+    root = os.environ.get("STREAMLLM_DATA")
+    if not root or Path(name).name != name:
+        return None
+    if not Path(root).is_dir():
+        raise TextError(f"STREAMLLM_DATA {root!r}: no such folder; it is to hold data sets as NAME.txt or NAME.parquet")
+    candidates = (Path(root) / f"{name}{suffix}" for suffix in (".txt", ".jsonl", ".parquet", ""))
+    return next((path for path in candidates if path.exists()), None)
 
 
 def _load(what: str, *arguments: Any, **options: Any) -> Any:

@@ -37,6 +37,7 @@ def measure(command, *more, cwd=None):
         ("dashboards.pareto", ["--help"]),
         ("dashboards.figures", ["--help"]),
         ("dashboards.summarize", ["--help"]),
+        ("dashboards.published", ["--help"]),
     ],
 )
 def test_help_imports_nothing_heavy(module, arguments):

@@ -4,6 +4,7 @@ compared with it later finds it in the store.
 examples:
 python -m streamllm baseline                                            of the embedded model and text
 python -m streamllm baseline --n-sink 4 --window-size 2044 --model EleutherAI/pythia-2.8b --dataset-name pg19
+python -m streamllm baseline --runs 3 --output-file results/baselines/testbed_baseline_avg.json
 """
 
 import argparse
@@ -19,7 +20,9 @@ from ..arguments import (
     given_policy,
     text_source,
 )
-from ..session import make_room, measure_baseline, messages_on_stderr, open_measurements, report
+from ..baseline import average
+from ..errors import UsageError
+from ..session import baseline_runs, make_room, messages_on_stderr, open_measurements, report
 
 HELP = "measure the re-computation baseline once, for everything that is compared with it"
 
@@ -29,24 +32,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(what)
     add_text_arguments(what)
     add_policy_arguments(parser.add_argument_group("the policy whose total S + W + X is the baseline's window"))
-    add_measuring_arguments(parser.add_argument_group("how it is measured"))
+    how = parser.add_argument_group("how it is measured")
+    add_measuring_arguments(how)
+    how.add_argument(
+        "--runs",
+        type=int,
+        default=1,
+        metavar="N",
+        help="the mean of at least N runs, with its spread; all that are stored count (1)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one flat JSON object on stdout, nothing else")
-    output.add_argument("--output-file", type=Path, metavar="FILE", help="write JSON with the object `baseline`")
+    output.add_argument(
+        "--output-file", type=Path, metavar="FILE", help="write JSON with the object `baseline`, and of several `runs`"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     text_source(arguments)
     given_policy(arguments)
+    if arguments.runs < 1:
+        raise UsageError(f"runs {arguments.runs}: must be a whole number >= 1")
     file = arguments.output_file
     make_room(file)
     measurements = open_measurements(arguments)
     with messages_on_stderr():
         policy = complete_policy(arguments, measurements.loaded)
-        found = measure_baseline(measurements, arguments, policy, only_stored=False)
-    assert found is not None
-    record, _ = found
+        runs = baseline_runs(measurements, arguments, policy, only_stored=False)
+    record, _ = average(runs)
     if file is not None:
-        file.write_text(json.dumps({"baseline": record}, indent=2) + "\n")
+        single = {"runs": [run for run, _ in runs]} if len(runs) > 1 else {}
+        file.write_text(json.dumps({"baseline": record, **single}, indent=2) + "\n")
     print(json.dumps(record) if arguments.json else report({"baseline": record}))
     return 0

@@ -21,6 +21,7 @@ from ..arguments import (
     given_policy,
     text_source,
 )
+from ..baseline import compared
 from ..errors import UsageError
 from ..methods import METHODS
 from ..options import EXECUTIONS
@@ -30,8 +31,8 @@ from ..session import make_room, measure_baseline, messages_on_stderr, open_meas
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..baseline import Measured
     from ..measurements import Measurements
-    from ..session import Measured
 
 HELP = "perplexity, time per token and peak KV of one policy"
 
@@ -117,7 +118,6 @@ def _measure_streaming(
 ) -> "Measured":
     from ..evaluation import EVALUATORS, identity
     from ..probing import resolve_backend
-    from ..quality import paired_increase
 
     loaded, stream, method, protocol = measurements.loaded, measurements.stream, arguments.method, arguments.protocol
     backend = resolve_backend(arguments.attn_backend, loaded, arguments.strict)
@@ -129,13 +129,7 @@ def _measure_streaming(
     if baseline is None:
         print("no baseline is stored for this: --mode both measures and keeps it", file=sys.stderr)
     else:
-        increase = paired_increase(quality.table, baseline[1])
-        record |= {
-            "speedup": baseline[0]["tpot_ms"] / record["tpot_ms"],
-            "ppl_increase_percent": increase.value,
-            "ppl_increase_percent_low": increase.low,
-            "ppl_increase_percent_high": increase.high,
-        }
+        record |= compared(record, quality.table, baseline)
     return record, quality.table
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
+from ..errors import UnavailableError, UsageError
 from ..options import PROTOCOLS
 from ..policy import EvictionPolicy
 
@@ -65,10 +65,10 @@ def check_execution(method: str, execution: str) -> None:
 
 
 def check_protocol(method: str, protocol: str) -> None:
-    """Raises UsageError for a method that cannot be measured so."""
+    """Raises UnavailableError for a method that cannot be measured so."""
     allowed = getattr(_module(method), "PROTOCOLS", PROTOCOLS)
     if protocol not in allowed:
-        raise UsageError(f"protocol {protocol!r}: method {method!r} is measured by {' or '.join(allowed)} only")
+        raise UnavailableError(f"protocol {protocol!r}: method {method!r} is measured by {' or '.join(allowed)} only")
 
 
 def _module(method: str) -> ModuleType:

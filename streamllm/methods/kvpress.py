@@ -14,7 +14,7 @@ from torch import Tensor
 from ..attention import attention
 from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache
-from ..errors import UnsupportedModelError, UsageError
+from ..errors import UnavailableError, UnsupportedModelError
 from ..loaded import LoadedModel
 from ..policy import EvictionPolicy
 
@@ -28,7 +28,7 @@ class PressedCache(KVCache):
         try:
             import kvpress
         except ImportError as error:
-            raise UsageError(
+            raise UnavailableError(
                 "method 'kvpress': the library is not installed; `pip install -e '.[kvpress]'` in an environment of "
                 "its own (it pins transformers < 5.3)"
             ) from error

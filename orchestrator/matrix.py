@@ -1,0 +1,315 @@
+"""Runs a matrix: its cells one after another in this process, each into a JSON file; then its tables and figures.
+
+A cell that is finished is never measured again; one that fails leaves its reason in its file and the others in peace.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
+
+from .lease import computing_lease, study_lease, timing_lease
+from .matrix_plan import Document, MatrixPlan, Planned, cost, describe, make_plan
+
+if TYPE_CHECKING:
+    from streamllm.baseline import Measured
+    from streamllm.loaded import LoadedModel
+    from streamllm.measurements import Measurements
+    from streamllm.text import TextSource, TokenStream
+
+_TITLES = {"wikitext": "WikiText-103", "pg19": "PG19"}
+_FORMATS = ("md", "csv", "latex")
+_TOLD = {"dataset", "protocol", "method", "attn_backend", "execution"}
+"""What the source documents' figures tell apart."""
+
+
+class _SpoiledError(RuntimeError):
+    """Nothing can be measured by this process any more."""
+
+
+def run_matrix(arguments: argparse.Namespace) -> int:
+    """The exit code: 1 if a cell failed. Raises UsageError."""
+    plan = make_plan(arguments)
+    if arguments.dry_run:
+        print(describe(plan))
+        return 0
+    plan.folder.mkdir(parents=True, exist_ok=True)
+    with study_lease(plan.folder):
+        code = _measure_all(plan, plan.documents())
+        documents = plan.documents()
+        _conclude(plan, [documents[planned.file] for planned in plan.cells if planned.file in documents])
+    return code
+
+
+def _measure_all(plan: MatrixPlan, documents: dict[Path, Document]) -> int:
+    from streamllm.session import messages_on_stderr
+
+    finished = {file for file, document in documents.items() if document["state"] == "complete"}
+    left = [planned for planned in plan.cells if planned.file not in finished]
+    left.sort(key=_by_model(left))
+    _info(f"{plan.name}: {len(plan.cells)} cells, {len(finished)} of them finished; total KV {plan.cap}")
+    bench = _Bench(plan, documents)
+    try:
+        with messages_on_stderr():
+            for number, planned in enumerate(left, len(plan.cells) - len(left) + 1):
+                _info(f"[{number}/{len(plan.cells)}] running experiment: {_title(plan, planned)}")
+                documents[planned.file] = _attempt(bench, planned)
+                _write(planned.file, documents[planned.file])
+                _say_outcome(plan, planned, documents[planned.file])
+                if number < len(plan.cells):
+                    _info(f"left: {cost(left[number - len(finished) :], documents)}")
+    except _SpoiledError as error:
+        _info(f"the accelerator can compute nothing more ({error}); the same command goes on from here")
+        return 1
+    except KeyboardInterrupt:
+        _info("interrupted: the same command goes on from here")
+        return 130
+    return int(any(document["state"] == "failed" for document in documents.values()))
+
+
+def _by_model(cells: Sequence[Planned]) -> Callable[[Planned], int]:
+    """Sorts by model as loaded, in the order of first appearance: each is loaded once."""
+    order = list(dict.fromkeys((planned.cell.dtype, planned.cell.quantization) for planned in cells))
+    return lambda planned: order.index((planned.cell.dtype, planned.cell.quantization))
+
+
+def _attempt(bench: _Bench, planned: Planned) -> Document:
+    """The cell's file, whatever became of it. Raises what no other cell would survive either."""
+    import torch
+
+    from streamllm.store import StoreError
+
+    started = time.monotonic()
+    try:
+        outcome = {"state": "complete", **bench.measure(planned)}
+    except (UnavailableError, UnsupportedModelError) as error:
+        outcome = {"state": "unavailable", "reason": str(error)}
+    except (StoreError, _OtherMachineError):
+        raise
+    except torch.AcceleratorError as error:
+        raise _SpoiledError(str(error).splitlines()[0]) from None
+    except Exception as error:  # whatever libraries raise is this cell's
+        reason = " ".join(str(error).split())[:500]
+        outcome = {"state": "failed", "reason": reason if isinstance(error, UsageError) else _named(error, reason)}
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    from .configuration import commit
+
+    stamp = {"measured_sec": time.monotonic() - started, "finished_at": time.time(), "commit": commit()}
+    return {"cell": planned.file.stem, **outcome, "settings": planned.settings, **stamp}
+
+
+def _named(error: Exception, reason: str) -> str:
+    return f"{type(error).__name__}: {reason}"
+
+
+class _OtherMachineError(UsageError):
+    """Results of another model, text or machine are in the folder."""
+
+
+@dataclass
+class _Bench:
+    """The model that is loaded, and the texts; a cell that needs another model replaces it."""
+
+    plan: MatrixPlan
+    documents: dict[Path, Document]
+    _loaded: LoadedModel | None = None
+    _of: tuple[str, str] | None = None
+    _texts: dict[TextSource, TokenStream | Exception] = field(default_factory=dict)
+
+    def measure(self, planned: Planned) -> dict[str, Any]:
+        """The objects of the cell's file."""
+        from streamllm.methods import check_execution, check_protocol
+
+        cell = planned.cell
+        check_protocol(cell.method, cell.protocol)
+        check_execution(cell.method, cell.execution)
+        measurements = self._measurements(planned)
+        _check_same(planned, measurements, self.documents)
+        _info("  evaluating the baseline...")
+        baseline = _baseline(measurements, planned)
+        _info(f"  baseline {_numbers(baseline[0])}")
+        common = {"backend": baseline[0]["backend"], "dataset": planned.source.label, "protocol": cell.protocol}
+        if cell.method == planned.baseline:
+            return {**common, "baseline": baseline[0]}
+        _info(f"  evaluating {_method(cell.method)}...")
+        streaming = _streaming(measurements, planned, baseline)
+        _info(f"  {_method(cell.method)} {_numbers(streaming)}")
+        common |= {"backend": streaming["backend"], "speedup": streaming["speedup"]}
+        return {**common, "baseline": baseline[0], "streaming": streaming}
+
+    def _measurements(self, planned: Planned) -> Measurements:
+        from streamllm.measurements import Measurements
+        from streamllm.store import MeasurementStore
+
+        loaded = self._model(planned)
+        return Measurements(MeasurementStore(self.plan.store), loaded, self._text(planned.source, loaded))
+
+    def _model(self, planned: Planned) -> LoadedModel:
+        from streamllm.device import limit_threads
+        from streamllm.models import load_model
+
+        wanted = planned.cell.dtype, planned.cell.quantization
+        if self._loaded is None or self._of != wanted:
+            self._loaded = None
+            limit_threads(self.plan.threads)
+            self._loaded = load_model(planned.model, planned.cell.dtype, quantization=planned.cell.quantization)
+            self._of = wanted
+        return self._loaded
+
+    def _text(self, source: TextSource, loaded: LoadedModel) -> TokenStream:
+        """Read once; one that cannot be had is not tried again."""
+        from streamllm.models import load_tokenizer
+        from streamllm.text import load_tokens
+
+        if source not in self._texts:
+            try:
+                tokenizer = None if source.token_ids is not None else load_tokenizer(loaded.name)
+                self._texts[source] = load_tokens(source, tokenizer, loaded.model.config.vocab_size)
+            except UsageError as error:
+                self._texts[source] = error
+        stream = self._texts[source]
+        if isinstance(stream, Exception):
+            raise stream
+        return stream
+
+
+def _check_same(planned: Planned, measurements: Measurements, documents: dict[Path, Document]) -> None:
+    """Raises _OtherMachineError if finished cells are of another model, text or device than this one will be."""
+    from streamllm.device import device_name
+
+    now = {
+        "model_digest": measurements.loaded.digest,
+        "text_digest": measurements.stream.digest,
+        "device": device_name(measurements.loaded.device),
+    }
+    for file, document in documents.items():
+        settings = document["settings"]
+        alike = {"source": planned.settings["source"], "dtype": planned.cell.dtype}
+        alike["quantization"] = planned.cell.quantization
+        if document["state"] != "complete" or any(settings.get(name) != value for name, value in alike.items()):
+            continue
+        for name, value in now.items():
+            if (before := document["baseline"][name]) != value:
+                raise _OtherMachineError(
+                    f"{file} has {name} {before!r}, now it is {value!r}: one table is of one model, text and device; "
+                    f"give another --study, or remove the file"
+                )
+
+
+def _baseline(measurements: Measurements, planned: Planned) -> Measured:
+    from streamllm.baseline import baseline_policy
+
+    cell, policy = planned.cell, planned.policy
+    if planned.baseline == "recompute":
+        policy = baseline_policy(policy, cell.protocol, measurements.loaded.trained_length)
+    record, losses = _evaluate(measurements, planned, planned.baseline, "eager", policy)
+    return record | {"speedup": 1.0, "ppl_increase_percent": 0.0}, losses
+
+
+def _streaming(measurements: Measurements, planned: Planned, baseline: Measured) -> dict[str, Any]:
+    from streamllm.baseline import compared
+
+    record, losses = _evaluate(measurements, planned, planned.cell.method, planned.cell.execution, planned.policy)
+    return record | compared(record, losses, baseline)
+
+
+def _evaluate(measurements: Measurements, planned: Planned, method: str, execution: str, policy: Any) -> Measured:
+    """From the store, if it is there."""
+    from streamllm.evaluation import identity
+    from streamllm.measurements import Leases
+    from streamllm.session import show_progress
+
+    protocol, on_cpu = planned.cell.protocol, measurements.loaded.device.type == "cpu"
+    leases = Leases(timing_lease, computing_lease) if on_cpu else Leases(timing_lease)
+    measurement, fresh = measurements.whole(
+        protocol, method, policy, planned.cell.attn_backend, execution, progress=show_progress(method), leases=leases
+    )
+    assert measurement.losses is not None
+    record = identity(measurements.loaded, measurements.stream, method, policy, protocol, execution)
+    return record | measurement.record | {"reused": not fresh}, measurement.losses
+
+
+def _write(file: Path, document: Document) -> None:
+    """Atomically. Raises UsageError if it cannot be written."""
+    temporary = file.with_name(f".{file.name}.new")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(document, indent=2) + "\n")
+        temporary.replace(file)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be written ({error.strerror}); the same command goes on from here") from error
+
+
+def _conclude(plan: MatrixPlan, documents: Sequence[Document]) -> None:
+    """Tables, on stdout too, and figures."""
+    from dashboards.figures import write_figures
+    from dashboards.matrix import FIGURES, matrix_figures, matrix_rows, matrix_tables
+    from dashboards.pareto import show, write
+
+    if not documents:
+        return
+    columns = {protocol: plan.matrix.shown(protocol) for protocol in ("fast", "decode-loop", "chunked")}
+    paths = []
+    for suffix, table in matrix_tables(plan.matrix.name, plan.matrix.description, documents, columns).items():
+        show(table, "\n".join((table.title, *table.summary)))
+        print(*table.notes, "", sep="\n")
+        paths += write(table, _FORMATS, plan.folder, f"{plan.matrix.name}{suffix}")
+    if set(plan.matrix.varying()) <= _TOLD:
+        rows = [row for row in matrix_rows(documents) if row["state"] == "complete"]
+        paths += write_figures([], plan.folder, ("png",), rows, only=FIGURES).paths
+    paths += matrix_figures(plan.matrix.name, documents, columns, plan.folder)
+    missing = Counter(document["state"] for document in documents if document["state"] != "complete")
+    if missing:
+        states = ", ".join(f"{count} {state}" for state, count in missing.items())
+        print(f"not measured: {states}, of {len(plan.cells)} cells; the same command tries them again")
+    print("results  ", plan.folder / "results")
+    print("written  ", *(path.relative_to(plan.folder) for path in paths))
+
+
+def _say_outcome(plan: MatrixPlan, planned: Planned, document: Document) -> None:
+    title = _title(plan, planned)
+    if document["state"] != "complete":
+        _info(f"✗ {document['state']}: {title}: {document['reason']}")
+        return
+    result = document["streaming"] if "streaming" in document else document["baseline"]
+    if "warning" in result:
+        _info(f"  warning: {result['warning']}")
+    speedup = f" (speedup: {document['speedup']:.2f}x)" if "speedup" in document else ""
+    _info(f"✓ experiment done: {title}{speedup}")
+
+
+def _title(plan: MatrixPlan, planned: Planned) -> str:
+    """What tells the cell from the others."""
+    spoken = {"attn_backend": "Backend"}
+    axes = (["configuration"] if plan.matrix.configurations else []) + list(plan.matrix.axes)
+    axes = [axis for axis in axes if axis in plan.matrix.varying() and axis != "dataset"]
+    values = [f"{spoken.get(axis, axis)}: {getattr(planned.cell, axis)}" for axis in axes]
+    label = planned.source.label
+    return f"{_TITLES.get(label, label)}" + (f" ({', '.join(values)})" if values else "")
+
+
+def _numbers(record: dict[str, Any]) -> str:
+    time_of = f"{record['tpot_ms']:.2f} ms/token"
+    if record["protocol"] != "fast":  # whose runtime is that of measuring
+        time_of = f"Runtime: {record['runtime_sec']:.4g}s"
+    return f"PPL: {record['perplexity']:.2f}, {time_of}{' (from the store)' * record['reused']}"
+
+
+def _method(method: str) -> str:
+    return {"ours": "StreamingLLM", "mit": "StreamingLLM (MIT)"}.get(method, method)
+
+
+def _info(message: str) -> None:
+    print(f"[INFO] {message}", file=sys.stderr, flush=True)

@@ -1,0 +1,177 @@
+"""What a matrix is going to measure: every cell with its policy, its text and its file; which are finished already."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from search_spaces import Cell, Matrix, load_matrix
+from streamllm.arguments import text_source
+from streamllm.errors import UsageError
+from streamllm.policy import EvictionPolicy, for_chunks, with_derived_window
+from streamllm.text import TextSource
+
+Document = dict[str, Any]
+"""A cell's file: `settings`, `state`; if that is complete the objects `baseline` and, but for the baseline's own cell,
+`streaming`; else the `reason`."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A cell, ready to be measured."""
+
+    cell: Cell
+    model: str
+    source: TextSource
+    policy: EvictionPolicy
+    baseline: str
+    file: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything that the command says about the result."""
+        cell = asdict(replace(self.cell, dataset=None, total_kv=None, window_size=None))
+        settings = {"model": self.model, "dataset": self.source.label, "baseline": self.baseline}
+        settings |= {name: value for name, value in cell.items() if value is not None} | asdict(self.policy)
+        return json.loads(json.dumps(settings | {"source": asdict(self.source)}, default=str))
+
+
+@dataclass(frozen=True)
+class MatrixPlan:
+    name: str
+    folder: Path
+    matrix: Matrix
+    cap: int
+    """Total KV: the matrix', or the model's trained length where that is shorter."""
+    cells: Sequence[Planned]
+    """In the order of the table."""
+    threads: int | None
+
+    @property
+    def store(self) -> Path:
+        """Shared with the sweeps beside it."""
+        return self.folder.parent / ".store"
+
+    def documents(self) -> dict[Path, Document]:
+        """The files there are. Raises UsageError if a finished one was made under other settings."""
+        found = {planned.file: _read(planned.file) for planned in self.cells}
+        for planned in self.cells:
+            document = found[planned.file]
+            if document is not None and document["state"] == "complete":
+                _check_settings(planned, document)
+        return {file: document for file, document in found.items() if document is not None}
+
+
+def make_plan(arguments: argparse.Namespace) -> MatrixPlan:
+    """Checks all that can be checked before anything is loaded. Raises UsageError."""
+    matrix = load_matrix(arguments.space)
+    given = (arguments.text, arguments.token_ids, arguments.dataset_name) != (None, None, None)
+    source = text_source(arguments)
+    if given or "dataset" not in matrix.axes:
+        matrix = matrix.with_axis("dataset", source.label)
+    for axis, usual in (("dtype", "auto"), ("quantization", "none")):
+        if getattr(arguments, axis) != usual:
+            matrix = matrix.with_axis(axis, getattr(arguments, axis))
+
+    from streamllm.models import trained_length
+
+    cap = min(matrix.cap, trained_length(arguments.model) or matrix.cap)
+    named = given or "dataset" not in load_matrix(arguments.space).axes
+    label = Path(arguments.model).name or arguments.model
+    name = arguments.study or "-".join([label, *([source.label] if named else []), matrix.name])
+    folder = arguments.output or Path("sweeps") / name
+    cells = []
+    for cell in matrix.cells():
+        text = source if named else replace(source, text=None, token_ids=None, dataset_name=cell.dataset)
+        if text.max_eval_tokens is None:
+            text = replace(text, max_eval_tokens=matrix.tokens_of(text.label))
+        file = folder / "results" / f"{matrix.stem(cell)}.json"
+        cells.append(Planned(cell, arguments.model, text, policy_of(cell, cap), matrix.baseline, file))
+    return MatrixPlan(name, folder, matrix, cap, cells, arguments.cpus_per_worker or None)
+
+
+def policy_of(cell: Cell, cap: int) -> EvictionPolicy:
+    """Its window is what the total leaves, unless it is given; of a chunk, half the prefill is the total."""
+    policy = EvictionPolicy(
+        n_sink=cell.n_sink,
+        window_size=cell.window_size or 1,
+        compress_every=cell.compress_every,
+        cache_slack=cell.cache_slack,
+        max_drop=cell.max_drop,
+    )
+    total = min(cell.total_kv or cap, cap)
+    if cell.protocol == "chunked":
+        policy, total = for_chunks(policy, total), max(total // 2, 1)
+    return policy if cell.window_size else with_derived_window(policy, total)
+
+
+def describe(plan: MatrixPlan) -> str:
+    """`--dry-run`: the cells and what they may cost."""
+    documents = plan.documents()
+    lines = [f"{plan.name}: {plan.matrix.description}", f"{len(plan.cells)} cells, total KV {plan.cap}, {plan.folder}"]
+    for planned in plan.cells:
+        policy, most = planned.policy, planned.source.max_eval_tokens
+        cell = planned.cell
+        execution = "" if cell.execution == "eager" else f" {cell.execution}"
+        lines.append(
+            f"  {documents.get(planned.file, {}).get('state', 'open'):12}{planned.file.stem:36} {cell.protocol:11} "
+            f"{cell.method} {cell.attn_backend}{execution} {cell.dtype} S={policy.n_sink} W={policy.window_size} "
+            f"R={policy.compress_every} slack={policy.cache_slack} drop={policy.max_drop}, "
+            f"{'all' if most is None else most} tokens of {planned.source.label}"
+        )
+    left = [planned for planned in plan.cells if documents.get(planned.file, {}).get("state") != "complete"]
+    return "\n".join([*lines, f"left: {cost(left, documents)}"])
+
+
+def cost(left: Sequence[Planned], documents: Mapping[Path, Document]) -> str:
+    """Of the cells that are left, by what finished ones by the same protocol, and if there are any by the same method,
+    took per token."""
+    if not left:
+        return "nothing, every cell is finished"
+    known = [seconds for planned in left if (seconds := _estimate(planned, documents)) is not None]
+    unknown = len(left) - len(known)
+    if not known:
+        return f"{unknown} cells; what they take is not known until one like them is finished"
+    more = f", and {unknown} cells unlike those that are finished" if unknown else ""
+    return f"{len(known)} cells, about {sum(known) / 60:.1f} min{more}"
+
+
+def _estimate(planned: Planned, documents: Mapping[Path, Document]) -> float | None:
+    """Seconds."""
+    now = planned.settings
+    finished = [document for document in documents.values() if document["state"] == "complete"]
+    alike = [document for document in finished if document["settings"]["protocol"] == now["protocol"]]
+    alike = [document for document in alike if document["settings"]["method"] == now["method"]] or alike
+    if not alike:
+        return None
+    tokens = [document["baseline"]["n_tokens"] for document in alike]
+    pace = median(document["measured_sec"] / count for document, count in zip(alike, tokens, strict=True))
+    return pace * (planned.source.max_eval_tokens or median(tokens))
+
+
+def _read(file: Path) -> Document | None:
+    try:
+        document = json.loads(file.read_text())
+        return document if {"settings", "state"} <= document.keys() else None
+    except (FileNotFoundError, ValueError, AttributeError):
+        return None
+
+
+def _check_settings(planned: Planned, document: Document) -> None:
+    before, now = _flat(document["settings"]), _flat(planned.settings)
+    changed = [f"{name}: {before.get(name)!r} then, {now.get(name)!r} now" for name in now | before
+               if before.get(name) != now.get(name)]  # fmt: skip
+    if changed:
+        raise UsageError(
+            f"{planned.file} was measured under other settings ({'; '.join(changed)}); repeat those, give another "
+            f"--study, or remove the file"
+        )
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {**settings, **settings.get("source", {}), "source": None}

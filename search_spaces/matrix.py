@@ -1,0 +1,236 @@
+"""A matrix: every combination of settings that one study cannot vary, each a cell that is measured on its own.
+
+`comprehensive.yaml` begins with the syntax.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from streamllm.backends import BACKENDS
+from streamllm.methods import METHODS
+from streamllm.options import DTYPES, EXECUTIONS, PROTOCOLS, QUANTIZATIONS
+
+from .reader import Reader, SpaceError, compose
+from .space import Value
+
+MEASURES = (
+    "perplexity",
+    "ppl_increase_percent",
+    "tpot_ms",
+    "speedup",
+    "decode_toks_per_sec",
+    "runtime_sec",
+    "runtime_change_percent",
+    "decode_sec",
+    "prefill_sec",
+    "first_token_latency_sec",
+    "avg_attn_ms",
+    "peak_memory_mb",
+)
+"""What a matrix' table can show."""
+_TIMED = ("perplexity", "ppl_increase_percent", "runtime_sec", "runtime_change_percent", "tpot_ms", "speedup")
+_COLUMNS = {
+    "fast": ("perplexity", "ppl_increase_percent", "tpot_ms", "speedup"),
+    "decode-loop": _TIMED,
+    "chunked": _TIMED,
+}
+"""By protocol, where a matrix does not say."""
+
+_BASELINES = ("recompute", "dense")
+_WORDS: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "protocol": PROTOCOLS,
+    "attn_backend": tuple(BACKENDS),
+    "execution": EXECUTIONS,
+    "dtype": DTYPES,
+    "quantization": QUANTIZATIONS,
+}
+_LEAST = {"total_kv": 1, "n_sink": 0, "window_size": 1, "compress_every": 0, "cache_slack": 0, "max_drop": 0}
+_AXES = ("dataset", *_WORDS, *_LEAST)
+_KEYS = (
+    "description", "cap", "baseline", "max_eval_tokens", "file", "names", "columns", "configurations", "matrix",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """The settings of one measurement; the defaults are what a matrix does not say."""
+
+    dataset: str | None = None
+    """None: the text of the command line."""
+    configuration: str = ""
+    """The name of an explicit one."""
+    method: str = "ours"
+    protocol: str = "fast"
+    attn_backend: str = "auto"
+    execution: str = "eager"
+    dtype: str = "auto"
+    quantization: str = "none"
+    total_kv: int | None = None
+    """None: the cap. The window is what it leaves, unless `window_size` is given."""
+    n_sink: int = 4
+    window_size: int | None = None
+    compress_every: int = 1
+    cache_slack: int = 0
+    max_drop: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    name: str
+    description: str
+    cap: int
+    baseline: str
+    """The method that all others are compared with, at a cell's own settings."""
+    axes: Mapping[str, tuple[Value, ...]]
+    configurations: tuple[Mapping[str, Value], ...] = ()
+    """Named settings, which every point of the grid is combined with."""
+    max_eval_tokens: Mapping[str, int] = field(default_factory=dict)
+    """By data set; under "" of all others."""
+    file: str = ""
+    """Of a cell's results, less `.json`; {axis} stands for the cell's value. Empty: every axis that varies."""
+    names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Axis -> what stands in file names for some of its values."""
+    columns: tuple[str, ...] = ()
+    """Measures of the table; empty: what the protocol usually shows."""
+
+    def cells(self) -> list[Cell]:
+        """Every one once, the first axis varying slowest."""
+        found = []
+        for values in itertools.product(*self.axes.values()):
+            point: dict[str, Any] = dict(zip(self.axes, values, strict=True))
+            found += [Cell(**point | dict(one)) for one in self.configurations or ({},)]
+        return list(dict.fromkeys(found))
+
+    def varying(self) -> list[str]:
+        """What differs between cells."""
+        cells = self.cells()
+        return [f.name for f in fields(Cell) if len({getattr(cell, f.name) for cell in cells}) > 1]
+
+    def stem(self, cell: Cell) -> str:
+        """The name of the cell's file, less `.json`."""
+        values = asdict(cell) | {"dataset": Path(cell.dataset or "text").name}
+        words = {axis: self.names.get(axis, {}).get(str(value), str(value)) for axis, value in values.items()}
+        return re.sub(r"[^\w.+-]", "_", (self.file or self._usual_file()).format_map(words))
+
+    def tokens_of(self, dataset: str) -> int | None:
+        """Of that text, how many; None: all."""
+        return self.max_eval_tokens.get(dataset, self.max_eval_tokens.get(""))
+
+    def shown(self, protocol: str) -> tuple[str, ...]:
+        """Measures of the table of that protocol."""
+        return self.columns or _COLUMNS[protocol]
+
+    def with_axis(self, axis: str, value: Value) -> Matrix:
+        """The matrix where that is the axis' only value."""
+        return replace(self, axes={**self.axes, axis: (value,)})
+
+    def _usual_file(self) -> str:
+        parts = ["{configuration}"] if self.configurations else []
+        for axis, values in self.axes.items():
+            if len(values) > 1:
+                parts.append(f"{axis}-{{{axis}}}" if axis in _LEAST else f"{{{axis}}}")
+        return "_".join(parts) or "{method}"
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a space is one: it has the key `matrix`. Raises SpaceError."""
+    _, node = compose(name)
+    return isinstance(node, yaml.MappingNode) and any(key.value == "matrix" for key, _ in node.value)
+
+
+def load_matrix(name: str) -> Matrix:
+    """A shipped matrix by name, or a YAML file by path. Raises SpaceError."""
+    path, node = compose(name)
+    if node is None:
+        raise SpaceError(f"{path}: empty; a matrix needs at least 'matrix'")
+    return _MatrixReader(path).matrix(node)
+
+
+class _MatrixReader(Reader):
+    def matrix(self, node: yaml.Node) -> Matrix:
+        entries = self.mapping(node, "the matrix file", _KEYS)
+        if "matrix" not in entries:
+            raise self.fail(node, "key 'matrix' is missing")
+        grid = self.mapping(entries["matrix"], "matrix", _AXES)
+        matrix = Matrix(
+            name=self.path.stem,
+            description=str(self.scalar(entries["description"])) if "description" in entries else "",
+            cap=self.whole(entries["cap"], "cap", 1) if "cap" in entries else 2048,
+            baseline=self.word(entries, "baseline", _BASELINES, "recompute"),
+            axes={name: self.values(name, axis) for name, axis in grid.items()},
+            configurations=self.configurations(entries["configurations"], grid) if "configurations" in entries else (),
+            max_eval_tokens=self.lengths(entries["max_eval_tokens"]) if "max_eval_tokens" in entries else {},
+            file=str(self.scalar(entries["file"])) if "file" in entries else "",
+            names=self.names(entries["names"]) if "names" in entries else {},
+            columns=self.columns(entries["columns"]) if "columns" in entries else (),
+        )
+        if conflict := next((c for c in matrix.cells() if c.window_size and c.total_kv), None):
+            raise self.fail(
+                entries["matrix"], f"window_size {conflict.window_size}, total_kv {conflict.total_kv}: give one of them"
+            )
+        self.check_files(matrix, entries.get("file", node))
+        return matrix
+
+    def values(self, name: str, node: yaml.Node) -> tuple[Value, ...]:
+        entries = self.sequence(node, name) if isinstance(node, yaml.SequenceNode) else [node]
+        values = tuple(self.value(name, entry) for entry in entries)
+        if len(set(values)) < len(values):
+            raise self.fail(node, f"{name}: a value is given twice")
+        return values
+
+    def value(self, name: str, node: yaml.Node) -> Value:
+        if name in _LEAST:
+            return self.whole(node, name, _LEAST[name])
+        if name in _WORDS:
+            return str(self.word({name: node}, name, _WORDS[name], None))
+        return str(self.scalar(node))
+
+    def configurations(self, node: yaml.Node, grid: Mapping[str, yaml.Node]) -> tuple[Mapping[str, Value], ...]:
+        found = []
+        for entry in self.sequence(node, "configurations"):
+            given = self.mapping(entry, "a configuration", ("name", *_AXES))
+            if "name" not in given:
+                raise self.fail(entry, "a configuration needs a name")
+            if twice := next((name for name in given if name in grid), None):
+                raise self.fail(given[twice], f"{twice}: is an axis of the matrix, a configuration cannot set it too")
+            values = {name: self.value(name, value) for name, value in given.items() if name != "name"}
+            found.append({"configuration": str(self.scalar(given["name"])), **values})
+        return tuple(found)
+
+    def lengths(self, node: yaml.Node) -> dict[str, int]:
+        if not isinstance(node, yaml.MappingNode):
+            return {"": self.whole(node, "max_eval_tokens", 2)}
+        return {str(key.value): self.whole(value, f"max_eval_tokens of {key.value}", 2) for key, value in node.value}
+
+    def names(self, node: yaml.Node) -> dict[str, dict[str, str]]:
+        axes = self.mapping(node, "names", _AXES)
+        return {
+            axis: {str(key.value): str(self.scalar(value)) for key, value in words.value}
+            for axis, words in axes.items()
+            if isinstance(words, yaml.MappingNode)
+        }
+
+    def columns(self, node: yaml.Node) -> tuple[str, ...]:
+        entries = self.sequence(node, "columns")
+        return tuple(str(self.word({"columns": entry}, "columns", MEASURES, None)) for entry in entries)
+
+    def check_files(self, matrix: Matrix, node: yaml.Node) -> None:
+        """Every cell has a file of its own."""
+        allowed = [f.name for f in fields(Cell)]
+        try:
+            stems = Counter(matrix.stem(cell) for cell in matrix.cells())
+        except (KeyError, ValueError, IndexError):
+            raise self.fail(node, f"file {matrix.file!r}: may name {{{'}, {'.join(allowed)}}}") from None
+        stem, count = stems.most_common(1)[0]
+        if count > 1:
+            raise self.fail(node, f"file {stem!r}: {count} cells have it; name all of {', '.join(matrix.varying())}")

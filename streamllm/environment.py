@@ -1,0 +1,44 @@
+"""Settings from the environment, and from a file `.env` in the working directory, which says the same less strongly.
+
+STREAMLLM_MODEL and STREAMLLM_DATASET are the defaults of --model and --dataset-name; in the folder STREAMLLM_DATA data
+sets are looked for before the hub is asked; FLASH_SDPA and the Hugging Face libraries' own HF_* are as everywhere.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from .errors import UsageError
+
+NAMES = ("STREAMLLM_MODEL", "STREAMLLM_DATASET", "STREAMLLM_DATA")
+HELP = """environment:
+  STREAMLLM_MODEL, STREAMLLM_DATASET  defaults of --model and --dataset-name
+  STREAMLLM_DATA                      a folder with data sets, asked before the hub: NAME.txt, .jsonl, .parquet or NAME/
+  FLASH_SDPA, HF_HOME, HF_*           attention kernel (1: flash, 0: math); the Hugging Face libraries' own
+  A file .env in the working directory may say the same, a line NAME=VALUE each. Arguments win over the environment, the
+  environment over the file.
+"""
+
+
+def read_env_file(path: Path = Path(".env")) -> None:
+    """Puts what the file says into the environment where that does not say it already; other names are not ours.
+
+    Before anything of Hugging Face is imported, which reads HF_* only then. Raises UsageError for a misspelt name."""
+    if not path.is_file():
+        return
+    from dotenv import dotenv_values
+
+    for name, value in dotenv_values(path, interpolate=False).items():
+        if name.startswith("STREAMLLM_") and name not in NAMES:
+            raise UsageError(f"{path}: unknown name {name!r}; must be one of {', '.join(NAMES)}, FLASH_SDPA or HF_*")
+        if value is not None and (name in NAMES or name == "FLASH_SDPA" or name.startswith("HF_")):
+            os.environ.setdefault(name, value)
+
+
+def default_model() -> str:
+    return os.environ.get("STREAMLLM_MODEL") or "testbed"
+
+
+def default_dataset() -> str | None:
+    return os.environ.get("STREAMLLM_DATASET") or None

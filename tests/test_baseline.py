@@ -1,0 +1,81 @@
+import json
+
+import numpy as np
+import pytest
+
+from streamllm.__main__ import main
+from streamllm.baseline import average, baseline_policy, compared
+from streamllm.policy import EvictionPolicy
+
+from .conftest import GOLDEN
+
+TIMES = (
+    "decode_toks_per_sec",
+    "runtime_sec",
+    "prefill_sec",
+    "first_token_latency_sec",
+    "avg_attn_ms",
+    "peak_memory_mb",
+)
+
+
+def made(tpot, reused=True):
+    times = dict.fromkeys(TIMES, 2 * tpot)
+    record = {"perplexity": 9.0, "tpot_ms": tpot, "tpot_ms_low": tpot - 9, "tpot_ms_high": tpot + 9, "reused": reused}
+    return record | times, np.zeros((3, 2))
+
+
+def test_several_runs_are_their_mean_and_spread():
+    record, _ = average([made(10.0), made(13.0, reused=False), made(16.0)])
+    assert (record["tpot_ms"], record["tpot_ms_std"], record["runs"]) == (13.0, 3.0, 3)
+    assert (record["tpot_ms_low"], record["tpot_ms_high"]) == (10.0, 16.0)
+    assert (record["runtime_sec"], record["runtime_sec_std"]) == (26.0, 6.0)
+    assert record["perplexity"] == 9.0 and not record["reused"]
+    assert average([made(10.0)])[0] == made(10.0)[0]
+
+
+def test_results_are_compared_on_the_tokens_that_both_have():
+    losses = np.array([[0, 1.0], [1, 1.5], [2, 9.0]])
+    baseline = {"tpot_ms": 40.0}, np.array([[0, 1.0], [1, 1.0]])
+    result = compared({"tpot_ms": 10.0}, losses, baseline)
+    assert result["speedup"] == 4.0
+    assert result["ppl_increase_percent"] == pytest.approx(100 * (np.exp(0.25) - 1))
+
+
+def test_the_baselines_window_is_the_policys_total_within_the_trained_length():
+    policy = EvictionPolicy(n_sink=4, window_size=60, compress_every=32, cache_slack=8)
+    assert baseline_policy(policy, "fast", None) == EvictionPolicy(n_sink=0, window_size=72)
+    assert baseline_policy(policy, "decode-loop", 64).window_size == 64
+    assert baseline_policy(policy, "chunked", None).compress_every == 32
+
+
+def test_runs_are_kept_averaged_and_compared_with(tmp_path, monkeypatch, capsys):
+    """Each run is measured once; what is compared afterwards is compared with their mean."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "results" / "baselines" / "wikitext_baseline_avg.json"
+    what = ["--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--max-eval-tokens", "60"]
+    what += ["--window-size", "28", "--protocol", "decode-loop", "--json"]
+
+    def command(name, *more):
+        monkeypatch.setattr("sys.argv", ["streamllm", name, *what, *more])
+        assert main() == 0
+        return json.loads(capsys.readouterr().out)
+
+    first = command("baseline")
+    assert "runs" not in first
+    mean = command("baseline", "--runs", "3", "--output-file", str(file))
+    written = json.loads(file.read_text())
+    assert written["baseline"] == mean and mean["runs"] == len(written["runs"]) == 3
+    assert [run["reused"] for run in written["runs"]] == [True, False, False]
+    assert written["runs"][0]["tpot_ms"] == first["tpot_ms"]
+    times = [run["tpot_ms"] for run in written["runs"]]
+    assert mean["tpot_ms"] == pytest.approx(np.mean(times)) and mean["tpot_ms_std"] == pytest.approx(
+        np.std(times, ddof=1)
+    )
+    assert {run["perplexity"] for run in written["runs"]} == {mean["perplexity"]}
+    assert command("baseline") == mean | {"reused": True}
+    streaming = command("evaluate")
+    assert streaming["speedup"] == pytest.approx(mean["tpot_ms"] / streaming["tpot_ms"])
+    monkeypatch.setattr("sys.argv", ["streamllm", "baseline", *what, "--runs", "0"])
+    assert main() == 2
+    assert capsys.readouterr().err == "error: runs 0: must be a whole number >= 1\n"

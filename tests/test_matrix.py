@@ -1,0 +1,292 @@
+"""Matrices: their files, and running one in this process on the small models that the original was recorded with."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+import streamllm.evaluation
+from dashboards.matrix import _figure, matrix_figures, matrix_rows, matrix_tables
+from dashboards.style import LABELS, style
+from orchestrator.matrix_plan import policy_of
+from orchestrator.sweep import main
+from search_spaces import MEASURES, SHIPPED, Cell, SpaceError, is_matrix, load_matrix
+from streamllm.policy import EvictionPolicy
+from streamllm.quality import NonFiniteLossError
+
+from .conftest import GOLDEN
+
+MATRICES = [name for name in SHIPPED if is_matrix(name)]
+BACKENDS = """
+file: "{dataset}_main_backend-{attn_backend}"
+matrix:
+  attn_backend: [math, flash]
+  protocol: decode-loop
+  window_size: 60
+"""
+
+
+def matrix_of(folder, text):
+    (folder / "mine.yaml").write_text(text)
+    return load_matrix(str(folder / "mine.yaml"))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Runs a matrix' text; returns the exit code. `.results()` are its files by name."""
+    monkeypatch.chdir(tmp_path)
+    model = ("--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"))
+
+    class Run:
+        folder = tmp_path / "sweeps" / "s"
+
+        def __call__(self, text, *more, tokens=100):
+            matrix_of(tmp_path, text)
+            return main([*model, "--space", "mine.yaml", "--study", "s", "--max-eval-tokens", str(tokens), *more])
+
+        def results(self):
+            return {path.stem: json.loads(path.read_text()) for path in sorted((self.folder / "results").glob("*"))}
+
+    return Run()
+
+
+@pytest.fixture
+def evaluations(monkeypatch):
+    """Every evaluation by decode-loop, and what it is to raise in place of being one. No figures are drawn."""
+    monkeypatch.setattr("dashboards.figures.ROW_FIGURES", {})
+    monkeypatch.setattr("dashboards.matrix.matrix_figures", lambda *_: [])
+    calls, real = [], streamllm.evaluation.evaluate_decode_loop
+
+    def evaluate(loaded, stream, method, policy, backend, *rest):
+        if calls.append((method, backend.name)) or len(calls) in evaluate.raises:
+            raise evaluate.raises[len(calls)]
+        return real(loaded, stream, method, policy, backend, *rest)
+
+    evaluate.calls, evaluate.raises = calls, {}
+    monkeypatch.setitem(streamllm.evaluation.EVALUATORS, "decode-loop", evaluate)
+    return evaluate
+
+
+def test_the_source_documents_files():
+    names = [load_matrix("comprehensive").stem(cell) for cell in load_matrix("comprehensive").cells()]
+    assert len(set(names)) == 24
+    expected = {
+        f"{dataset}_{method}_{path}"
+        for dataset in ("wikitext", "pg19")
+        for method in ("baseline", "ours", "mit", "kvpress")
+        for path in ("chunked", "decode_loop", "kvpress_official")
+    }
+    assert set(names) == expected
+    backends = load_matrix("backends")
+    assert {backends.stem(cell) for cell in backends.cells()} == {
+        f"{dataset}_main_backend-{backend}" for dataset in ("wikitext", "pg19") for backend in ("math", "flash")
+    }
+    report = load_matrix("attention_report")
+    assert {(c.method, c.attn_backend, c.n_sink, c.window_size) for c in report.cells()} == {
+        (method, backend, 8, 256) for method in ("dense", "ours") for backend in ("eager", "auto")
+    }
+    assert report.max_eval_tokens[""] - 1 - (8 + 256) == 500
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_shipped_matrices_can_be_tried_on_the_embedded_model(name, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--space", name, "--dry-run"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.count("  open  ") == len(load_matrix(name).cells())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cells_are_the_grid_times_the_configurations(tmp_path):
+    matrix = matrix_of(
+        tmp_path,
+        "max_eval_tokens: {pg19: 50}\nmatrix: {dataset: [wikitext, pg19], n_sink: [0, 4]}\n"
+        "configurations: [{name: plain}, {name: lazy, compress_every: 32}]\n",
+    )
+    cells = matrix.cells()
+    assert len(cells) == 8 and matrix.varying() == ["dataset", "configuration", "n_sink", "compress_every"]
+    assert cells[1] == Cell(dataset="wikitext", configuration="lazy", n_sink=0, compress_every=32)
+    assert matrix.stem(cells[-1]) == "lazy_pg19_n_sink-4"
+    assert (matrix.tokens_of("pg19"), matrix.tokens_of("wikitext")) == (50, None)
+    assert matrix.shown("fast") != matrix.shown("decode-loop") and set(matrix.shown("decode-loop")) < set(MEASURES)
+
+
+def test_windows_are_what_the_total_leaves():
+    cell = Cell(n_sink=4, compress_every=2, cache_slack=8)
+    assert policy_of(cell, 100) == EvictionPolicy(n_sink=4, window_size=88, compress_every=2, cache_slack=8)
+    assert policy_of(replace(cell, total_kv=50), 100).window_size == 38
+    assert policy_of(replace(cell, total_kv=500), 100).window_size == 88
+    assert policy_of(replace(cell, window_size=300), 100).window_size == 300
+    chunk = policy_of(replace(cell, protocol="chunked"), 100)  # a prefill of 100, compressed to half
+    assert chunk == EvictionPolicy(n_sink=4, window_size=46, compress_every=100)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cap: 5\nmatrix: {}\ncaps: 1\n", "line 3: unknown key 'caps' in the matrix file; allowed: description, cap"),
+        ("matrix:\n  methods: mit\n", "line 2: unknown key 'methods' in matrix; allowed: dataset, method"),
+        ("matrix:\n  method: [mti]\n", "line 2: method 'mti': must be one of dense, kvpress, mit"),
+        ("matrix:\n  dtype: [float31]\n", "line 2: dtype 'float31': must be one of auto, float32"),
+        ("matrix:\n  window_size: 0\n", "line 2: window_size 0: must be a whole number >= 1"),
+        ("matrix:\n  n_sink: [4, 4]\n", "line 2: n_sink: a value is given twice"),
+        ("matrix: {window_size: 5, total_kv: 9}\n", "line 1: window_size 5, total_kv 9: give one of them"),
+        ("matrix: {n_sink: 4}\nbaseline: mit\n", "line 2: baseline 'mit': must be one of recompute, dense"),
+        ("matrix: {}\ncolumns: [joy]\n", "line 2: columns 'joy': must be one of perplexity"),
+        ("matrix: {n_sink: [0, 4]}\nfile: '{method}'\n", "line 2: file 'ours': 2 cells have it; name all of n_sink"),
+        ("matrix: {}\nfile: '{sinks}'\n", "line 2: file '{sinks}': may name {dataset}, {configuration}"),
+        ("matrix: {}\nconfigurations:\n  - {n_sink: 4}\n", "line 3: a configuration needs a name"),
+        ("matrix: {n_sink: 4}\nconfigurations: [{name: a, n_sink: 4}]\n", "n_sink: is an axis of the matrix"),
+        ("matrix: {}\nmax_eval_tokens: {pg19: 1}\n", "line 2: max_eval_tokens of pg19 1: must be a whole number >= 2"),
+    ],
+)
+def test_errors_name_file_line_key_and_what_is_allowed(tmp_path, text, message):
+    with pytest.raises(SpaceError, match=re.escape(message)) as caught:
+        matrix_of(tmp_path, text)
+    assert "mine.yaml" in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_matrix_from_end_to_end(run, capsys):
+    assert run(BACKENDS) == 0
+    results = run.results()
+    assert list(results) == ["tokens_main_backend-flash", "tokens_main_backend-math"]
+    golden = json.loads((GOLDEN / "neox-tiny" / "mit_losses.json").read_text())[0]
+    assert golden["policy"] == {"n_sink": 4, "window_size": 60, "compress_every": 1, "cache_slack": 0, "max_drop": 0}
+    for backend in ("math", "flash"):
+        result = results[f"tokens_main_backend-{backend}"]
+        streaming, baseline = result["streaming"], result["baseline"]
+        assert result["backend"] == streaming["backend"] == baseline["backend"] == backend
+        assert streaming["perplexity"] == pytest.approx(np.exp(np.mean(golden["losses"][:99])), rel=1e-4)
+        assert baseline["method"] == "recompute" and baseline["window_size"] == 64
+        assert result["speedup"] == streaming["speedup"] == baseline["tpot_ms"] / streaming["tpot_ms"]
+    shown = capsys.readouterr()
+    numbers = r"PPL: \d+\.\d\d, Runtime: [\d.]+s"
+    for line in (
+        r"\[INFO\] \[1/2\] running experiment: tokens \(Backend: math\)",
+        rf"\[INFO\]   baseline {numbers}",
+        rf"\[INFO\]   StreamingLLM {numbers}",
+        r"\[INFO\] ✓ experiment done: tokens \(Backend: math\) \(speedup: \d+\.\d\dx\)",
+        r"\[INFO\] left: 1 cells, about [\d.]+ min",
+    ):
+        assert re.search(line, shown.err), line
+    written = {path.name for path in run.folder.iterdir()}
+    assert {"mine.md", "mine.tex", "mine.csv", "mine.png", "decode_loop_runtime_comparison.png"} <= written
+    table = list(csv.DictReader((run.folder / "mine.csv").open()))
+    assert [(row["method"], row["backend"]) for row in table] == [
+        (method, backend) for backend in ("math", "flash") for method in ("recompute", "ours")
+    ]
+    assert float(table[1]["runtime_change_percent"]) == pytest.approx(
+        100 * (float(table[1]["runtime_sec"]) / float(table[0]["runtime_sec"]) - 1)
+    )
+
+
+def test_nothing_finished_is_measured_again(run, evaluations, capsys):
+    """Killed in its third evaluation, it goes on with that one."""
+    evaluations.raises = {3: KeyboardInterrupt()}
+    assert run(BACKENDS) == 130
+    assert "the same command goes on from here" in capsys.readouterr().err
+    assert list(run.results()) == ["tokens_main_backend-math"]
+    assert run(BACKENDS) == 0
+    expected = [(method, backend) for backend in ("math", "flash") for method in ("recompute", "ours")]
+    assert evaluations.calls == [*expected[:2], expected[2], *expected[2:]]
+    before = run.results()
+    assert run(BACKENDS) == 0 and len(evaluations.calls) == 5 and run.results() == before
+    (run.folder / "results" / "tokens_main_backend-math.json").unlink()
+    assert run(BACKENDS) == 0 and len(evaluations.calls) == 5  # the store has it
+    assert run.results()["tokens_main_backend-math"]["streaming"]["reused"]
+
+
+def test_a_failing_cell_is_recorded_and_the_others_go_on(run, evaluations):
+    evaluations.raises = {2: NonFiniteLossError("loss of token 7 is inf"), 4: RuntimeError("out of\nluck")}
+    text = BACKENDS.replace("{attn_backend}", "{attn_backend}_{method}") + "  method: [ours, window]\n"
+    assert run(text) == 1
+    states = {name: result["state"] for name, result in run.results().items()}
+    assert list(states.values()).count("complete") == 2
+    reasons = [result["reason"] for result in run.results().values() if result["state"] == "failed"]
+    assert reasons == ["RuntimeError: out of luck", "NonFiniteLossError: loss of token 7 is inf"]
+    table = (run.folder / "mine.md").read_text()
+    assert "failed (1)" in table and "(2) RuntimeError: out of luck" in table
+    evaluations.raises = {}
+    assert run(text) == 0
+    assert {result["state"] for result in run.results().values()} == {"complete"}
+
+
+def test_what_cannot_be_measured_here_is_said_and_no_failure(run, capsys):
+    """kvpress does not know GPT-NeoX, installed or not, and has no place in protocol `fast`."""
+    text = "matrix: {method: [ours, kvpress], protocol: [decode-loop, fast], window_size: 60}\n"
+    assert run(text.replace(", fast", "")) == 0
+    states = {name: result["state"] for name, result in run.results().items()}
+    assert states == {"kvpress": "unavailable", "ours": "complete"}
+    assert "not measured: 1 unavailable, of 2 cells" in capsys.readouterr().out
+    assert main(["--space", "mine.yaml", "--trials", "5"]) == 2
+    assert "--trials: of searches" in capsys.readouterr().err
+
+
+def test_other_settings_or_another_machine_are_refused(run, capsys):
+    assert run(BACKENDS, tokens=80) == 0
+    assert run(BACKENDS, tokens=90) == 2
+    assert "was measured under other settings (max_eval_tokens: 80 then, 90 now)" in capsys.readouterr().err
+    assert run(BACKENDS.replace("60", "61"), tokens=80) == 2
+    assert "window_size: 60 then, 61 now" in capsys.readouterr().err
+    kept, gone = sorted((run.folder / "results").glob("*.json"))
+    gone.unlink()
+    document = json.loads(kept.read_text())
+    document["baseline"]["device"] = "abacus"
+    kept.write_text(json.dumps(document))
+    assert run(BACKENDS, tokens=80) == 2
+    assert "has device 'abacus', now it is" in capsys.readouterr().err
+
+
+def record(method, protocol, tpot, **more):
+    values = {"model": "m", "model_digest": "d", "text_digest": "t", "dataset": "book", "n_tokens": 99, "device": "cpu"}
+    values |= {"method": method, "protocol": protocol, "dtype": "float32", "execution": "eager", "n_sink": 4}
+    values |= {"window_size": 60, "compress_every": 1, "cache_slack": 0, "max_drop": 0, "backend": "flash"}
+    values |= {"backend_requested": "auto", "tpot_ms": tpot, "runtime_sec": tpot / 10, "prefill_sec": 0.1}
+    return values | {"perplexity": 9.0, "speedup": 40 / tpot, "ppl_increase_percent": 1.0} | more
+
+
+def document(method, protocol, tpot=10.0, **more):
+    settings = {"configuration": "", "dtype": "auto", "quantization": "none", "dataset": "book", "method": method}
+    settings |= {"protocol": protocol, "attn_backend": "auto"}
+    own = {} if method == "recompute" else {"streaming": record(method, protocol, tpot, **more)}
+    return {"state": "complete", "settings": settings, "baseline": record("recompute", protocol, 40.0), **own}
+
+
+def test_protocols_are_never_in_one_table_and_baselines_are_shown_once():
+    documents = [
+        document(method, protocol) for protocol in ("fast", "chunked") for method in ("recompute", "ours", "mit")
+    ]
+    assert [row["method"] for row in matrix_rows(documents)] == ["recompute", "ours", "mit"] * 2
+    tables = matrix_tables("m", "", documents, dict.fromkeys(("fast", "chunked"), MEASURES))
+    assert list(tables) == ["-fast", "-chunked"]
+    for suffix, table in tables.items():
+        assert {f"-{row['protocol']}" for row in table.rows} == {suffix} and len(table.rows) == 3
+    assert list(matrix_tables("m", "", documents[:3], {"fast": MEASURES})) == [""]
+    row = tables["-chunked"].rows[1]
+    assert (row["runtime_change_percent"], row["decode_sec"]) == (pytest.approx(-75), pytest.approx(0.9))
+
+
+def test_figures_name_what_differs(tmp_path):
+    documents = [document("ours", "fast", tpot, n_sink=n_sink) for tpot, n_sink in ((10.0, 4), (12.0, 32))]
+    for name, found in zip(("standard", "best"), documents, strict=True):
+        found["settings"]["configuration"] = name
+    paths = matrix_figures("m", documents, {"fast": ("tpot_ms", "speedup")}, tmp_path)
+    assert [path.name for path in paths] == ["m.png"]
+    with style():
+        figure = _figure(matrix_rows(documents), ("tpot_ms", "perplexity"))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == [LABELS["tpot_ms"], LABELS["perplexity"]]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["recompute", "ours, standard", "ours, best"]
+    for found in documents:
+        found["settings"]["configuration"] = ""
+    figure = _figure(matrix_rows(documents), ("tpot_ms",))
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["recompute", "ours, S=4", "ours, S=32"]
+
+
+def test_an_interval_without_width_is_none(tmp_path):
+    """Of one block of tokens there is no spread to tell."""
+    found = document("ours", "chunked", ppl_increase_percent_low=1.0, ppl_increase_percent_high=1.0)
+    (table,) = matrix_tables("m", "", [found], {"chunked": ("ppl_increase_percent",)}).values()
+    assert table.cells[1][-1] == "1.0"
