@@ -63,6 +63,7 @@ class Display:
         self._started = time.monotonic()
         self._confirming: tuple[int, int] | None = None
         """Measurements that confirming takes, and how many have been started."""
+        self._round = 0
         self._said = 0.0
         self._live = Live(console=self.console, get_renderable=self.view, refresh_per_second=4, transient=True)
 
@@ -88,6 +89,9 @@ class Display:
         if self._confirming is not None:
             total, started = self._confirming
             self._confirming = total, started + 1
+            if spec.round > self._round:
+                self._round = spec.round
+                self.note(f"confirming: round {spec.round}")
             self._doing = dict.fromkeys(self._doing, "idle")  # in rounds one works at a time
         self._doing[worker] = (
             f"{spec.method} {spec.attn_backend} S={policy.n_sink} R={policy.compress_every} "
