@@ -27,9 +27,10 @@ from .style import BLUE, GREY, LABELS, VERMILLION, NoDataError, new_figure, save
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ON_FRONT, _OTHERS, _KNEE, _BASELINE = (
+_ON_FRONT, _OTHERS, _ONCE, _KNEE, _BASELINE = (
     "Pareto front",
     "other trials",
+    "measured once, in the search",
     "knee: recommended",
     "re-computation (baseline)",
 )
@@ -42,7 +43,8 @@ _WITH_INTERVALS = 300
 
 def pareto(study: StudyResults) -> Figure:
     """All trials in the plane of the first two objectives, with intervals; the front joined, numbered and listed, with
-    its hypervolume up to the worst trial. Raises NoDataError if nothing is on the front."""
+    its hypervolume up to the worst trial. Where the front is confirmed, what is not is hollow: it was measured at
+    another time. Raises NoDataError if nothing is on the front."""
     x, y = list(study.objectives)[:2]
     front = [confirmed(row) for row in study.front]
     if not front:
@@ -52,7 +54,10 @@ def pareto(study: StudyResults) -> Figure:
     others = [row for row in others if _finite(row, x) and _finite(row, y)]
     figure = new_figure(11, 5.5)
     axes = figure.subplots()
-    _scatter(axes, others, x, y, GREY, "o", _OTHERS, intervals=len(others) <= _WITH_INTERVALS)
+    few = len(others) <= _WITH_INTERVALS
+    once = [row for row in others if "rounds" not in row] if any("rounds" in row for row in front) else []
+    _scatter(axes, once, x, y, GREY, "o", _ONCE, intervals=few, hollow=True)
+    _scatter(axes, [row for row in others if row not in once], x, y, GREY, "o", _OTHERS, intervals=few)
     _scatter(axes, front, x, y, BLUE, "D", _ON_FRONT, intervals=True)
     if len(study.objectives) == 2:
         steps = [row[x] for row in front], [row[y] for row in front]
@@ -69,7 +74,7 @@ def pareto(study: StudyResults) -> Figure:
     listing = "\n".join(_describe(row, (x, y)) for row in front[:_LISTED])
     more = f"\n… and {len(front) - _LISTED} more" if len(front) > _LISTED else ""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    labels = [label for label in (_ON_FRONT, _OTHERS, _KNEE, _BASELINE) if label in handles]
+    labels = [label for label in (_ON_FRONT, _OTHERS, _ONCE, _KNEE, _BASELINE) if label in handles]
     legend = figure.legend(
         [handles[label] for label in labels],
         labels,
@@ -194,7 +199,15 @@ def _rows(study: StudyResults) -> list[Row]:
 
 
 def _scatter(
-    axes: Any, rows: Sequence[Row], x: str, y: str, color: str, marker: str, label: str, intervals: bool
+    axes: Any,
+    rows: Sequence[Row],
+    x: str,
+    y: str,
+    color: str,
+    marker: str,
+    label: str,
+    intervals: bool,
+    hollow: bool = False,
 ) -> None:
     if rows:
         axes.errorbar(
@@ -205,8 +218,9 @@ def _scatter(
             fmt=marker,
             color=color,
             markersize=6 if intervals else 3,
-            elinewidth=0.7,
-            alpha=0.9,
+            markerfacecolor="none" if hollow else color,
+            elinewidth=0.4 if hollow else 0.7,
+            alpha=0.6 if hollow else 0.9,
             label=label,
             rasterized=not intervals,
         )

@@ -28,7 +28,7 @@ from .study import StudyResults, load_study, read_outcome
 
 _PAGE = Path(__file__).parent / "page"
 _AXES = ("tpot_ms", "ppl_increase_percent", "speedup", "perplexity", "peak_kv", "peak_memory_mb")
-_LABELS = {column.key: column.title for column in COLUMNS} | {
+_LABELS = {column.key: column.header if column.unit == "tokens" else column.title for column in COLUMNS} | {
     "perplexity": "perplexity",
     "ppl_increase_percent": "perplexity increase, %",
 }
@@ -37,11 +37,9 @@ _NOT_OF_A_TRIAL = {"study", "trial", "recommended", "confirmed_tpot_ms", "confir
 _VALUES = tuple(column.key for column in COLUMNS if column.key not in _NOT_OF_A_TRIAL)
 _DETAILS = (*_VALUES, "rounds", "violated", "warning")
 _TABLE = ("trial", "state", *_VALUES, "violated", "reason")
-FIGURES = tuple(
-    name
-    for name in (*STUDY_FIGURES, *ROW_FIGURES)
-    if name not in ("main_comparison", "fixed_eval_speedup", "fixed_eval_ppl_comparison", "fixed_eval_ppl_increase")
-)
+_SUMMED_UP = ("main_comparison", "fixed_eval_speedup", "fixed_eval_ppl_comparison", "fixed_eval_ppl_increase",
+              "fixed_eval_runtime")  # fmt: skip
+FIGURES = tuple(name for name in (*STUDY_FIGURES, *ROW_FIGURES) if name not in _SUMMED_UP)
 """All but what `results_summary` shows as well."""
 _DIGITS = 6
 """Significant ones in the page's data: what the chart and the table can show."""
@@ -121,11 +119,11 @@ def _data(study: StudyResults, front: Sequence[Row], recommended: Row | None) ->
     rows = [confirmed(row) for row in study.trials]
     index = {row["trial"]: place for place, row in enumerate(rows)}
     used = {key for row in rows for key in row}
-    used -= _needless(rows)
-    table = [key for key in _TABLE if key in used]
+    shown = used - _needless(rows)
+    table, details = ([key for key in keys if key in shown] for keys in (_TABLE, _DETAILS))
     measures = [name for name in dict.fromkeys([*study.objectives, *_AXES]) if name in used]
     intervals = [f"{name}{end}" for name in _DETAILS for end in ("_low", "_high") if f"{name}{end}" in used]
-    keys = [*dict.fromkeys([*table, *measures, *(key for key in _DETAILS if key in used), "feasible"]), *intervals]
+    keys = [*dict.fromkeys([*table, *measures, *details, "state", "feasible"]), *intervals]
     value = {
         "keys": keys,
         "rows": [[_shown(row.get(key)) for key in keys] for row in rows],
@@ -136,17 +134,19 @@ def _data(study: StudyResults, front: Sequence[Row], recommended: Row | None) ->
         "axes": measures if len(measures) > 1 else [*study.objectives][:2],
         "labels": {key: _LABELS.get(key, key) for key in keys},
         "decimals": _DECIMALS,
-        "details": [key for key in _DETAILS if key in used],
+        "details": details,
         "table": table,
     }
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
 def _needless(rows: Sequence[Row]) -> set[str]:
-    """What says nothing: an execution that is every row's, a backend asked for that is the one that ran."""
+    """What says nothing: an execution or a state that is every row's, a backend asked for that is the one that ran."""
     eager = all(row.get("execution", "eager") == "eager" for row in rows)
     granted = all(row.get("backend", row.get("backend_requested")) == row.get("backend_requested") for row in rows)
-    return ({"execution"} if eager else set()) | ({"backend_requested"} if granted else set())
+    complete = all(row["state"] == "complete" for row in rows)
+    needless = {"execution": eager, "backend_requested": granted, "state": complete}
+    return {key for key, says_nothing in needless.items() if says_nothing}
 
 
 def _shown(value: Any) -> Any:
