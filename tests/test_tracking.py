@@ -324,7 +324,6 @@ def wait_until(condition, seconds=300):
         time.sleep(0.05)
 
 
-@pytest.mark.slow
 def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, capfd):
     port = free_port()
     proxy = SlowProxy(port)
