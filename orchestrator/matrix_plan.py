@@ -113,7 +113,10 @@ def policy_of(cell: Cell, cap: int) -> EvictionPolicy:
 def describe(plan: MatrixPlan) -> str:
     """`--dry-run`: the cells and what they may cost."""
     documents = plan.documents()
-    lines = [f"{plan.name}: {plan.matrix.description}", f"{len(plan.cells)} cells, total KV {plan.cap}, {plan.folder}"]
+    lines = [
+        f"{plan.name}: {plan.matrix.description}",
+        f"{_cells(len(plan.cells))}, total KV {plan.cap}, {plan.folder}",
+    ]
     for planned in plan.cells:
         policy, most = planned.policy, planned.source.max_eval_tokens
         cell = planned.cell
@@ -136,9 +139,13 @@ def cost(left: Sequence[Planned], documents: Mapping[Path, Document]) -> str:
     known = [seconds for planned in left if (seconds := _estimate(planned, documents)) is not None]
     unknown = len(left) - len(known)
     if not known:
-        return f"{unknown} cells; what they take is not known until one like them is finished"
-    more = f", and {unknown} cells unlike those that are finished" if unknown else ""
-    return f"{len(known)} cells, about {sum(known) / 60:.1f} min{more}"
+        return f"{_cells(unknown)}; what they take is not known until one like them is finished"
+    more = f", and {_cells(unknown)} unlike those that are finished" if unknown else ""
+    return f"{_cells(len(known))}, about {sum(known) / 60:.1f} min{more}"
+
+
+def _cells(count: int) -> str:
+    return f"{count} cell{'s' * (count != 1)}"
 
 
 def _estimate(planned: Planned, documents: Mapping[Path, Document]) -> float | None:
