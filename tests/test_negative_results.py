@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from streamllm.__main__ import main
 from streamllm.backends import BACKENDS
@@ -18,7 +19,7 @@ from streamllm.models import load_model, load_tokenizer
 from streamllm.policy import EvictionPolicy, RefreshPolicy, Schedule, evicted_before, peak_kv, with_derived_window
 from streamllm.text import TextSource, load_tokens
 
-from .tiny_models import tiny_model
+from .tiny_models import BASE, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -203,10 +204,27 @@ def overflowing(tmp_path):
 
 
 def test_eager_attention_that_overflows_in_float16_is_a_failure_and_no_number(evaluate, overflowing):
-    code, printed, complaint = evaluate(*overflowing, "--dtype", "float16", "--attn-backend", "eager")
-    assert (code, printed) == (1, "")
-    assert "nan in torch.float16" in complaint and "use --dtype bfloat16 or float32" in complaint
+    """Nor does the evaluator make a number of it, whose logits overflow where eager ones do."""
+    for options in (["--attn-backend", "eager"], ["--protocol", "fast"]):
+        code, printed, complaint = evaluate(*overflowing, "--dtype", "float16", *options)
+        assert (code, printed) == (1, "")
+        assert "is nan in torch.float16" in complaint and "use --dtype bfloat16 or float32" in complaint
     for dtype, backend in (("bfloat16", "eager"), ("float16", "auto")):
         code, printed, _ = evaluate(*overflowing, "--dtype", dtype, "--attn-backend", backend)
         assert code == 0, (dtype, backend)
         assert np.isfinite(json.loads(printed)["perplexity"])
+
+
+def test_transformers_static_cache_ends_where_the_ring_goes_on():
+    loaded, tokens = tiny_model("Llama", torch.float32), np.random.default_rng(0).integers(61, size=82)
+    ring = make_decoder("ring", loaded, EvictionPolicy(n_sink=4, window_size=11), BACKENDS["auto"])
+    assert np.isfinite(decode_loop(ring, tokens, loaded.device).losses).all()
+    assert ring.cache.keys[0].shape[2] == 16, "slots for S + W and the query's own key"
+
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**BASE)).eval()
+    cache = transformers.StaticCache(config=model.config, max_cache_len=16)
+    with torch.inference_mode(), pytest.raises(IndexError, match="out of bounds"):
+        for position, token in enumerate(tokens[:17]):
+            at = torch.tensor([position])
+            model(torch.tensor([[token]]), past_key_values=cache, position_ids=at[None], cache_position=at)
+    assert position == 16
