@@ -115,7 +115,10 @@ def _check_logits(loaded: LoadedModel, logits: Tensor, expected: Tensor) -> None
     # A wrong rotation or visibility moves log-probabilities by a tenth and more; rounding stays far below.
     coarse = any(parameter.element_size() < 4 for parameter in loaded.model.parameters())
     allowed = 0.2 if coarse else 2e-3
-    error = (found - expected).abs().mean().item()
+    difference = (found - expected).abs()
+    if loaded.dtype == torch.float16:  # what overflows is not the architecture's fault: `check_finite` reports it
+        difference = difference[difference.isfinite()]
+    error = difference.mean().item() if difference.numel() else 0.0
     if not error <= allowed:
         raise UnsupportedModelError(
             f"{loaded.name}: the engine's logits differ from the model's own by {error:.2g} on average "

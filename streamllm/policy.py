@@ -13,6 +13,7 @@ from typing import Literal
 from .errors import UsageError
 
 CapAccounting = Literal["nominal", "peak"]
+RefreshPosition = Literal["tail", "order"]
 
 
 class PolicyError(UsageError):
@@ -42,7 +43,7 @@ class EvictionPolicy:
     """delta: most tokens evicted after any one token; 0 = no limit."""
 
     def __post_init__(self) -> None:
-        for field in fields(self):
+        for field in fields(EvictionPolicy):
             value, least = getattr(self, field.name), 1 if field.name == "window_size" else 0
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise PolicyError(f"{field.name} {value!r}: must be a whole number >= {least}")
@@ -51,6 +52,26 @@ class EvictionPolicy:
     def kept(self) -> int:
         """Tokens left by a finished prune: S + W."""
         return self.n_sink + self.window_size
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefreshPolicy(EvictionPolicy):
+    """A prune leaves S + W + refresh_budget tokens: those behind sinks and window are not the next older ones, but
+    spread over all that a prune ever passed by. Only method `refresh` knows which; counts are as in any policy."""
+
+    refresh_budget: int
+    """b: tokens put back."""
+    refresh_position: RefreshPosition = "tail"
+    """Where: behind the window (tail), or between sinks and window, in the order of the text (order)."""
+
+    def __post_init__(self) -> None:
+        EvictionPolicy.__post_init__(self)
+        if self.refresh_budget < 1:
+            raise PolicyError(f"refresh_budget {self.refresh_budget}: must be a whole number >= 1")
+
+    @property
+    def kept(self) -> int:
+        return self.n_sink + self.window_size + self.refresh_budget
 
 
 class Schedule:

@@ -3,12 +3,14 @@ python -m streamllm evaluate                                        the embedded
 python -m streamllm evaluate --mode both                            beside the re-computation baseline, which is kept
 python -m streamllm evaluate --n-sink 0                             what happens without sinks
 python -m streamllm evaluate --method mit --protocol decode-loop    token by token
+python -m streamllm evaluate --refresh-budget 64 --protocol decode-loop --max-eval-tokens 4096      why not to
 python -m streamllm evaluate --model EleutherAI/pythia-70m --dataset-name pg19 --max-eval-tokens 20000 --json
 """
 
 import argparse
 import json
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,7 @@ from ..baseline import compared
 from ..errors import UsageError
 from ..methods import METHODS
 from ..options import EXECUTIONS
-from ..policy import EvictionPolicy
+from ..policy import EvictionPolicy, RefreshPolicy
 from ..session import make_room, measure_baseline, messages_on_stderr, open_measurements, report, show_progress
 
 if TYPE_CHECKING:
@@ -47,6 +49,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--method", "--streaming-mode", choices=METHODS, default="ours", help="how the cache is implemented (ours)"
     )
     add_policy_arguments(policy)
+    policy.add_argument(
+        "--overlap", type=int, default=0, metavar="O", help="a prune leaves O tokens more than the window (0)"
+    )
+    policy.add_argument(
+        "--refresh-budget",
+        type=int,
+        default=0,
+        metavar="B",
+        help="a prune puts B of the tokens it would evict back, evenly spread; with --protocol decode-loop (0)",
+    )
+    policy.add_argument(
+        "--refresh-position",
+        choices=("tail", "order"),
+        default="tail",
+        help="where: behind the window, or between sinks and window in the order of the text (tail)",
+    )
 
     how = parser.add_argument_group("how it is measured")
     how.add_argument(
@@ -79,6 +97,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     text_source(arguments)
     given_policy(arguments)
+    method = _method(arguments)
     file = arguments.per_token_losses
     if file is not None and file.suffix not in (".npy", ".parquet"):
         raise UsageError(f"per_token_losses {str(file)!r}: must end in .npy or .parquet")
@@ -87,10 +106,10 @@ def run(arguments: argparse.Namespace) -> int:
     from ..methods import check_execution, check_protocol
     from ..quality import NonFiniteLossError
 
-    check_protocol(arguments.method, arguments.protocol)
-    check_execution(arguments.method, arguments.execution)
+    check_protocol(method, arguments.protocol)
+    check_execution(method, arguments.execution)
     measurements = open_measurements(arguments)
-    policy = complete_policy(arguments, measurements.loaded)
+    policy = _policy(arguments, complete_policy(arguments, measurements.loaded))
     result: dict[str, Any] = {}
     try:
         with messages_on_stderr():
@@ -98,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
             if baseline is not None:
                 result["baseline"], losses = baseline
             if arguments.mode != "baseline":
-                result["streaming"], losses = _measure_streaming(measurements, arguments, policy, baseline)
+                result["streaming"], losses = _measure_streaming(measurements, arguments, method, policy, baseline)
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -113,19 +132,56 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _method(arguments: argparse.Namespace) -> str:
+    """Raises UsageError for an overlap or a refresh that cannot be meant."""
+    for name in ("overlap", "refresh_budget"):
+        if (value := getattr(arguments, name)) < 0:
+            raise UsageError(f"{name} {value}: must be a whole number >= 0")
+    if not arguments.refresh_budget:
+        return str(arguments.method)
+    if arguments.method not in ("ours", "refresh"):
+        raise UsageError(
+            f"refresh_budget {arguments.refresh_budget}: method {arguments.method!r} keeps a window only; "
+            f"leave --method out"
+        )
+    return "refresh"
+
+
+def _policy(arguments: argparse.Namespace, policy: EvictionPolicy) -> EvictionPolicy:
+    """With what overlap and refresh keep: out of a derived window, so that the total stays, or beside a given one. An
+    overlap is nothing but a wider window."""
+    overlap, budget = arguments.overlap, arguments.refresh_budget
+    window = policy.window_size - (overlap + budget if arguments.window_size is None else 0)
+    if window < 1:
+        raise UsageError(
+            f"overlap {overlap} and refresh_budget {budget}: the total leaves {policy.window_size} tokens for them and "
+            f"the window; lower them to {policy.window_size - 1} together at most"
+        )
+    policy = replace(policy, window_size=window + overlap)
+    if not budget:
+        return policy
+    return RefreshPolicy(**asdict(policy), refresh_budget=budget, refresh_position=arguments.refresh_position)
+
+
 def _measure_streaming(
-    measurements: "Measurements", arguments: argparse.Namespace, policy: EvictionPolicy, baseline: "Measured | None"
+    measurements: "Measurements",
+    arguments: argparse.Namespace,
+    method: str,
+    policy: EvictionPolicy,
+    baseline: "Measured | None",
 ) -> "Measured":
     from ..evaluation import EVALUATORS, identity
     from ..probing import resolve_backend
 
-    loaded, stream, method, protocol = measurements.loaded, measurements.stream, arguments.method, arguments.protocol
+    loaded, stream, protocol = measurements.loaded, measurements.stream, arguments.protocol
     backend = resolve_backend(arguments.attn_backend, loaded, arguments.strict)
     quality, measured = EVALUATORS[protocol](
         loaded, stream, method, policy, backend, arguments.execution, show_progress(method)
     )
     record = identity(loaded, stream, method, policy, protocol, arguments.execution) | measured
     record["backend_requested"] = arguments.attn_backend
+    if arguments.overlap:
+        record |= {"overlap": arguments.overlap, "same_policy_as": "overlap 0"}  # with the record's window_size
     if baseline is None:
         print("no baseline is stored for this: --mode both measures and keeps it", file=sys.stderr)
     else:
