@@ -308,12 +308,19 @@ def _conclude(configuration: SweepConfiguration, tracker: Any, display: Any) -> 
     from dashboards.study import load_study
 
     from .folder import write_report
+    from .tracking import one_line
 
     results = load_study(str(configuration.output))
     report = [configuration.output / "sweep.json"]
     if results.trials:
-        report += write_report(results)
         print_table(results)
+        try:
+            report += write_report(results)
+        except Exception as error:  # the results are complete without it
+            display.note(
+                f"warning: the report could not be written ({one_line(error)}); "
+                f"{_python()} -m dashboards.report {configuration.output} tries again"
+            )
     try:
         problem = tracker.finish(report, display.draining)
     except KeyboardInterrupt:

@@ -45,7 +45,7 @@ def write_study(folder, trials, name="s", objectives=OBJECTIVES, confirmed=(), b
     output.mkdir(parents=True)
     configuration = {
         "study": name, "summary": f"m on d, study {name}", "objectives": objectives, "model": "testbed", "cap": 256,
-        "quantization": "none", "source": SOURCE, **settings,
+        "quantization": "none", "source": SOURCE, "seed": 0, "commit": "c0ffee", **settings,
     }  # fmt: skip
     rows = [baseline, *trials] if baseline else trials
     (output / "sweep.json").write_text(json.dumps(configuration))
