@@ -1,7 +1,8 @@
 """What a second worker is worth: `python -m tests.benchmarks.workers [--json FILE]`.
 
 Trials per minute for the quality part, which is what workers do beside one another (timings take turns): real Ray
-workers with the embedded model, each trial another policy, nothing stored beforehand; counts of workers interleaved.
+workers with the embedded model, each trial another policy, nothing stored beforehand; the first trial of each worker
+warms it up and does not count; counts of workers interleaved.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import json
 import tempfile
 import time
 from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,17 @@ class OnlyQuality(Worker):
         return TrialMeasurement(quality.record, quality.losses, True, False)
 
 
+def measure(pool: WorkerPool, idle: deque[int], policies: Sequence[EvictionPolicy]) -> None:
+    waiting, left = deque(policies), len(policies)
+    while left:
+        while idle and waiting:
+            pool.submit(idle.popleft(), TrialSpec("ours", "auto", waiting.popleft()))
+        for finished in pool.wait(0.1):
+            assert finished.measurement is not None, finished.error
+            idle.append(finished.worker)
+            left -= 1
+
+
 def trials_per_minute(workers: int, trials: int, tokens: int, folder: Path) -> float:
     source = TextSource(max_eval_tokens=tokens)
     setup = WorkerSetup("testbed", source, "float32", "none", Path(tempfile.mkdtemp(dir=folder)))
@@ -40,15 +53,10 @@ def trials_per_minute(workers: int, trials: int, tokens: int, folder: Path) -> f
         idle: deque[int] = deque()
         while len(idle) < workers:
             idle += [finished.worker for finished in pool.wait(0.1)]
-        waiting = deque(EvictionPolicy(n_sink=n, window_size=250 - n, compress_every=1) for n in range(trials))
-        left, started = trials, time.perf_counter()
-        while left:
-            while idle and waiting:
-                pool.submit(idle.popleft(), TrialSpec("ours", "auto", waiting.popleft()))
-            for finished in pool.wait(0.1):
-                assert finished.measurement is not None, finished.error
-                idle.append(finished.worker)
-                left -= 1
+        policies = [EvictionPolicy(n_sink=n, window_size=250 - n, compress_every=1) for n in range(workers + trials)]
+        measure(pool, idle, policies[:workers])
+        started = time.perf_counter()
+        measure(pool, idle, policies[workers:])
         return 60 * trials / (time.perf_counter() - started)
     finally:
         pool.shutdown()
@@ -57,7 +65,7 @@ def trials_per_minute(workers: int, trials: int, tokens: int, folder: Path) -> f
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="beside one (2)")
-    parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--trials", type=int, default=24)
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
