@@ -67,6 +67,10 @@ class Study:
             directions=[OBJECTIVES[objective] for objective in space.objectives],  # type: ignore[misc]
             load_if_exists=True,
         )
+        if self._study.metric_names is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is experimental in Optuna
+                self._study.set_metric_names(list(space.objectives))
         trials = self._study.get_trials(deepcopy=False)
         for trial in trials:
             if trial.state == TrialState.RUNNING and _ROW in trial.user_attrs:  # killed in the middle of tell
