@@ -169,7 +169,7 @@ def test_a_matrix_from_end_to_end(run, capsys):
         rf"\[INFO\]   baseline {numbers}",
         rf"\[INFO\]   StreamingLLM {numbers}",
         r"\[INFO\] ✓ experiment done: tokens \(Backend: math\) \(speedup: \d+\.\d\dx\)",
-        r"\[INFO\] left: 1 cells, about [\d.]+ min",
+        r"\[INFO\] left: 1 cell, about [\d.]+ min",
     ):
         assert re.search(line, shown.err), line
     written = {path.name for path in run.folder.iterdir()}
