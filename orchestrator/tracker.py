@@ -43,7 +43,12 @@ class Tracker:
         self._pipe, theirs = context.Pipe()
         follower = _Follower(projection, trials.path, longest_pause_sec)
         self._process = context.Process(target=follower.run, args=(theirs,), name="mlflow", daemon=True)
-        self._process.start()
+        # Ctrl-C is the driver's, who says when to finish: the process has it blocked from its first moment.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
     def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
@@ -112,7 +117,6 @@ class _Follower:
         self._done = 0
 
     def run(self, pipe: Connection) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's: it says when to finish
         os.nice(_NICENESS)
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the terminal is the display's
         self._pipe = pipe
