@@ -7,16 +7,23 @@ from typing import TYPE_CHECKING, Any
 
 from .arguments import TOTAL_KV_CAP
 from .policy import EvictionPolicy
+from .reference_time import speedup
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from .quality import QualityComparison
+
 Measured = tuple[dict[str, Any], "np.ndarray"]
 """A flat record; losses (n, 2: position, nats)."""
 
+AS_BASELINE = {"speedup": 1.0, "ppl_increase_percent": 0.0}
+"""What the baseline is beside itself."""
+
 _TIMES = (
-    "tpot_ms",
-    "decode_toks_per_sec",
+    "time_ratio",
+    "measured_tpot_ms",
+    "reference_tpot_ms",
     "runtime_sec",
     "prefill_sec",
     "first_token_latency_sec",
@@ -37,7 +44,7 @@ def baseline_policy(policy: EvictionPolicy, protocol: str, trained_length: int |
 
 def average(runs: Sequence[Measured]) -> Measured:
     """One record of several runs of the same: times are means, with their standard deviation as `NAME_std` and the
-    interval of the time per token over the runs' own; losses do not differ. Of one run, that run."""
+    interval of the time ratio over the runs' own; losses do not differ. Of one run, that run."""
     record, losses = runs[0]
     if len(runs) == 1:
         return record, losses
@@ -49,19 +56,36 @@ def average(runs: Sequence[Measured]) -> Measured:
     for name in _TIMES:
         values = np.array([run[name] for run, _ in runs])
         mean |= {name: float(values.mean()), f"{name}_std": float(values.std(ddof=1))}
-    interval = median_interval(np.array([run["tpot_ms"] for run, _ in runs]))
-    mean |= {"tpot_ms_low": interval.low, "tpot_ms_high": interval.high, "runs": len(runs)}
+    for name in ("time_ratio", "measured_tpot_ms"):
+        interval = median_interval(np.array([run[name] for run, _ in runs]))
+        mean |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
+    mean |= {"runs": len(runs)}
     return record | mean | {"reused": all(run["reused"] for run, _ in runs)}, losses
 
 
-def compared(record: dict[str, Any], losses: np.ndarray, baseline: Measured) -> dict[str, Any]:
-    """What a result means beside a baseline; the perplexities' ratio is over the tokens that both were taken at."""
+def sampled(losses: np.ndarray, comparison: QualityComparison) -> dict[str, Any]:
+    """Of a method whose losses are known at a sample of tokens only: its perplexity over all of them, by what it differs
+    from the reference at the sample."""
+    return {
+        **comparison.perplexity(losses).flat("perplexity"),
+        **comparison.vs_strict(losses).flat("ppl_vs_strict_percent"),
+        "evaluated_tokens": len(comparison.reference),
+        "sampled_tokens": len(losses),
+    }
+
+
+def compared(
+    record: dict[str, Any], losses: np.ndarray, baseline: Measured, comparison: QualityComparison | None
+) -> dict[str, Any]:
+    """What a result means beside strict StreamingLLM and beside the baseline. Without a comparison, as by chunks, the
+    perplexities' ratio is over the tokens that both were taken at."""
     from .quality import paired_increase
 
-    increase = paired_increase(losses, baseline[1])
-    return {
-        "speedup": baseline[0]["tpot_ms"] / record["tpot_ms"],
-        "ppl_increase_percent": increase.value,
-        "ppl_increase_percent_low": increase.low,
-        "ppl_increase_percent_high": increase.high,
-    }
+    if comparison is None:
+        quality = paired_increase(losses, baseline[1]).flat("ppl_increase_percent")
+    else:
+        quality = {
+            **comparison.vs_strict(losses).flat("ppl_vs_strict_percent"),
+            **comparison.increase(losses).flat("ppl_increase_percent"),
+        }
+    return speedup(record, baseline[0]) | quality

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -48,8 +49,10 @@ def chunk_losses(
     backend: Backend,
     execution: str = "eager",
     progress: Progress | None = None,
+    pause: Callable[[], None] = lambda: None,
 ) -> ChunkRun:
-    """tokens (n), cut into chunks of compress_every + CONTINUATION_TOKENS; each is decoded afresh.
+    """tokens (n), cut into chunks of compress_every + CONTINUATION_TOKENS; each is decoded afresh. Before the first,
+    between two and after the last `pause` may do something else.
 
     "A prefill of R tokens, then one compression" is a policy: one that prunes every R tokens, without slack and limit.
     Raises UsageError for a text shorter than a chunk."""
@@ -74,11 +77,13 @@ def chunk_losses(
     _chunk(timed, stream[: prefill + CONTINUATION_TOKENS + 1], method, policy, backend, execution)
     del clock.spans[: loaded.model.config.num_hidden_layers]  # the prefill's
     losses, clocks = [], []
+    pause()
     for start in starts:
         piece = stream[start : start + prefill + CONTINUATION_TOKENS + 1]
         chunk_loss, readings = _chunk(loaded, piece, method, policy, backend, execution)
         losses.append(chunk_loss.cpu().numpy())
         clocks.append(readings)
+        pause()
         if progress is not None:
             progress(len(clocks), len(starts))
     seconds = np.array([[after - before for before, after in pairwise(readings)] for readings in clocks])

@@ -144,11 +144,14 @@ def decode_loop(
     device: torch.device,
     progress: Progress | None = None,
     marks: Sequence[int] = (),
+    pause: Callable[[int], None] = lambda _: None,
 ) -> DecodeRun:
-    """Feeds every token but the last, one by one. tokens (n) -> n - 1 losses, and the clock at `marks`."""
+    """Feeds every token but the last, one by one. tokens (n) -> n - 1 losses, and the clock at `marks`. There, and
+    before the first token (0), the clock stands still while `pause` does something else."""
     stream = torch.from_numpy(tokens).to(device)
     losses = torch.empty(len(tokens) - 1, dtype=torch.float64, device=device)
     peak, elapsed = 0, {0: 0.0}
+    pause(0)
     started = time.perf_counter()
     for i in range(len(losses)):
         peak = max(peak, decoder.kv_length + 1)
@@ -156,7 +159,10 @@ def decode_loop(
         losses[i] = negative_log_likelihood(logits, stream[i + 1 : i + 2])[0]
         if i + 1 in marks:
             losses[i].item()  # waits for the device
-            elapsed[i + 1] = time.perf_counter() - started
+            stopped = time.perf_counter()
+            elapsed[i + 1] = stopped - started
+            pause(i + 1)
+            started += time.perf_counter() - stopped
         if progress is not None:
             progress(i + 1, len(losses))
     values = losses.cpu().numpy()

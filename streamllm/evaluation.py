@@ -18,10 +18,14 @@ from .device import device_name, peak_memory
 from .errors import UnsupportedModelError
 from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder, sampled_losses
+from .pairing import PairedTimes, between_references, load_average
 from .policy import EvictionPolicy, peak_kv, steady_state
 from .quality import baseline_positions, check_finite, median_interval, perplexity
 from .text import TokenStream
-from .timing import SEGMENTS, Speed, attention_ms, measure_speed, used_backend
+from .timing import Reference, Speed, attention_ms, measure_speed, used_backend
+
+_SEGMENTS = 12
+"""Of a decode loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,10 +77,21 @@ def measure_quality(
     return Quality(losses, positions, peak, time.perf_counter() - started, _warning(loaded, policy, peak, n_losses))
 
 
+def times_summary(times: PairedTimes) -> dict[str, Any]:
+    """What was timed: the ratio to the reference, and the raw milliseconds of both, which hold for that minute only."""
+    return {
+        **times.ratio.flat("time_ratio"),
+        **median_interval(np.array(times.ms)).flat("measured_tpot_ms"),
+        "reference_tpot_ms": float(np.median(times.reference_ms)),
+        "pairs": len(times.ms),
+        "timed_at": times.timed_at,
+        "load": times.load,
+    }
+
+
 def speed_summary(speed: Speed, requested: str) -> dict[str, Any]:
     return {
-        **speed.tpot_ms.flat("tpot_ms"),
-        "decode_toks_per_sec": 1e3 / speed.tpot_ms.value,
+        **times_summary(speed.times),
         "prefill_sec": speed.prefill_sec,
         "first_token_latency_sec": speed.first_token_latency_sec,
         "avg_attn_ms": speed.avg_attn_ms,
@@ -84,8 +99,6 @@ def speed_summary(speed: Speed, requested: str) -> dict[str, Any]:
         "bytes_per_token": speed.bytes_per_token,
         "bandwidth_utilization": speed.bandwidth_utilization,
         "tokens_per_segment": speed.tokens_per_segment,
-        "segments": len(speed.segment_tpot_ms),
-        "segment_tpot_ms": speed.segment_tpot_ms,
         "warmup_tokens": speed.warmup_tokens,
         "speed_sec": speed.seconds,
         "backend": speed.backend_used,
@@ -99,20 +112,19 @@ def evaluate_fast(
     method: str,
     policy: EvictionPolicy,
     backend: Backend,
+    reference: Reference,
     execution: str = "eager",
     progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
     """Quality block-parallel, speed from a steady-state sample. Raises as `measure_quality`."""
     quality = measure_quality(loaded, stream, method, policy, progress)
-    speed = measure_speed(loaded, method, policy, backend, stream.tokens, execution)
+    speed = measure_speed(loaded, method, policy, backend, stream.tokens, reference, execution)
     return quality, fast_record(quality.summary(), speed_summary(speed, backend.name))
 
 
 def fast_record(quality: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any]:
-    """The two halves of a result by protocol `fast`, which may have been measured at different times. It is flat: the
-    single segments stay in the store."""
-    flat = {name: value for name, value in speed.items() if name != "segment_tpot_ms"}
-    return quality | flat | {"runtime_sec": quality["quality_sec"] + speed["speed_sec"]}
+    """The two halves of a result by protocol `fast`, which may have been measured at different times."""
+    return quality | speed | {"runtime_sec": quality["quality_sec"] + speed["speed_sec"]}
 
 
 def evaluate_decode_loop(
@@ -121,33 +133,40 @@ def evaluate_decode_loop(
     method: str,
     policy: EvictionPolicy,
     backend: Backend,
+    reference: Reference,
     execution: str = "eager",
     progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
     """Quality and speed from decoding every token one by one; `prefill_sec` is until the cache is full, the TPOT that
-    of the rest. Raises as `measure_quality`."""
+    of the rest, in turn with segments of the reference. Raises as `measure_quality`."""
     policy = effective_policy(method, policy)
     n_losses = len(stream.tokens) - 1
     peak = peak_kv(policy, n_losses)
     _check_span(loaded, peak)
     marks = _segment_ends(policy, n_losses)
+    at, load = time.time(), load_average()
+    reference_ms: list[float] = []
+
+    def pause(done: int) -> None:
+        if done in marks:
+            reference_ms.append(reference.segment())
+
     with backend.active(), peak_memory(loaded.device) as memory:
         decoder = make_decoder(method, loaded, policy, backend, execution)
-        run = decode_loop(decoder, stream.tokens, loaded.device, progress, marks=[1, *marks])
+        run = decode_loop(decoder, stream.tokens, loaded.device, progress, [1, *marks], pause)
     with backend.active():
         attn_ms = attention_ms(loaded, method, policy, backend, stream.tokens)
         used = used_backend(loaded, method, policy, backend, stream.tokens, execution)
     check_finite(run.losses, str(loaded.dtype))
     warning = _warning(loaded, policy, run.peak_kv, n_losses)
     quality = Quality(run.losses, np.arange(n_losses), run.peak_kv, run.runtime_sec, warning)
-    tpot = median_interval(1e3 * np.diff([run.elapsed[mark] for mark in marks]) / np.diff(marks))
+    ms = 1e3 * np.diff([run.elapsed[mark] for mark in marks]) / np.diff(marks)
     return quality, quality.summary() | {
-        **tpot.flat("tpot_ms"),
-        "decode_toks_per_sec": 1e3 / tpot.value,
+        **times_summary(between_references(ms.tolist(), reference_ms, at, load)),
         "prefill_sec": run.elapsed[marks[0]],
         "first_token_latency_sec": run.elapsed[1],
         "avg_attn_ms": attn_ms,
-        "peak_memory_mb": memory.megabytes,
+        "peak_memory_mb": memory.megabytes - reference.cache_bytes / 2**20,
         "runtime_sec": run.runtime_sec,
         "backend": used,
         "backend_requested": backend.name,
@@ -160,31 +179,42 @@ def evaluate_chunked(
     method: str,
     policy: EvictionPolicy,
     backend: Backend,
+    reference: Reference,
     execution: str = "eager",
     progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
     """Quality and speed from chunks of the text, each with a cache of its own: a prefill of `compress_every` tokens in
     one forward pass, one compression to S + W, and `CONTINUATION_TOKENS` in one forward pass, whose losses count.
-    kvpress' and MIT's own pipeline; its times are not those of a decode loop. Times are medians over chunks.
+    kvpress' and MIT's own pipeline; its times are not those of a decode loop. Times are medians over chunks, which take
+    turns with segments of the reference.
 
     Raises NonFiniteLossError, UnsupportedModelError; UsageError for a text shorter than a chunk."""
     policy = replace(policy, cache_slack=0, max_drop=0)
     _check_span(loaded, policy.compress_every)
-    started = time.perf_counter()
+    started, at, load = time.perf_counter(), time.time(), load_average()
+    reference_ms: list[float] = []
     with backend.active(), peak_memory(loaded.device) as memory:
-        run = chunk_losses(loaded, stream.tokens, method, policy, backend, execution, progress)
+        run = chunk_losses(
+            loaded,
+            stream.tokens,
+            method,
+            policy,
+            backend,
+            execution,
+            progress,
+            pause=lambda: reference_ms.append(reference.segment()),
+        )
     check_finite(run.losses, str(loaded.dtype))
     seconds = time.perf_counter() - started
     warning = _warning(loaded, policy, run.peak_kv, len(stream.tokens))
     quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning)
-    tpot = median_interval(1e3 * run.continuation_sec / run.continuation_tokens)
+    ms = 1e3 * run.continuation_sec / run.continuation_tokens
     return quality, quality.summary() | {
-        **tpot.flat("tpot_ms"),
-        "decode_toks_per_sec": 1e3 / tpot.value,
+        **times_summary(between_references(ms.tolist(), reference_ms, at, load)),
         "prefill_sec": float(np.median(run.prefill_sec)),
         "first_token_latency_sec": float(np.median(run.prefill_sec)),
         "avg_attn_ms": run.avg_attn_ms,
-        "peak_memory_mb": memory.megabytes,
+        "peak_memory_mb": memory.megabytes - reference.cache_bytes / 2**20,
         "runtime_sec": float(np.median(run.prefill_sec + run.continuation_sec)),
         "chunks": len(run.prefill_sec),
         "prefill_tokens": policy.compress_every,
@@ -231,7 +261,7 @@ def _segment_ends(policy: EvictionPolicy, n_tokens: int) -> list[int]:
     start, cycle = (steady.start, steady.cycle) if steady is not None else (policy.kept, 1)
     if start + cycle > n_tokens:
         return [0, n_tokens]
-    length = max((n_tokens - start) // SEGMENTS // cycle, 1) * cycle
+    length = max((n_tokens - start) // _SEGMENTS // cycle, 1) * cycle
     return list(range(start, n_tokens + 1, length))
 
 

@@ -108,6 +108,13 @@ class Schedule:
         return self.seen % max(self.policy.compress_every, 1), self.held, self.pruning
 
 
+def strict_policy(total: int) -> EvictionPolicy:
+    """StreamingLLM as it was published (Xiao et al. 2023, section 3.2): four sinks, pruned after every token; holds
+    `total` tokens. What times and qualities are compared with."""
+    n_sink = min(4, total - 1)
+    return EvictionPolicy(n_sink=n_sink, window_size=total - n_sink)
+
+
 def for_chunks(policy: EvictionPolicy, prefill: int) -> EvictionPolicy:
     """Of protocol `chunked`: "a prefill, then one compression" is a policy that prunes after just so many tokens."""
     return EvictionPolicy(n_sink=policy.n_sink, window_size=policy.window_size, compress_every=prefill)

@@ -7,21 +7,24 @@ import itertools
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .arguments import text_source
-from .baseline import average, baseline_policy
+from .baseline import AS_BASELINE, average, baseline_policy, sampled
 from .errors import UsageError
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from .baseline import Measured
     from .decoding import Progress
     from .loaded import LoadedModel
     from .measurements import Measurements
     from .policy import EvictionPolicy
+    from .quality import QualityComparison
     from .text import TokenStream
 
 
@@ -38,12 +41,33 @@ def load_model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, Tok
     return loaded, load_tokens(source, tokenizer, loaded.model.config.vocab_size)
 
 
-def open_measurements(arguments: argparse.Namespace) -> Measurements:
-    """Loads model and text. Raises UsageError."""
+def open_measurements(
+    arguments: argparse.Namespace, policy_of: Callable[[LoadedModel], EvictionPolicy]
+) -> tuple[Measurements, EvictionPolicy]:
+    """Loads model and text; what they are asked about is the policy, completed by what the model allows. Raises
+    UsageError."""
     from .measurements import Measurements
     from .store import MeasurementStore
 
-    return Measurements(MeasurementStore(arguments.store), *load_model_and_text(arguments))
+    loaded, stream = load_model_and_text(arguments)
+    policy = policy_of(loaded)
+    protocol = getattr(arguments, "protocol", "fast")
+    total = baseline_policy(policy, protocol, loaded.trained_length).kept
+    return Measurements(MeasurementStore(arguments.store), loaded, stream, total), policy
+
+
+def compare_quality(
+    measurements: Measurements, protocol: str, baseline: np.ndarray | None = None
+) -> QualityComparison | None:
+    """With strict StreamingLLM at every token, and the baseline's losses where there are any; None by chunks, where a
+    policy's losses are not those of a stream."""
+    from .quality import QualityComparison
+
+    if protocol == "chunked":
+        return None
+    strict, _ = measurements.strict(progress=show_progress("strict StreamingLLM"))
+    assert strict.losses is not None
+    return QualityComparison(strict.losses, baseline)
 
 
 def measure_baseline(
@@ -67,17 +91,20 @@ def baseline_runs(
     wanted = 0 if only_stored else getattr(arguments, "runs", 1)
     runs: list[Measured] = []
     for number in itertools.count():
-        stored = measurements.find(*what, round_number=number)
+        stored = measurements.find(*what, run=number)
         if stored is None and number >= wanted:
             return runs
         measurement = stored
         if measurement is None:
             progress = show_progress("baseline" if wanted == 1 else f"baseline, run {number + 1} of {wanted}")
-            measurement, _ = measurements.whole(*what, strict=arguments.strict, progress=progress, round_number=number)
-        assert measurement.losses is not None
+            measurement, _ = measurements.whole(*what, strict=arguments.strict, progress=progress, run=number)
+        losses = measurement.losses
+        assert losses is not None
         record = identity(loaded, stream, "recompute", fixed, protocol) | measurement.record
-        more = {"speedup": 1.0, "ppl_increase_percent": 0.0, "reused": stored is not None}
-        runs.append((record | more, measurement.losses))
+        record |= {"reference_total": measurements.total}
+        if (comparison := compare_quality(measurements, protocol, losses)) is not None:
+            record |= sampled(losses, comparison)
+        runs.append((record | AS_BASELINE | {"reused": stored is not None}, losses))
     raise AssertionError("unreachable: the store is finite")
 
 

@@ -1,4 +1,5 @@
-"""Speed of a decoder in the steady state of a full cache: time per output token (TPOT), attention's share, memory."""
+"""Speed of a decoder in the steady state of a full cache: time per output token (TPOT) beside a reference's, attention's
+share, memory."""
 
 from __future__ import annotations
 
@@ -16,16 +17,20 @@ import torch
 from torch import Tensor
 
 from .attention import AttentionState, fuses, recorded_kernel
-from .backends import Backend
+from .backends import BACKENDS, Backend
 from .decoding import Decoder
 from .device import copy_bandwidth, peak_memory, synchronize
 from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder
-from .policy import EvictionPolicy, steady_state
+from .pairing import PairedTimes, take_pairs
+from .policy import EvictionPolicy, steady_state, strict_policy
 from .quality import Estimate, median_interval
 
-SEGMENTS = 12
-SEGMENT_SEC = 0.1
+SEGMENT_TOKENS = 8
+"""Of a segment at least: fewer would time how the caches of a CPU are filled anew after the other decoder's turn."""
+SEGMENT_SEC = 0.03
+LONGEST_SEGMENT_SEC = 0.25
+"""Of what takes longer a token, a segment has fewer tokens than `SEGMENT_TOKENS`, down to one."""
 WARMUP_TOKENS = 16
 _MOST_STRETCHES = 20
 _RECORDED_TOKENS = 256
@@ -33,9 +38,9 @@ _RECORDED_TOKENS = 256
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    tpot_ms: Estimate
-    """Median over segments. A segment's TPOT is its mean: a median over tokens would hide a lazily paid prune."""
-    segment_tpot_ms: list[float]
+    times: PairedTimes
+    """Segment by segment, in turn with the reference. A segment's TPOT is its mean: a median over tokens would hide a
+    lazily paid prune."""
     tokens_per_segment: int
     warmup_tokens: int
     prefill_sec: float
@@ -45,12 +50,18 @@ class Speed:
     avg_attn_ms: float
     """Per token, of all layers together; from extra tokens, beside the timing."""
     peak_memory_mb: float
+    """The reference's cache is not counted."""
     bytes_per_token: int
     bandwidth_utilization: float
     """`bytes_per_token` over the TPOT, as a share of the device's copy bandwidth: 1 is the floor of any decoding."""
     backend_used: str
     seconds: float
     """What measuring all this took."""
+
+    @property
+    def tpot_ms(self) -> Estimate:
+        """Of this timing alone, median over segments."""
+        return median_interval(np.array(self.times.ms))
 
 
 class TimedDecoder:
@@ -74,6 +85,8 @@ class TimedDecoder:
         self.growing = max(steady.start - prefill, 0) if steady else 0
         """Tokens between the prefill and the first whole cycle."""
         stream = torch.from_numpy(tokens).to(loaded.device)
+        self.pace = math.nan
+        """Seconds per token, once it is warm."""
         self._prompt = stream.repeat(math.ceil(prefill / len(stream)))[:prefill]
         self._stream = cycle(stream.split(1))
 
@@ -96,12 +109,20 @@ class TimedDecoder:
         """Decodes until the cache is in its cycle (compiling, capturing on the way) and no stretch is 3% faster than
         all before it. Returns the tokens it took, and the pace in seconds per token."""
         self.decode(self.growing)
-        stretch, paces = self.whole_cycles(WARMUP_TOKENS), [math.inf]
+        tokens, paces = self.growing, [math.inf]
         for _ in range(_MOST_STRETCHES):
+            stretch = self.whole_cycles(min(WARMUP_TOKENS, max(LONGEST_SEGMENT_SEC / min(paces), 1)))
             paces.append(self.decode(stretch))
+            tokens += stretch
             if paces[-1] > 0.97 * min(paces[:-1]):
                 break
-        return self.growing + stretch * (len(paces) - 1), min(paces)
+        self.pace = min(paces)
+        return tokens, self.pace
+
+    def segment_length(self, seconds: float = SEGMENT_SEC) -> int:
+        """Tokens of a segment of about that many seconds, in whole cycles."""
+        most = LONGEST_SEGMENT_SEC / self.pace
+        return self.whole_cycles(max(min(max(SEGMENT_TOKENS, seconds / self.pace), most), 1))
 
     def decode(self, count: int) -> float:
         """Seconds per token."""
@@ -114,6 +135,31 @@ class TimedDecoder:
         return (time.perf_counter() - started) / max(count, 1)
 
 
+@dataclass(frozen=True)
+class Reference:
+    """What everything is timed beside: strict StreamingLLM by the ring, eagerly, kept warm; one per device and total."""
+
+    decoder: TimedDecoder
+    cache_bytes: int
+
+    @classmethod
+    @torch.inference_mode()
+    def start(cls, loaded: LoadedModel, total: int, tokens: np.ndarray) -> Reference:
+        """Holds S + W = `total` tokens."""
+        policy = strict_policy(total)
+        decoder = TimedDecoder(loaded, "ring", policy, BACKENDS["auto"], tokens)
+        with no_garbage_collection(), decoder.backend.active():
+            decoder.prefill()
+            decoder.warm_up()
+        return cls(decoder, loaded.kv_bytes * (policy.kept + 1))
+
+    @torch.inference_mode()
+    def segment(self, seconds: float = SEGMENT_SEC) -> float:
+        """Milliseconds per token, over a segment of about that many seconds."""
+        with self.decoder.backend.active():
+            return 1e3 * self.decoder.decode(self.decoder.segment_length(seconds))
+
+
 @torch.inference_mode()
 def measure_speed(
     loaded: LoadedModel,
@@ -121,37 +167,75 @@ def measure_speed(
     policy: EvictionPolicy,
     backend: Backend,
     tokens: np.ndarray,
+    reference: Reference,
     execution: str = "eager",
 ) -> Speed:
-    """Fills the cache, warms up (compiles, captures), then times segments of whole prune cycles. Speed does not depend
-    on the tokens. Attention's share is taken from eager steps, whatever the execution."""
+    """Fills the cache, warms up (compiles, captures), then times segments of whole prune cycles in turn with segments
+    of the reference. Speed does not depend on the tokens. Attention's share is taken from eager steps, whatever the
+    execution."""
     started = time.perf_counter()
     policy = effective_policy(method, policy)
     with backend.active():
         used = used_backend(loaded, method, policy, backend, tokens, execution)  # initialises libraries too
-        with no_garbage_collection(), peak_memory(loaded.device) as memory:
-            run = TimedDecoder(loaded, method, policy, backend, tokens, execution)
-            filled, first_token = run.prefill()
-            warm_up, pace = run.warm_up()
-            length = run.whole_cycles(SEGMENT_SEC / pace)
-            tpot = [1e3 * run.decode(length) for _ in range(SEGMENTS)]
+        with peak_memory(loaded.device) as memory:
+            run, filled, first_token, warm_up = _started(loaded, method, policy, backend, tokens, execution)
+    times = time_beside(run, reference)
+    with backend.active():
         attn_ms = attention_ms(loaded, method, policy, backend, tokens)
-    median = median_interval(np.array(tpot))
     needed = bytes_per_token(loaded, policy)
     return Speed(
-        tpot_ms=median,
-        segment_tpot_ms=tpot,
-        tokens_per_segment=length,
+        times=times,
+        tokens_per_segment=run.segment_length(),
         warmup_tokens=warm_up,
         prefill_sec=filled,
         first_token_latency_sec=first_token,
         avg_attn_ms=attn_ms,
-        peak_memory_mb=memory.megabytes,
+        peak_memory_mb=memory.megabytes - reference.cache_bytes / 2**20,
         bytes_per_token=needed,
-        bandwidth_utilization=needed / (median.value / 1e3) / copy_bandwidth(loaded.device),
+        bandwidth_utilization=needed / (float(np.median(times.ms)) / 1e3) / copy_bandwidth(loaded.device),
         backend_used=used,
         seconds=time.perf_counter() - started,
     )
+
+
+@torch.inference_mode()
+def measure_times(
+    loaded: LoadedModel,
+    method: str,
+    policy: EvictionPolicy,
+    backend: Backend,
+    tokens: np.ndarray,
+    reference: Reference,
+    execution: str = "eager",
+) -> PairedTimes:
+    """The times alone, of a decoder of their own: what a round of confirming wants."""
+    with backend.active():
+        run, *_ = _started(loaded, method, effective_policy(method, policy), backend, tokens, execution)
+    return time_beside(run, reference)
+
+
+@torch.inference_mode()
+def time_beside(run: TimedDecoder, reference: Reference) -> PairedTimes:
+    """Segments of a warm decoder in turn with as long ones of the reference."""
+    length = run.segment_length()
+
+    def segment() -> float:
+        with run.backend.active():
+            return 1e3 * run.decode(length)
+
+    with no_garbage_collection():
+        return take_pairs(segment, lambda: reference.segment(length * run.pace))
+
+
+def _started(
+    loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray, execution: str
+) -> tuple[TimedDecoder, float, float, int]:
+    """A warm decoder; its seconds until filled and until the first token, the tokens it warmed up with."""
+    with no_garbage_collection():
+        run = TimedDecoder(loaded, method, policy, backend, tokens, execution)
+        filled, first_token = run.prefill()
+        warm_up, _ = run.warm_up()
+    return run, filled, first_token, warm_up
 
 
 def bytes_per_token(loaded: LoadedModel, policy: EvictionPolicy) -> int:

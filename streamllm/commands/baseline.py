@@ -22,6 +22,7 @@ from ..arguments import (
 )
 from ..baseline import average
 from ..errors import UsageError
+from ..reference_time import with_times
 from ..session import baseline_runs, make_room, messages_on_stderr, open_measurements, report
 
 HELP = "measure the re-computation baseline once, for everything that is compared with it"
@@ -55,13 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"runs {arguments.runs}: must be a whole number >= 1")
     file = arguments.output_file
     make_room(file)
-    measurements = open_measurements(arguments)
+    measurements, policy = open_measurements(arguments, lambda loaded: complete_policy(arguments, loaded))
     with messages_on_stderr():
-        policy = complete_policy(arguments, measurements.loaded)
         runs = baseline_runs(measurements, arguments, policy, only_stored=False)
-    record, _ = average(runs)
+    records = with_times([run for run, _ in runs])
+    (record,) = with_times([average(runs)[0]])
     if file is not None:
-        single = {"runs": [run for run, _ in runs]} if len(runs) > 1 else {}
+        single = {"runs": records} if len(runs) > 1 else {}
         file.write_text(json.dumps({"baseline": record, **single}, indent=2) + "\n")
     print(json.dumps(record) if arguments.json else report({"baseline": record}))
     return 0

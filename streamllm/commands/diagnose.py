@@ -68,8 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..policy import prune_starts
     from ..quality import NonFiniteLossError
 
-    measurements = open_measurements(arguments)
-    policy = stream_policy(arguments, measurements.loaded)
+    measurements, policy = open_measurements(arguments, lambda loaded: stream_policy(arguments, loaded))
     n_losses = len(measurements.stream.tokens) - 1
     check_prunes(policy, n_losses)
     reference = reference_policy(policy, n_losses, measurements.loaded.trained_length)

@@ -23,12 +23,21 @@ from ..arguments import (
     given_policy,
     text_source,
 )
-from ..baseline import compared
+from ..baseline import compared, sampled
 from ..errors import UsageError
 from ..methods import METHODS
 from ..options import EXECUTIONS
 from ..policy import EvictionPolicy, RefreshPolicy
-from ..session import make_room, measure_baseline, messages_on_stderr, open_measurements, report, show_progress
+from ..reference_time import with_times
+from ..session import (
+    compare_quality,
+    make_room,
+    measure_baseline,
+    messages_on_stderr,
+    open_measurements,
+    report,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,8 +117,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_protocol(method, arguments.protocol)
     check_execution(method, arguments.execution)
-    measurements = open_measurements(arguments)
-    policy = _policy(arguments, complete_policy(arguments, measurements.loaded))
+    measurements, policy = open_measurements(
+        arguments, lambda loaded: _policy(arguments, complete_policy(arguments, loaded))
+    )
     result: dict[str, Any] = {}
     try:
         with messages_on_stderr():
@@ -121,6 +131,7 @@ def run(arguments: argparse.Namespace) -> int:
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    result = dict(zip(result, with_times(list(result.values())), strict=True))
     if "warning" in result.get("streaming", {}):
         print(f"warning: {result['streaming']['warning']}", file=sys.stderr)
     if file is not None:
@@ -176,16 +187,21 @@ def _measure_streaming(
     loaded, stream, protocol = measurements.loaded, measurements.stream, arguments.protocol
     backend = resolve_backend(arguments.attn_backend, loaded, arguments.strict)
     quality, measured = EVALUATORS[protocol](
-        loaded, stream, method, policy, backend, arguments.execution, show_progress(method)
+        loaded, stream, method, policy, backend, measurements.reference, arguments.execution, show_progress(method)
     )
     record = identity(loaded, stream, method, policy, protocol, arguments.execution) | measured
-    record["backend_requested"] = arguments.attn_backend
+    record |= {"backend_requested": arguments.attn_backend, "reference_total": measurements.total}
     if arguments.overlap:
         record |= {"overlap": arguments.overlap, "same_policy_as": "overlap 0"}  # with the record's window_size
-    if baseline is None:
-        print("no baseline is stored for this: --mode both measures and keeps it", file=sys.stderr)
+    comparison = compare_quality(measurements, protocol, baseline[1] if baseline else None)
+    if baseline is not None:
+        record |= compared(record, quality.table, baseline, comparison)
     else:
-        record |= compared(record, quality.table, baseline)
+        print("no baseline is stored for this: --mode both measures and keeps it", file=sys.stderr)
+        if comparison is not None:
+            record |= comparison.vs_strict(quality.table).flat("ppl_vs_strict_percent")
+    if comparison is not None and len(quality.table) < len(comparison.reference):
+        record |= sampled(quality.table, comparison)
     return record, quality.table
 
 
