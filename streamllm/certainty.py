@@ -80,7 +80,7 @@ def told_apart_front(estimates: np.ndarray, not_told: Sequence[Sequence[int]], p
 def _dominated(points: np.ndarray) -> np.ndarray:
     """(..., k): whether another of the points (..., k, objectives) is as good in all and better in one."""
     one, other = points[..., :, None, :], points[..., None, :, :]
-    return ((other <= one).all(axis=-1) & (other < one).any(axis=-1)).any(axis=-1)
+    return np.asarray(((other <= one).all(axis=-1) & (other < one).any(axis=-1)).any(axis=-1))
 
 
 def _median_variance(values: np.ndarray) -> float:
