@@ -1,4 +1,10 @@
-"""Quality: perplexity, and its increase over the re-computation baseline on the same tokens, with intervals."""
+"""Quality: what a policy's losses say beside a reference's and a baseline's on the same text, with 95% intervals.
+
+Intervals are for what text of this kind would give, not for this one text: they come from contiguous blocks of it
+(batch means), because losses of neighbouring tokens go together. With u_b what block b adds to an estimate's error,
+the estimate's variance is B / (B - 1) sum_b u_b^2, and Student's t with B - 1 degrees of freedom gives the interval.
+A mean over tokens that only some blocks have, c_b each, is the ratio of two sums: u_b = sum (x - mean) / sum_b c_b.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +17,10 @@ import numpy as np
 BASELINE_POSITIONS = 1024
 """Tokens of a text at which the baseline, which costs a whole window each, is evaluated."""
 
-_RESAMPLES = 1000
+_FEWEST_BLOCKS = 8
+_BLOCK_FACTOR = 4.5
+_Z = 1.959963984540054
+_SMALL_T = {1: 12.706204736432095, 2: 4.302652729749464}
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -29,6 +38,87 @@ class Estimate:
     def flat(self, name: str) -> dict[str, float]:
         """As a part of a flat record."""
         return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
+
+@dataclass(frozen=True, slots=True)
+class _Mean:
+    """A mean over some tokens of a text, in nats, or a sum of such means."""
+
+    value: float
+    errors: np.ndarray
+    """(blocks,): what each block of the text adds to the mean's error."""
+    occupied: int
+    """Blocks that have some of the tokens."""
+
+    def __add__(self, other: _Mean) -> _Mean:
+        return _Mean(self.value + other.value, self.errors + other.errors, min(self.occupied, other.occupied))
+
+    def __neg__(self) -> _Mean:
+        return _Mean(-self.value, -self.errors, self.occupied)
+
+    def interval(self) -> Estimate:
+        half = self.standard_error() * (_t_quantile(self.occupied - 1) if self.occupied > 1 else 0)
+        return Estimate(self.value, self.value - half, self.value + half)
+
+    def standard_error(self) -> float:
+        """0 where one block has all the tokens: of its own, nothing is known of others."""
+        return math.sqrt(self.occupied / max(self.occupied - 1, 1) * float(self.errors @ self.errors))
+
+
+class QualityComparison:
+    """What is said of policies' losses on one text, beside a reference's and a baseline's.
+
+    Re-computation, the usual baseline, costs so much that it is known at a sample of tokens only; the reference (strict
+    StreamingLLM) and the policies are known at every one. What hangs on the sample is therefore the difference between
+    reference and baseline, which is the same for all policies; with l = policy, r = reference, b = baseline,
+
+        mean(l - b) = mean_all(l - r) + mean_sample(r - b).
+
+    Tables are (n, 2): position in the text, nats. A policy known at some tokens P only is estimated by
+    mean_P(l - r). Methods raise ValueError where no token has both losses.
+    """
+
+    def __init__(
+        self, reference: np.ndarray, baseline: np.ndarray | None = None, draws: int = 2000, seed: int = 0
+    ) -> None:
+        self._reference = reference
+        self._block = _blocks(len(reference))
+        self._to_baseline = None if baseline is None else -self._over_reference(baseline)
+        self._draws = draws
+        self._seed = seed
+
+    def perplexity(self, losses: np.ndarray) -> Estimate:
+        """Over all tokens of the reference, those that `losses` lacks included: exp(mean_all(r) + mean_P(l - r))."""
+        of_reference = _mean(self._reference[:, 1], self._block, self._block[-1] + 1)
+        return _exp((of_reference + self._over_reference(losses)).interval())
+
+    def vs_strict(self, losses: np.ndarray) -> Estimate:
+        """Percent by which perplexity exceeds the reference's."""
+        return _percent(self._over_reference(losses).interval())
+
+    def increase(self, losses: np.ndarray) -> Estimate:
+        """Percent by which perplexity exceeds the baseline's; exactly 0 for the baseline itself."""
+        if self._to_baseline is None:
+            raise ValueError("there is no baseline to compare with")
+        return _percent((self._over_reference(losses) + self._to_baseline).interval())
+
+    def draws(self, tables: Sequence[np.ndarray]) -> np.ndarray:
+        """(draws, tables): log ratios of perplexities to the reference's, as they might be in truth.
+
+        In each draw a block of text weighs the same for all, so that differences between policies are paired. Their
+        distribution is the multivariate t that has the intervals of `vs_strict`, column by column."""
+        means = [self._over_reference(table) for table in tables]
+        count = min((mean.occupied for mean in means), default=1)
+        random = np.random.default_rng(self._seed)
+        weights = random.normal(size=(self._draws, self._block[-1] + 1))
+        if count > 1:
+            weights *= np.sqrt(count / random.chisquare(count - 1, size=(self._draws, 1)))
+        columns = [mean.value + weights @ mean.errors for mean in means]
+        return np.stack(columns, axis=-1) if columns else np.empty((self._draws, 0))
+
+    def _over_reference(self, losses: np.ndarray) -> _Mean:
+        differences, tokens = _paired(losses, self._reference)
+        return _mean(differences, self._block[tokens], self._block[-1] + 1)
 
 
 def baseline_positions(n_tokens: int, count: int = BASELINE_POSITIONS) -> np.ndarray:
@@ -49,32 +139,19 @@ def check_finite(losses: np.ndarray, dtype: str) -> None:
         )
 
 
-def perplexity(losses: np.ndarray, seed: int = 0) -> Estimate:
-    """exp of the mean loss; its interval from a block bootstrap, because losses of neighbouring tokens go together."""
-    blocks = _block_means(losses)
-    return _exp_of_mean(losses.mean(), blocks, seed)
+def perplexity(losses: np.ndarray) -> Estimate:
+    """exp of the mean of `losses` (n,), nats of successive tokens."""
+    blocks = _blocks(len(losses))
+    return _exp(_mean(losses, blocks, blocks[-1] + 1).interval())
 
 
-def paired_increase(losses: np.ndarray, baseline: np.ndarray, seed: int = 0) -> Estimate:
-    """Percent by which perplexity exceeds the baseline's over the tokens that both (n, 2: position, loss) have.
+def paired_increase(losses: np.ndarray, baseline: np.ndarray) -> Estimate:
+    """Percent by which perplexity exceeds the baseline's over the tokens that both (n, 2: position, nats) have.
 
-    Bootstrap over tokens, or over blocks of them where they are neighbours. Raises ValueError if they share none."""
-    mean, units = _paired_units(losses, baseline)
-    ratio = _exp_of_mean(mean, units, seed)
-    return Estimate(*(100 * (x - 1) for x in (ratio.value, ratio.low, ratio.high)))
-
-
-def joint_draws(losses: Sequence[np.ndarray], baseline: np.ndarray | None, draws: int, seed: int = 0) -> np.ndarray:
-    """(draws, len(losses)): bootstrap draws of perplexities, or of percents above a baseline's. A draw takes the same
-    tokens for all, so that what is easy or hard in a text does not blur their differences."""
-    if baseline is None:
-        units = np.stack([_block_means(table[:, 1]) for table in losses])
-    else:
-        units = np.stack([_paired_units(table, baseline)[1] for table in losses])
-    count = units.shape[1]
-    weights = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), size=draws) / count
-    means = np.exp(weights @ units.T)
-    return means if baseline is None else 100 * (means - 1)
+    Raises ValueError if they share none."""
+    differences, _ = _paired(losses, baseline)
+    blocks = _blocks(len(differences))
+    return _percent(_mean(differences, blocks, blocks[-1] + 1).interval())
 
 
 def median_interval(values: np.ndarray) -> Estimate:
@@ -91,22 +168,44 @@ def median_interval(values: np.ndarray) -> Estimate:
     return Estimate(float(np.median(ordered)), float(ordered[edge]), float(ordered[n - 1 - edge]))
 
 
-def _paired_units(losses: np.ndarray, baseline: np.ndarray) -> tuple[float, np.ndarray]:
-    """The mean difference over the shared tokens, and what a bootstrap draws from: differences, or means of blocks."""
-    shared, own, theirs = np.intersect1d(losses[:, 0], baseline[:, 0], assume_unique=True, return_indices=True)
-    if not len(shared):
+def _paired(losses: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Differences at the shared tokens, and these tokens' rows in `other`."""
+    _, own, theirs = np.intersect1d(losses[:, 0], other[:, 0], assume_unique=True, return_indices=True)
+    if not len(own):
         raise ValueError("no token has both losses")
-    differences = losses[own, 1] - baseline[theirs, 1]
-    neighbours = len(shared) == 1 or np.median(np.diff(shared)) == 1
-    return differences.mean(), _block_means(differences) if neighbours else differences
+    return losses[own, 1] - other[theirs, 1], theirs
 
 
-def _block_means(losses: np.ndarray, block: int = 64) -> np.ndarray:
-    count = max(len(losses) // block, 1)
-    return np.array([part.mean() for part in np.array_split(losses, count)])
+def _blocks(n: int) -> np.ndarray:
+    """(n,): the number of the block that each of n successive tokens is in."""
+    count = min(n, max(_FEWEST_BLOCKS, round(math.sqrt(n) / _BLOCK_FACTOR)))
+    return np.arange(n) * count // n
 
 
-def _exp_of_mean(mean: float, units: np.ndarray, seed: int) -> Estimate:
-    draws = np.random.default_rng(seed).integers(len(units), size=(_RESAMPLES, len(units)))
-    low, high = np.quantile(units[draws].mean(axis=1), (0.025, 0.975))
-    return Estimate(*(math.exp(x) for x in (mean, low, high)))
+def _mean(values: np.ndarray, block: np.ndarray, count: int) -> _Mean:
+    mean = float(values.mean(dtype=np.float64))
+    errors = np.bincount(block, values - mean, minlength=count) / len(values)
+    return _Mean(mean, errors, len(np.unique(block)))
+
+
+def _t_quantile(freedom: int) -> float:
+    """97.5% of Student's t: Abramowitz & Stegun 26.7.5, whose error is below 0.02 from 3 degrees of freedom on."""
+    if freedom in _SMALL_T:
+        return _SMALL_T[freedom]
+    z, v = _Z, freedom
+    first = (z**3 + z) / 4
+    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
+    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
+    fourth = (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160
+    return z + first / v + second / v**2 + third / v**3 + fourth / v**4
+
+
+def _exp(logarithm: Estimate) -> Estimate:
+    """inf beyond what a float holds: two tokens of a broken policy can get there."""
+    with np.errstate(over="ignore"):
+        return Estimate(*(float(np.exp(x)) for x in (logarithm.value, logarithm.low, logarithm.high)))
+
+
+def _percent(logarithm: Estimate) -> Estimate:
+    with np.errstate(over="ignore"):
+        return Estimate(*(100 * float(np.expm1(x)) for x in (logarithm.value, logarithm.low, logarithm.high)))
