@@ -43,10 +43,25 @@ def dominators(rows: Sequence[Row], front: Sequence[Row], objectives: Mapping[st
     return found
 
 
-def confirmed(row: Row) -> Row:
-    """The row with its confirmed values, where it has any, in place of those of the search."""
-    prefix = "confirmed_"
-    return {**row, **{name.removeprefix(prefix): row[name] for name in row if name.startswith(prefix)}}
+def study_front(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row]:
+    """The front of a study's trials: of the confirmed ones, where there are any, those that no other dominates and that
+    can be told apart (`certainty.told_apart_front`); else the plain front. Best first in the first objective."""
+    confirmed = [row for row in rows if row.get("rounds")]
+    if not confirmed:
+        return pareto_front(rows, objectives)
+    import numpy as np
+
+    from streamllm.certainty import told_apart_front
+
+    feasible = [row for row in confirmed if objective_values(row, objectives) is not None]
+    if not feasible:
+        return []
+    places = {row["trial"]: index for index, row in enumerate(feasible)}
+    not_told = [[places[trial] for trial in row.get("not_told_from", ()) if trial in places] for row in feasible]
+    probabilities = np.array([row.get("front_probability", 1.0) for row in feasible])
+    points = np.array([objective_values(row, objectives) for row in feasible])
+    members = [feasible[index] for index in told_apart_front(points, not_told, probabilities)]
+    return pareto_front(members, objectives)  # in its order
 
 
 def hypervolume(rows: Sequence[Row], objectives: Mapping[str, str], reference: Mapping[str, float]) -> float:
@@ -94,7 +109,7 @@ def objective_values(row: Row, objectives: Mapping[str, str]) -> tuple[float, ..
     """The row's objectives, all to be minimised; None if it cannot be on a front."""
     if row.get("state") != "complete" or not row.get("feasible", True):
         return None
-    values = [row.get(f"confirmed_{name}", row.get(name)) for name in objectives]
+    values = [row.get(name) for name in objectives]
     if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
         return None
     signs = (-1.0 if direction == "maximize" else 1.0 for direction in objectives.values())

@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from search_spaces import Constraint, judged
 from streamllm.errors import UsageError
+from streamllm.reference_time import ReferencePool, ReferenceTime, speedup
 
-from .front import Row, pareto_front
+from .front import Row, study_front
 
 EXPERIMENT = "streamllm-sweep"
 """Of all studies in MLflow."""
@@ -21,11 +23,20 @@ VIEW = "mlflow.sharedViewState."
 
 @dataclass(frozen=True, slots=True)
 class StudyResults:
+    """Rows have one value of a name: the confirmed one where a trial was confirmed (`rounds` says how often), else the
+    search's. Times are paired either way, and in one unit."""
+
     name: str
     folder: Path
     configuration: dict[str, Any]
     baseline: Row | None
     trials: Sequence[Row]
+    strict: Row | None = None
+    """The reference of times and qualities."""
+    searched: Sequence[Row] = ()
+    """The trials as the search measured them, all alike."""
+    references: Sequence[ReferenceTime] = ()
+    """The reference's time on each kind of worker: the unit of all milliseconds."""
 
     @property
     def objectives(self) -> dict[str, str]:
@@ -33,9 +44,13 @@ class StudyResults:
         return dict(self.configuration["objectives"])
 
     @property
+    def is_confirmed(self) -> bool:
+        return any(row.get("rounds") for row in self.trials)
+
+    @property
     def front(self) -> list[Row]:
-        """Of the confirmed trials, by their confirmed values, where there are any."""
-        return pareto_front([row for row in self.trials if "front_probability" in row] or self.trials, self.objectives)
+        """Of the confirmed trials, where there are any, those that can be told apart."""
+        return study_front(self.trials, self.objectives)
 
 
 def load_study(study: str) -> StudyResults:
@@ -45,11 +60,38 @@ def load_study(study: str) -> StudyResults:
         known = ", ".join(sorted(path.parent.name for path in Path("sweeps").glob("*/trials.jsonl"))) or "none yet"
         raise UsageError(f"study {study!r}: neither a folder with results nor one of sweeps/ ({known})")
     configuration = json.loads((folder / "sweep.json").read_text())
+    measured = read_rows(folder / "trials.jsonl")
     confirmed = {row["trial"]: row for row in read_rows(folder / "confirmed.jsonl")}
-    rows = [row | confirmed.get(row["trial"], {}) for row in read_rows(folder / "trials.jsonl")]
-    baseline = next((row for row in rows if row["trial"] == "baseline"), None)
-    trials = [row for row in rows if row["trial"] != "baseline"]
-    return StudyResults(str(configuration["study"]), folder, configuration, baseline, trials)
+    merged = [{**row, **confirmed.get(row["trial"], {})} for row in measured]
+    pool = ReferencePool([*measured, *(row for row in merged if row.get("rounds"))])
+    fixed = {row["trial"]: pool.with_time(row) for row in merged if row["trial"] in _FIXED}
+    baseline = fixed.get("baseline")
+    constraints = [Constraint(**limit) for limit in configuration.get("space", {}).get("constraints", ())]
+    return StudyResults(
+        name=str(configuration["study"]),
+        folder=folder,
+        configuration=configuration,
+        baseline=baseline,
+        trials=[_finished(pool.with_time(row), baseline, constraints) for row in merged if row["trial"] not in _FIXED],
+        strict=fixed.get("strict"),
+        searched=[pool.with_time(row) for row in measured if row["trial"] not in _FIXED],
+        references=pool.times(),
+    )
+
+
+_FIXED = ("strict", "baseline")
+"""In place of a trial's number."""
+
+
+def _finished(row: Row, baseline: Row | None, constraints: Sequence[Constraint]) -> Row:
+    """Beside the baseline as it was timed last, and judged by the values that are shown."""
+    if row.get("state") != "complete":
+        return row
+    if baseline is not None and "time_ratio" in row and "time_ratio" in baseline and not row.get("rounds"):
+        row = {**row, **speedup(row, baseline)}
+    if constraints:
+        row = {name: value for name, value in row.items() if name != "violated"} | judged(row, constraints)
+    return row
 
 
 def is_study(study: str) -> bool:

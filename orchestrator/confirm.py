@@ -1,170 +1,141 @@
-"""Confirming: after the search, the speed of the front's candidates and of the baseline is measured again, in rounds.
+"""Confirming: which trials are timed again after the search, and what the rounds say of them.
 
-A search picks lucky noise; what it measured does not count here. In a round each candidate is measured once, all on the
-same worker, so that what differs between rounds or workers differs for all of them alike.
+A search picks lucky noise; what it measured does not count here. Fronts are made of what can be told apart.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
-from typing import Any, Protocol
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from dashboards.front import Row, pareto_front
-from streamllm.policy import EvictionPolicy
-from streamllm.quality import joint_draws
+from dashboards.front import Row, dominators, objective_values, pareto_front
+from streamllm.certainty import front_probabilities, not_told_from, time_draws
+from streamllm.quality import QualityComparison
 
-from .pool import Finished
-from .trial import TrialMeasurement, TrialSpec
+from .rounds import Round
 
 OTHERS = 6
-"""Candidates at most besides those on the front."""
+"""Candidates at most besides those on the front and those of earlier confirmations."""
 
-_ATTEMPTS = 2
-_DRAWS = 2000
-
-
-class Pool(Protocol):
-    def submit(self, worker: int, spec: TrialSpec) -> None: ...
-
-    def wait(self, timeout: float) -> Any: ...
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What the rounds brought for one candidate."""
-
-    row: Row
-    segments: np.ndarray
-    """(rounds, segments): ms per token."""
-    losses: np.ndarray
-    """(n, 2): position, nats."""
+_PAIRED = {
+    "tpot_ms": ("time_ratio", "minimize"),
+    "speedup": ("time_ratio", "minimize"),
+    "perplexity": ("ppl_vs_strict_percent", "minimize"),
+    "ppl_increase_percent": ("ppl_vs_strict_percent", "minimize"),
+}
+"""Objective -> what it is ranked by and which way: where all that configurations share cancels."""
 
 
-def candidates(rows: Sequence[Row], objectives: Mapping[str, str], others: int = OTHERS) -> list[Row]:
-    """The front, and the `others` nearest to it among the trials that no row of the front beats for certain: of each,
-    in some objective, the two intervals overlap."""
-    front = pareto_front(rows, objectives)
-    feasible = [row for row in rows if row["state"] == "complete" and row.get("feasible", True) and row not in front]
-    reach = [(max((_reach(row, better, objectives) for better in front), default=0.0), row) for row in feasible]
+def candidates(
+    rows: Sequence[Row], objectives: Mapping[str, str], earlier: Collection[str] = (), others: int = OTHERS
+) -> list[Row]:
+    """The front; the `earlier` candidates, so that none leaves the front unmeasured; and the `others` nearest to the
+    front among the trials that no row of it beats for certain: of each, in some objective, the two intervals overlap."""
+    paired = dict(_PAIRED.get(name, (name, direction)) for name, direction in objectives.items())
+    fit = [row for row in rows if row["state"] == "complete" and row.get("feasible", True)]
+    front = pareto_front(fit, paired)
+    kept = [row for row in fit if row not in front and str(row["trial"]) in earlier]
+    rest = [row for row in fit if row not in front and row not in kept]
+    reach = [(max((_reach(row, better, paired) for better in front), default=0.0), row) for row in rest]
     near = sorted((pair for pair in reach if pair[0] <= 1), key=lambda pair: pair[0])
-    return [*front, *(row for _, row in near[:others])]
+    return [*front, *kept, *(row for _, row in near[:others])]
 
 
-def confirm(
-    pool: Pool,
-    workers: Sequence[int],
+def unconfirmed_better(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row]:
+    """Trials that were not confirmed, and that no confirmed one dominates: they are to be confirmed too."""
+    confirmed = [row for row in rows if row.get("rounds")]
+    others = [row for row in rows if not row.get("rounds") and objective_values(row, objectives) is not None]
+    return [
+        row for row, better in zip(others, dominators(others, confirmed, objectives), strict=True) if better is None
+    ]
+
+
+def confirmed_rows(
+    rounds: Sequence[Round],
     rows: Sequence[Row],
     baseline: Row,
-    rounds: int,
-    announce: Callable[[int, TrialSpec], None],
-) -> tuple[list[Sample], Sample | None, list[str]]:
-    """Measures `rows` and the baseline in `rounds` rounds; each round on the next of the ready `workers`, every
-    candidate in turn. What the store has is not measured again. Returns the samples, the baseline's, and why candidates
-    are missing.
-
-    announce: told worker and spec before each measurement."""
-    turns = _Turns(pool, workers, announce)
-    measured: dict[Any, list[TrialMeasurement]] = {row["trial"]: [] for row in (baseline, *rows)}
-    failed: dict[Any, str] = {}
-    for number in range(1, rounds + 1):
-        turns.next_worker()
-        for row in (baseline, *rows):
-            if row["trial"] not in failed:
-                result = turns.measure(_spec(row, number))
-                if isinstance(result, str):
-                    failed[row["trial"]] = f"trial {row['trial']} cannot be confirmed: {result}"
-                else:
-                    measured[row["trial"]].append(result)
-    samples = {
-        row["trial"]: Sample(
-            row,
-            np.array([one.segment_tpot_ms for one in measured[row["trial"]]]),
-            measured[row["trial"]][0].losses,
+    comparison: QualityComparison,
+    losses_of: Callable[[Row], np.ndarray],
+    objectives: Mapping[str, str],
+) -> list[dict[str, Any]]:
+    """What takes the place of the search's values in the rows of the baseline and of the candidates: time and speedup
+    with their intervals; of candidates the probability of being on the front, and which others they cannot be told from
+    (`not_told_from`: those that they are better than in no objective for certain)."""
+    names = [str(row["trial"]) for row in (baseline, *rows)]
+    logs, draws = time_draws([np.array(_equally_long([one.ratios[name] for one in rounds])) for name in names])
+    added = [
+        {
+            "trial": row["trial"],
+            "rounds": len(rounds),
+            **_raw([one.times[name] for one in rounds]),
+            **_estimate("time_ratio", logs[index], draws[:, index]),
+            **(
+                _estimate("speedup", logs[0] - logs[index], draws[:, 0] - draws[:, index])
+                if index
+                else {"speedup": 1.0}
+            ),
+        }
+        for index, (row, name) in enumerate(zip((baseline, *rows), names, strict=True))
+    ]
+    if rows:
+        points = np.stack(
+            [
+                _objective_draws(name, direction, rows, draws[:, 1:], comparison, losses_of)
+                for name, direction in objectives.items()
+            ],
+            axis=-1,
         )
-        for row in (baseline, *rows)
-        if row["trial"] not in failed
-    }
-    return (
-        [samples[row["trial"]] for row in rows if row["trial"] in samples],
-        samples.get(baseline["trial"]),
-        list(failed.values()),
-    )
-
-
-def confirmed_rows(samples: Sequence[Sample], baseline: Sample, objectives: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What is added to the rows of the candidates and the baseline: time and speedup, the median over rounds of their
-    medians, with 95% intervals, and the share of bootstrap draws that have the candidate on the front.
-
-    A draw takes rounds, the same for all, then segments within each; and tokens, the same for all, for the quality.
-    Of few rounds the interval is about their range. Objectives that are not measured again stay as they are."""
-    times = _time_draws([baseline, *samples])
-    added = []
-    probabilities = front_probabilities(samples, baseline, times, objectives)
-    for index, sample in enumerate((baseline, *samples)):
-        values = {"trial": sample.row["trial"], "confirmed_rounds": len(sample.segments)}
-        values |= _estimate("confirmed_tpot_ms", _median(sample), times[:, index])
-        if index:
-            speedup = _median(baseline) / _median(sample)
-            values |= _estimate("confirmed_speedup", speedup, times[:, 0] / times[:, index])
-            values["front_probability"] = probabilities[index - 1]
-        else:
-            values["confirmed_speedup"] = 1.0
-        added.append(values)
+        told = not_told_from(points)
+        for values, probability, others in zip(added[1:], front_probabilities(points), told, strict=True):
+            values["front_probability"] = float(probability)
+            values["not_told_from"] = [rows[other]["trial"] for other in others]
     return added
 
 
-def front_probabilities(
-    samples: Sequence[Sample], baseline: Sample, times: np.ndarray, objectives: Mapping[str, str]
-) -> list[float]:
-    """The share of draws in which no other sample dominates the sample. times: (draws, 1 + samples), baseline first."""
-    if not samples:
-        return []
-    points = np.stack(
-        [
-            (-1 if direction == "maximize" else 1) * _objective_draws(name, samples, baseline, times)
-            for name, direction in objectives.items()
-        ],
-        axis=-1,
-    )  # (draws, samples, objectives), all to be minimised
-    one, other = points[:, :, None], points[:, None]
-    dominated = ((other <= one).all(-1) & (other < one).any(-1)).any(-1)
-    return [float(share) for share in 1 - dominated.mean(axis=0)]
+def _objective_draws(
+    name: str,
+    direction: str,
+    rows: Sequence[Row],
+    times: np.ndarray,
+    comparison: QualityComparison,
+    losses_of: Callable[[Row], np.ndarray],
+) -> np.ndarray:
+    """(draws, rows), to be minimised. times: (draws, rows), log ratios."""
+    paired, _ = _PAIRED.get(name, (name, direction))
+    if paired == "time_ratio":
+        return times
+    if paired == "ppl_vs_strict_percent":
+        return comparison.draws([losses_of(row) for row in rows])
+    sign = -1.0 if direction == "maximize" else 1.0
+    return np.broadcast_to([sign * float(row[name]) for row in rows], times.shape)
 
 
-def _objective_draws(name: str, samples: Sequence[Sample], baseline: Sample, times: np.ndarray) -> np.ndarray:
-    if name == "tpot_ms":
-        return times[:, 1:]
-    if name == "speedup":
-        return times[:, :1] / times[:, 1:]
-    if name in ("perplexity", "ppl_increase_percent"):
-        reference = baseline.losses if name == "ppl_increase_percent" else None
-        return joint_draws([sample.losses for sample in samples], reference, len(times))
-    return np.broadcast_to([float(sample.row[name]) for sample in samples], (len(times), len(samples)))
+def _equally_long(series: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Rounds of as many pairs as the shortest has."""
+    length = min(map(len, series))
+    return [list(one[:length]) for one in series]
 
 
-def _time_draws(samples: Sequence[Sample]) -> np.ndarray:
-    """(draws, samples): bootstrap over rounds, jointly, and over the segments of each."""
-    random = np.random.default_rng(0)
-    rounds = len(samples[0].segments)
-    drawn = random.integers(rounds, size=(_DRAWS, rounds))
-    columns = []
-    for sample in samples:
-        segments = random.integers(sample.segments.shape[1], size=(*drawn.shape, sample.segments.shape[1]))
-        columns.append(np.median(np.median(sample.segments[drawn[..., None], segments], axis=-1), axis=-1))
-    return np.stack(columns, axis=-1)
+def _raw(times: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the clock said, over the rounds."""
+    own = [one["measured_tpot_ms"] for one in times]
+    return {
+        "measured_tpot_ms": float(np.median(own)),
+        "measured_tpot_ms_low": min(own),
+        "measured_tpot_ms_high": max(own),
+        "reference_tpot_ms": float(np.median([one["reference_tpot_ms"] for one in times])),
+        "pairs": sum(one["pairs"] for one in times),
+        "timed_at": times[-1]["timed_at"],
+        "load": max(one["load"] for one in times),
+    }
 
 
-def _median(sample: Sample) -> float:
-    return float(np.median(np.median(sample.segments, axis=1)))
-
-
-def _estimate(name: str, value: float, draws: np.ndarray) -> dict[str, float]:
+def _estimate(name: str, log: float, draws: np.ndarray) -> dict[str, float]:
     low, high = np.quantile(draws, (0.025, 0.975))
-    return {name: value, f"{name}_low": min(float(low), value), f"{name}_high": max(float(high), value)}
+    values = np.exp([log, min(low, log), max(high, log)])
+    return dict(zip((name, f"{name}_low", f"{name}_high"), map(float, values), strict=True))
 
 
 def _reach(row: Row, better: Row, objectives: Mapping[str, str]) -> float:
@@ -180,63 +151,3 @@ def _reach(row: Row, better: Row, objectives: Mapping[str, str]) -> float:
         width += abs(better.get(f"{name}_{other_end}", better[name]) - better[name])
         needed.append(gap / width if gap and width else np.inf)  # equal ones are the same policy's, and stay equal
     return min(needed)
-
-
-def _spec(row: Row, number: int) -> TrialSpec:
-    policy = EvictionPolicy(**{field.name: row[field.name] for field in fields(EvictionPolicy)})
-    return TrialSpec(row["method"], row["backend_requested"], policy, row.get("execution", "eager"), number)
-
-
-class _Turns:
-    """One measurement at a time, on a worker that is ready."""
-
-    def __init__(self, pool: Pool, workers: Sequence[int], announce: Callable[[int, TrialSpec], None]) -> None:
-        self._pool = pool
-        self._ready = deque(workers)
-        self._starting: set[int] = set()
-        self._announce = announce
-
-    def next_worker(self) -> None:
-        self._ready.rotate(-1)
-
-    def measure(self, spec: TrialSpec) -> TrialMeasurement | str:
-        """The measurement, or why there is none; after the worker's death on the next one, once."""
-        reason = "no worker is left"
-        for _ in range(_ATTEMPTS):
-            if not self._recovered():
-                break
-            worker = self._ready[0]
-            self._announce(worker, spec)
-            self._pool.submit(worker, spec)
-            finished = self._answer(worker)
-            if finished.measurement is not None:
-                return finished.measurement
-            reason = str(finished.error)
-            if not finished.died:
-                break
-            self._ready.popleft()
-            if not finished.lost:
-                self._starting.add(worker)
-        return reason
-
-    def _answer(self, worker: int) -> Finished:
-        while True:
-            for finished in self._pool.wait(timeout=0.5):
-                if finished.worker == worker:
-                    return finished
-                self._noticed(finished)
-
-    def _recovered(self) -> bool:
-        """Waits for a worker that is ready; False if there will be none."""
-        while not self._ready and self._starting:
-            for finished in self._pool.wait(timeout=0.5):
-                self._noticed(finished)
-        return bool(self._ready)
-
-    def _noticed(self, finished: Finished) -> None:
-        """Takes in a worker that has started, forgets one that never will."""
-        if finished.description is not None:
-            self._starting.discard(finished.worker)
-            self._ready.append(finished.worker)
-        elif finished.lost or not finished.died:
-            self._starting.discard(finished.worker)

@@ -7,14 +7,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from streamllm.errors import UsageError
 
 from .pool import Finished, SweepError, WorkerPool
-from .results import baseline_row, baseline_spec, failed_row, trial_row
+from .results import BASELINE, STRICT, failed_row, fixed_row, fixed_spec, trial_row
 from .study import OpenTrial, Study
 from .trial import TrialMeasurement, TrialSpec
+
+if TYPE_CHECKING:
+    from streamllm.quality import QualityComparison
+
+Task = OpenTrial | str
+"""A trial; or the name of what trials are compared with, STRICT or BASELINE."""
 
 _DEATHS = 2
 """Workers that end on a trial before it counts as failed."""
@@ -47,18 +53,21 @@ class Driver:
         self.cap = cap
         self.observers = observers
         self.note = note
-        self.baseline: TrialMeasurement | None = None
+        self.fixed: dict[str, TrialMeasurement] = {}
+        """What trials are compared with, as far as it has been measured."""
+        self.comparison: QualityComparison | None = None
+        """Of qualities, once all that is measured."""
         self._budget = trials - len(study.rows)
         self._until = math.inf if time_budget is None else time.monotonic() + time_budget
         self._exhausted = False
         self._idle: deque[int] = deque()
-        self._running: dict[int, OpenTrial | None] = {}
-        """Worker -> its trial; None is the baseline."""
-        self._retries: deque[OpenTrial | None] = deque([None])
-        """To be handed out before anything new is asked for: at first, the baseline."""
-        self._baseline_deaths = 0
+        self._running: dict[int, Task] = {}
+        """Worker -> what it measures."""
+        self._retries: deque[Task] = deque([STRICT, BASELINE])
+        """To be handed out before anything new is asked for: at first, what trials are compared with."""
+        self._deaths = {STRICT: 0, BASELINE: 0}
         self._unpaired: list[tuple[OpenTrial, TrialMeasurement, int]] = []
-        """Measured before the baseline was."""
+        """Measured before all that was."""
 
     @property
     def idle(self) -> tuple[int, ...]:
@@ -67,7 +76,7 @@ class Driver:
 
     def run(self) -> None:
         """Runs trials until the budget is spent or the space is exhausted. Raises SweepError, UsageError."""
-        while self._running or self._retries or self.baseline is None or self._more():
+        while self._running or self._retries or self.comparison is None or self._more():
             for finished in self.pool.wait(timeout=0.5):
                 self._handle(finished)
                 self._assign()
@@ -80,16 +89,16 @@ class Driver:
         """Gives idle workers something to do."""
         while self._idle and (self._retries or self._more()):
             if self._retries:
-                trial = self._retries.popleft()
+                task = self._retries.popleft()
             elif (asked := self._ask()) is not None:
                 self._budget -= 1
-                trial = asked
+                task = asked
             else:
                 self._exhausted = True
                 return
             worker = self._idle.popleft()
-            spec = baseline_spec(self.cap) if trial is None else trial.spec
-            self._running[worker] = trial
+            spec = fixed_spec(task, self.cap) if isinstance(task, str) else task.spec
+            self._running[worker] = task
             self.pool.submit(worker, spec)
             for observer in self.observers:
                 observer.trial_started(worker, spec)
@@ -105,44 +114,57 @@ class Driver:
             if not finished.died:  # what one worker cannot load, none can
                 raise UsageError(finished.error)
         else:
-            trial = self._running.pop(worker)
+            task = self._running.pop(worker)
             if finished.measurement is not None:
-                self._measured(trial, finished.measurement, worker)
+                self._measured(task, finished.measurement, worker)
             else:
-                self._failed(trial, finished)
+                self._failed(task, finished)
         if not finished.died:
             self._idle.append(worker)
 
-    def _measured(self, trial: OpenTrial | None, measurement: TrialMeasurement, worker: int) -> None:
-        if trial is None:
-            self.baseline = measurement
-            self._announce(baseline_row(measurement))
+    def _measured(self, task: Task, measurement: TrialMeasurement, worker: int) -> None:
+        if isinstance(task, str):
+            self.fixed[task] = measurement
+            if len(self.fixed) == len(self._deaths):
+                self._compare()
         else:
-            self._unpaired.append((trial, measurement, worker))
-        if self.baseline is not None:
+            self._unpaired.append((task, measurement, worker))
+        if self.comparison is not None:
+            baseline = self.fixed[BASELINE]
             for waiting, measured, by in self._unpaired:
-                self._tell(waiting, trial_row(waiting, measured, self.baseline, by))
+                self._tell(waiting, trial_row(waiting, measured, baseline, self.comparison, by))
             self._unpaired.clear()
 
-    def _failed(self, trial: OpenTrial | None, finished: Finished) -> None:
+    def _compare(self) -> None:
+        """All that trials are compared with is there."""
+        from streamllm.quality import QualityComparison
+
+        strict, baseline = self.fixed[STRICT], self.fixed[BASELINE]
+        assert strict.losses is not None
+        self.comparison = QualityComparison(strict.losses, baseline.losses)
+        for name, measurement in self.fixed.items():
+            self._announce(fixed_row(name, measurement, baseline, self.comparison))
+
+    def _failed(self, task: Task, finished: Finished) -> None:
         """What took a worker down is tried once more, by whoever is free first; what raised would raise again."""
         reason = str(finished.error)
         if finished.died:
-            if self._died(trial) < _DEATHS:
-                self._retries.append(trial)
+            if self._died(task) < _DEATHS:
+                self._retries.append(task)
                 return
             reason = f"quarantined: {_DEATHS} workers ended on it: {reason}"
-        if trial is None:
-            raise SweepError(f"the baseline could not be measured: {reason}")
-        self._tell(trial, failed_row(trial, reason, finished.worker))
+        if isinstance(task, str):
+            what = {STRICT: "strict StreamingLLM, the reference,", BASELINE: "the baseline"}[task]
+            raise SweepError(f"{what} could not be measured: {reason}")
+        self._tell(task, failed_row(task, reason, finished.worker))
 
-    def _died(self, trial: OpenTrial | None) -> int:
-        """How many workers have ended on the trial, this one included."""
-        if trial is None:
-            self._baseline_deaths += 1
-            return self._baseline_deaths
+    def _died(self, task: Task) -> int:
+        """How many workers have ended on it, this one included."""
+        if isinstance(task, str):
+            self._deaths[task] += 1
+            return self._deaths[task]
         with _writing():
-            return self.study.died(trial.number)
+            return self.study.died(task.number)
 
     def _ask(self) -> OpenTrial | None:
         with _writing():

@@ -17,7 +17,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState, create_trial
 
 from dashboards.front import pareto_front
-from search_spaces import OBJECTIVES, SearchSpace, Value
+from search_spaces import OBJECTIVES, SearchSpace, Value, told_name
 
 from .options import AUTO_TPE_TRIALS
 
@@ -48,7 +48,7 @@ class Sampler:
     def __init__(self, kind: str, space: SearchSpace, seed: int, past: Sequence[Result] = ()) -> None:
         self.kind = kind
         self.space = space
-        self._directions = {name: OBJECTIVES[name] for name in space.objectives}
+        self._directions = {told_name(name): OBJECTIVES[name] for name in space.objectives}
         self._seed = seed + len(past)  # going on is no repetition
         self._random = random.Random(self._seed)
         self._suggested = len(past)

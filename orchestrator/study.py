@@ -24,10 +24,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from search_spaces import OBJECTIVES, SearchSpace, Value
+from search_spaces import OBJECTIVES, SearchSpace, Value, judged, told_name
 from streamllm.errors import UsageError
 from streamllm.methods import check_execution
 from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
+from streamllm.reference_time import ReferencePool
 
 from .samplers import Result, Sampler, Suggestion
 from .trial import TrialSpec
@@ -70,20 +71,21 @@ class Study:
         if self._study.metric_names is None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what is experimental in Optuna
-                self._study.set_metric_names(list(space.objectives))
+                self._study.set_metric_names([told_name(objective) for objective in space.objectives])
         trials = self._study.get_trials(deepcopy=False)
+        self._times = ReferencePool(trial.user_attrs[_ROW] for trial in trials if _ROW in trial.user_attrs)
         for trial in trials:
             if trial.state == TrialState.RUNNING and _ROW in trial.user_attrs:  # killed in the middle of tell
                 self._finish(self._reopened(trial), trial.user_attrs[_ROW])
         settled = [trial for trial in trials if trial.user_attrs.keys() & {_ROW, _SKIPPED}]
         self.rows: list[dict[str, Any]] = [trial.user_attrs[_ROW] for trial in settled if _ROW in trial.user_attrs]
-        """The finished trials."""
+        """The finished trials. Milliseconds are not in them: what those are in is known when all are measured."""
         self._seen = {self._identity(space.complete(trial.params)) for trial in settled}
         self._interrupted = deque(t for t in trials if t.state == TrialState.RUNNING and _ROW not in t.user_attrs)
         self._known = deque(space.known)
         self._points = space.points()
         self._open: dict[int, tuple[Trial, OpenTrial, Suggestion]] = {}
-        past = [Result(space.complete(t.params), t.user_attrs[_ROW]) for t in settled if _ROW in t.user_attrs]
+        past = [self._result(space.complete(t.params), t.user_attrs[_ROW]) for t in settled if _ROW in t.user_attrs]
         self._sampler = Sampler(sampler, space, seed, [result for result in past if result.row["state"] == "complete"])
 
     def ask(self) -> OpenTrial | None:
@@ -127,26 +129,30 @@ class Study:
             self._finish(trial, row)
         self.rows.append(row)
         complete = row["state"] == "complete"
-        self._sampler.learn(suggestion, Result(open_trial.params, row) if complete else None)
+        self._sampler.learn(suggestion, self._result(open_trial.params, row) if complete else None)
         return row
+
+    def _result(self, params: dict[str, Value], row: dict[str, Any]) -> Result:
+        return Result(params, self._times.with_time(row))
 
     def _judged(self, row: dict[str, Any]) -> dict[str, Any]:
         if row["state"] != "complete":
             return row
-        for objective in self.space.objectives:
+        for objective in map(told_name, self.space.objectives):
             value = row.get(objective)
             if not isinstance(value, int | float) or not math.isfinite(value):
                 return row | {"state": "failed", "feasible": False, "reason": f"{objective} is {value}"}
-        violated = [str(constraint) for constraint in self.space.constraints if constraint.excess(row) > 0]
-        return row | {"feasible": not violated} | ({"violated": ", ".join(violated)} if violated else {})
+        self._times.add(row)
+        return row | judged(self._times.with_time(row), self.space.constraints)
 
     def _finish(self, trial: Trial, row: dict[str, Any]) -> None:
         if row["state"] != "complete":
             self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             return
+        timed = self._times.with_time(row)
         for constraint in self.space.constraints:
-            trial.set_constraint(str(constraint), constraint.excess(row))
-        values = [float(row[objective]) for objective in self.space.objectives]
+            trial.set_constraint(str(constraint), constraint.excess(timed))
+        values = [float(row[told_name(objective)]) for objective in self.space.objectives]
         self._storage.set_trial_state_values(trial._trial_id, TrialState.COMPLETE, values)
 
     def _hand_out(self, trial: Trial | None, suggestion: Suggestion) -> OpenTrial | None:

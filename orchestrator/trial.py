@@ -22,6 +22,8 @@ class WorkerSetup:
     dtype: str
     quantization: str
     store: Path
+    total: int
+    """Total KV of the reference that everything is timed beside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +35,20 @@ class TrialSpec:
     policy: EvictionPolicy
     execution: str = "eager"
     round: int = 0
-    """Of the search; confirmations count from 1, and each is a measurement of its own."""
+    """0: of the search. A round of confirming, from 1 on, takes the times alone, anew."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialMeasurement:
     record: dict[str, Any]
-    """Identity, quality and speed, flat."""
-    losses: np.ndarray
-    """(n, 2): position, nats."""
+    """Identity, quality and speed, flat; of a round of confirming, the times."""
+    losses: np.ndarray | None
+    """(n, 2): position, nats; None of a round of confirming."""
     measured_quality: bool
     """False where the store had it; likewise for the speed."""
     measured_speed: bool
-    segment_tpot_ms: Sequence[float] = ()
-    """The timing's single segments."""
+    ratios: Sequence[float] = ()
+    """Of a round of confirming: segment by segment, time over the reference's."""
 
 
 class WorkerUnusableError(RuntimeError):

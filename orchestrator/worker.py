@@ -47,7 +47,7 @@ class Worker:
         self.loaded = load_model(setup.model, setup.dtype, quantization=setup.quantization)
         tokenizer = None if setup.source.token_ids is not None else load_tokenizer(setup.model)
         self.stream = load_tokens(setup.source, tokenizer, self.loaded.model.config.vocab_size)
-        self.measurements = Measurements(MeasurementStore(setup.store), self.loaded, self.stream)
+        self.measurements = Measurements(MeasurementStore(setup.store), self.loaded, self.stream, setup.total)
         return self.place() | {
             "device": device_name(self.loaded.device),
             "visible_devices": visible,
@@ -64,7 +64,7 @@ class Worker:
         import torch
 
         try:
-            return self._measure(spec)
+            return self._confirm(spec) if spec.round else self._measure(spec)
         except torch.OutOfMemoryError as error:
             reason = f"out of accelerator memory: {error}"
         except torch.AcceleratorError as error:
@@ -81,18 +81,22 @@ class Worker:
             spec.method, spec.policy, computing_lease() if on_cpu else None
         )
         speed, fresh_speed = self.measurements.speed(
-            spec.method, spec.policy, spec.attn_backend, spec.execution, timing_lease(), round_number=spec.round
+            spec.method, spec.policy, spec.attn_backend, spec.execution, timing_lease()
         )
         assert quality.losses is not None
         record = identity(self.loaded, self.stream, spec.method, spec.policy, "fast", spec.execution)
         record["quality_entry"] = self.measurements.quality_entry(spec.method, spec.policy)
+        record["reference_total"] = self.setup.total
         return TrialMeasurement(
-            record | fast_record(quality.record, speed.record),
-            quality.losses,
-            fresh_quality,
-            fresh_speed,
-            speed.record["segment_tpot_ms"],
+            record | fast_record(quality.record, speed.record), quality.losses, fresh_quality, fresh_speed
         )
+
+    def _confirm(self, spec: TrialSpec) -> TrialMeasurement:
+        from streamllm.evaluation import times_summary
+
+        with timing_lease():
+            times = self.measurements.times(spec.method, spec.policy, spec.attn_backend, spec.execution)
+        return TrialMeasurement(times_summary(times), None, False, True, times.ratios.tolist())
 
     def _claim(self, visible: str) -> list[str]:
         """Makes cores and accelerator its own, and says with whom it has to share them."""

@@ -4,7 +4,7 @@ syntax of the one, `comprehensive.yaml` with that of the other."""
 from .loader import load_space
 from .matrix import MEASURES, Cell, Matrix, is_matrix, load_matrix
 from .reader import SHIPPED, SpaceError
-from .space import OBJECTIVES, Constraint, SearchSpace, Value
+from .space import OBJECTIVES, Constraint, SearchSpace, Value, judged, told_name
 
 __all__ = [
     "MEASURES",
@@ -17,6 +17,8 @@ __all__ = [
     "SpaceError",
     "Value",
     "is_matrix",
+    "judged",
     "load_matrix",
     "load_space",
+    "told_name",
 ]

@@ -76,7 +76,7 @@ class _SpaceReader(Reader):
 
     def objectives(self, node: yaml.Node | None) -> tuple[str, ...]:
         if node is None:
-            return ("tpot_ms", "ppl_increase_percent")
+            return ("tpot_ms", "ppl_vs_strict_percent")
         values = [self.scalar(entry) for entry in self.sequence(node, "objectives")]
         for entry, value in zip(node.value, values, strict=True):
             if value not in OBJECTIVES:

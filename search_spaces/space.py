@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,11 +16,18 @@ OBJECTIVES = {
     "tpot_ms": "minimize",
     "speedup": "maximize",
     "perplexity": "minimize",
+    "ppl_vs_strict_percent": "minimize",
     "ppl_increase_percent": "minimize",
     "peak_memory_mb": "minimize",
     "peak_kv": "minimize",
 }
 """What a sweep can optimise, and which way; constraints are on the same metrics."""
+
+
+def told_name(objective: str) -> str:
+    """What a search is told of an objective: of a time, the ratio to the reference's, which does not move when the
+    reference's own time becomes better known."""
+    return "time_ratio" if objective == "tpot_ms" else objective
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,12 @@ class Constraint:
         if not isinstance(value, int | float) or not math.isfinite(value):
             return math.inf
         return value - self.limit if self.relation == "<=" else self.limit - value
+
+
+def judged(row: Mapping[str, Any], constraints: Iterable[Constraint]) -> dict[str, Any]:
+    """Whether the measured row is `feasible`; if not, what is `violated`."""
+    violated = [str(constraint) for constraint in constraints if constraint.excess(row) > 0]
+    return {"feasible": not violated} | ({"violated": ", ".join(violated)} if violated else {})
 
 
 @dataclass(frozen=True, slots=True)

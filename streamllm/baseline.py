@@ -63,13 +63,13 @@ def average(runs: Sequence[Measured]) -> Measured:
     return record | mean | {"reused": all(run["reused"] for run, _ in runs)}, losses
 
 
-def sampled(losses: np.ndarray, comparison: QualityComparison) -> dict[str, Any]:
-    """Of a method whose losses are known at a sample of tokens only: its perplexity over all of them, by what it differs
-    from the reference at the sample."""
+def sampled(losses: np.ndarray, comparison: QualityComparison, n_losses: int) -> dict[str, Any]:
+    """Of a method whose losses are known at a sample of the text's `n_losses` tokens only: its perplexity over all of
+    them, by what it differs from the reference at the sample."""
     return {
         **comparison.perplexity(losses).flat("perplexity"),
         **comparison.vs_strict(losses).flat("ppl_vs_strict_percent"),
-        "evaluated_tokens": len(comparison.reference),
+        "evaluated_tokens": n_losses,
         "sampled_tokens": len(losses),
     }
 

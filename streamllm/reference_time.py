@@ -7,6 +7,7 @@ ratios, and all milliseconds of a table are ratios in one unit: the median time 
 from __future__ import annotations
 
 import math
+from bisect import insort
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,10 +25,19 @@ class ReferenceTime:
     """The reference's milliseconds per token on one kind of worker: the median of some timings, and the range of the
     middle nine tenths of them."""
 
+    device: str
+    threads: int | None
+    """Of a CPU."""
     ms: float
     low: float
     high: float
     timings: int
+
+    def __str__(self) -> str:
+        """A sentence without its end."""
+        where = f"{self.device}{f', {self.threads} threads' if self.threads else ''}"
+        spread = f", {self.low:.3g} to {self.high:.3g} in nine of ten of {self.timings} timings" if self.timings > 1 else ""
+        return f"{self.ms:.3g} ms on {where}{spread}"
 
 
 def kind(row: Row) -> Kind:
@@ -35,29 +45,46 @@ def kind(row: Row) -> Kind:
     return tuple(row.get(name) for name in _KIND)
 
 
-def reference_times(rows: Iterable[Row]) -> dict[Kind, ReferenceTime]:
-    """Pooled by kind of worker, over all rows with a `reference_tpot_ms`."""
-    found: dict[Kind, list[float]] = defaultdict(list)
-    for row in rows:
+class ReferencePool:
+    """The reference's time on each kind of worker, over all rows added so far."""
+
+    def __init__(self, rows: Iterable[Row] = ()) -> None:
+        self._ordered: dict[Kind, list[float]] = defaultdict(list)
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
+        """Takes in the row's `reference_tpot_ms`, if it has one."""
         if "reference_tpot_ms" in row:
-            found[kind(row)].append(row["reference_tpot_ms"])
-    return {of: _pooled(values) for of, values in found.items()}
+            insort(self._ordered[kind(row)], row["reference_tpot_ms"])
 
+    def time(self, of: Kind) -> ReferenceTime | None:
+        ordered = self._ordered.get(of)
+        if not ordered:
+            return None
+        low, median, high = (_quantile(ordered, share) for share in (0.05, 0.5, 0.95))
+        named = dict(zip(_KIND, of, strict=True))
+        return ReferenceTime(named["device"], named["threads"], median, low, high, len(ordered))
 
-def with_time(row: Row, references: Mapping[Kind, ReferenceTime]) -> dict[str, Any]:
-    """The row with `tpot_ms` and what follows from it; as it is if it was not timed."""
-    reference = references.get(kind(row))
-    if reference is None or "time_ratio" not in row:
-        return dict(row)
-    ends = ("", "_low", "_high", "_std")
-    times = {f"tpot_ms{end}": row[f"time_ratio{end}"] * reference.ms for end in ends if f"time_ratio{end}" in row}
-    return {**row, **times, "decode_toks_per_sec": 1e3 / times["tpot_ms"]}
+    def times(self) -> list[ReferenceTime]:
+        """Of each kind, the one with the most timings first."""
+        found = [time for of in self._ordered if (time := self.time(of)) is not None]
+        return sorted(found, key=lambda time: -time.timings)
+
+    def with_time(self, row: Row) -> dict[str, Any]:
+        """The row with `tpot_ms` and what follows from it; as it is if it was not timed."""
+        reference = self.time(kind(row))
+        if reference is None or "time_ratio" not in row:
+            return dict(row)
+        ends = ("", "_low", "_high", "_std")
+        times = {f"tpot_ms{end}": row[f"time_ratio{end}"] * reference.ms for end in ends if f"time_ratio{end}" in row}
+        return {**row, **times, "decode_toks_per_sec": 1e3 / times["tpot_ms"]}
 
 
 def with_times(rows: Sequence[Row]) -> list[dict[str, Any]]:
     """All of them in one unit, their own pooled reference."""
-    references = reference_times(rows)
-    return [with_time(row, references) for row in rows]
+    pool = ReferencePool(rows)
+    return [pool.with_time(row) for row in rows]
 
 
 def speedup(row: Row, baseline: Row) -> dict[str, float]:
@@ -71,11 +98,6 @@ def speedup(row: Row, baseline: Row) -> dict[str, float]:
 def _half(row: Row, end: str) -> float:
     """From the ratio to an end of its interval, in logarithms."""
     return math.log(row.get(f"time_ratio_{end}", row["time_ratio"]) / row["time_ratio"])
-
-
-def _pooled(values: Sequence[float]) -> ReferenceTime:
-    ordered = sorted(values)
-    return ReferenceTime(_quantile(ordered, 0.5), _quantile(ordered, 0.05), _quantile(ordered, 0.95), len(ordered))
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:

@@ -103,7 +103,7 @@ def baseline_runs(
         record = identity(loaded, stream, "recompute", fixed, protocol) | measurement.record
         record |= {"reference_total": measurements.total}
         if (comparison := compare_quality(measurements, protocol, losses)) is not None:
-            record |= sampled(losses, comparison)
+            record |= sampled(losses, comparison, len(stream.tokens) - 1)
         runs.append((record | AS_BASELINE | {"reused": stored is not None}, losses))
     raise AssertionError("unreachable: the store is finite")
 

@@ -200,8 +200,9 @@ def _measure_streaming(
         print("no baseline is stored for this: --mode both measures and keeps it", file=sys.stderr)
         if comparison is not None:
             record |= comparison.vs_strict(quality.table).flat("ppl_vs_strict_percent")
-    if comparison is not None and len(quality.table) < len(comparison.reference):
-        record |= sampled(quality.table, comparison)
+    n_losses = len(stream.tokens) - 1
+    if comparison is not None and len(quality.table) < n_losses:
+        record |= sampled(quality.table, comparison, n_losses)
     return record, quality.table
 
 

@@ -1,0 +1,165 @@
+"""Rounds of confirming: in each every candidate and the baseline are timed anew, in turn, on one worker.
+
+A round is a line of `rounds.jsonl`, written when all of it has been measured: it counts whole, or not at all, so that
+all that is compared was measured at the same time. Times are ratios to the reference beside them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+from dashboards.front import Row
+from streamllm.policy import EvictionPolicy
+from streamllm.store import code_digest
+
+from .pool import Finished
+from .trial import TrialMeasurement, TrialSpec
+
+FILE = "rounds.jsonl"
+_ATTEMPTS = 2
+
+
+class Pool(Protocol):
+    def submit(self, worker: int, spec: TrialSpec) -> None: ...
+
+    def wait(self, timeout: float) -> Any: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """What one round brought, by trial (its number, or `baseline`) as text."""
+
+    ratios: dict[str, list[float]]
+    """Time over the reference's, segment by segment."""
+    times: dict[str, dict[str, Any]]
+    """The raw milliseconds of both, when, and the load."""
+    failed: dict[str, str]
+    """Why a candidate has no times."""
+    code: str
+    """The engine's, when it was measured."""
+
+    @property
+    def members(self) -> set[str]:
+        return {*self.ratios, *self.failed}
+
+
+def read_rounds(folder: Path) -> list[Round]:
+    """All whole rounds of a study, the oldest first; a line that was torn by a kill is none."""
+    path = folder / FILE
+    whole, _, _ = path.read_text().rpartition("\n") if path.is_file() else ("", "", "")
+    return [Round(**json.loads(line)) for line in whole.splitlines()]
+
+
+def take_rounds(
+    folder: Path,
+    pool: Pool,
+    workers: Sequence[int],
+    rows: Sequence[Row],
+    count: int,
+    announce: Callable[[int, TrialSpec], None],
+) -> list[Round]:
+    """`count` rounds of all `rows`, each on the next of the ready `workers`. Those that are there already, with the same
+    engine and every one of the rows in it, count.
+
+    announce: told worker and spec before each measurement."""
+    needed = {str(row["trial"]) for row in rows}
+    found = [one for one in read_rounds(folder) if needed <= one.members and one.code == code_digest()][-count:]
+    failed = {trial: reason for one in found for trial, reason in one.failed.items()}
+    turns = _Turns(pool, workers, announce)
+    for number in range(len(found) + 1, count + 1):
+        turns.next_worker()
+        one = _take(turns, rows, number, failed)
+        failed |= one.failed
+        _append(folder, one)
+        found.append(one)
+    return found
+
+
+def _take(turns: _Turns, rows: Sequence[Row], number: int, failed: dict[str, str]) -> Round:
+    """What failed in an earlier round is not tried again."""
+    one = Round({}, {}, {trial: why for trial, why in failed.items()}, code_digest())
+    for row in rows:
+        trial = str(row["trial"])
+        if trial in one.failed:
+            continue
+        result = turns.measure(_spec(row, number))
+        if isinstance(result, str):
+            one.failed[trial] = result
+        else:
+            one.ratios[trial], one.times[trial] = list(result.ratios), result.record
+    return one
+
+
+def _append(folder: Path, one: Round) -> None:
+    path = folder / FILE
+    if path.is_file():  # a kill may have torn the last line
+        content = path.read_bytes()
+        if not content.endswith(b"\n"):
+            path.write_bytes(content[: content.rfind(b"\n") + 1])
+    with path.open("a") as file:
+        file.write(json.dumps(asdict(one)) + "\n")
+
+
+def _spec(row: Row, number: int) -> TrialSpec:
+    policy = EvictionPolicy(**{field.name: row[field.name] for field in fields(EvictionPolicy)})
+    return TrialSpec(row["method"], row["backend_requested"], policy, row.get("execution", "eager"), number)
+
+
+class _Turns:
+    """One measurement at a time, on a worker that is ready."""
+
+    def __init__(self, pool: Pool, workers: Sequence[int], announce: Callable[[int, TrialSpec], None]) -> None:
+        self._pool = pool
+        self._ready = deque(workers)
+        self._starting: set[int] = set()
+        self._announce = announce
+
+    def next_worker(self) -> None:
+        self._ready.rotate(-1)
+
+    def measure(self, spec: TrialSpec) -> TrialMeasurement | str:
+        """The measurement, or why there is none; after the worker's death on the next one, once."""
+        reason = "no worker is left"
+        for _ in range(_ATTEMPTS):
+            if not self._recovered():
+                break
+            worker = self._ready[0]
+            self._announce(worker, spec)
+            self._pool.submit(worker, spec)
+            finished = self._answer(worker)
+            if finished.measurement is not None:
+                return finished.measurement
+            reason = str(finished.error)
+            if not finished.died:
+                break
+            self._ready.popleft()
+            if not finished.lost:
+                self._starting.add(worker)
+        return reason
+
+    def _answer(self, worker: int) -> Finished:
+        while True:
+            for finished in self._pool.wait(timeout=0.5):
+                if finished.worker == worker:
+                    return finished
+                self._noticed(finished)
+
+    def _recovered(self) -> bool:
+        """Waits for a worker that is ready; False if there will be none."""
+        while not self._ready and self._starting:
+            for finished in self._pool.wait(timeout=0.5):
+                self._noticed(finished)
+        return bool(self._ready)
+
+    def _noticed(self, finished: Finished) -> None:
+        """Takes in a worker that has started, forgets one that never will."""
+        if finished.description is not None:
+            self._starting.discard(finished.worker)
+            self._ready.append(finished.worker)
+        elif finished.lost or not finished.died:
+            self._starting.discard(finished.worker)
