@@ -127,7 +127,7 @@ class Display:
         parts: list[Any] = [self._progress(), self._workers()]
         if (plot := self._plot()) is not None:
             parts.append(plot)
-        parts.append(rich_table(self._front[:_FRONT_ROWS], self._title()))
+        parts.append(rich_table(self._front[:_FRONT_ROWS], self._title(), self._objectives))
         if (mlflow := self._mlflow()) is not None:
             parts.append(Text(mlflow, style="yellow" if self._tracking.problem else "dim"))
         return Group(*parts)
