@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamllm.errors import UsageError
+from streamllm.printing import say
 
 from .ablations import KNOBS, ablation
 from .columns import BY_KEY
@@ -170,9 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: output {error.filename!r}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2
     for path in written.paths:
-        print(f"written {path}")
+        say(f"written {path}")
     for name, reason in written.left_out.items():
-        print(f"left out {name}: {reason}")
+        say(f"left out {name}: {reason}")
     return 0
 
 

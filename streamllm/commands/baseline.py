@@ -22,6 +22,7 @@ from ..arguments import (
 )
 from ..baseline import average
 from ..errors import UsageError
+from ..printing import say
 from ..session import baseline_runs, make_room, messages_on_stderr, open_measurements, report
 
 HELP = "measure the re-computation baseline once, for everything that is compared with it"
@@ -63,5 +64,5 @@ def run(arguments: argparse.Namespace) -> int:
     if file is not None:
         single = {"runs": [run for run, _ in runs]} if len(runs) > 1 else {}
         file.write_text(json.dumps({"baseline": record, **single}, indent=2) + "\n")
-    print(json.dumps(record) if arguments.json else report({"baseline": record}))
+    say(json.dumps(record) if arguments.json else report({"baseline": record}))
     return 0
