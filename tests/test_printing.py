@@ -1,4 +1,4 @@
-"""Commands whose output nobody reads to its end: `| head`. They end quietly, and their files are written all the same."""
+"""Commands whose output nobody reads to its end: `| head`. They end quietly, their files are written all the same."""
 
 import json
 import os
