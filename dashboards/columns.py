@@ -47,7 +47,7 @@ class Column:
 COLUMNS = (
     Column("study", "study", words=True),
     Column("trial", "#"),
-    Column("recommended", "knee", words=True),
+    Column("recommended", "recommended", words=True),
     Column("method", "method", words=True),
     Column("backend", "backend", words=True),
     Column("backend_requested", "backend asked for", words=True),
@@ -65,6 +65,7 @@ COLUMNS = (
     Column("confirmed_speedup", "speedup, confirmed", "×", 1, interval=True),
     Column("front_probability", "P(front)", "", 2),
     Column("perplexity", "PPL", "", 2),
+    Column("ppl_vs_strict_percent", "PPL vs strict %", "", 1, interval=True),
     Column("ppl_increase_percent", "PPL increase %", "", 1, interval=True),
     Column("place", "place", words=True),
     Column("dominated_by", "dominated by"),
@@ -74,7 +75,7 @@ COLUMNS = (
 BY_KEY = {column.key: column for column in COLUMNS}
 
 _CONFIRMED = "confirmed_tpot_ms"
-_WHERE_THERE = {"study", "recommended", "place", "dominated_by"}
+_WHERE_THERE = {"study", "recommended", "ppl_vs_strict_percent", "front_probability", "place", "dominated_by"}
 """Columns that only rows with such a value have."""
 
 
@@ -91,7 +92,7 @@ def shown_columns(rows: Sequence[Row], objectives: Collection[str] = ()) -> tupl
     if "peak_memory_mb" not in objectives:
         needless.add("peak_memory_mb")
     if not any(_CONFIRMED in row for row in rows):
-        needless |= {_CONFIRMED, "confirmed_speedup", "front_probability"}
+        needless |= {_CONFIRMED, "confirmed_speedup"}
     elif all(_CONFIRMED in row for row in rows):
         needless |= {"tpot_ms", "speedup"}
     return tuple(column for column in COLUMNS if column.key not in needless)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamllm.errors import UsageError
+from streamllm.printing import say
 
 from .ablations import KNOBS, ablation
 from .columns import BY_KEY
@@ -19,19 +20,19 @@ from .comparisons import backends, comparison, runtime
 from .evaluations import read_results
 from .front import Row, confirmed, hypervolume
 from .importance import importance
-from .knee import knee
 from .kv_length import kv_length
+from .recommendation import recommend
 from .study import StudyResults, is_study, load_study
 from .style import BLUE, GREY, LABELS, VERMILLION, NoDataError, new_figure, save, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ON_FRONT, _OTHERS, _ONCE, _KNEE, _BASELINE = (
+_ON_FRONT, _OTHERS, _ONCE, _RECOMMENDED, _BASELINE = (
     "Pareto front",
     "other trials",
     "measured once, in the search",
-    "knee: recommended",
+    "recommended",
     "re-computation (baseline)",
 )
 _LISTED = 16
@@ -62,7 +63,7 @@ def pareto(study: StudyResults) -> Figure:
     if len(study.objectives) == 2:
         steps = [row[x] for row in front], [row[y] for row in front]
         axes.plot(*steps, color=BLUE, linewidth=1, drawstyle="steps-post")
-    _mark_knee(axes, study, x, y)
+    _mark_recommended(axes, study, x, y)
     _limit(axes, [*front, *others], x, y)
     if y == "ppl_increase_percent" and axes.get_ylim()[0] <= 0 <= axes.get_ylim()[1]:
         axes.axhline(0, color="0.3", linewidth=1, linestyle="--", label=_BASELINE)
@@ -74,7 +75,7 @@ def pareto(study: StudyResults) -> Figure:
     listing = "\n".join(_describe(row, (x, y)) for row in front[:_LISTED])
     more = f"\n… and {len(front) - _LISTED} more" if len(front) > _LISTED else ""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    labels = [label for label in (_ON_FRONT, _OTHERS, _ONCE, _KNEE, _BASELINE) if label in handles]
+    labels = [label for label in (_ON_FRONT, _OTHERS, _ONCE, _RECOMMENDED, _BASELINE) if label in handles]
     legend = figure.legend(
         [handles[label] for label in labels],
         labels,
@@ -170,9 +171,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: output {error.filename!r}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2
     for path in written.paths:
-        print(f"written {path}")
+        say(f"written {path}")
     for name, reason in written.left_out.items():
-        print(f"left out {name}: {reason}")
+        say(f"left out {name}: {reason}")
     return 0
 
 
@@ -191,8 +192,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _rows(study: StudyResults) -> list[Row]:
     """The study's, the recommended one marked; of what was confirmed, the confirmed values."""
-    best = knee(study.front, study.objectives).row
-    mark = {"recommended": "knee"}
+    found = recommend(study.front, study.objectives)
+    best, mark = found.row, {"recommended": found.kind}
     baseline = [confirmed(study.baseline)] if study.baseline is not None else []
     trials = (confirmed(row) for row in study.trials)
     return [*baseline, *({**row, **(mark if best and row["trial"] == best["trial"] else {})} for row in trials)]
@@ -236,11 +237,11 @@ def _number(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
             said.append(place)
 
 
-def _mark_knee(axes: Any, study: StudyResults, x: str, y: str) -> None:
-    row = knee(study.front, study.objectives).row
+def _mark_recommended(axes: Any, study: StudyResults, x: str, y: str) -> None:
+    row = recommend(study.front, study.objectives).row
     if row is not None:
         at = confirmed(row)
-        axes.plot(at[x], at[y], "o", markersize=14, markerfacecolor="none", color=VERMILLION, label=_KNEE)
+        axes.plot(at[x], at[y], "o", markersize=14, markerfacecolor="none", color=VERMILLION, label=_RECOMMENDED)
 
 
 def _volume(study: StudyResults, rows: Sequence[Row]) -> str:

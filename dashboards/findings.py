@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .front import Row, confirmed
-from .knee import knee
+from .recommendation import recommend
 from .study import StudyResults, read_outcome
 
 
@@ -27,9 +27,8 @@ class Findings:
 def findings(study: StudyResults, front: Sequence[Row]) -> Findings:
     """front: the study's, which is computed only once."""
     points = [confirmed(row) for row in front]
-    found = knee(front, study.objectives)
-    only = points[0] if len(points) == 1 else None  # no other is as good in anything
-    chosen = points[front.index(found.row)] if found.row is not None else only
+    found = recommend(points, study.objectives)
+    chosen = found.row
     return Findings(
         _asked(study),
         _found(points) if points else ("No configuration is on the front: none was measured and feasible.",),

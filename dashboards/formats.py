@@ -36,6 +36,8 @@ class Table:
     """Lines below the table."""
     data_columns: tuple[Column, ...] = ()
     """Of the data formats, where they have more than `columns`."""
+    dispensable: tuple[str, ...] = ()
+    """Keys of columns that a terminal too narrow for all can do without, the first first."""
 
     @cached_property
     def cells(self) -> list[list[str]]:

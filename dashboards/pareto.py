@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from streamllm.errors import UsageError
+from streamllm.printing import say
 
-from .columns import Column, shown_columns
+from .columns import shown_columns
 from .formats import FORMATS, Table
 from .front import Row
+from .recommendation import percent
 from .study import StudyResults, load_study
-from .table import pareto_table
-
-if TYPE_CHECKING:
-    import rich.table
+from .table import dispensable, pareto_table
+from .terminal import Line, View, lines, wrapped
 
 _EXAMPLES = """examples:
-  python -m dashboards.pareto testbed-testbed-default --knee
+  python -m dashboards.pareto testbed-testbed-default --max-ppl-increase 3
   python -m dashboards.pareto STUDY --format latex,parquet --all
   python -m dashboards.pareto STUDY OTHER --output tables --where "backend = 'flash' and ppl_increase_percent < 3"
 """
@@ -49,16 +50,15 @@ def write(table: Table, formats: Sequence[str], folder: Path, stem: str = "paret
 
 
 def print_table(study: StudyResults, everything: bool = False) -> None:
-    """The table on stdout, the baseline as its last row; as wide as it needs to be where stdout is no terminal."""
+    """The table on stdout, the recommended row marked, the baseline as its last."""
     rows = study.trials if everything else study.front
     what = f"{len(rows)} trials" if everything else f"Pareto front: {len(rows)} of {len(study.trials)} trials"
     show(pareto_table([study], everything), what)
 
 
-def rich_table(rows: Sequence[Row], title: str, columns: Sequence[Column] | None = None) -> rich.table.Table:
-    """For a terminal."""
-    columns = shown_columns(rows) if columns is None else columns
-    return _rich_table([[column.text(row) for column in columns] for row in rows], title, columns)
+def rich_table(rows: Sequence[Row], title: str, objectives: Collection[str] = ()) -> View:
+    """For a live view."""
+    return View(Table(title, (), shown_columns(rows, objectives), rows, dispensable=dispensable(objectives)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -66,15 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         formats = parse_formats(arguments.format)
         studies = [load_study(study) for study in arguments.study]
-        table = pareto_table(studies, arguments.all, arguments.where, arguments.knee)
+        limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
+        table = pareto_table(studies, arguments.all, arguments.where, limit)
         here = studies[0].folder if len(studies) == 1 else Path()
         paths = write(table, formats, arguments.output or here)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    show(table, "\n".join(table.summary))
-    print(*table.notes, sep="\n")
-    print("written:", *paths)
+    show(table, "\n".join(table.summary), table.notes)
+    say(" ".join(("written:", *map(str, paths))))
     return 0
 
 
@@ -106,41 +106,39 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="CONDITION",
         help="only trials such as backend = 'flash' and ppl_increase_percent < 3; the front is theirs",
     )
-    parser.add_argument("--knee", action="store_true", help="mark the recommended point, say why and how to repeat it")
+    parser.add_argument(
+        "--max-ppl-increase",
+        metavar="PERCENT",
+        help="recommend the fastest whose perplexity is at most so much above re-computation's",
+    )
+    parser.add_argument("--knee", action="store_true", help="changes nothing: the recommended point is always marked")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where files are written (the study's folder; of several, here)"
     )
     return parser.parse_args(argv)
 
 
-def show(table: Table, title: str) -> None:
-    """On stdout; as wide as it needs to be where that is no terminal."""
+def show(table: Table, title: str, notes: Sequence[str] = ()) -> None:
+    """On stdout: on a terminal the first rows, as wide as that is; elsewhere all, as wide as they need to be."""
     from rich.console import Console
-
-    cells = table.cells
-    if len(table.rows) > _SHOWN:
-        cells = cells[:_SHOWN] + cells[len(table.rows) :]
-        title += f"; the first {_SHOWN} of {len(table.rows)} rows, all are in the files"
-    console = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 200)
-    console.print(_rich_table(cells, title, table.columns))
-
-
-def _rich_table(cells: Sequence[Sequence[str]], title: str, columns: Sequence[Column]) -> rich.table.Table:
-    import rich.table
-    from rich import box
     from rich.text import Text
 
-    table = rich.table.Table(
-        title=Text(title), title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_style="italic"
-    )
-    for column in columns:
-        header = column.header.replace(", ", ",\n") + (f"\n({column.unit})" if column.unit else "")
-        table.add_column(
-            Text(header), justify="left" if column.words else "right", no_wrap=column.key != "compress_every"
-        )
-    for line in cells:
-        table.add_row(*(Text(text) for text in line))
-    return table
+    terminal = sys.stdout.isatty()
+    width = shutil.get_terminal_size().columns if terminal else None
+    if terminal and len(table.rows) > _SHOWN:
+        title += f"; the first {_SHOWN} of {len(table.rows)} rows, all are in the files"
+        table = replace(table, rows=table.rows[:_SHOWN])
+    text = [
+        *(Line(line, "italic") for line in wrapped(title, width)),
+        *lines(table, width),
+        Line(""),
+        *(Line(line) for note in notes for line in wrapped(note, width)),
+    ]
+    console = Console(highlight=False, markup=False)
+    with console.capture() as captured:  # a console that prints ends the process where nobody reads
+        for line in text:
+            console.print(Text(line.text, line.style), soft_wrap=True)
+    say(captured.get().rstrip("\n") + "\n" * (not notes))
 
 
 if __name__ == "__main__":

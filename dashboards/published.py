@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamllm.errors import UsageError
+from streamllm.printing import say
 
 from .columns import BY_KEY, Column
 from .formats import FORMATS, Table
@@ -108,9 +109,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     table = published_table(study)
-    show(table, table.title)
-    print(*table.notes, sep="\n")
-    print("written:", *paths)
+    show(table, table.title, table.notes)
+    say(" ".join(("written:", *map(str, paths))))
     return 0
 
 

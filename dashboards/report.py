@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from streamllm.errors import UsageError
+from streamllm.printing import say
 
 from .columns import COLUMNS, Column, shown_columns
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
@@ -304,7 +305,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    say(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from streamllm.errors import UsageError
+from streamllm.printing import say
 
 from .columns import BY_KEY, Column
 from .evaluations import read_results
@@ -93,7 +94,7 @@ def _format(name: str | None, file: Path | None) -> str:
 def _write(content: str | bytes, file: Path | None) -> None:
     data = content.encode() if isinstance(content, str) else content
     if file is None:
-        sys.stdout.buffer.write(data)
+        say(data)
         return
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

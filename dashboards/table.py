@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from streamllm.errors import UsageError
 
@@ -10,42 +10,57 @@ from .columns import COLUMNS, shown_columns
 from .filters import select
 from .formats import Table
 from .front import Row, dominators, objective_values
-from .knee import Knee, knee, reproduce_command
+from .recommendation import advice, recommend
 from .study import StudyResults
 
 _PLACES = ("front", "dominated", "unconfirmed", "not finite", "infeasible", "failed")
 """In the order in which they are listed. unconfirmed: not dominated, but by what only the search measured."""
+_DISPENSABLE = ("perplexity", "peak_kv", "ppl_increase_percent", "front_probability", "speedup", "tpot_ms")
+"""Unless it is an objective."""
+_REASONS = 8
+"""Listed, and trials listed with each."""
 
 
 def pareto_table(
-    studies: Sequence[StudyResults], everything: bool = False, where: str | None = None, recommend: bool = False
+    studies: Sequence[StudyResults],
+    everything: bool = False,
+    where: str | None = None,
+    max_ppl_increase: float | None = None,
 ) -> Table:
-    """The fronts of the studies, each of those of its trials that meet `where`; with `everything` the other trials as
-    well, each with the one of the front that dominates it; with `recommend` the knees are marked. Raises UsageError."""
+    """The fronts of the studies, each of those of its trials that meet `where`, with what is recommended; with
+    `everything` the other trials as well, each with the one of the front that dominates it. Raises UsageError.
+
+    max_ppl_increase: of what is recommended, over re-computation, in percent."""
     chosen = [filtered(study, where) for study in studies]
     if where is not None and not any(study.trials for study in chosen):
         raise UsageError(f"where {where!r}: none of the {sum(len(study.trials) for study in studies)} trials is such")
     fronts = [study.front for study in chosen]
-    rows, baselines, advice = [], [], []
+    rows, baselines, advised = [], [], []
     for study, front, name in zip(chosen, fronts, _names(studies), strict=True):
         more = {"study": name} if name else {}
-        found = knee(front, study.objectives) if recommend else None
-        marked = found.row["trial"] if found is not None and found.row is not None else None
+        found = recommend(front, study.objectives, max_ppl_increase)
+        marked = found.row["trial"] if found.row is not None else None
         for row in _placed(study, front) if everything else front:
-            rows.append({**row, **more, **({"recommended": "knee"} if row["trial"] == marked else {})})
-        if found is not None:
-            advice += [f"{name}: {text}" if name else text for text in _advice(study, found)]
+            rows.append({**row, **more, **({"recommended": found.kind} if row["trial"] == marked else {})})
+        advised += [f"{name}: {text}" if name and text == found.why else text for text in advice(study, found)]
         if study.baseline is not None:
             baselines.append({**study.baseline, **more})
+    objectives = {name for study in studies for name in study.objectives}
     return Table(
         title=f"{'Trials' if everything else 'Pareto front'} of {', '.join(dict.fromkeys(s.name for s in studies))}",
         summary=tuple(_summary(*of, where) for of in zip(studies, chosen, fronts, strict=True)),
-        columns=shown_columns(rows, {name for study in studies for name in study.objectives}),
+        columns=shown_columns(rows, objectives),
         rows=rows,
         baselines=baselines,
-        notes=(*_notes(rows), *advice),
+        notes=(*_notes(rows), *_reasons(rows), *advised),
         data_columns=tuple(c for c in COLUMNS if any(c.key in row for row in rows)) or COLUMNS,
+        dispensable=dispensable(objectives),
     )
+
+
+def dispensable(objectives: Collection[str]) -> tuple[str, ...]:
+    """Keys of columns that a narrow terminal can do without, the first first."""
+    return tuple(name for name in _DISPENSABLE if name not in objectives)
 
 
 def filtered(study: StudyResults, where: str | None) -> StudyResults:
@@ -105,7 +120,22 @@ def _notes(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _advice(study: StudyResults, found: Knee) -> list[str]:
-    if found.row is None:
-        return [found.why]
-    return [found.why, f"Measured again by: {reproduce_command(study, found.row)}"]
+def _reasons(rows: Sequence[Row]) -> list[str]:
+    """Why trials failed or are infeasible, each reason once; of a listing of all trials."""
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        place = row.get("place")
+        why = {"failed": row.get("reason"), "infeasible": row.get("violated")}.get(str(place))
+        if why:
+            lines.setdefault(f"{place}: {' '.join(str(why).split())}", []).append(_trial(row))
+    said = [f"{text} ({'trials' if trials[1:] else 'trial'} {_some(trials)})" for text, trials in lines.items()]
+    more = [f"{len(said) - _REASONS} other reasons"] if len(said) > _REASONS else []
+    return [f"{text[0].upper()}{text[1:]}" for text in said[:_REASONS]] + more
+
+
+def _trial(row: Row) -> str:
+    return f"{row['study']} {row['trial']}" if "study" in row else str(row["trial"])
+
+
+def _some(trials: Sequence[str]) -> str:
+    return ", ".join(trials[:_REASONS]) + (f" and {len(trials) - _REASONS} more" if trials[_REASONS:] else "")

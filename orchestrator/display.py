@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from typing import Any, Protocol
 
@@ -15,6 +16,7 @@ from rich.text import Text
 from dashboards.front import Row, hypervolume, pareto_front
 from dashboards.pareto import rich_table
 from search_spaces import OBJECTIVES
+from streamllm.printing import discard
 
 from .plot import Plot
 from .results import BASELINE
@@ -37,6 +39,12 @@ class Backlog(Protocol):
     def problem(self) -> str | None: ...
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Nobody reads any more: the sweep goes on."""
+        discard(sys.stderr)
+
+
 class Display:
     """An observer of the sweep. Use as a context manager; everything goes to stderr, so that stdout is the result's."""
 
@@ -48,7 +56,7 @@ class Display:
         tracking: Backlog,
         console: Console | None = None,
     ) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
+        self.console = console or _Console(stderr=True, highlight=False)
         self._total = trials
         self._resumed = len(rows)
         self._objectives = {name: OBJECTIVES[name] for name in objectives}
@@ -127,7 +135,7 @@ class Display:
         parts: list[Any] = [self._progress(), self._workers()]
         if (plot := self._plot()) is not None:
             parts.append(plot)
-        parts.append(rich_table(self._front[:_FRONT_ROWS], self._title()))
+        parts.append(rich_table(self._front[:_FRONT_ROWS], self._title(), self._objectives))
         if (mlflow := self._mlflow()) is not None:
             parts.append(Text(mlflow, style="yellow" if self._tracking.problem else "dim"))
         return Group(*parts)

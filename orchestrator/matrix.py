@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
+from streamllm.printing import say
 
 from .lease import computing_lease, study_lease, timing_lease
 from .matrix_plan import Document, MatrixPlan, Planned, cost, describe, make_plan
@@ -41,7 +42,7 @@ def run_matrix(arguments: argparse.Namespace) -> int:
     """The exit code: 1 if a cell failed. Raises UsageError."""
     plan = make_plan(arguments)
     if arguments.dry_run:
-        print(describe(plan))
+        say(describe(plan))
         return 0
     plan.folder.mkdir(parents=True, exist_ok=True)
     with study_lease(plan.folder):
@@ -263,8 +264,7 @@ def _conclude(plan: MatrixPlan, documents: Sequence[Document]) -> None:
     columns = {protocol: plan.matrix.shown(protocol) for protocol in ("fast", "decode-loop", "chunked")}
     paths = []
     for suffix, table in matrix_tables(plan.matrix.name, plan.matrix.description, documents, columns).items():
-        show(table, "\n".join((table.title, *table.summary)))
-        print(*table.notes, "", sep="\n")
+        show(table, "\n".join((table.title, *table.summary)), (*table.notes, ""))
         paths += write(table, _FORMATS, plan.folder, f"{plan.matrix.name}{suffix}")
     if set(plan.matrix.varying()) <= _TOLD:
         rows = [row for row in matrix_rows(documents) if row["state"] == "complete"]
@@ -273,9 +273,9 @@ def _conclude(plan: MatrixPlan, documents: Sequence[Document]) -> None:
     missing = Counter(document["state"] for document in documents if document["state"] != "complete")
     if missing:
         states = ", ".join(f"{count} {state}" for state, count in missing.items())
-        print(f"not measured: {states}, of {len(plan.cells)} cells; the same command tries them again")
-    print("results  ", plan.folder / "results")
-    print("written  ", *(path.relative_to(plan.folder) for path in paths))
+        say(f"not measured: {states}, of {len(plan.cells)} cells; the same command tries them again")
+    say(f"results   {plan.folder / 'results'}")
+    say(" ".join(("written  ", *(str(path.relative_to(plan.folder)) for path in paths))))
 
 
 def _say_outcome(plan: MatrixPlan, planned: Planned, document: Document) -> None:
@@ -312,4 +312,4 @@ def _method(method: str) -> str:
 
 
 def _info(message: str) -> None:
-    print(f"[INFO] {message}", file=sys.stderr, flush=True)
+    say(f"[INFO] {message}", sys.stderr)

@@ -14,6 +14,7 @@ from search_spaces import SHIPPED, is_matrix, load_space
 from streamllm.arguments import add_model_arguments, add_text_arguments, text_source
 from streamllm.environment import HELP, read_env_file
 from streamllm.errors import UsageError
+from streamllm.printing import say
 
 from .options import SAMPLERS
 
@@ -191,7 +192,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             from .dry_run import describe
 
-            print(describe(configuration, arguments.address, arguments.cpus_per_worker))
+            say(describe(configuration, arguments.address, arguments.cpus_per_worker))
             return 0
         configuration.output.mkdir(parents=True, exist_ok=True)
         with study_lease(configuration.output):
@@ -332,7 +333,7 @@ def _conclude(configuration: SweepConfiguration, tracker: Any, display: Any) -> 
             f"{_python()} -m orchestrator.sync {configuration.output}"
         )
     if results.trials:
-        print(_next_steps(configuration))
+        say(_next_steps(configuration))
 
 
 def _next_steps(configuration: SweepConfiguration) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from streamllm.errors import UsageError
+from streamllm.printing import say
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -62,7 +63,7 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
         return 1
     for reason in projection.refused:
         print(f"error: MLflow refuses {reason}", file=sys.stderr)
-    print(f"{results.name}: {len(rows)} runs in MLflow, {projection.logged} of them logged or completed just now")
+    say(f"{results.name}: {len(rows)} runs in MLflow, {projection.logged} of them logged or completed just now")
     return 1 if projection.refused else 0
 
 

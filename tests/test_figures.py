@@ -52,7 +52,7 @@ def test_the_front_with_all_trials_intervals_knee_and_hypervolume(tmp_path):
     horizontal, vertical = (lines.get_segments() for lines in front.lines[2])
     assert horizontal[1].ravel().tolist() == pytest.approx([2.7, 2.0, 3.3, 2.0])
     assert vertical[1].tolist() == [[3.0, 1.0], [3.0, 3.0]]
-    assert "knee: recommended" in texts(figure)
+    assert "recommended" in texts(figure)
     # up to (9, 30): (9-3)(30-2) + (9-6)(2-1.5), the ends being no better than the corner in one of them
     assert axes.get_title(loc="left").endswith("hypervolume up to the worst trial 169.5; lines are 95% intervals")
     assert {text.get_text() for text in axes.texts} == {"0", "3", "1", "4"}

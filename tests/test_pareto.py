@@ -17,8 +17,8 @@ import pytest
 from dashboards.columns import BY_KEY, Column, interval_decimals
 from dashboards.filters import select
 from dashboards.formats import FORMATS, Table, latex
-from dashboards.knee import knee, reproduce_command
 from dashboards.pareto import main
+from dashboards.recommendation import reproduce_command
 from dashboards.study import load_study
 from dashboards.table import pareto_table
 from streamllm.arguments import given_policy
@@ -26,7 +26,7 @@ from streamllm.commands import evaluate
 from streamllm.policy import EvictionPolicy
 
 from .conftest import GOLDEN
-from .made_studies import OBJECTIVES, failed, row, write_study
+from .made_studies import failed, row, write_study
 
 FRONT = [
     row(7, 2.0, 9.0, method="ring", compress_every=64),
@@ -89,9 +89,9 @@ def test_without_trials_or_without_a_front(tmp_path):
     lost = load_study(str(write_study(tmp_path, [failed(0), row(1, math.nan, 1.0)], "lost")))
     for form in FORMATS.values():
         for everything in (False, True):
-            assert form.write(pareto_table([empty, lost], everything, recommend=True))
+            assert form.write(pareto_table([empty, lost], everything))
     assert numbers(pareto_table([lost], everything=True)) == [1, 0]
-    assert "the front is empty" in pareto_table([lost], recommend=True).notes[-1]
+    assert "the front is empty" in pareto_table([lost]).notes[-1]
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_what_a_cell_says():
 
 
 def test_every_format_is_read_back_as_the_same_rows(study, capsys):
-    assert main(["s", "--all", "--format", "md,csv,latex,json,parquet,html", "--knee"]) == 0
-    table = pareto_table([study], everything=True, recommend=True)
+    assert main(["s", "--all", "--format", "md,csv,latex,json,parquet,html"]) == 0
+    table = pareto_table([study], everything=True)
     trials, times = numbers(table), [row.get("tpot_ms") for row in table.rows]
     folder = study.folder
     frames = [pd.read_csv(folder / "pareto.csv"), pd.read_json(folder / "pareto.json", dtype_backend="numpy_nullable")]
@@ -302,7 +302,9 @@ def test_several_studies_side_by_side(study, tmp_path, capsys):
     ]
     assert main(["s", str(other), "--format", "csv", "--output", "deep/er"]) == 0
     assert Path("deep/er/pareto.csv").read_text() == Path("pareto.csv").read_text()
-    assert "other: No knee" in "\n".join(pareto_table([study, load_study("other")], recommend=True).notes)
+    notes = pareto_table([study, load_study("other")]).notes
+    assert [note.split(" is")[0] for note in notes if "recommended" in note] == ["s: Trial 4", "other: Trial 0"]
+    assert sum(note.startswith("Measured again by: python -m streamllm evaluate") for note in notes) == 2
 
 
 @pytest.mark.parametrize(
@@ -311,51 +313,49 @@ def test_several_studies_side_by_side(study, tmp_path, capsys):
         (["s", "--format", "xls"], "format 'xls': must be one of md, csv, latex, json, parquet, html"),
         (["none"], "study 'none': neither a folder with results nor one of sweeps/ (s)"),
         (["s", "--output", "/dev/null/x"], "cannot be written"),
+        (
+            ["s", "--max-ppl-increase", "3%"],
+            "max-ppl-increase '3%': must be a number of percent above -100, for example 3",
+        ),
+        (["s", "--max-ppl-increase", "nan"], "max-ppl-increase 'nan': must be"),
+        (["s", "--max-ppl-increase", "-100"], "max-ppl-increase '-100': must be"),
+        (["s", "--max-ppl-increase", "inf"], "max-ppl-increase 'inf': must be"),
     ],
 )
 def test_bad_input(study, arguments, message, capsys):
     assert main(arguments) == 2
-    assert message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
 
 
-def test_the_knee_is_farthest_from_the_line_between_the_ends():
-    front = [row(0, 1.0, 10.0), row(1, 2.0, 4.0), row(2, 3.0, 3.0), row(3, 11.0, 0.0)]  # bends 0.5, 0.5, 0.5
-    deepest = row(4, 2.0, 3.0)
-    found = knee([front[0], front[1] | {"ppl_increase_percent": 5.0}, deepest, front[3]], OBJECTIVES)
-    assert found.row is deepest and "trials" not in found.why
-    assert found.why == (
-        "Trial 4 is recommended, the front's knee: of its 4 points the farthest from the straight line between the "
-        "best in each objective (60% of the way to being best in all), with ms/token 2.00 [1.80, 2.20] where the best "
-        "has 1.00 [0.90, 1.10], and PPL increase % 3.0 [2.0, 4.0] where the best has 0.0 [-1.0, 1.0]."
-    )
-    assert (
-        knee([{**one, "confirmed_tpot_ms": 9.0} if one["trial"] == 1 else one for one in front], OBJECTIVES).row
-        is front[2]
-    )
-    flipped = [{**one, "speedup": -one["tpot_ms"]} for one in (front[0], front[3], deepest)]
-    assert knee(flipped, {"ppl_increase_percent": "minimize", "speedup": "maximize"}).row["trial"] == 4
+def test_what_is_recommended_is_always_marked_said_and_can_be_limited(study, capsys):
+    for arguments in (["s"], ["s", "--knee"]):
+        assert main(arguments) == 0
+        out = capsys.readouterr().out
+        assert "\n*4  ours" in out and out.count("*") == 1
+        assert "Trial 4 is recommended, the front's knee" in out
+        assert "\nMeasured again by: python -m streamllm evaluate --mode both --model testbed" in out
+        marked = pd.read_csv("sweeps/s/pareto.csv").set_index("trial")["recommended"].dropna()
+        assert marked.to_dict() == {4: "knee"}
+    assert main(["s", "--max-ppl-increase", "-0.5"]) == 0
+    out = capsys.readouterr().out
+    assert "\n*1  ours" in out and "perplexity is at most -0.5% above re-computation's" in out
+    assert "--n-sink 8" in out
 
 
-@pytest.mark.parametrize(
-    ("front", "why"),
-    [
-        ([], "No knee: the front is empty."),
-        ([row(0, 1.0, 1.0), row(1, 1.0, 1.0)], "No knee: the front is one point."),
-        ([row(0, 1.0, 3.0), row(1, 2.0, 1.0)], "No knee: the front has two points only, its ends."),
-        ([row(0, 1.0, 3.0), row(1, 2.0, 1.99), row(2, 3.0, 1.0)], "No knee: no point of the front lies below"),
-        ([row(0, 1.0, 3.0), row(1, 2.5, 2.5), row(2, 3.0, 1.0)], "No knee: no point of the front lies below"),
-    ],
-)
-def test_there_may_be_no_knee(front, why):
-    found = knee(front, OBJECTIVES)
-    assert found.row is None and found.why.startswith(why)
-
-
-def test_the_knee_of_three_objectives():
-    objectives = OBJECTIVES | {"peak_kv": "minimize"}
-    ends = [row(0, 1.0, 9.0, peak_kv=90), row(1, 9.0, 1.0, peak_kv=90), row(2, 9.0, 9.0, peak_kv=10)]
-    middle = row(3, 2.0, 2.0, peak_kv=20)
-    assert knee([*ends, middle], objectives).row is middle
+def test_why_trials_failed_is_said_once_for_each_reason(tmp_path):
+    trials = [row(0, 1.0, 1.0), failed(1, reason="A  long\nreason"), failed(2, reason="A  long\nreason"), failed(3)]
+    trials += [row(4, 0.5, 0.5, feasible=False, violated="speedup >= 99")]
+    study = load_study(str(write_study(tmp_path, trials)))
+    notes = pareto_table([study], everything=True).notes
+    assert "Failed: A long reason (trials 1, 2)" in notes and "Failed: MemoryError: no room (trial 3)" in notes
+    assert "Infeasible: speedup >= 99 (trial 4)" in notes
+    assert not any("reason" in note for note in pareto_table([study]).notes)
+    many = load_study(str(write_study(tmp_path, [failed(n, reason=f"no {n}") for n in range(30)], "many")))
+    notes = pareto_table([many], everything=True).notes
+    assert sum(note.startswith("Failed") for note in notes) == 8 and "22 other reasons" in notes
+    alike = load_study(str(write_study(tmp_path, [failed(n) for n in range(30)], "alike")))
+    assert "(trials 0, 1, 2, 3, 4, 5, 6, 7 and 22 more)" in "\n".join(pareto_table([alike], everything=True).notes)
 
 
 def parsed(command):

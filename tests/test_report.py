@@ -143,7 +143,7 @@ def test_a_free_fastest_is_said_once_and_less_perplexity_is_called_so(tmp_path):
     assert found.found == (
         "10.0 times as fast as re-computing with 2.0% less perplexity [-3.0, -1.0] (trial 0): the fastest.",
     )
-    assert found.recommended["trial"] == 0 and "one point" in found.why
+    assert found.recommended["trial"] == 0 and "alone is on the front" in found.why
     assert costs_nothing(row(0, 1.0, 1.0)) and not costs_nothing(row(0, 1.0, 1.01))
 
 

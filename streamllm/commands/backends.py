@@ -8,6 +8,7 @@ import argparse
 import json
 
 from ..options import DTYPES
+from ..printing import say
 
 HELP = "which attention backends run here, found out by running them"
 
@@ -36,11 +37,11 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         flash = probes["flash"]
         outcome = {"flash_enabled": flash.kernel == "flash", "smoke_test": flash.available}
-        print(json.dumps(outcome | {"backends": {name: probe.kernel for name, probe in probes.items()}}, indent=2))
+        say(json.dumps(outcome | {"backends": {name: probe.kernel for name, probe in probes.items()}}, indent=2))
         return 0
     shown = str(dtype).removeprefix("torch.")
-    print(f"{device_name(device)}, {shown}, head size {arguments.head_size}")
-    print(f"{'asked for':20}{'runs':20}why not")
+    say(f"{device_name(device)}, {shown}, head size {arguments.head_size}")
+    say(f"{'asked for':20}{'runs':20}why not")
     for name, probe in probes.items():
-        print(f"{name:20}{probe.kernel or '-':20}{probe.error or ''}".rstrip())
+        say(f"{name:20}{probe.kernel or '-':20}{probe.error or ''}".rstrip())
     return 0

@@ -22,7 +22,11 @@ from ..arguments import (
 )
 from ..baseline import average
 from ..errors import UsageError
+<<<<<<< HEAD
 from ..reference_time import with_times
+=======
+from ..printing import say
+>>>>>>> helper-b
 from ..session import baseline_runs, make_room, messages_on_stderr, open_measurements, report
 
 HELP = "measure the re-computation baseline once, for everything that is compared with it"
@@ -64,5 +68,5 @@ def run(arguments: argparse.Namespace) -> int:
     if file is not None:
         single = {"runs": records} if len(runs) > 1 else {}
         file.write_text(json.dumps({"baseline": record, **single}, indent=2) + "\n")
-    print(json.dumps(record) if arguments.json else report({"baseline": record}))
+    say(json.dumps(record) if arguments.json else report({"baseline": record}))
     return 0

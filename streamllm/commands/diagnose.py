@@ -25,6 +25,7 @@ from ..arguments import (
     text_source,
 )
 from ..policy import EvictionPolicy
+from ..printing import say
 from ..session import make_room, messages_on_stderr, open_measurements, show_progress
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
     title = f"{_title(record)}\n{record['summary']}"
     draw_diagnosis(spike, table, measurements.loaded.trained_length, title, folder / "spike.png")
     (folder / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(record) if arguments.json else _report(record, folder))
+    say(json.dumps(record) if arguments.json else _report(record, folder))
     return 0
 
 

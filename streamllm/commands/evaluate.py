@@ -28,6 +28,7 @@ from ..errors import UsageError
 from ..methods import METHODS
 from ..options import EXECUTIONS
 from ..policy import EvictionPolicy, RefreshPolicy
+from ..printing import say
 from ..reference_time import with_times
 from ..session import (
     compare_quality,
@@ -139,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.output_file is not None:
         arguments.output_file.write_text(json.dumps(result, indent=2) + "\n")
     asked_for = result["baseline" if arguments.mode == "baseline" else "streaming"]
-    print(json.dumps(asked_for) if arguments.json else report(result))
+    say(json.dumps(asked_for) if arguments.json else report(result))
     return 0
 
 

@@ -10,7 +10,6 @@ python -m streamllm generate --max-new-tokens 10000 > text.txt
 """
 
 import argparse
-import os
 import signal
 import sys
 import time
@@ -29,6 +28,7 @@ from ..arguments import (
 )
 from ..errors import UsageError
 from ..methods import METHODS
+from ..printing import discard, say
 
 if TYPE_CHECKING:
     from ..writing import Writer
@@ -79,8 +79,8 @@ def run(arguments: argparse.Namespace) -> int:
                     break
                 for title, writer in writers.items():
                     output.add(title, writer.write())
-        except BrokenPipeError:  # `| head` has seen enough; nothing is left to be flushed into it at exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # `| head` has seen enough
+            discard(sys.stdout)
     _summarize(writers, time.perf_counter() - started)
     return 0
 
@@ -144,9 +144,9 @@ class _Plain:
     def finish(self) -> None:
         for title, pieces in self.texts.items():
             if pieces:
-                print(f"=== {title} ===\n{''.join(pieces)}\n")
+                say(f"=== {title} ===\n{''.join(pieces)}\n")
         if len(self.texts) == 1:
-            print(flush=True)
+            say("")
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from ..errors import UsageError
 from ..methods import METHODS
 from ..options import EXECUTIONS
 from ..policy import EvictionPolicy
+from ..printing import say
 from ..session import load_model_and_text, make_room, messages_on_stderr
 
 if TYPE_CHECKING:
@@ -114,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         "trace": str(trace),
     }
     file.write_text(json.dumps(result, indent=2) + "\n")
-    print(json.dumps(result) if arguments.json else _report(result, file))
+    say(json.dumps(result) if arguments.json else _report(result, file))
     return 0
 
 

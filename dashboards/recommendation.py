@@ -1,0 +1,276 @@
+"""The recommended point of a front, why it is that one, and the command that measures it again.
+
+It is the front's knee where there is one; else the fastest that costs no quality that can be measured; else the one
+that costs least. With a limit to the perplexity increase it is the fastest within that.
+"""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from streamllm.errors import UsageError
+
+from .columns import BY_KEY, Column
+from .front import Row, objective_values
+from .study import StudyResults
+
+MEASURED_BY = "Measured again by: "
+"""Begins a line with a command."""
+
+_LEAST_BEND = 0.05
+"""Of the normalised objectives: what bends less is a straight line for all that noise lets one see."""
+_LIKELY = 0.5
+"""P(front) below which another is recommended, if one is left."""
+_COSTS = ("ppl_vs_strict_percent", "ppl_increase_percent")
+"""What is lost in quality, 0 being nothing; of a row the first that it has. The former has the narrower interval."""
+_QUALITY = (*_COSTS, "perplexity")
+_SPEED = ("tpot_ms", "speedup")
+_SUPERLATIVES = dict.fromkeys(_SPEED, "fastest") | {"peak_kv": "smallest", "peak_memory_mb": "smallest"}
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    row: Row | None
+    """None where the front is empty."""
+    kind: str
+    """knee; no cost (in quality, of the fastest); least cost, where all have one; quality unknown; only (of the front);
+    within limit; nearest to limit; none."""
+    why: str
+    """A sentence or two for people."""
+
+
+def recommend(
+    front: Sequence[Row], objectives: Mapping[str, str], max_ppl_increase: float | None = None
+) -> Recommendation:
+    """Of every front that is not empty a row.
+
+    max_ppl_increase: over re-computation, in percent; the recommended one then is the fastest within that."""
+    if not front:
+        return Recommendation(None, "none", "Nothing is recommended: the front is empty, no trial is on it.")
+    if max_ppl_increase is None:
+        return _balanced(front, objectives)
+    if not any(_is_number(row.get("ppl_increase_percent")) for row in front):
+        found = _balanced(front, objectives)
+        unknown = f"The limit of {max_ppl_increase:g}% says nothing, as no point was compared with re-computation."
+        return Recommendation(found.row, found.kind, f"{unknown} {found.why}")
+    return _within(front, objectives, max_ppl_increase)
+
+
+def advice(study: StudyResults, found: Recommendation) -> list[str]:
+    """Lines to print: why, and the command."""
+    if found.row is None:
+        return [found.why]
+    return [found.why, MEASURED_BY + reproduce_command(study, found.row)]
+
+
+def record(study: StudyResults, found: Recommendation) -> dict[str, Any]:
+    """For JSON; trial and command are None where nothing is recommended."""
+    row = found.row
+    return {
+        "trial": None if row is None else row["trial"],
+        "kind": found.kind,
+        "why": found.why,
+        "command": None if row is None else reproduce_command(study, row),
+    }
+
+
+def percent(text: str) -> float:
+    """A limit to the perplexity increase as it is typed. Raises UsageError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not -100 < value < math.inf:
+        raise UsageError(f"max-ppl-increase {text!r}: must be a number of percent above -100, for example 3")
+    return value
+
+
+def reproduce_command(study: StudyResults, row: Row) -> str:
+    """What to type to measure that trial again, beside its baseline."""
+    source = study.configuration["source"]
+    store = study.folder.parent / ".store"
+    given = {
+        "model": study.configuration["model"],
+        "dtype": row["dtype"],
+        "quantization": study.configuration["quantization"],
+        "text": source["text"],
+        "token-ids": source["token_ids"],
+        "dataset-name": source["dataset_name"],
+        "dataset-config": source["dataset_config"],
+        "offset": source["offset"],
+        "max-eval-tokens": source["max_eval_tokens"],
+        "method": row["method"],
+        "n-sink": row["n_sink"],
+        "window-size": row["window_size"],
+        "compress-every": row["compress_every"],
+        "cache-slack": row["cache_slack"],
+        "max-drop": row["max_drop"],
+        "attn-backend": row["backend_requested"],
+        "execution": row.get("execution", "eager"),
+        "threads": row.get("threads"),
+        "store": store if store != Path("sweeps/.store") else None,
+    }
+    usual = {"quantization": "none", "offset": 0, "execution": "eager"}
+    flags = [
+        f"--{flag}={value}" if str(value).startswith("-") else f"--{flag} {shlex.quote(str(value))}"
+        for flag, value in given.items()
+        if value is not None and usual.get(flag) != value
+    ]
+    return " ".join(("python -m streamllm evaluate --mode both", *flags))
+
+
+def _balanced(front: Sequence[Row], objectives: Mapping[str, str]) -> Recommendation:
+    if len(front) == 1:
+        shown = _with(front[0], (*objectives, _cost_of(front[0]), "front_probability"))
+        return _of(front[0], "only", f"it alone is on the front, no other trial beats it in anything, {shown}")
+    bends, no_knee = _bends(front, objectives)
+    if no_knee:
+        return _cheapest(front, objectives, no_knee)
+    deepest = max(bends)
+    row = front[bends.index(deepest)]
+    return Recommendation(row, "knee", _why_knee(row, front, objectives, deepest))
+
+
+def _bends(front: Sequence[Row], objectives: Mapping[str, str]) -> tuple[list[float], str]:
+    """How far each row lies from the straight line between the front's ends towards the ideal, each objective
+    normalised to 0 at the front's best and 1 at its worst (Das 1999, "On characterizing the knee of the Pareto curve");
+    with three objectives, from the plane through the corners that are worst in one of them and best in the others.
+    And why there is no knee, if there is none."""
+    points = [objective_values(row, objectives) for row in front]
+    distinct = sorted({point for point in points if point is not None})
+    if len(distinct) < 3:
+        return [], "its points are equals" if len(distinct) < 2 else "it has two points only, its ends"
+    best, worst = ([end(values) for values in zip(*distinct, strict=True)] for end in (min, max))
+    spans = [high - low or 1.0 for low, high in zip(best, worst, strict=True)]
+    bends = [
+        1 - sum((value - low) / span for value, low, span in zip(point, best, spans, strict=True))
+        for point in points
+        if point is not None  # on a front none is
+    ]
+    straight = "none of its points lies below the straight line between its ends by much"
+    return bends, straight if max(bends) < _LEAST_BEND else ""
+
+
+def _cheapest(front: Sequence[Row], objectives: Mapping[str, str], no_knee: str) -> Recommendation:
+    """Of a front without a knee."""
+    priced = [row for row in front if _cost_of(row)]
+    free = [row for row in priced if _low(row) <= 0]
+    goal = _Goal.of(objectives)
+    if free:
+        row = goal.best(_likely(free))
+        kind, why = "no cost", f"of the front's points that cost no measurable quality the {goal.superlative}"
+    elif priced:
+        row = min(_likely(priced), key=lambda one: (one[_cost_of(one)], goal.value(one)))
+        kind, why = (
+            "least cost",
+            "all points of the front cost quality, by more than their intervals, and it costs least",
+        )
+    else:
+        row = goal.best(_likely(front))
+        kind, why = "quality unknown", f"the {goal.superlative} of the front, at a cost in quality that nobody measured"
+    shown = _with(row, (goal.name, _cost_of(row), "front_probability"))
+    more = _passed_over(front, row, goal) if kind == "no cost" else ""
+    return _of(row, kind, f"{why}, {shown}; the front has no knee, as {no_knee}", more)
+
+
+def _within(front: Sequence[Row], objectives: Mapping[str, str], limit: float) -> Recommendation:
+    known = [row for row in front if _is_number(row.get("ppl_increase_percent"))]
+    inside = [row for row in known if row["ppl_increase_percent"] <= limit]
+    goal = _Goal.of(objectives)
+    names = (goal.name, "ppl_increase_percent", "front_probability")
+    if inside:
+        row = goal.best(inside)
+        why = f"the {goal.superlative} of the front whose perplexity is at most {limit:g}% above re-computation's"
+        return _of(row, "within limit", f"{why}, {_with(row, names)}")
+    row = min(known, key=lambda one: (one["ppl_increase_percent"], goal.value(one)))
+    why = (
+        f"No point of the front has a perplexity of at most {limit:g}% above re-computation's: trial {row['trial']} "
+        f"comes nearest, {_with(row, names)}."
+    )
+    return Recommendation(row, "nearest to limit", why)
+
+
+@dataclass(frozen=True, slots=True)
+class _Goal:
+    """What is wanted besides quality: the objective that is a time, or the first that is something else."""
+
+    name: str
+    direction: str
+
+    @classmethod
+    def of(cls, objectives: Mapping[str, str]) -> _Goal:
+        names = [name for name in objectives if name not in _QUALITY]
+        name = next((name for name in names if name in _SPEED), names[0] if names else _SPEED[0])
+        return cls(name, objectives.get(name, "minimize"))
+
+    @property
+    def superlative(self) -> str:
+        return _SUPERLATIVES.get(self.name, "best")
+
+    def value(self, row: Row) -> float:
+        """The less the better."""
+        return (objective_values(row, {self.name: self.direction}) or (math.inf,))[0]
+
+    def best(self, rows: Sequence[Row]) -> Row:
+        return min(rows, key=self.value)
+
+
+def _likely(rows: Sequence[Row]) -> Sequence[Row]:
+    """Those that are on the front in at least half of the draws, if any is."""
+    return [row for row in rows if row.get("front_probability", 1.0) >= _LIKELY] or rows
+
+
+def _passed_over(front: Sequence[Row], chosen: Row, goal: _Goal) -> str:
+    """A sentence about the best in what is wanted, where another was chosen."""
+    best = goal.best(front)
+    if goal.value(best) >= goal.value(chosen):
+        return ""
+    reason, name = ("is seldom on the front", "front_probability") if _low(best) <= 0 else ("costs", _cost_of(best))
+    return f"Trial {best['trial']} is the {goal.superlative}, but {reason}, {_with(best, (goal.name, name))}."
+
+
+def _cost_of(row: Row) -> str:
+    """The measure of what the row costs in quality; empty if it has none."""
+    return next((name for name in _COSTS if _is_number(row.get(name))), "")
+
+
+def _low(row: Row) -> float:
+    """The least that the row may cost in quality; NaN if that is unknown."""
+    name = _cost_of(row)
+    return float(row.get(f"{name}_low", row[name])) if name else math.nan
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _of(row: Row, kind: str, why: str, more: str = "") -> Recommendation:
+    return Recommendation(row, kind, f"Trial {row['trial']} is recommended: {why}.{f' {more}' if more else ''}")
+
+
+def _with(row: Row, names: Sequence[str]) -> str:
+    """The row's values, with intervals, of those that it has."""
+    shown = [(_column(name), row) for name in dict.fromkeys(names) if name]
+    values = [f"{column.title} {text}" for column, row in shown if (text := column.text(row))]
+    return f"with {', '.join(values[:-1])}{' and ' if values[1:] else ''}{values[-1]}" if values else ""
+
+
+def _column(name: str) -> Column:
+    return BY_KEY.get(name, Column(name, name, "", 2, interval=True))
+
+
+def _why_knee(row: Row, front: Sequence[Row], objectives: Mapping[str, str], bend: float) -> str:
+    shown = []
+    for name, direction in objectives.items():
+        column, best = _column(name), (max if direction == "maximize" else min)(front, key=lambda one: one[name])
+        shown.append(f"{column.title} {column.text(row)} where the best has {column.text(best)}")
+    return (
+        f"Trial {row['trial']} is recommended, the front's knee: of its {len(front)} points the farthest from the "
+        f"straight line between the best in each objective ({bend:.0%} of the way to being best in all), with "
+        f"{', and '.join(shown)}."
+    )

@@ -1,0 +1,30 @@
+"""What commands print on standard output, which may be a pipe that nobody reads to its end."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import TextIO
+
+
+def say(content: str | bytes, stream: TextIO | None = None) -> None:
+    """Writes a text and the end of its line, or bytes as they are, to stdout or the given stream, at once.
+
+    Where the reader has gone (`| head`) it goes nowhere, like all that is written there from then on."""
+    stream = sys.stdout if stream is None else stream
+    try:
+        if isinstance(content, bytes):
+            stream.buffer.write(content)
+            stream.flush()
+        else:
+            print(content, file=stream, flush=True)
+    except BrokenPipeError:
+        discard(stream)
+
+
+def discard(stream: TextIO) -> None:
+    """From now on what is written to the stream, and what it still holds, goes nowhere. The interpreter flushes it at
+    exit, and would complain if it could not."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

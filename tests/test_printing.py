@@ -1,0 +1,117 @@
+"""Commands whose output nobody reads to its end: `| head`. They end quietly, their files are written all the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from streamllm.printing import say
+
+from .conftest import GOLDEN
+from .made_studies import row, write_study
+from .test_sweep import arguments, folder, runs_of  # noqa: F401
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--max-eval-tokens", "120"]
+
+
+def unread(directory, module, *arguments, errors_too=False):
+    """Runs the command with a standard output whose reader has gone before anything is written. What it says on
+    standard error; None if nobody reads that either."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    process = subprocess.Popen(
+        [sys.executable, *(("-m", module) if module else ("-c",)), *arguments],
+        cwd=directory,
+        stdout=writing,
+        stderr=writing if errors_too else subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )
+    os.close(writing)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said
+    return said
+
+
+@pytest.fixture
+def study(tmp_path):
+    trials = [row(n, 9.0 - n, n) for n in range(3)]
+    return write_study(tmp_path, trials, space={"name": "paper", "cap_accounting": "nominal"})
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "written"),
+    [
+        ("dashboards.pareto", ["--all", "--format", "md,csv"], ["pareto.md", "pareto.csv"]),
+        ("dashboards.published", [], ["published.md", "published.tex"]),
+        ("dashboards.figures", ["--format", "png"], ["pareto.png"]),
+        ("dashboards.report", [], ["report.html"]),
+    ],
+)
+def test_dashboards_end_quietly_and_write_their_files(study, tmp_path, module, arguments, written):
+    assert unread(tmp_path, module, "s", *arguments) == ""
+    assert all((study / name).is_file() for name in written)
+
+
+def test_a_head_gets_its_line(study, tmp_path):
+    command = f"{sys.executable} -m dashboards.pareto s | head -1"
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert (done.stdout, done.stderr) == ("m on d, study s: 3 of 3 trials are on the front\n", "")
+
+
+def test_a_table_of_results_ends_quietly(tmp_path):
+    result = {"streaming": row(0, 9.0, 1.0), "baseline": row("baseline", 40.0, 0.0, method="recompute")}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "one.json").write_text(json.dumps(result))
+    assert unread(tmp_path, "dashboards.summarize", "results") == ""
+    assert unread(tmp_path, "dashboards.summarize", "results", "--format", "parquet") == ""
+
+
+@pytest.mark.parametrize("command", [["evaluate", "--window-size", "40"], ["backends"]])
+def test_reports_of_the_engine_end_quietly(tmp_path, command):
+    file = ["--output-file", "r.json", "--threads", "1", *TINY] if command[0] == "evaluate" else []
+    assert "BrokenPipe" not in unread(tmp_path, "streamllm", *command, *file)
+    assert not file or (tmp_path / "r.json").is_file()
+
+
+def test_a_sweep_goes_on_to_its_end(folder):  # noqa: F811
+    said = unread(folder, "orchestrator.sweep", *arguments("--trials", "2", "--workers", "1"))
+    assert "Broken" not in said and "warning" not in said
+    output = folder / "sweeps/s"
+    assert json.loads((output / "outcome.json").read_text())["status"] == "FINISHED"
+    assert (output / "report.html").is_file() and (output / "pareto.md").is_file()
+    runs = runs_of(folder)
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.info.status == "FINISHED" and len(runs) == 4
+
+
+def test_a_matrix_goes_on_to_its_end_though_nobody_reads_its_errors_either(tmp_path):
+    (tmp_path / "m.yaml").write_text("cap: 60\nmatrix: {dtype: [float32]}\n")
+    unread(tmp_path, "orchestrator.sweep", *TINY, "--space", "m.yaml", "--study", "s", errors_too=True)
+    assert (tmp_path / "sweeps/s/m.md").is_file()
+
+
+def test_nor_does_a_sweep_end_because_nobody_reads_what_it_notes(tmp_path):
+    code = """
+from pathlib import Path
+from orchestrator.display import Display
+display = Display(1, [], ("tpot_ms", "perplexity"), None)
+with display:
+    for _ in range(3):
+        display.note("a line")
+Path("end").touch()
+"""
+    unread(tmp_path, None, code, errors_too=True)
+    assert (tmp_path / "end").exists()
+
+
+def test_what_is_said_is_there_at_once(capfdbinary):
+    say("é\nsecond")
+    say(b"\xff\x00")
+    assert capfdbinary.readouterr().out == "é\nsecond\n".encode() + b"\xff\x00"
