@@ -180,7 +180,9 @@ class WorkerPool:
             num_gpus=1 if self._on_accelerators else 0,
             num_cpus=0 if self._on_accelerators else self._cores,
             name=None,
-            runtime_env={"env_vars": {"OMP_WAIT_POLICY": "PASSIVE", "OMP_NUM_THREADS": str(self._cores)}},
+            runtime_env={  # a node of a cluster does not inherit this process's environment
+                "env_vars": {"OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"], "OMP_NUM_THREADS": str(self._cores)}
+            },
         )
         handle = actor.remote(self._setup, self._cores, this_process())
         self._workers[index] = _Worker(handle, "pending", 0.0, -1, deaths)

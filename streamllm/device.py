@@ -123,10 +123,16 @@ def device_name(device: torch.device) -> str:
 
 
 def limit_threads(count: int | None) -> None:
-    """Keeps torch to `count` threads; OpenMP must not spin where processes share cores."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    """Keeps torch to `count` threads; None leaves it its own choice."""
     if count is not None:
         torch.set_num_threads(count)
+
+
+def cpu_capability() -> str:
+    """The vector instructions of torch's own CPU kernels here: DEFAULT, AVX2, AVX512 or another architecture's.
+
+    The environment variable ATEN_CPU_CAPABILITY can only lower it. Results differ in their last digits."""
+    return torch.backends.cpu.get_cpu_capability()
 
 
 @cache

@@ -2,11 +2,14 @@
 
 STREAMLLM_MODEL and STREAMLLM_DATASET are the defaults of --model and --dataset-name; in the folder STREAMLLM_DATA data
 sets are looked for before the hub is asked; FLASH_SDPA and the Hugging Face libraries' own HF_* are as everywhere.
+OMP_WAIT_POLICY is PASSIVE unless the environment, not the file, says otherwise.
 """
 
 from __future__ import annotations
 
 import os
+import sys
+import warnings
 from pathlib import Path
 
 from .errors import UsageError
@@ -34,6 +37,24 @@ def read_env_file(path: Path = Path(".env")) -> None:
             raise UsageError(f"{path}: unknown name {name!r}; must be one of {', '.join(NAMES)}, FLASH_SDPA or HF_*")
         if value is not None and (name in NAMES or name == "FLASH_SDPA" or name.startswith("HF_")):
             os.environ.setdefault(name, value)
+
+
+def wait_passively() -> None:
+    """Has OpenMP's threads sleep while they wait, unless OMP_WAIT_POLICY is set already. By default they spin, and
+    where processes share cores a token then takes several times as long.
+
+    OpenMP reads the variable once, when torch is imported, so importing `streamllm` calls this, before any command can
+    load torch. In a program that has imported torch before, only the processes that it starts obey: it is warned. The
+    cure is to import `streamllm` first, or to set the variable outside; either value silences the warning."""
+    if "OMP_WAIT_POLICY" in os.environ:
+        return
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    if "torch" in sys.modules:
+        warnings.warn(
+            "torch was imported before streamllm: OMP_WAIT_POLICY=PASSIVE comes too late for this process, whose "
+            "waiting threads take cores from others; import streamllm first, or set the variable outside",
+            stacklevel=3,
+        )
 
 
 def default_model() -> str:
