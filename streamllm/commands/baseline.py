@@ -22,11 +22,8 @@ from ..arguments import (
 )
 from ..baseline import average
 from ..errors import UsageError
-<<<<<<< HEAD
-from ..reference_time import with_times
-=======
 from ..printing import say
->>>>>>> helper-b
+from ..reference_time import with_times
 from ..session import baseline_runs, make_room, messages_on_stderr, open_measurements, report
 
 HELP = "measure the re-computation baseline once, for everything that is compared with it"
