@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 KNOBS = ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop")
 LETTERS = dict(zip(KNOBS, "SWRσδ", strict=True))
-_METRICS = ("tpot_ms", "ppl_increase_percent")
+_QUALITIES = ("ppl_vs_strict_percent", "ppl_increase_percent")
+"""The first that the rows have is shown."""
 _LINES = 4
 """Shown at most: those with the most values."""
 
@@ -25,9 +26,11 @@ def ablation(rows: Sequence[Row], knob: str) -> Figure:
     lines = ablation_lines(rows, knob)
     if not lines:
         raise NoDataError(f"no two trials that differ in {knob} alone")
+    every = [row for _, line in lines for row in line]
+    quality = next((name for name in _QUALITIES if all(name in row for row in every)), _QUALITIES[-1])
     figure = new_figure(8.4, 3.4)
-    panels = figure.subplots(1, len(_METRICS))
-    for metric, axes in zip(_METRICS, panels, strict=True):
+    panels = figure.subplots(1, 2)
+    for metric, axes in zip(("tpot_ms", quality), panels, strict=True):
         for (label, line), color, marker in zip(lines, CYCLE, MARKERS, strict=False):
             _draw(axes, line, knob, metric, color, marker, label)
         values = sorted({row[knob] for _, line in lines for row in line})
@@ -36,7 +39,7 @@ def ablation(rows: Sequence[Row], knob: str) -> Figure:
         axes.set_xticks(values, [str(value) for value in values])
         axes.minorticks_off()
         axes.set_xlabel(LABELS[knob])
-        axes.set_title(LABELS[metric])
+        axes.set_title(LABELS[metric] + _untold([line for _, line in lines], metric))
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return figure
@@ -53,6 +56,17 @@ def ablation_lines(rows: Sequence[Row], knob: str) -> list[tuple[str, list[Row]]
     return [(_label(next(iter(line.values())), knob), [line[value] for value in sorted(line)]) for line in longest]
 
 
+def _untold(lines: Sequence[Sequence[Row]], metric: str) -> str:
+    """Says so where no two points of any line can be told apart: their intervals share a value."""
+
+    def told(line: Sequence[Row]) -> bool:
+        known = [row for row in line if isinstance(row.get(metric), int | float)]
+        lows, highs = ([row.get(f"{metric}_{end}", row[metric]) for row in known] for end in ("low", "high"))
+        return bool(known) and max(lows) > min(highs)
+
+    return "" if any(told(line) for line in lines) else "\nno difference beyond the intervals"
+
+
 def _others(row: Row, knob: str) -> tuple[Any, ...]:
     names = ("model", "dataset", "protocol", "method", "backend", "execution", *KNOBS)
     total = row["n_sink"] + row["window_size"] + row.get("cache_slack", 0) if knob != "window_size" else None
@@ -60,7 +74,7 @@ def _others(row: Row, knob: str) -> tuple[Any, ...]:
 
 
 def _complete(row: Row) -> bool:
-    numbers = [row.get(name) for name in (*KNOBS, _METRICS[0])]
+    numbers = [row.get(name) for name in (*KNOBS, "tpot_ms")]
     return row.get("state") == "complete" and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
 
 

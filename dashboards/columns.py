@@ -60,29 +60,35 @@ COLUMNS = (
     Column("peak_kv", "peak KV", "tokens"),
     Column("peak_memory_mb", "peak memory", "MiB", 0),
     Column("tpot_ms", "ms/token", "", 2, interval=True),
-    Column("speedup", "speedup", "×", 1),
-    Column("confirmed_tpot_ms", "ms/token, confirmed", "", 2, interval=True),
-    Column("confirmed_speedup", "speedup, confirmed", "×", 1, interval=True),
+    Column("speedup", "speedup", "×", 1, interval=True),
+    Column("rounds", "rounds"),
     Column("front_probability", "P(front)", "", 2),
     Column("perplexity", "PPL", "", 2),
     Column("ppl_vs_strict_percent", "PPL vs strict %", "", 1, interval=True),
     Column("ppl_increase_percent", "PPL increase %", "", 1, interval=True),
     Column("place", "place", words=True),
     Column("dominated_by", "dominated by"),
+    Column("tied_with", "not told from", words=True),
 )
-"""Of a study's table, in order. `place` and `dominated_by` are of `pareto_table`, the others of rows."""
+"""Of a study's table, in order. The last three are of `pareto_table`, the others of rows."""
 
 BY_KEY = {column.key: column for column in COLUMNS}
 
-_CONFIRMED = "confirmed_tpot_ms"
-_WHERE_THERE = {"study", "recommended", "ppl_vs_strict_percent", "front_probability", "place", "dominated_by"}
+_WHERE_THERE = {
+    "study",
+    "recommended",
+    "ppl_vs_strict_percent",
+    "front_probability",
+    "place",
+    "dominated_by",
+    "tied_with",
+}
 """Columns that only rows with such a value have."""
 
 
 def shown_columns(rows: Sequence[Row], objectives: Collection[str] = ()) -> tuple[Column, ...]:
     """All but those that say nothing: the execution where every row's is eager, the backend asked for where it is the
-    one that ran, memory where it is no objective, confirmed values where there are none, the search's where all rows
-    are confirmed."""
+    one that ran, memory where it is no objective, the rounds of confirming where they are the same in every row."""
     present = {key for row in rows for key in _WHERE_THERE if row.get(key) is not None}
     needless = _WHERE_THERE - present
     if all(row.get("execution", "eager") == "eager" for row in rows):
@@ -91,10 +97,8 @@ def shown_columns(rows: Sequence[Row], objectives: Collection[str] = ()) -> tupl
         needless.add("backend_requested")
     if "peak_memory_mb" not in objectives:
         needless.add("peak_memory_mb")
-    if not any(_CONFIRMED in row for row in rows):
-        needless |= {_CONFIRMED, "confirmed_speedup"}
-    elif all(_CONFIRMED in row for row in rows):
-        needless |= {"tpot_ms", "speedup"}
+    if len({row.get("rounds", 0) for row in rows}) < 2:
+        needless.add("rounds")
     return tuple(column for column in COLUMNS if column.key not in needless)
 
 

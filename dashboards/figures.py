@@ -18,23 +18,25 @@ from .ablations import KNOBS, ablation
 from .columns import BY_KEY
 from .comparisons import backends, comparison, runtime
 from .evaluations import read_results
-from .front import Row, confirmed, hypervolume
+from .front import Row, hypervolume
 from .importance import importance
 from .kv_length import kv_length
-from .recommendation import recommend
+from .recommendation import recommended
 from .study import StudyResults, is_study, load_study
 from .style import BLUE, GREY, LABELS, VERMILLION, NoDataError, new_figure, save, style
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_ON_FRONT, _OTHERS, _ONCE, _RECOMMENDED, _BASELINE = (
+_ON_FRONT, _OTHERS, _ONCE, _RECOMMENDED, _BASELINE, _STRICT = (
     "Pareto front",
     "other trials",
     "measured once, in the search",
     "recommended",
     "re-computation (baseline)",
+    "strict StreamingLLM (reference)",
 )
+_QUALITIES = ("ppl_vs_strict_percent", "ppl_increase_percent", "perplexity")
 _LISTED = 16
 _APART = (36, 18)
 """Pixels, of which there are a hundred to the inch, between numbered points, across and upwards."""
@@ -44,14 +46,14 @@ _WITH_INTERVALS = 300
 
 def pareto(study: StudyResults) -> Figure:
     """All trials in the plane of the first two objectives, with intervals; the front joined, numbered and listed, with
-    its hypervolume up to the worst trial. Where the front is confirmed, what is not is hollow: it was measured at
-    another time. Raises NoDataError if nothing is on the front."""
+    its hypervolume up to the worst trial. Where the front is confirmed, what is not is hollow: it was measured
+    once, in the search. Raises NoDataError if nothing is on the front."""
     x, y = list(study.objectives)[:2]
-    front = [confirmed(row) for row in study.front]
+    front = study.front
     if not front:
         raise NoDataError("no trial is complete and feasible")
     on_front = {row["trial"] for row in front}
-    others = [confirmed(row) for row in study.trials if row["state"] == "complete" and row["trial"] not in on_front]
+    others = [row for row in study.trials if row["state"] == "complete" and row["trial"] not in on_front]
     others = [row for row in others if _finite(row, x) and _finite(row, y)]
     figure = new_figure(11, 5.5)
     axes = figure.subplots()
@@ -65,8 +67,7 @@ def pareto(study: StudyResults) -> Figure:
         axes.plot(*steps, color=BLUE, linewidth=1, drawstyle="steps-post")
     _mark_recommended(axes, study, x, y)
     _limit(axes, [*front, *others], x, y)
-    if y == "ppl_increase_percent" and axes.get_ylim()[0] <= 0 <= axes.get_ylim()[1]:
-        axes.axhline(0, color="0.3", linewidth=1, linestyle="--", label=_BASELINE)
+    _mark_baselines(axes, study, y)
     _number(axes, front[:_LISTED], x, y)
     axes.set_xlabel(LABELS[x])
     axes.set_ylabel(LABELS[y])
@@ -75,7 +76,8 @@ def pareto(study: StudyResults) -> Figure:
     listing = "\n".join(_describe(row, (x, y)) for row in front[:_LISTED])
     more = f"\n… and {len(front) - _LISTED} more" if len(front) > _LISTED else ""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    labels = [label for label in (_ON_FRONT, _OTHERS, _ONCE, _RECOMMENDED, _BASELINE) if label in handles]
+    order = (_ON_FRONT, _OTHERS, _ONCE, _RECOMMENDED, _BASELINE, _STRICT)
+    labels = [label for label in order if label in handles]
     legend = figure.legend(
         [handles[label] for label in labels],
         labels,
@@ -191,12 +193,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _rows(study: StudyResults) -> list[Row]:
-    """The study's, the recommended one marked; of what was confirmed, the confirmed values."""
-    found = recommend(study.front, study.objectives)
+    """The study's as the search measured them, all alike, the recommended one marked."""
+    found = recommended(study, study.front)
     best, mark = found.row, {"recommended": found.kind}
-    baseline = [confirmed(study.baseline)] if study.baseline is not None else []
-    trials = (confirmed(row) for row in study.trials)
-    return [*baseline, *({**row, **(mark if best and row["trial"] == best["trial"] else {})} for row in trials)]
+    return [{**row, **(mark if best and row["trial"] == best["trial"] else {})} for row in study.searched]
 
 
 def _scatter(
@@ -238,10 +238,21 @@ def _number(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
 
 
 def _mark_recommended(axes: Any, study: StudyResults, x: str, y: str) -> None:
-    row = recommend(study.front, study.objectives).row
+    row = recommended(study, study.front).row
     if row is not None:
-        at = confirmed(row)
-        axes.plot(at[x], at[y], "o", markersize=14, markerfacecolor="none", color=VERMILLION, label=_RECOMMENDED)
+        axes.plot(row[x], row[y], "o", markersize=14, markerfacecolor="none", color=VERMILLION, label=_RECOMMENDED)
+
+
+def _mark_baselines(axes: Any, study: StudyResults, y: str) -> None:
+    """Lines across at the qualities that everything is compared with, where they are in sight."""
+    for row, label, line in ((study.baseline, _BASELINE, "--"), (study.strict, _STRICT, ":")):
+        if (
+            row is not None
+            and y in _QUALITIES
+            and _finite(row, y)
+            and axes.get_ylim()[0] <= row[y] <= axes.get_ylim()[1]
+        ):
+            axes.axhline(row[y], color="0.3", linewidth=1, linestyle=line, label=label)
 
 
 def _volume(study: StudyResults, rows: Sequence[Row]) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .front import Row, confirmed
-from .recommendation import recommend
+from .columns import interval_decimals
+from .front import Row
+from .recommendation import recommended
 from .study import StudyResults, read_outcome
 
 
@@ -15,7 +16,7 @@ class Findings:
     asked: str
     found: tuple[str, ...]
     recommended: Row | None
-    """Of the front, with its confirmed values."""
+    """Of the front."""
     why: str
     certainty: tuple[str, ...]
 
@@ -26,12 +27,11 @@ class Findings:
 
 def findings(study: StudyResults, front: Sequence[Row]) -> Findings:
     """front: the study's, which is computed only once."""
-    points = [confirmed(row) for row in front]
-    found = recommend(points, study.objectives)
+    found = recommended(study, front)
     chosen = found.row
     return Findings(
         _asked(study),
-        _found(points) if points else ("No configuration is on the front: none was measured and feasible.",),
+        _found(front) if front else ("No configuration is on the front: none was measured and feasible.",),
         chosen,
         found.why if chosen is None else f"Recommended: {configuration_words(chosen)}. {found.why}",
         _certainty(study, chosen),
@@ -39,9 +39,15 @@ def findings(study: StudyResults, front: Sequence[Row]) -> Findings:
 
 
 def costs_nothing(row: Row) -> bool:
-    """Whether the interval of the row's perplexity increase reaches down to no increase."""
-    low = row.get("ppl_increase_percent_low", row.get("ppl_increase_percent"))
+    """Whether the interval of the row's perplexity increase, over strict StreamingLLM where it is known, reaches down to
+    no increase."""
+    name = _cost_name(row)
+    low = row.get(f"{name}_low", row.get(name))
     return low is not None and low <= 0
+
+
+def _cost_name(row: Row) -> str:
+    return "ppl_vs_strict_percent" if "ppl_vs_strict_percent" in row else "ppl_increase_percent"
 
 
 def configuration_words(row: Row) -> str:
@@ -82,19 +88,23 @@ def _speed(row: Row) -> str:
 
 
 def _cost(row: Row) -> str:
-    value = row["ppl_increase_percent"]
-    low, high = row.get("ppl_increase_percent_low", value), row.get("ppl_increase_percent_high", value)
-    interval = f" [{low:+.1f}, {high:+.1f}]" if low != high else ""
+    name = _cost_name(row)
+    value = row[name]
+    low, high = row.get(f"{name}_low", value), row.get(f"{name}_high", value)
+    places = interval_decimals(low, high, 1)
+    interval = f" [{low:+.{places}f}, {high:+.{places}f}]" if low != high else ""
+    than = " than strict StreamingLLM" if name == "ppl_vs_strict_percent" else ""
     if high < 0:
-        return f"with {-value:.1f}% less perplexity{interval}"
+        return f"with {-value:.{places}f}% less perplexity{interval}{than}"
     if costs_nothing(row):
-        return f"at no measurable cost in quality: {value:+.1f}% perplexity{interval}"
-    return f"for {value:.1f}% more perplexity{interval}"
+        beside = " beside strict StreamingLLM" if than else ""
+        return f"at no measurable cost in quality: {value:+.{places}f}% perplexity{interval}{beside}"
+    return f"for {value:.{places}f}% more perplexity{interval}{than}"
 
 
 def _certainty(study: StudyResults, chosen: Row | None) -> tuple[str, ...]:
     said = []
-    if chosen is not None and "rounds" in chosen:
+    if chosen is not None and chosen.get("rounds"):
         said.append(_confirmed_words(chosen))
     elif chosen is not None:
         said.append(

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from .front import Row, confirmed
+from .front import Row
 from .study import StudyResults
 from .style import BLUE, LABELS, ORANGE, PURPLE, NoDataError, new_figure
 
@@ -21,7 +21,8 @@ _FEWEST = 12
 
 def importance(study: StudyResults) -> Figure:
     """Bars per knob and objective. Raises NoDataError for too few trials."""
-    shares = {name: main_effects(study.trials, name) for name in study.objectives}
+    rows = [row for row in study.searched or study.trials if row["trial"] != "baseline"]
+    shares = {name: main_effects(rows, name) for name in study.objectives}
     shares = {name: by_knob for name, by_knob in shares.items() if by_knob}
     if not shares:
         raise NoDataError(f"fewer than {_FEWEST} complete trials, or no knob has several values")
@@ -76,10 +77,10 @@ def main_effects(rows: Sequence[Row], objective: str) -> dict[str, float]:
 
 
 def _logarithm(row: Row, objective: str) -> float | None:
-    value = confirmed(row).get(objective)
+    value = row.get(objective)
     if row.get("state") != "complete" or not isinstance(value, int | float) or not math.isfinite(value):
         return None
-    value = 1 + value / 100 if objective == "ppl_increase_percent" else value
+    value = 1 + value / 100 if objective in ("ppl_vs_strict_percent", "ppl_increase_percent") else value
     return math.log(value) if value > 0 else None
 
 

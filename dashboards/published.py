@@ -13,7 +13,7 @@ from streamllm.printing import say
 
 from .columns import BY_KEY, Column
 from .formats import FORMATS, Table
-from .front import Row, confirmed
+from .front import Row
 from .pareto import parse_formats, show, write
 from .study import StudyResults, load_study
 
@@ -86,10 +86,10 @@ def _row(study: StudyResults, entry: Entry, dataset: str) -> Row:
     speedup, increase = entry.figures.get(dataset, ("", ""))
     common = {"label": entry.label, **entry.knobs, "published_speedup": speedup, "published_increase": increase}
     if not entry.knobs:
-        return common | (dict(confirmed(study.baseline)) if study.baseline is not None else {})
+        return common | (dict(study.baseline) if study.baseline is not None else {})
     found = [row for row in study.trials if row["state"] == "complete" and entry.knobs.items() <= row.items()]
     found.sort(key=lambda row: row.get("backend_requested") != "flash")
-    return common | (dict(confirmed(found[0])) if found else {})
+    return common | (dict(found[0]) if found else {})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -61,6 +61,12 @@ def recommend(
     return _within(front, objectives, max_ppl_increase)
 
 
+def recommended(study: StudyResults, front: Sequence[Row], max_ppl_increase: float | None = None) -> Recommendation:
+    """Of a study's front, which is computed only once; within the limit the sweep was given, unless another is."""
+    limit = study.configuration.get("max_ppl_increase") if max_ppl_increase is None else max_ppl_increase
+    return recommend(front, study.objectives, limit)
+
+
 def advice(study: StudyResults, found: Recommendation) -> list[str]:
     """Lines to print: why, and the command."""
     if found.row is None:

@@ -24,19 +24,28 @@ from streamllm.printing import say
 from .columns import COLUMNS, Column, shown_columns
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
 from .findings import Findings, findings
-from .front import Row, confirmed
+from .front import Row
 from .study import StudyResults, load_study, read_outcome
 
 _PAGE = Path(__file__).parent / "page"
-_AXES = ("tpot_ms", "ppl_increase_percent", "speedup", "perplexity", "peak_kv", "peak_memory_mb")
+_AXES = (
+    "tpot_ms",
+    "ppl_vs_strict_percent",
+    "ppl_increase_percent",
+    "speedup",
+    "perplexity",
+    "peak_kv",
+    "peak_memory_mb",
+)
 _LABELS = {column.key: column.header if column.unit == "tokens" else column.title for column in COLUMNS} | {
     "perplexity": "perplexity",
-    "ppl_increase_percent": "perplexity increase, %",
+    "ppl_vs_strict_percent": "perplexity increase over strict StreamingLLM, %",
+    "ppl_increase_percent": "perplexity increase over re-computing, %",
 }
 _DECIMALS = {column.key: column.decimals for column in COLUMNS if column.decimals is not None}
-_NOT_OF_A_TRIAL = {"study", "trial", "recommended", "confirmed_tpot_ms", "confirmed_speedup", "place", "dominated_by"}
+_NOT_OF_A_TRIAL = {"study", "trial", "recommended", "place", "dominated_by", "tied_with"}
 _VALUES = tuple(column.key for column in COLUMNS if column.key not in _NOT_OF_A_TRIAL)
-_DETAILS = (*_VALUES, "rounds", "violated", "warning")
+_DETAILS = (*_VALUES, "violated", "warning")
 _TABLE = ("trial", "state", *_VALUES, "violated", "reason")
 _SUMMED_UP = ("main_comparison", "fixed_eval_speedup", "fixed_eval_ppl_comparison", "fixed_eval_ppl_increase",
               "fixed_eval_runtime")  # fmt: skip
@@ -89,12 +98,13 @@ def _summary(found: Findings) -> str:
 
 
 def _front_table(study: StudyResults, front: Sequence[Row], recommended: Row | None) -> str:
-    rows = [*front, *([study.baseline] if study.baseline is not None else [])]
+    fixed = [row for row in (study.strict, study.baseline) if row is not None]
+    rows = [*front, *fixed]
     columns = shown_columns(front, study.objectives)
     marked = recommended["trial"] if recommended is not None else None
     lines = []
     for row in rows:
-        kind = "recommended" if row["trial"] == marked else "baseline" if row is study.baseline else ""
+        kind = "recommended" if row["trial"] == marked else "baseline" if row in fixed else ""
         cells = "".join(f'<td class="{_alignment(column)}">{escape(column.text(row))}</td>' for column in columns)
         lines.append(f'<tr class="{kind}">{cells}</tr>')
     heads = "".join(f'<th scope="col" class="{_alignment(column)}">{escape(column.title)}</th>' for column in columns)
@@ -106,18 +116,21 @@ def _alignment(column: Column) -> str:
 
 
 def _front_note(front: Sequence[Row]) -> str:
-    text = "Intervals are 95%. The perplexity increase is paired with re-computing on the same tokens."
-    if any("confirmed_tpot_ms" in row for row in front):
+    text = (
+        "Intervals are 95%. The increase over strict StreamingLLM is over every token, that over re-computing rests on "
+        "the tokens it was sampled at. The last rows are what everything is compared with."
+    )
+    if any(row.get("rounds") for row in front):
         text += (
-            " Confirmed times are medians over rounds after the search. P(front) is the share of draws from the "
-            "measurements in which no other candidate is better."
+            " Times are of rounds after the search. P(front) is the share of draws from the measurements in which no "
+            "other candidate is better; what cannot be told from a row of the front is left out."
         )
     return escape(text)
 
 
 def _data(study: StudyResults, front: Sequence[Row], recommended: Row | None) -> str:
     """What the script draws and sorts, as JSON that cannot end its element: no `<` is left in it."""
-    rows = [confirmed(row) for row in study.trials]
+    rows = list(study.trials)
     index = {row["trial"]: place for place, row in enumerate(rows)}
     used = {key for row in rows for key in row}
     shown = used - _needless(rows)
@@ -181,25 +194,28 @@ def _measured(study: StudyResults) -> str:
         said.append(
             f"The baseline runs the last {kept} tokens through the model again for every token, without a cache: "
             f"{study.baseline['tpot_ms']:.2f} ms per token, perplexity {study.baseline['perplexity']:.2f} over "
-            f"{_count(study.baseline, 'evaluated_tokens')} tokens spread over the text."
+            f"{_count(study.baseline, 'evaluated_tokens')} tokens, known from the {_count(study.baseline, 'sampled_tokens')} "
+            f"it was run at and strict StreamingLLM at all."
         )
     if row is not None and row.get("protocol") == "fast":
         said.append(
             f"Quality: the perplexity of {_count(row, 'evaluated_tokens')} tokens of {row['dataset']}, computed in a "
-            f"few block forwards, which gives the losses of token-by-token decoding. The increase over the baseline is "
-            f"paired: on the tokens the baseline was sampled at, with a 95% bootstrap interval."
+            f"few block forwards, which gives the losses of token-by-token decoding. Increases are paired: over strict "
+            f"StreamingLLM at every token; over the baseline that, and what strict StreamingLLM differs from the baseline "
+            f"by at the tokens the baseline was sampled at."
         )
         said.append(
-            f"Speed: the steady state of a full cache. After a warm-up, {row.get('segments', 'several')} segments of "
-            f"whole prune cycles are timed; the value is the median of their means, with a 95% interval."
+            "Speed: the steady state of a full cache. After a warm-up, segments of whole prune cycles are timed in turn "
+            "with segments of strict StreamingLLM; the value is the median of the ratios, with a 95% interval, times the "
+            f"median time of strict StreamingLLM: {'; '.join(map(str, study.references))}."
         )
     elif row is not None:
         said.append(f"Protocol {row.get('protocol')} on {row['dataset']}.")
-    rounds = max((row["confirmed_rounds"] for row in rows if "confirmed_rounds" in row), default=None)
+    rounds = max((row["rounds"] for row in rows if row.get("rounds")), default=None)
     if rounds is None:
         said.append("Nothing was confirmed: each time is of one measurement during the search.")
     else:
-        count = sum("confirmed_rounds" in row for row in rows)
+        count = sum(bool(row.get("rounds")) for row in rows)
         said.append(
             f"Confirming: after the search {count} candidates and the baseline were timed again in {rounds} rounds, "
             f"each in turn on one worker. The front and its values are of these measurements: a search picks luck."

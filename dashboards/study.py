@@ -34,7 +34,7 @@ class StudyResults:
     strict: Row | None = None
     """The reference of times and qualities."""
     searched: Sequence[Row] = ()
-    """The trials as the search measured them, all alike."""
+    """The trials as the search measured them, all alike; the baseline, where there is one, first."""
     references: Sequence[ReferenceTime] = ()
     """The reference's time on each kind of worker: the unit of all milliseconds."""
 
@@ -74,7 +74,7 @@ def load_study(study: str) -> StudyResults:
         baseline=baseline,
         trials=[_finished(pool.with_time(row), baseline, constraints) for row in merged if row["trial"] not in _FIXED],
         strict=fixed.get("strict"),
-        searched=[pool.with_time(row) for row in measured if row["trial"] not in _FIXED],
+        searched=[pool.with_time(row) for row in measured if row["trial"] != "strict"],
         references=pool.times(),
     )
 

@@ -40,6 +40,7 @@ LABELS = {
     "tpot_ms": "time per output token, ms",
     "speedup": "speedup over re-computation, ×",
     "perplexity": "perplexity",
+    "ppl_vs_strict_percent": "perplexity increase over strict StreamingLLM, %",
     "ppl_increase_percent": "perplexity increase over re-computation, %",
     "peak_kv": "largest number of keys attended to",
     "peak_memory_mb": "peak memory, MiB",

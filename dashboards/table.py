@@ -10,11 +10,12 @@ from .columns import COLUMNS, shown_columns
 from .filters import select
 from .formats import Table
 from .front import Row, dominators, objective_values
-from .recommendation import advice, recommend
+from .recommendation import advice, recommended
 from .study import StudyResults
 
-_PLACES = ("front", "dominated", "unconfirmed", "not finite", "infeasible", "failed")
-"""In the order in which they are listed. unconfirmed: not dominated, but by what only the search measured."""
+_PLACES = ("front", "tied", "dominated", "unconfirmed", "not finite", "infeasible", "failed")
+"""In the order in which they are listed. tied: confirmed, and no better for certain than one of the front in anything;
+unconfirmed: not dominated, but by what only the search measured."""
 _DISPENSABLE = ("perplexity", "peak_kv", "ppl_increase_percent", "front_probability", "speedup", "tpot_ms")
 """Unless it is an objective."""
 _REASONS = 8
@@ -38,13 +39,12 @@ def pareto_table(
     rows, baselines, advised = [], [], []
     for study, front, name in zip(chosen, fronts, _names(studies), strict=True):
         more = {"study": name} if name else {}
-        found = recommend(front, study.objectives, max_ppl_increase)
+        found = recommended(study, front, max_ppl_increase)
         marked = found.row["trial"] if found.row is not None else None
         for row in _placed(study, front) if everything else front:
             rows.append({**row, **more, **({"recommended": found.kind} if row["trial"] == marked else {})})
         advised += [f"{name}: {text}" if name and text == found.why else text for text in advice(study, found)]
-        if study.baseline is not None:
-            baselines.append({**study.baseline, **more})
+        baselines += [{**row, **more} for row in (study.strict, study.baseline) if row is not None]
     objectives = {name for study in studies for name in study.objectives}
     return Table(
         title=f"{'Trials' if everything else 'Pareto front'} of {', '.join(dict.fromkeys(s.name for s in studies))}",
@@ -52,7 +52,7 @@ def pareto_table(
         columns=shown_columns(rows, objectives),
         rows=rows,
         baselines=baselines,
-        notes=(*_notes(rows), *_reasons(rows), *advised),
+        notes=(*_notes(rows, studies), *_reasons(rows), *advised),
         data_columns=tuple(c for c in COLUMNS if any(c.key in row for row in rows)) or COLUMNS,
         dispensable=dispensable(objectives),
     )
@@ -82,6 +82,8 @@ def _placed(study: StudyResults, front: Sequence[Row]) -> list[Row]:
         values = objective_values(row, objectives) or ()
         place = "dominated" if better is not None else _place(row, values)
         more = {"place": place} | ({"dominated_by": better["trial"]} if better is not None else {})
+        if place == "tied":
+            more["tied_with"] = ", ".join(str(trial) for trial in row.get("not_told_from", ()) if trial in on_front)
         ranked.append((_PLACES.index(place), values, len(ranked), {**row, **more}))
     return [*placed, *(row for *_, row in sorted(ranked, key=lambda entry: entry[:3]))]
 
@@ -92,7 +94,9 @@ def _place(row: Row, values: tuple[float, ...]) -> str:
         return "failed"
     if not row.get("feasible", True):
         return "infeasible"
-    return "unconfirmed" if values else "not finite"
+    if not values:
+        return "not finite"
+    return "tied" if row.get("rounds") else "unconfirmed"
 
 
 def _names(studies: Sequence[StudyResults]) -> list[str]:
@@ -108,15 +112,24 @@ def _summary(whole: StudyResults, study: StudyResults, front: Sequence[Row], whe
     return f"{study.configuration['summary']}: {len(front)} of {len(study.trials)} trials are on the front{few}"
 
 
-def _notes(rows: Sequence[Row]) -> list[str]:
-    notes = ["Intervals are 95%; PPL increase is paired with the re-computation baseline on the same tokens."]
-    if any("confirmed_tpot_ms" in row for row in rows):
+def _notes(rows: Sequence[Row], studies: Sequence[StudyResults]) -> list[str]:
+    notes = ["Intervals are 95%. PPL vs strict % is the increase over strict StreamingLLM, at every token of the text;"
+             " PPL increase % that over re-computation, which is known at a sample."]  # fmt: skip
+    for study in studies:
+        if study.references:
+            unit = "; ".join(str(reference) for reference in study.references)
+            of = f" of {study.name}" * (len(studies) > 1)
+            notes.append(f"Milliseconds{of} are ratios to strict StreamingLLM, timed in turn with it, times {unit}.")
+    if any(row.get("rounds") for row in rows):
         notes.append(
-            "Confirmed times are medians over rounds after the search; P(front) is the share of bootstrap draws, over "
-            "rounds and tokens, in which no other candidate is better."
+            f"Times of {'rows with' if any(not row.get('rounds') for row in rows) else 'all rows are of'} rounds"
+            f"{' are of those,' if any(not row.get('rounds') for row in rows) else ''} after the search; P(front) is "
+            "the share of draws, over rounds and tokens, in which no other candidate is better."
         )
+    if any(row.get("place") == "tied" for row in rows):
+        notes.append("Tied: better for certain in nothing than one of the front, which stands for both.")
     if any(row.get("place") == "unconfirmed" for row in rows):
-        notes.append("Unconfirmed: no better by what the search measured, which was not measured again.")
+        notes.append("Unconfirmed: not dominated by what the search measured, which was not measured again.")
     return notes
 
 

@@ -15,11 +15,15 @@ from search_spaces import OBJECTIVES, SearchSpace
 from streamllm.errors import UsageError
 from streamllm.text import TextSource
 
+_FORMAT = 2
+"""Of a study's rows: from 2 on their times are ratios to a reference's."""
+
 _MAY_CHANGE = {
     "study_id",
     "sampler",
     "trials",
     "time_budget",
+    "max_ppl_increase",
     "workers",
     "output",
     "summary",
@@ -47,6 +51,8 @@ class SweepConfiguration:
     sampler: str = "auto"
     time_budget: float | None = None
     """Seconds after which nothing new is started."""
+    max_ppl_increase: float | None = None
+    """Percent over re-computation that what is recommended may cost; None: the front's knee is."""
 
     @property
     def journal(self) -> Path:
@@ -70,6 +76,7 @@ class SweepConfiguration:
         values["space"]["known"] = [dict(known) for known in self.space.known]
         values |= {
             "study_id": study_id,
+            "format": _FORMAT,
             "summary": self.summary,
             "objectives": {name: OBJECTIVES[name] for name in self.space.objectives},
             "versions": _versions(),

@@ -15,11 +15,12 @@ from rich.text import Text
 
 from dashboards.front import Row, hypervolume, pareto_front
 from dashboards.pareto import rich_table
-from search_spaces import OBJECTIVES
+from search_spaces import OBJECTIVES, told_name
 from streamllm.printing import discard
+from streamllm.reference_time import ReferencePool
 
 from .plot import Plot
-from .results import BASELINE
+from .results import BASELINE, STRICT
 from .trial import TrialSpec
 
 _FRONT_ROWS = 5
@@ -61,8 +62,8 @@ class Display:
         self._resumed = len(rows)
         self._objectives = {name: OBJECTIVES[name] for name in objectives}
         self._done = self._failed = self._reused = 0
-        self._points: list[tuple[float, ...]] = []
-        """The objectives of every complete trial."""
+        self._times = ReferencePool()
+        self._complete: list[Row] = []
         self._front: list[Row] = []
         for row in rows:
             self._count(row)
@@ -107,15 +108,19 @@ class Display:
         )
 
     def trial_finished(self, row: dict[str, Any]) -> None:
-        if row["trial"] == BASELINE:
+        if row["trial"] in _FIXED:
+            self._times.add(row)
+            row = self._times.with_time(row)
+            tokens = row["n_sink"] + row["window_size"]
             self.note(
-                f"baseline: re-computing the last {row['n_sink'] + row['window_size']} tokens: "
-                f"{row['tpot_ms']:.2f} ms/token, PPL {row['perplexity']:.2f}{' (from the store)' * row['reused']}"
+                f"{_FIXED[row['trial']].format(tokens=tokens)}: {row['tpot_ms']:.2f} ms/token, "
+                f"PPL {row['perplexity']:.2f}{' (from the store)' * row['reused']}"
             )
             return
         self._count(row)
         self._doing[row["worker"]] = "idle"
-        self.note(f"[{self._done:>{len(str(self._total))}}/{self._total}] {_outcome(row)}")
+        outcome = _outcome(self._times.with_time(row))
+        self.note(f"[{self._done:>{len(str(self._total))}}/{self._total}] {outcome}")
 
     def confirming(self, candidates: int, rounds: int) -> None:
         """The search is over; now come `rounds` rounds of `candidates` measurements, the baseline's included."""
@@ -135,7 +140,8 @@ class Display:
         parts: list[Any] = [self._progress(), self._workers()]
         if (plot := self._plot()) is not None:
             parts.append(plot)
-        parts.append(rich_table(self._front[:_FRONT_ROWS], self._title(), self._objectives))
+        front = [self._times.with_time(row) for row in self._front[:_FRONT_ROWS]]
+        parts.append(rich_table(front, self._title(), self._objectives))
         if (mlflow := self._mlflow()) is not None:
             parts.append(Text(mlflow, style="yellow" if self._tracking.problem else "dim"))
         return Group(*parts)
@@ -172,30 +178,32 @@ class Display:
         """The first two objectives of all complete trials, where the terminal has room for it."""
         x, y = list(self._objectives)[:2]
         height = min(12, self.console.height - min(len(self._doing), _WORKERS) - _FRONT_ROWS - 12)
-        if not self._points or height < 5:
+        if not self._complete or height < 5:
             return None
-        points = [(point[0], point[1]) for point in self._points]
-        front = [(row[x], row[y]) for row in self._front]
+        points, front = ([(row[x], row[y]) for row in map(self._times.with_time, rows)]
+                         for rows in (self._complete, self._front))  # fmt: skip
         return Plot(points, front, _LABELS.get(x, x), _LABELS.get(y, y), height)
 
     def _title(self) -> str:
         title = f"front so far: {len(self._front)} of {self._done} trials"
         if not self._front:
             return title
+        rows, front = ([self._times.with_time(row) for row in rows] for rows in (self._complete, self._front))
         worst = {
-            name: (max if direction == "minimize" else min)(values)
-            for (name, direction), values in zip(self._objectives.items(), zip(*self._points, strict=True), strict=True)
+            name: (max if direction == "minimize" else min)(row[name] for row in rows)
+            for name, direction in self._objectives.items()
         }
-        return f"{title}, hypervolume up to the worst trial {hypervolume(self._front, self._objectives, worst):.4g}"
+        return f"{title}, hypervolume up to the worst trial {hypervolume(front, self._objectives, worst):.4g}"
 
     def _count(self, row: Row) -> None:
         self._done += 1
         self._failed += row["state"] == "failed"
         self._reused += bool(row.get("reused"))
-        point = tuple(float(row.get(name, math.nan)) for name in self._objectives)
-        if row["state"] == "complete" and all(math.isfinite(value) for value in point):
-            self._points.append(point)
-        self._front = pareto_front([*self._front, row], self._objectives)
+        self._times.add(row)
+        told = {told_name(name): direction for name, direction in self._objectives.items()}
+        if row["state"] == "complete" and all(math.isfinite(row.get(name, math.nan)) for name in told):
+            self._complete.append(row)
+        self._front = pareto_front([*self._front, row], told)
 
     def _mlflow(self) -> str | None:
         backlog, problem = self._tracking.backlog, self._tracking.problem
@@ -204,8 +212,14 @@ class Display:
         return f"MLflow: {backlog} runs behind" if backlog else None
 
 
+_FIXED = {
+    STRICT: "reference: strict StreamingLLM, {tokens} tokens",
+    BASELINE: "baseline: re-computing the last {tokens} tokens",
+}
+
 _LABELS = {
     "tpot_ms": "ms/token",
+    "ppl_vs_strict_percent": "PPL over strict StreamingLLM %",
     "ppl_increase_percent": "PPL increase %",
     "perplexity": "PPL",
     "peak_memory_mb": "peak memory MB",
@@ -223,5 +237,5 @@ def _outcome(row: dict[str, Any]) -> str:
         return f"{what} failed: {row['reason']}"
     return (
         f"{what} {row['tpot_ms']:6.2f} ms/token  {row['speedup']:5.1f}x  PPL {row['perplexity']:6.2f} "
-        f"({row['ppl_increase_percent']:+.1f}%){'  (from the store)' * row['reused']}"
+        f"({row['ppl_vs_strict_percent']:+.1f}%){'  (from the store)' * row['reused']}"
     )

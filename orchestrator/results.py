@@ -62,9 +62,7 @@ def trial_row(
     }
 
 
-def _beside(
-    measurement: TrialMeasurement, baseline: TrialMeasurement, comparison: QualityComparison
-) -> dict[str, Any]:
+def _beside(measurement: TrialMeasurement, baseline: TrialMeasurement, comparison: QualityComparison) -> dict[str, Any]:
     losses, baseline_losses = measurement.losses, baseline.losses
     assert losses is not None and baseline_losses is not None
     beside = compared(measurement.record, losses, (baseline.record, baseline_losses), comparison)

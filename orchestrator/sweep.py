@@ -8,7 +8,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from search_spaces import SHIPPED, is_matrix, load_space
 from streamllm.arguments import add_model_arguments, add_text_arguments, text_source
@@ -20,7 +20,10 @@ from .options import SAMPLERS
 
 if TYPE_CHECKING:
     from .configuration import SweepConfiguration
+    from .display import Display
+    from .driver import Driver
     from .study import Study
+    from .tracker import Tracker
 
 _EXAMPLES = """examples:
   python -m orchestrator.sweep                                  the embedded model and text: minutes, no GPU, no network
@@ -97,6 +100,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="rounds in which the front's times are taken again (3; 0: none)",
     )
+    how.add_argument(
+        "--max-ppl-increase",
+        metavar="PERCENT",
+        help="recommend the fastest whose perplexity is at most so much above re-computation's (the front's knee)",
+    )
     how.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (0)")
     how.add_argument("--address", metavar="ADDRESS", help="join a Ray cluster, for example 'auto' (start one here)")
 
@@ -123,6 +131,8 @@ def check_matrix_options(arguments: argparse.Namespace) -> None:
 
 def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     """Checks all that can be checked before anything is started. Raises UsageError."""
+    from dashboards.recommendation import percent
+
     source = text_source(arguments)
     space = load_space(arguments.space)
     for name, least in (("trials", 1), ("workers", 0), ("cpus_per_worker", 0), ("seed", 0), ("confirm", 0)):
@@ -134,6 +144,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         if value is not None and not value > 0:
             raise UsageError(f"{name} {value}: must be seconds > 0")
     time_budget = None if arguments.time_budget is None else seconds(arguments.time_budget)
+    limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
     label = Path(arguments.model).name or arguments.model
     study = arguments.study or f"{label}-{source.label}-{space.name}"
     if not re.fullmatch(r"[\w.][\w.+-]*", study):
@@ -165,6 +176,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         seed=arguments.seed,
         sampler=arguments.sampler,
         time_budget=time_budget,
+        max_ppl_increase=limit,
     )
 
 
@@ -233,6 +245,7 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
         dtype=configuration.dtype,
         quantization=configuration.quantization,
         store=configuration.store.absolute(),
+        total=configuration.cap,
     )
     pool = WorkerPool(
         setup,
@@ -257,7 +270,7 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
         with display:
             driver.run()
             if arguments.confirm:
-                _confirm(configuration.output, driver, display, arguments.confirm)
+                _confirm(configuration, driver, display, arguments.confirm)
     except SweepError as error:
         display.note(f"error: {error}")
         status, code = "FAILED", 1
@@ -271,28 +284,52 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
     return code
 
 
-def _confirm(folder: Path, driver: Any, display: Any, rounds: int) -> None:
-    """Measures the front's candidates again and writes `confirmed.jsonl`."""
+def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display, rounds: int) -> None:
+    """Times the front's candidates again and writes `confirmed.jsonl`. What then still looks better than the front
+    without having been confirmed is confirmed too."""
+    import numpy as np
+
     from dashboards.study import load_study
+    from streamllm.store import MeasurementStore
 
-    from .confirm import candidates, confirm, confirmed_rows
+    from .confirm import candidates, confirmed_rows, unconfirmed_better
     from .folder import write_rows
+    from .rounds import read_rounds, take_rounds
 
+    folder, store = configuration.output, MeasurementStore(configuration.store)
     results = load_study(str(folder))
-    chosen = candidates(results.trials, results.objectives)
-    if not chosen or results.baseline is None:
-        return
-    display.confirming(len(chosen) + 1, rounds)
-    samples, baseline, problems = confirm(
-        driver.pool, driver.idle, chosen, results.baseline, rounds, display.trial_started
-    )
-    for problem in problems:
-        display.note(f"warning: {problem}")
-    if baseline is not None:
-        write_rows(folder / "confirmed.jsonl", confirmed_rows(samples, baseline, results.objectives))
+    earlier = {trial for one in read_rounds(folder) for trial in one.members}
+    chosen = added = candidates(results.trials, results.objectives, earlier)
+    while added and results.baseline is not None and driver.comparison is not None:
+        display.confirming(len(chosen) + 1, rounds)
+        fixed = results.baseline
+        taken = take_rounds(folder, driver.pool, driver.idle, [fixed, *chosen], rounds, display.trial_started)
+        failed = {trial: reason for one in taken for trial, reason in one.failed.items()}
+        for trial, reason in failed.items():
+            display.note(f"warning: trial {trial} cannot be confirmed: {reason}")
+        if str(fixed["trial"]) in failed:
+            return
+        rows = [row for row in chosen if str(row["trial"]) not in failed]
+        values = confirmed_rows(
+            taken,
+            rows,
+            fixed,
+            driver.comparison,
+            lambda row: np.load(store.losses_file(row["quality_entry"])),
+            results.objectives,
+        )
+        write_rows(folder / "confirmed.jsonl", values)
+        results = load_study(str(folder))
+        added = [
+            row for row in unconfirmed_better(results.trials, results.objectives) if str(row["trial"]) not in failed
+        ]
+        if added:
+            numbers = ", ".join(str(row["trial"]) for row in added)
+            display.note(f"confirmed too, as nothing confirmed is better: trial {numbers}")
+            chosen = [*chosen, *added]
 
 
-def _introduce(configuration: SweepConfiguration, study: Study, display: Any) -> None:
+def _introduce(configuration: SweepConfiguration, study: Study, display: Display) -> None:
     display.note(f"study {configuration.study}: {configuration.summary}")
     if configuration.cap < configuration.space.cap:
         display.note(
@@ -303,17 +340,20 @@ def _introduce(configuration: SweepConfiguration, study: Study, display: Any) ->
         display.note(f"going on: {len(study.rows)} of {configuration.trials} trials are finished")
 
 
-def _conclude(configuration: SweepConfiguration, tracker: Any, display: Any) -> None:
-    """Tables, figure, MLflow, and what to type next."""
+def _conclude(configuration: SweepConfiguration, tracker: Tracker, display: Display) -> None:
+    """Tables, figures, the recommendation, MLflow, and what to type next."""
     from dashboards.pareto import print_table
     from dashboards.study import load_study
 
-    from .folder import write_report
+    from .folder import keep_front, keep_recommendation, write_report
     from .tracking import one_line
 
     results = load_study(str(configuration.output))
     report = [configuration.output / "sweep.json"]
     if results.trials:
+        keep_recommendation(results)
+        for reason in keep_front(results):
+            display.note(reason)
         print_table(results)
         try:
             report += write_report(results)

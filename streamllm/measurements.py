@@ -82,9 +82,7 @@ class Measurements:
 
         def measure() -> Measurement:
             backend = resolve_backend(attn_backend, self.loaded, strict)
-            speed = measure_speed(
-                self.loaded, method, policy, backend, self.stream.tokens, self.reference, execution
-            )
+            speed = measure_speed(self.loaded, method, policy, backend, self.stream.tokens, self.reference, execution)
             foreign = foreign_processes(self.loaded.device)
             return Measurement(
                 speed_summary(speed, attn_backend) | ({"foreign_processes": "; ".join(foreign)} if foreign else {})

@@ -88,4 +88,3 @@ def _enough(pairs: Sequence[tuple[float, ...]], seconds: float) -> bool:
         return True
     ratio = median_interval(np.array([own / reference for own, reference in pairs]))
     return (ratio.high - ratio.low) / 2 < _PRECISE * ratio.value
-
