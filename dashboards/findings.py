@@ -39,8 +39,8 @@ def findings(study: StudyResults, front: Sequence[Row]) -> Findings:
 
 
 def costs_nothing(row: Row) -> bool:
-    """Whether the interval of the row's perplexity increase, over strict StreamingLLM where it is known, reaches down to
-    no increase."""
+    """Whether the interval of the row's perplexity increase, over strict StreamingLLM where that is known, reaches down
+    to none."""
     name = _cost_name(row)
     low = row.get(f"{name}_low", row.get(name))
     return low is not None and low <= 0

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamllm.reference_time import with_times
+
 from .ablations import LETTERS
 from .columns import BY_KEY, Column
 from .comparisons import Group, Series, bars
@@ -48,7 +50,9 @@ _MEASURES = {
 _ALWAYS = {"dataset", "method"}
 _NOTES = {
     "decode_sec": "Total time is that of the tokens after the cache is full.",
-    "ppl_increase_percent": "Intervals are 95%; PPL increase is paired on the same tokens.",
+    "ppl_increase_percent": "Intervals are 95%; PPL increase is paired with the baseline, by way of strict "
+    "StreamingLLM where the baseline is known at a sample of tokens.",
+    "tpot_ms": "Milliseconds are ratios to strict StreamingLLM, timed in turn with it, times its median time.",
 }
 """On a column."""
 _UNSAID = ("", None, "eager", "none", 0)
@@ -83,7 +87,7 @@ def matrix_rows(documents: Sequence[Mapping[str, Any]]) -> list[Row]:
             rows.append({**baseline, **shared, "configuration": "", "baseline": True})
         if "streaming" in document:
             rows.append({**_measured(document["streaming"], document["baseline"]), **shared})
-    return rows
+    return list(with_times(rows))
 
 
 _IDENTITY = (

@@ -53,7 +53,8 @@ def print_table(study: StudyResults, everything: bool = False) -> None:
     """The table on stdout, the recommended row marked, the baseline as its last."""
     rows = study.trials if everything else study.front
     what = f"{len(rows)} trials" if everything else f"Pareto front: {len(rows)} of {len(study.trials)} trials"
-    show(pareto_table([study], everything), what)
+    table = pareto_table([study], everything)
+    show(table, what, table.notes)
 
 
 def rich_table(rows: Sequence[Row], title: str, objectives: Collection[str] = ()) -> View:

@@ -194,20 +194,20 @@ def _measured(study: StudyResults) -> str:
         said.append(
             f"The baseline runs the last {kept} tokens through the model again for every token, without a cache: "
             f"{study.baseline['tpot_ms']:.2f} ms per token, perplexity {study.baseline['perplexity']:.2f} over "
-            f"{_count(study.baseline, 'evaluated_tokens')} tokens, known from the {_count(study.baseline, 'sampled_tokens')} "
-            f"it was run at and strict StreamingLLM at all."
+            f"{_count(study.baseline, 'evaluated_tokens')} tokens, known from "
+            f"the {_count(study.baseline, 'sampled_tokens')} it was run at and strict StreamingLLM at all."
         )
     if row is not None and row.get("protocol") == "fast":
         said.append(
             f"Quality: the perplexity of {_count(row, 'evaluated_tokens')} tokens of {row['dataset']}, computed in a "
             f"few block forwards, which gives the losses of token-by-token decoding. Increases are paired: over strict "
-            f"StreamingLLM at every token; over the baseline that, and what strict StreamingLLM differs from the baseline "
-            f"by at the tokens the baseline was sampled at."
+            f"StreamingLLM at every token; over the baseline that, and what strict StreamingLLM differs from the "
+            f"baseline by at the tokens the baseline was sampled at."
         )
         said.append(
-            "Speed: the steady state of a full cache. After a warm-up, segments of whole prune cycles are timed in turn "
-            "with segments of strict StreamingLLM; the value is the median of the ratios, with a 95% interval, times the "
-            f"median time of strict StreamingLLM: {'; '.join(map(str, study.references))}."
+            "Speed: the steady state of a full cache. After a warm-up, segments of whole prune cycles are timed in "
+            "turn with segments of strict StreamingLLM; the value is the median of the ratios, with a 95% interval, "
+            f"times the median time of strict StreamingLLM: {'; '.join(map(str, study.references))}."
         )
     elif row is not None:
         said.append(f"Protocol {row.get('protocol')} on {row['dataset']}.")

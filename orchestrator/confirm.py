@@ -31,8 +31,8 @@ _PAIRED = {
 def candidates(
     rows: Sequence[Row], objectives: Mapping[str, str], earlier: Collection[str] = (), others: int = OTHERS
 ) -> list[Row]:
-    """The front; the `earlier` candidates, so that none leaves the front unmeasured; and the `others` nearest to the
-    front among the trials that no row of it beats for certain: of each, in some objective, the two intervals overlap."""
+    """The front; the `earlier` candidates, so that none leaves the front unmeasured; and the `others` nearest to it
+    among the trials that no row of the front beats for certain: in some objective, the two intervals overlap."""
     paired = dict(_PAIRED.get(name, (name, direction)) for name, direction in objectives.items())
     fit = [row for row in rows if row["state"] == "complete" and row.get("feasible", True)]
     front = pareto_front(fit, paired)

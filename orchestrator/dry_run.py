@@ -128,4 +128,4 @@ def _like(path: Path, configuration: SweepConfiguration) -> list[dict[str, Any]]
         return []
     if any(before.get(name) != now[name] for name in ("model", "source", "dtype", "quantization")):
         return []
-    return [row for row in rows if row["trial"] != "baseline" and row["state"] == "complete"]
+    return [row for row in rows if isinstance(row["trial"], int) and row["state"] == "complete"]

@@ -1,7 +1,8 @@
 """A study's folder as tables, figures and MLflow read it: plain files that follow the journal.
 
 `trials.jsonl` has a row per finished trial, `rounds.jsonl` the rounds of confirming, `confirmed.jsonl` what they say of
-some trials, `fronts.jsonl` the front each time a sweep ended, `outcome.json` how the last did. MLflow is made of these files and the measurement store alone.
+some trials, `fronts.jsonl` the front each time a sweep ended, `outcome.json` how the last did. MLflow is made of these
+files and the measurement store alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ class TrialsFile:
     """An observer of the sweep that appends each finished trial to `trials.jsonl`."""
 
     def __init__(self, folder: Path, rows: Sequence[dict[str, Any]]) -> None:
-        """Writes what the study has finished; what trials are compared with, which is no trial of it, stays as it was."""
+        """Writes what the study has finished; what trials are compared with, itself no trial, stays as it was."""
         for name in ("outcome.json", "confirmed.jsonl"):
             (folder / name).unlink(missing_ok=True)
         self.path = folder / "trials.jsonl"

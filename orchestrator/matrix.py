@@ -16,8 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamllm.baseline import AS_BASELINE, baseline_policy, compared, sampled
 from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
 from streamllm.printing import say
+from streamllm.reference_time import with_times
+from streamllm.session import compare_quality
 
 from .lease import computing_lease, study_lease, timing_lease
 from .matrix_plan import Document, MatrixPlan, Planned, cost, describe, make_plan
@@ -27,6 +30,7 @@ if TYPE_CHECKING:
     from streamllm.loaded import LoadedModel
     from streamllm.measurements import Measurements
     from streamllm.text import TextSource, TokenStream
+    from streamllm.timing import Reference
 
 _TITLES = {"wikitext": "WikiText-103", "pg19": "PG19"}
 _FORMATS = ("md", "csv", "latex")
@@ -127,6 +131,8 @@ class _Bench:
     documents: dict[Path, Document]
     _loaded: LoadedModel | None = None
     _of: tuple[str, str] | None = None
+    _references: dict[int, list[Reference]] = field(default_factory=dict)
+    """By the total that they hold."""
     _texts: dict[TextSource, TokenStream | Exception] = field(default_factory=dict)
 
     def measure(self, planned: Planned) -> dict[str, Any]:
@@ -143,19 +149,24 @@ class _Bench:
         _info(f"  baseline {_numbers(baseline[0])}")
         common = {"backend": baseline[0]["backend"], "dataset": planned.source.label, "protocol": cell.protocol}
         if cell.method == planned.baseline:
-            return {**common, "baseline": baseline[0]}
+            return {**common, "baseline": with_times([baseline[0]])[0]}
         _info(f"  evaluating {_method(cell.method)}...")
         streaming = _streaming(measurements, planned, baseline)
         _info(f"  {_method(cell.method)} {_numbers(streaming)}")
         common |= {"backend": streaming["backend"], "speedup": streaming["speedup"]}
-        return {**common, "baseline": baseline[0], "streaming": streaming}
+        both = with_times([baseline[0], streaming])
+        return {**common, "baseline": both[0], "streaming": both[1]}
 
     def _measurements(self, planned: Planned) -> Measurements:
         from streamllm.measurements import Measurements
         from streamllm.store import MeasurementStore
 
         loaded = self._model(planned)
-        return Measurements(MeasurementStore(self.plan.store), loaded, self._text(planned.source, loaded))
+        total = baseline_policy(planned.policy, planned.cell.protocol, loaded.trained_length).kept
+        kept_warm = self._references.setdefault(total, [])
+        return Measurements(
+            MeasurementStore(self.plan.store), loaded, self._text(planned.source, loaded), total, kept_warm
+        )
 
     def _model(self, planned: Planned) -> LoadedModel:
         from streamllm.device import limit_threads
@@ -164,6 +175,7 @@ class _Bench:
         wanted = planned.cell.dtype, planned.cell.quantization
         if self._loaded is None or self._of != wanted:
             self._loaded = None
+            self._references.clear()
             limit_threads(self.plan.threads)
             self._loaded = load_model(planned.model, planned.cell.dtype, quantization=planned.cell.quantization)
             self._of = wanted
@@ -210,20 +222,20 @@ def _check_same(planned: Planned, measurements: Measurements, documents: dict[Pa
 
 
 def _baseline(measurements: Measurements, planned: Planned) -> Measured:
-    from streamllm.baseline import baseline_policy
-
     cell, policy = planned.cell, planned.policy
     if planned.baseline == "recompute":
         policy = baseline_policy(policy, cell.protocol, measurements.loaded.trained_length)
     record, losses = _evaluate(measurements, planned, planned.baseline, "eager", policy)
-    return record | {"speedup": 1.0, "ppl_increase_percent": 0.0}, losses
+    comparison = compare_quality(measurements, cell.protocol, losses)
+    if comparison is not None:
+        record = record | sampled(losses, comparison, len(measurements.stream.tokens) - 1)
+    return record | AS_BASELINE, losses
 
 
 def _streaming(measurements: Measurements, planned: Planned, baseline: Measured) -> dict[str, Any]:
-    from streamllm.baseline import compared
-
     record, losses = _evaluate(measurements, planned, planned.cell.method, planned.cell.execution, planned.policy)
-    return record | compared(record, losses, baseline)
+    comparison = compare_quality(measurements, planned.cell.protocol, baseline[1])
+    return record | compared(record, losses, baseline, comparison)
 
 
 def _evaluate(measurements: Measurements, planned: Planned, method: str, execution: str, policy: Any) -> Measured:
@@ -239,7 +251,8 @@ def _evaluate(measurements: Measurements, planned: Planned, method: str, executi
     )
     assert measurement.losses is not None
     record = identity(measurements.loaded, measurements.stream, method, policy, protocol, execution)
-    return record | measurement.record | {"reused": not fresh}, measurement.losses
+    more = {"reused": not fresh, "reference_total": measurements.total}
+    return record | measurement.record | more, measurement.losses
 
 
 def _write(file: Path, document: Document) -> None:
@@ -301,7 +314,7 @@ def _title(plan: MatrixPlan, planned: Planned) -> str:
 
 
 def _numbers(record: dict[str, Any]) -> str:
-    time_of = f"{record['tpot_ms']:.2f} ms/token"
+    time_of = f"{record['measured_tpot_ms']:.2f} ms/token"
     if record["protocol"] != "fast":  # whose runtime is that of measuring
         time_of = f"Runtime: {record['runtime_sec']:.4g}s"
     return f"PPL: {record['perplexity']:.2f}, {time_of}{' (from the store)' * record['reused']}"

@@ -63,8 +63,8 @@ def take_rounds(
     count: int,
     announce: Callable[[int, TrialSpec], None],
 ) -> list[Round]:
-    """`count` rounds of all `rows`, each on the next of the ready `workers`. Those that are there already, with the same
-    engine and every one of the rows in it, count.
+    """`count` rounds of all `rows`, each on the next of the ready `workers`. Those that are there already count if every
+    one of the rows is in them, and the engine is the same.
 
     announce: told worker and spec before each measurement."""
     needed = {str(row["trial"]) for row in rows}
@@ -82,7 +82,7 @@ def take_rounds(
 
 def _take(turns: _Turns, rows: Sequence[Row], number: int, failed: dict[str, str]) -> Round:
     """What failed in an earlier round is not tried again."""
-    one = Round({}, {}, {trial: why for trial, why in failed.items()}, code_digest())
+    one = Round({}, {}, dict(failed), code_digest())
     for row in rows:
         trial = str(row["trial"])
         if trial in one.failed:

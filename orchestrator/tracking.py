@@ -20,10 +20,12 @@ from typing import Any
 
 from dashboards.findings import Findings, findings
 from dashboards.front import Row
+from dashboards.recommendation import recommended, record
 from dashboards.study import EXPERIMENT, VIEW, StudyResults, read_outcome
+from search_spaces import told_name
 from streamllm.store import MeasurementStore
 
-from .results import BASELINE
+from .results import BASELINE, STRICT
 
 _PARAMS = (
     "n_sink",
@@ -31,8 +33,6 @@ _PARAMS = (
     "compress_every",
     "cache_slack",
     "max_drop",
-    "overlap",
-    "refresh_budget",
     "method",
     "backend_requested",
     "execution",
@@ -59,13 +59,16 @@ _TAGS = {
 }
 """Name in a row -> tag."""
 _METRICS = (
-    "tpot_ms",
+    "time_ratio",
+    "measured_tpot_ms",
+    "reference_tpot_ms",
+    "load",
     "speedup",
     "perplexity",
+    "ppl_vs_strict_percent",
     "ppl_increase_percent",
     "peak_kv",
     "peak_memory_mb",
-    "decode_toks_per_sec",
     "bandwidth_utilization",
     "avg_attn_ms",
     "prefill_sec",
@@ -75,11 +78,22 @@ _METRICS = (
     "speed_sec",
     "evaluated_tokens",
 )
-_CONFIRMED = ("confirmed_tpot_ms", "confirmed_speedup", "confirmed_rounds", "front_probability")
+_AT_THE_END = (
+    "tpot_ms",
+    "decode_toks_per_sec",
+    "time_ratio",
+    "measured_tpot_ms",
+    "reference_tpot_ms",
+    "speedup",
+    "rounds",
+    "front_probability",
+)
+"""Metrics that hang on all trials, or on what was confirmed: brought up to date each time a sweep ends."""
 PARENT_PARAMS = ("model", "dtype", "quantization", "cap", "seed")
 _COLUMNS = (
     *(f"tags.`{name}`" for name in ("pareto", "method", "backend.used")),
-    *(f"metrics.`{name}`" for name in ("tpot_ms", "speedup", "ppl_increase_percent", "perplexity", "peak_kv")),
+    *(f"metrics.`{name}`" for name in ("tpot_ms", "speedup", "ppl_vs_strict_percent", "perplexity", "peak_kv")),
+    *(f"metrics.`{name}`" for name in ("rounds", "front_probability")),
     *(f"params.`{name}`" for name in ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop")),
     *(f"tags.`{name}`" for name in ("dataset", "device", "feasible", "reason")),
 )
@@ -170,19 +184,23 @@ class Projection:
     def close(self, results: StudyResults, report: list[Path]) -> None:
         """Marks the front, logs what was confirmed, attaches the report to the parent, and ends all runs."""
         status, ended_at = read_outcome(results.folder)
-        last = max((row["finished_at"] for row in [*results.trials, results.baseline] if row), default=time.time())
+        rows = [*results.trials, results.baseline, results.strict]
+        last = max((row["finished_at"] for row in rows if row), default=time.time())
         ended = int(1000 * (ended_at or last))
         front = {str(row["trial"]) for row in results.front}
         for trial in sorted((front ^ self._on_front) & self._runs.keys()):
             self._client.set_tag(self._runs[trial], "pareto", str(trial in front))
         self._on_front = front
-        for row in [*results.trials, results.baseline]:
-            if row is not None and "confirmed_rounds" in row:
-                self._update_metrics(self._runs[str(row["trial"])], _confirmed_metrics(row), ended)
-        self._update_metrics(
-            self._runs[""], {"trials": len(results.trials), "pareto_trials": len(results.front)}, ended
-        )
+        before = {run.info.run_id: run.data.metrics for run in self._known_runs()}
+        for row in [*results.trials, results.baseline, results.strict]:
+            if row is not None and (run := self._runs.get(str(row["trial"]))) is not None:
+                self._update_metrics(run, _final_metrics(row, before.get(run, {})), before.get(run, {}), ended)
+        whole = {"trials": len(results.trials), "pareto_trials": len(results.front)}
+        if results.references:
+            whole["reference_tpot_ms"] = results.references[0].ms
+        self._update_metrics(self._runs[""], whole, before.get(self._runs[""], {}), ended)
         self._attach(report, findings(results, results.front))
+        self._recommend(results)
         for trial in self._runs.keys() - self._digests.keys() - {""}:  # of no trial that the study knows, or refused
             self._client.set_terminated(self._runs[trial], "KILLED", ended)
         parent = self._client.get_run(self._runs[""]).info
@@ -226,7 +244,7 @@ class Projection:
             f"{VIEW}{study}": json.dumps(
                 {
                     "searchFilter": f"tags.study = '{study}'",
-                    "orderByKey": f"metrics.`{first}`",
+                    "orderByKey": f"metrics.`{told_name(first)}`",
                     "orderByAsc": direction == "minimize",
                     "selectedColumns": _COLUMNS,
                     "columnOrder": _COLUMNS,
@@ -253,11 +271,17 @@ class Projection:
                 shutil.copyfile(losses, Path(folder) / "losses.npy")
             self._client.log_artifacts(run, folder)
 
-    def _update_metrics(self, run: str, values: dict[str, float], at: int) -> None:
+    def _recommend(self, results: StudyResults) -> None:
+        found = record(results, recommended(results, results.front))
+        tags = self._client.get_run(self._runs[""]).data.tags
+        for name, tag in (("trial", "recommended"), ("command", "recommended.command")):
+            if found[name] is not None and tags.get(tag) != str(found[name]):
+                self._client.set_tag(self._runs[""], tag, str(found[name])[:5000])
+
+    def _update_metrics(self, run: str, values: Mapping[str, float], before: Mapping[str, float], at: int) -> None:
         from mlflow.entities import Metric
 
-        before = self._client.get_run(run).data.metrics
-        changed = {name: value for name, value in values.items() if before.get(name) != value}
+        changed = {name: value for name, value in values.items() if not _same(before.get(name), value)}
         if changed:
             self._client.log_batch(run, metrics=[Metric(name, value, at, 0) for name, value in changed.items()])
 
@@ -303,9 +327,17 @@ def _is_refusal(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.get_http_status_code() == 400
 
 
-def _confirmed_metrics(row: Row) -> dict[str, float]:
-    names = [f"{name}{end}" for name in _CONFIRMED for end in ("", "_low", "_high")]
-    return {name: float(row[name]) for name in names if _is_number(row.get(name))}
+def _final_metrics(row: Row, before: Mapping[str, float]) -> dict[str, float]:
+    """Of a trial that was confirmed before and is no longer, that is taken back: no rounds, a probability of NaN."""
+    names = [f"{name}{end}" for name in _AT_THE_END for end in ("", "_low", "_high")]
+    values = {name: float(row[name]) for name in names if _is_number(row.get(name))}
+    if before.get("rounds") and "rounds" not in row:
+        values |= {"rounds": 0.0} | ({"front_probability": math.nan} if "front_probability" in before else {})
+    return values
+
+
+def _same(one: float | None, other: float) -> bool:
+    return one is not None and (one == other or (math.isnan(one) and math.isnan(other)))
 
 
 def _is_number(value: Any) -> bool:
@@ -326,8 +358,8 @@ def one_line(error: Exception) -> str:
 
 
 def _run_name(row: Row) -> str:
-    if row["trial"] == BASELINE:
-        return BASELINE
+    if row["trial"] in (STRICT, BASELINE):
+        return str(row["trial"])
     return (
         f"{row['trial']:03d} {row['method']} S={row['n_sink']} W={row['window_size']} R={row['compress_every']} "
         f"slack={row['cache_slack']} drop={row['max_drop']} {row['backend_requested']}"

@@ -77,8 +77,8 @@ class Measurements:
         strict: bool = False,
         run: int = 0,
     ) -> tuple[Measurement, bool]:
-        """Protocol `fast`. It does not depend on the text. Measured once per run. The record says if the accelerator had
-        `foreign_processes` just after the timing."""
+        """Protocol `fast`. It does not depend on the text. Measured once per run. The record says if the accelerator
+        had `foreign_processes` just after the timing."""
 
         def measure() -> Measurement:
             backend = resolve_backend(attn_backend, self.loaded, strict)

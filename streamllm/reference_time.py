@@ -90,7 +90,7 @@ def with_times(rows: Sequence[Row]) -> list[dict[str, Any]]:
 
 
 def speedup(row: Row, baseline: Row) -> dict[str, float]:
-    """How many times as fast as the baseline: the quotient of two ratios to the reference, with the intervals of both."""
+    """How many times as fast as the baseline: the quotient of their ratios to the reference, with both intervals."""
     value = baseline["time_ratio"] / row["time_ratio"]
     below = math.hypot(_half(baseline, "low"), _half(row, "high"))
     above = math.hypot(_half(baseline, "high"), _half(row, "low"))

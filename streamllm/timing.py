@@ -1,5 +1,5 @@
-"""Speed of a decoder in the steady state of a full cache: time per output token (TPOT) beside a reference's, attention's
-share, memory."""
+"""Speed of a decoder in the steady state of a full cache: time per output token (TPOT) beside a reference's, the share
+of attention, memory."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class TimedDecoder:
 
 @dataclass(frozen=True)
 class Reference:
-    """What everything is timed beside: strict StreamingLLM by the ring, eagerly, kept warm; one per device and total."""
+    """What everything is timed beside: strict StreamingLLM by the ring, eager, kept warm; one per device and total."""
 
     decoder: TimedDecoder
     cache_bytes: int
