@@ -63,7 +63,7 @@ def take_rounds(
     count: int,
     announce: Callable[[int, TrialSpec], None],
 ) -> list[Round]:
-    """`count` rounds of all `rows`, each on the next of the ready `workers`. Those that are there already count if every
+    """`count` rounds of all `rows`, each on the next of the ready `workers`. Those that are there count, if every
     one of the rows is in them, and the engine is the same.
 
     announce: told worker and spec before each measurement."""

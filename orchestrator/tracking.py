@@ -195,7 +195,7 @@ class Projection:
         for row in [*results.trials, results.baseline, results.strict]:
             if row is not None and (run := self._runs.get(str(row["trial"]))) is not None:
                 self._update_metrics(run, _final_metrics(row, before.get(run, {})), before.get(run, {}), ended)
-        whole = {"trials": len(results.trials), "pareto_trials": len(results.front)}
+        whole: dict[str, float] = {"trials": len(results.trials), "pareto_trials": len(results.front)}
         if results.references:
             whole["reference_tpot_ms"] = results.references[0].ms
         self._update_metrics(self._runs[""], whole, before.get(self._runs[""], {}), ended)
