@@ -2,8 +2,8 @@
 activations stay as they are.
 
 torchao quantizes; the product is one kernel for one token and for blocks alike, so that the evaluator's losses are the
-decode loop's, as closely as in bfloat16. Which kernel that is depends on the machine, and some have been wrong without a
-word: each is tried, once per shape, before anything is measured with it.
+decode loop's, as closely as in bfloat16. Which kernel that is depends on the machine, and some are wrong without
+a word: each is tried, once per shape, before anything is measured with it.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Int4Linear(nn.Module):
 
 
 def _int4_weights(rounded: Tensor, scales_and_zeros: Tensor) -> Tensor:
-    """rounded (out, in) of 0 .. 15, or (out, in / 2) bytes, as torchao has them for CUDA, the first in the high half."""
+    """rounded (out, in) of 0 .. 15, or (out, in / 2) bytes as torchao has it for CUDA, the first in the high half."""
     if rounded.dtype == torch.uint8:
         rounded = torch.stack((rounded >> 4, rounded & 15), dim=-1).flatten(1)
     scales, zeros = scales_and_zeros.float().transpose(0, 1).unsqueeze(-2).unbind(-1)  # (out, in / GROUP, 1) each
@@ -156,11 +156,9 @@ def _try_kernel(quantization: str, layer: Int8Linear | Int4Linear, weights: Tens
     size = (rows.float().square().unflatten(1, (-1, GROUP)).sum(-1) @ largest.square().T).sqrt()
     wrong = ~((found - exact).abs() <= 2**-5 * size)  # so that NaN is wrong
     if wrong.any():
-        on_cpu = weights.device.type == "cpu"
-        where = f"this CPU ({cpu_capability()})" if on_cpu else device_name(weights.device)
-        lower = "this one with ATEN_CPU_CAPABILITY=default in the environment, " if on_cpu else ""
+        where = f"this CPU ({cpu_capability()})" if weights.device.type == "cpu" else device_name(weights.device)
         raise UsageError(
             f"quantization {quantization!r}: torch's kernel is wrong on {where}, {found[wrong][0]:.4g} instead of "
-            f"{exact[wrong][0]:.4g} in a layer of {layer.in_features} inputs and {layer.out_features} outputs; try "
-            f"another torch, {lower}or leave --quantization out"
+            f"{exact[wrong][0]:.4g} in a layer of {layer.in_features} inputs and {layer.out_features} outputs; use "
+            f"--quantization none, or another version of torch"
         )

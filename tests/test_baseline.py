@@ -2,9 +2,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from streamllm.__main__ import main
+from streamllm.backends import BACKENDS
 from streamllm.baseline import average, baseline_policy, compared
+from streamllm.methods.recompute import WholeWindow, losses_at
 from streamllm.policy import EvictionPolicy
 
 from .conftest import GOLDEN
@@ -79,3 +82,31 @@ def test_runs_are_kept_averaged_and_compared_with(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr("sys.argv", ["streamllm", "baseline", *what, "--runs", "0"])
     assert main() == 2
     assert capsys.readouterr().err == "error: runs 0: must be a whole number >= 1\n"
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 31, 32, 33, 34])
+def test_texts_shorter_than_a_window_and_just_longer(length, golden_model, golden_tokens):
+    """Window by window, each in a plain forward pass of its own."""
+    loaded, tokens, window, seen = golden_model("neox-tiny"), golden_tokens[:length], 32, []
+    found = losses_at(loaded, tokens, window, range(length - 1), BACKENDS["math"], lambda *done: seen.append(done))
+    for end in range(1, length):
+        piece = torch.from_numpy(tokens[max(end - window, 0) : end])
+        output = loaded.forward(piece[None], torch.arange(len(piece)), WholeWindow(BACKENDS["math"]))
+        expected = -output.logits[0, -1].double().log_softmax(-1)[tokens[end]]
+        assert found[end - 1] == pytest.approx(expected.item(), abs=1e-5)
+    assert len(found) == length - 1
+    assert seen[-1] == (length - 1, length - 1)
+
+
+@pytest.mark.parametrize("length", [2, 3, 32, 33])
+@pytest.mark.parametrize("protocol", ["fast", "decode-loop"])
+def test_tiny_texts_beside_the_baseline(length, protocol, tmp_path, monkeypatch, capsys):
+    """As long as nothing is evicted, both see the same tokens."""
+    monkeypatch.chdir(tmp_path)
+    what = ("--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--dtype", "float32")
+    how = ("--n-sink", "4", "--window-size", "28", "--threads", "1", "--protocol", protocol, "--mode", "both", "--json")
+    monkeypatch.setattr("sys.argv", ["streamllm", "evaluate", *what, *how, "--max-eval-tokens", str(length)])
+    assert main() == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["evaluated_tokens"] == length - 1
+    assert result["ppl_increase_percent"] == pytest.approx(0, abs=1e-2)

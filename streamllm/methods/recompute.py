@@ -79,8 +79,11 @@ def losses_at(
             head = stream[None, : int(short[-1]) + 1]
             logits = loaded.forward(head, torch.arange(head.shape[1], device=loaded.device), state).logits[0]
             losses.append(negative_log_likelihood(logits[short], stream[short + 1]))
+            if progress is not None:
+                progress(len(short), len(positions))
         offsets = torch.arange(1 - window, 1, device=loaded.device)
-        for ends in full.split(batch):
+        for start in range(0, len(full), batch):  # none in a text shorter than a window
+            ends = full[start : start + batch]
             logits = _last_logits(loaded, stream[ends[:, None] + offsets], state)
             losses.append(negative_log_likelihood(logits, stream[ends + 1]))
             if progress is not None:
