@@ -12,7 +12,7 @@ import numpy as np
 from orchestrator.lease import timing_lease
 from orchestrator.trial import TrialMeasurement, WorkerUnusableError
 from orchestrator.worker import Worker
-from streamllm.store import Measurement, MeasurementStore
+from streamllm.store import Measurement, MeasurementStore, entry_name
 
 
 def first_time(store, name):
@@ -45,7 +45,9 @@ class WithoutModel(Worker):
         measurement = found or Measurement(record(spec), LOSSES)
         if found is None:
             self.store.put(key, measurement)
-        return TrialMeasurement(measurement.record, measurement.losses, found is None, found is None, [2.0] * 12)
+        return TrialMeasurement(
+            measurement.record, measurement.losses, found is None, found is None, [1.0] * 12 if spec.round else ()
+        )
 
 
 class Slow(WithoutModel):
@@ -57,7 +59,16 @@ class Slow(WithoutModel):
 def record(spec):
     backends = {"backend": spec.attn_backend, "backend_requested": spec.attn_backend}
     what = {"dataset": "none", "protocol": "fast", "method": spec.method, "execution": spec.execution}
-    return what | {"tpot_ms": 2.0, "perplexity": 2.7, "peak_kv": 49} | backends | asdict(spec.policy)
+    times = {
+        "time_ratio": 1.0,
+        "measured_tpot_ms": 2.0,
+        "reference_tpot_ms": 2.0,
+        "pairs": 12,
+        "timed_at": 0.0,
+        "load": 0.5,
+    }
+    quality = {"perplexity": 2.7, "n_tokens": 51, "peak_kv": 49, "quality_entry": entry_name({"spec": str(spec)})}
+    return what | times | quality | backends | asdict(spec.policy)
 
 
 LOSSES = np.column_stack((np.arange(50.0), np.full(50, 1.0)))

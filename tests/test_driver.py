@@ -1,5 +1,6 @@
 """The driver over a pool of pretend workers, in this process."""
 
+import math
 import resource
 from dataclasses import asdict
 
@@ -12,6 +13,7 @@ from orchestrator.study import Study
 from orchestrator.trial import TrialMeasurement
 from search_spaces import load_space
 from streamllm.errors import UsageError
+from streamllm.policy import strict_policy
 
 from .test_study import SPACE
 
@@ -39,11 +41,11 @@ class PretendPool:
 
 
 def measured(worker, spec):
-    tpot = 10.0 if spec.method == "recompute" else 2.0 + spec.policy.n_sink
-    record = {"tpot_ms": tpot, "method": spec.method} | asdict(spec.policy)
-    losses = np.column_stack((np.arange(50.0), np.full(50, 1.0)))
+    ratio = 10.0 if spec.method == "recompute" else 2.0 + spec.policy.n_sink
+    record = {"time_ratio": ratio, "n_tokens": 51, "method": spec.method} | asdict(spec.policy)
+    losses = np.column_stack((np.arange(50.0), np.full(50, 1.0 + 0.01 * spec.policy.n_sink)))
     if spec.method == "recompute":
-        losses = losses[::10]
+        losses = losses[::5]
     return Finished(worker, measurement=TrialMeasurement(record, losses, True, True))
 
 
@@ -77,12 +79,19 @@ def drive(tmp_path):
 def test_rows_wait_for_the_baseline_and_are_paired_with_it(drive):
     pool = PretendPool(3)
     study, log = drive(pool, 4)
-    assert pool.submitted[0].method == "recompute"
-    assert [row["trial"] for row in log.rows] == ["baseline", *(row["trial"] for row in study.rows)]
+    assert [spec.method for spec in pool.submitted[:2]] == ["ring", "recompute"]
+    assert pool.submitted[0].policy == strict_policy(32)
+    assert [row["trial"] for row in log.rows] == ["strict", "baseline", *(row["trial"] for row in study.rows)]
     assert len(study.rows) == 4
     for row in study.rows:
-        assert row["speedup"] == pytest.approx(10.0 / row["tpot_ms"])
-        assert row["ppl_increase_percent"] == pytest.approx(0.0)
+        sinks = row["n_sink"]
+        assert row["speedup"] == pytest.approx(10.0 / row["time_ratio"])
+        assert row["ppl_vs_strict_percent"] == pytest.approx(100 * math.expm1(0.01 * (sinks - 4)))
+        assert row["ppl_increase_percent"] == pytest.approx(100 * math.expm1(0.01 * sinks))
+    strict, baseline = log.rows[:2]
+    assert strict["ppl_vs_strict_percent"] == 0
+    assert baseline["perplexity"] == pytest.approx(math.e), "over all tokens, by the reference's"
+    assert (baseline["evaluated_tokens"], baseline["sampled_tokens"]) == (50, 10)
 
 
 def test_going_on_measures_only_what_is_missing(drive):
@@ -90,7 +99,7 @@ def test_going_on_measures_only_what_is_missing(drive):
     pool = PretendPool(1)
     study, _ = drive(pool, 5)
     assert len(study.rows) == 5
-    assert len(pool.submitted) == 1 + 3
+    assert len(pool.submitted) == 2 + 3
 
 
 def test_an_exhausted_space_ends_the_sweep(drive):
@@ -165,7 +174,7 @@ def test_nothing_new_is_asked_for_after_the_time_budget(drive, tmp_path):
     space = load_space(str(tmp_path / "space.yaml"))
     study, pool = Study("s", tmp_path / "journal.log", space, 32, seed=1), PretendPool(2)
     Driver(study, pool, 32, 6, [], time_budget=0.0).run()
-    assert [spec.method for spec in pool.submitted] == ["recompute"]
+    assert [spec.method for spec in pool.submitted] == ["ring", "recompute"]
     Driver(study, PretendPool(2), 32, 6, [], time_budget=600.0).run()
     assert len(study.rows) == 6
 

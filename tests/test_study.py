@@ -16,7 +16,7 @@ known:
 
 CONDITIONAL = """
 cap: 64
-objectives: [tpot_ms, ppl_increase_percent]
+objectives: [tpot_ms, ppl_vs_strict_percent]
 constraints: [ppl_increase_percent <= 3]
 parameters:
   n_sink: [0, 4]
@@ -36,8 +36,9 @@ def row_of(trial):
     return {
         "trial": trial.number,
         "state": "complete",
-        "tpot_ms": 1.0 + trial.params["n_sink"],
+        "time_ratio": 1.0 + trial.params["n_sink"],
         "ppl_increase_percent": 2.0,
+        "ppl_vs_strict_percent": 1.0,
         "feasible": True,
     }
 
@@ -130,12 +131,12 @@ def test_what_violates_a_constraint_is_infeasible_in_row_and_study(open_conditio
     study = open_conditional()
     good, bad = study.ask(), study.ask()
     assert study.tell(good.number, row_of(good))["feasible"] is True
-    kept = study.tell(bad.number, row_of(bad) | {"ppl_increase_percent": 3.5, "tpot_ms": 0.1})
+    kept = study.tell(bad.number, row_of(bad) | {"ppl_increase_percent": 3.5, "time_ratio": 0.1})
     assert (kept["feasible"], kept["violated"]) == (False, "ppl_increase_percent <= 3")
     assert study.rows[1] == kept
     assert [trial.number for trial in study._study.best_trials] == [good.number]
     assert study._study.trials[bad.number].constraints == {"ppl_increase_percent <= 3": 0.5}
-    assert pareto_front(study.rows, {"tpot_ms": "minimize"}) == [study.rows[0]]
+    assert pareto_front(study.rows, {"time_ratio": "minimize"}) == [study.rows[0]]
 
 
 def test_samplers_are_told_what_is_infeasible(open_conditional):
@@ -150,8 +151,8 @@ def test_samplers_are_told_what_is_infeasible(open_conditional):
 def test_an_objective_that_is_no_number_fails_the_trial(open_study, value):
     study = open_study()
     trial = study.ask()
-    kept = study.tell(trial.number, row_of(trial) | {"tpot_ms": value})
-    assert (kept["state"], kept["reason"]) == ("failed", f"tpot_ms is {value}")
+    kept = study.tell(trial.number, row_of(trial) | {"time_ratio": value})
+    assert (kept["state"], kept["reason"]) == ("failed", f"time_ratio is {value}")
     assert open_study().rows[0]["state"] == "failed"
 
 
@@ -174,7 +175,7 @@ def test_a_kill_in_the_middle_of_tell_loses_nothing(open_study, tmp_path):
     again = open_study()
     assert again.rows == [row_of(trial)]
     assert trial.params not in [t.params for t in iter(again.ask, None)]
-    assert [t.values for t in open_study()._study.best_trials] == [[trial.params["n_sink"] + 1.0, 2.0]]
+    assert [t.values for t in open_study()._study.best_trials] == [[trial.params["n_sink"] + 1.0, 1.0]]
 
 
 def test_the_sampler_may_change_when_a_study_goes_on(open_conditional):
@@ -215,9 +216,23 @@ def test_nsga2_goes_on_from_what_was_found_after_a_restart(wide, tmp_path):
         rows = []
         for _ in range(trials):
             trial = study.ask()
-            row = row_of(trial) | {"ppl_increase_percent": float(trial.params["cache_slack"])}
+            row = row_of(trial) | {"ppl_vs_strict_percent": float(trial.params["cache_slack"])}
             rows.append(study.tell(trial.number, row))
-        return [row["tpot_ms"] + row["ppl_increase_percent"] for row in rows]
+        return [row["time_ratio"] + row["ppl_vs_strict_percent"] for row in rows]
 
     first = run(200)
     assert sum(run(50)) < 0.9 * sum(first[:50])
+
+
+def test_milliseconds_are_told_as_ratios_and_limited_by_the_reference_as_it_is_known(tmp_path):
+    """A pooled reference time that moves must not move what a search was told; a limit in milliseconds is on both."""
+    (tmp_path / "space.yaml").write_text(SPACE.replace("ppl_increase_percent <= 3", "tpot_ms <= 25"))
+    study = Study("s", tmp_path / "journal.log", load_space(str(tmp_path / "space.yaml")), 32, seed=1)
+    kept = []
+    for ratio, reference in ((2.0, 10.0), (2.0, 20.0)):  # 20 ms, then 2 times a median of 15
+        trial = study.ask()
+        kept.append(study.tell(trial.number, row_of(trial) | {"time_ratio": ratio, "reference_tpot_ms": reference}))
+    assert [row["feasible"] for row in kept] == [True, False]
+    assert [trial.values[0] for trial in study._study.trials] == [2.0, 2.0]
+    assert study._study.metric_names == ["time_ratio", "ppl_vs_strict_percent"]
+    assert not any("tpot_ms" in row for row in kept), "what those are in is known when all are measured"
