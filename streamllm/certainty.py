@@ -23,26 +23,27 @@ def time_draws(rounds: Sequence[np.ndarray], draws: int = 2000, seed: int = 0) -
 
     rounds: per candidate (rounds, pairs), time of a segment over that of the reference's beside it.
 
-    A candidate's estimate is the mean over its rounds of the log median ratio. The error of a round's median has two
-    parts: what its pairs scatter, seen in each candidate's own pairs, and what differs between rounds (another decoder,
-    memory laid out anew), for which two or three rounds of one candidate say too little: that variance is pooled over
-    all. Draws are t distributed by the pooled degrees of freedom."""
-    medians = [np.median(np.log(one), axis=1) for one in rounds]
-    within = np.array([np.mean([_median_variance(pairs) for pairs in np.log(one)]) for one in rounds])
+    A candidate's estimate is the mean over its rounds of the log median ratio. Its error is seen where it matters, in
+    how a candidate's medians differ between rounds (another decoder, memory laid out anew, another load). Two or three
+    rounds of one candidate say too little of that, so it is pooled over all; only what pairs scatter, of which each
+    candidate has many, tells the noisy from the quiet. Draws are t distributed by the pooled degrees of freedom."""
+    logarithms = [np.log(one) for one in rounds]
+    medians = [np.median(one, axis=1) for one in logarithms]
     counts = np.array([len(one) for one in medians])
+    within = np.array([_median_variance(one) for one in logarithms])
     freedom = int((counts - 1).sum())
     if freedom:
         scatter = sum(float(((one - one.mean()) ** 2).sum()) for one in medians) / freedom
-        between = max(scatter - float(((counts - 1) * within).sum()) / freedom, 0.0)
+        expected = float((counts - 1) @ within) / freedom
+        variances = within * min(1.0, scatter / expected if expected else 0.0) + max(scatter - expected, 0.0)
     else:
-        between = _ROUND_SPREAD**2
+        variances = within + _ROUND_SPREAD**2
     estimates = np.array([one.mean() for one in medians])
-    errors = np.sqrt((within + between) / counts)
     random = np.random.default_rng(seed)
     deviates = random.normal(size=(draws, len(rounds)))
     if freedom:
         deviates *= np.sqrt(freedom / random.chisquare(freedom, size=(draws, 1)))
-    return estimates, estimates + errors * deviates
+    return estimates, estimates + np.sqrt(variances / counts) * deviates
 
 
 def front_probabilities(points: np.ndarray) -> np.ndarray:
@@ -83,13 +84,8 @@ def _dominated(points: np.ndarray) -> np.ndarray:
     return np.asarray(((other <= one).all(axis=-1) & (other < one).any(axis=-1)).any(axis=-1))
 
 
-def _median_variance(values: np.ndarray) -> float:
-    """Variance of the median of `values`, by the bootstrap's exact law (Efron 1979; of an even number, the lower one).
-
-    P(median of a resample > i-th smallest of n) = P(fewer than m of n draws are among the i smallest), m = (n+1) // 2.
-    """
-    ordered, n = np.sort(values), len(values)
-    share = np.arange(n + 1) / n
-    above = sum(math.comb(n, j) * share**j * (1 - share) ** (n - j) for j in range((n + 1) // 2))
-    weights = -np.diff(above)
-    return float(weights @ (ordered - weights @ ordered) ** 2)
+def _median_variance(logarithms: np.ndarray) -> float:
+    """Variance of the median of one round's pairs, as it were if logarithms (rounds, pairs) were normal: pi / 2 of a
+    mean's, the standard deviation being sqrt(pi / 2) times the mean absolute deviation."""
+    deviation = np.abs(logarithms - np.median(logarithms, axis=1, keepdims=True)).mean()
+    return float((math.pi / 2 * deviation) ** 2 / logarithms.shape[1])
