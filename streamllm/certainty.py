@@ -13,6 +13,9 @@ _ROUND_SPREAD = 0.02
 """Standard deviation of a configuration's log ratio between rounds, assumed where no candidate has two rounds."""
 
 
+_ROUNDING = 1e-12
+
+
 def ratio_interval(ratios: np.ndarray) -> Estimate:
     """Of one measurement: the median of the ratios (pairs,) of its segments to the reference's, with its interval."""
     return median_interval(ratios)
@@ -56,14 +59,22 @@ def front_probabilities(points: np.ndarray) -> np.ndarray:
 def not_told_from(points: np.ndarray, level: float = 0.05) -> list[list[int]]:
     """For each point the others that it is better than in no objective for certain.
 
-    points: (draws, k, objectives), all to be minimised. Certain: all that is said here is true at once with probability
-    1 - level, whatever the number of points: differences count beyond the 1 - level quantile of the largest error, in
-    standard deviations, among all pairs and objectives of a draw (as Tukey's and the max-t procedures)."""
+    points: (draws, k, objectives), all to be minimised. Certain: whatever the number of points, with probability
+    1 - level nothing that is said here is wrong. Differences count beyond the 1 - level quantile, over draws, of the
+    largest error among all pairs and objectives, in standard deviations; those that count then leave it to the others
+    to be the largest, until no more do (step-down max-t: Romano & Wolf 2005)."""
     differences = points[:, :, None] - points[:, None]
     centre, spread = differences.mean(axis=0), differences.std(axis=0)
-    errors = np.divide(differences - centre, spread, out=np.zeros_like(differences), where=spread > 0)
-    margin = np.quantile(errors.max(axis=(1, 2, 3), initial=0), 1 - level)
-    better = (centre < -margin * spread).any(-1)
+    uncertain = spread > _ROUNDING * (1 + np.abs(centre))
+    distances = np.divide(np.abs(centre), spread, out=np.full_like(centre, np.inf), where=uncertain)
+    errors = np.abs(np.divide(differences - centre, spread, out=np.zeros_like(differences), where=uncertain))
+    told = distances == np.inf
+    while True:
+        margin = np.quantile(np.where(told, 0, errors).max(axis=(1, 2, 3)), 1 - level)
+        if not (fresh := ~told & (distances > margin)).any():
+            break
+        told |= fresh
+    better = (told & (centre < -_ROUNDING)).any(axis=-1)
     return [[j for j in range(len(better)) if j != i and not better[i, j]] for i in range(len(better))]
 
 
