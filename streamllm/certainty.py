@@ -30,10 +30,9 @@ def time_draws(rounds: Sequence[np.ndarray], draws: int = 2000, seed: int = 0) -
     how a candidate's medians differ between rounds (another decoder, memory laid out anew, another load). Two or three
     rounds of one candidate say too little of that, so it is pooled over all; only what pairs scatter, of which each
     candidate has many, tells the noisy from the quiet. Draws are t distributed by the pooled degrees of freedom."""
-    logarithms = [np.log(one) for one in rounds]
-    medians = [np.median(one, axis=1) for one in logarithms]
+    medians = [np.log(np.median(one, axis=1)) for one in rounds]
     counts = np.array([len(one) for one in medians])
-    within = np.array([_median_variance(one) for one in logarithms])
+    within = np.array([_median_variance(np.log(one)) for one in rounds])
     freedom = int((counts - 1).sum())
     if freedom:
         scatter = sum(float(((one - one.mean()) ** 2).sum()) for one in medians) / freedom
@@ -63,19 +62,24 @@ def not_told_from(points: np.ndarray, level: float = 0.05) -> list[list[int]]:
     1 - level nothing that is said here is wrong. Differences count beyond the 1 - level quantile, over draws, of the
     largest error among all pairs and objectives, in standard deviations; those that count then leave it to the others
     to be the largest, until no more do (step-down max-t: Romano & Wolf 2005)."""
-    differences = points[:, :, None] - points[:, None]
+    count = points.shape[1]
+    one, other = np.triu_indices(count, 1)
+    differences = points[:, one] - points[:, other]
     centre, spread = differences.mean(axis=0), differences.std(axis=0)
     uncertain = spread > _ROUNDING * (1 + np.abs(centre))
     distances = np.divide(np.abs(centre), spread, out=np.full_like(centre, np.inf), where=uncertain)
     errors = np.abs(np.divide(differences - centre, spread, out=np.zeros_like(differences), where=uncertain))
-    told = distances == np.inf
-    while True:
-        margin = np.quantile(np.where(told, 0, errors).max(axis=(1, 2, 3)), 1 - level)
-        if not (fresh := ~told & (distances > margin)).any():
+    told = ~uncertain
+    while not told.all():
+        largest = errors[:, ~told].max(axis=1)
+        fresh = ~told & (distances > np.quantile(largest, 1 - level))
+        if not fresh.any():
             break
         told |= fresh
-    better = (told & (centre < -_ROUNDING)).any(axis=-1)
-    return [[j for j in range(len(better)) if j != i and not better[i, j]] for i in range(len(better))]
+    better = np.zeros((count, count), dtype=bool)
+    better[one, other] = (told & (centre < -_ROUNDING)).any(axis=-1)
+    better[other, one] = (told & (centre > _ROUNDING)).any(axis=-1)
+    return [[j for j in range(count) if j != i and not better[i, j]] for i in range(count)]
 
 
 def told_apart_front(estimates: np.ndarray, not_told: Sequence[Sequence[int]], probabilities: np.ndarray) -> list[int]:
