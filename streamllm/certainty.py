@@ -12,7 +12,6 @@ from .quality import Estimate, median_interval
 _ROUND_SPREAD = 0.02
 """Standard deviation of a configuration's log ratio between rounds, assumed where no candidate has two rounds."""
 
-
 _ROUNDING = 1e-12
 
 
@@ -33,13 +32,9 @@ def time_draws(rounds: Sequence[np.ndarray], draws: int = 2000, seed: int = 0) -
     medians = [np.log(np.median(one, axis=1)) for one in rounds]
     counts = np.array([len(one) for one in medians])
     within = np.array([_median_variance(np.log(one)) for one in rounds])
+    squares = np.array([float(((one - one.mean()) ** 2).sum()) for one in medians])
     freedom = int((counts - 1).sum())
-    if freedom:
-        scatter = sum(float(((one - one.mean()) ** 2).sum()) for one in medians) / freedom
-        expected = float((counts - 1) @ within) / freedom
-        variances = within * min(1.0, scatter / expected if expected else 0.0) + max(scatter - expected, 0.0)
-    else:
-        variances = within + _ROUND_SPREAD**2
+    variances = _round_variances(within, squares, freedom) if freedom else within + _ROUND_SPREAD**2
     estimates = np.array([one.mean() for one in medians])
     random = np.random.default_rng(seed)
     deviates = random.normal(size=(draws, len(rounds)))
@@ -91,6 +86,25 @@ def told_apart_front(estimates: np.ndarray, not_told: Sequence[Sequence[int]], p
     while doubtful := [i for i in members if set(not_told[i]) & set(members)]:
         members.remove(min(doubtful, key=lambda i: (probabilities[i], -i)))
     return members
+
+
+def _round_variances(within: np.ndarray, squares: np.ndarray, freedom: int) -> np.ndarray:
+    """(k,): variance of one round's log median. within: what pairs scatter, (k,); squares: sums of squared deviations
+    of a candidate's medians from their mean, (k,), with `freedom` degrees of freedom in all.
+
+    within + between, where `between` solves sum(squares / (within + between)) = freedom (Paule & Mandel 1982: each
+    candidate by its own measure, so that the noisy do not drown the quiet); where even 0 is too much, a share of
+    `within`."""
+    within = np.maximum(within, _ROUNDING**2)
+    share = float((squares / within).sum()) / freedom
+    if share <= 1:
+        return share * within
+    low, high = 0.0, float(squares.sum()) / freedom
+    for _ in range(60):
+        between = (low + high) / 2
+        enough = float((squares / (within + between)).sum()) <= freedom
+        low, high = (low, between) if enough else (between, high)
+    return within + high
 
 
 def _dominated(points: np.ndarray) -> np.ndarray:

@@ -172,6 +172,11 @@ def typical(random: np.random.Generator) -> World:
     return World(times, (random.permutation(quality) if random.random() < 0.3 else quality)[policies], policies)
 
 
+def scattered(random: np.random.Generator) -> World:
+    """Where faster is not worse: no more is known of a candidate than what is measured."""
+    return World(random.uniform(0, 0.15, 8), random.uniform(0, 0.5, 8), np.arange(8))
+
+
 def one_policy(random: np.random.Generator) -> World:
     return World(random.uniform(0, 0.01, 8), np.ones(8), np.zeros(8, dtype=int))
 
@@ -180,7 +185,12 @@ def nearly_the_same(random: np.random.Generator) -> World:
     return World(random.uniform(0, 0.01, 8), random.uniform(0, 0.1, 8), np.arange(8))
 
 
-WORLDS = {"typical": typical, "one policy, 1%": one_policy, "all within 1% and 0.1": nearly_the_same}
+WORLDS = {
+    "typical": typical,
+    "scattered": scattered,
+    "one policy, 1%": one_policy,
+    "all within 1% and 0.1": nearly_the_same,
+}
 
 
 def quality_draws(random: np.random.Generator, world: World) -> tuple[np.ndarray, np.ndarray]:
@@ -271,17 +281,18 @@ def main() -> None:
                 print(f"\r{len(quality)} rows", end="", file=sys.stderr, flush=True)
     times = [time_row(load, k, pairs, count if k < 3 else count // 2)
              for load in LOADS for k, pairs in ((1, 12), (2, 18), (9, 12), (9, 24))]  # fmt: skip
-    fronts, probable = [], []
+    fronts: list[dict[str, Any]] = []
+    probable: dict[str, list[tuple[float, bool]]] = {name: [] for name in WORLDS}
     for name in WORLDS:
         for load in (LOADS[0], LOADS[1], LOADS[2], LOADS[5]):
             row, beside = front_row(name, load, count // 2)
             fronts.append(row)
-            probable += beside if name == "typical" else []
+            probable[name] += beside
     tables = {
         "quality, coverage %": quality,
         "times, coverage %": times,
         "fronts": fronts,
-        "P(front)": list(calibration(probable)),
+        **{f"P(front), {name}": list(calibration(probable[name])) for name in ("scattered", "typical")},
     }
     for title, rows in tables.items():
         show(title, rows)
