@@ -93,19 +93,19 @@ def confirmed(random, times, quality, policies, between=0.01):
 
 
 def test_false_members_are_rare_where_all_are_nearly_the_same():
-    """Of eight of one policy within 1%, the one chosen may only be told from those that are slower in truth."""
+    """Of eight of one policy within 0.1%, the one chosen may only be told from those that are slower in truth."""
     random, false = np.random.default_rng(3), 0
     for _ in range(200):
-        times = random.uniform(0, 0.01, 8)
+        times = random.uniform(0, 0.001, 8)
         members, not_told = confirmed(random, times, np.array([1.0]), np.zeros(8, int))
         false += any(times[other] < times[i] and other not in not_told[i] for i in members for other in range(8))
-    assert false <= 0.075 * 200, "5%, and the error of 200; at twice the level it is 9%"
+    assert false <= 0.05 * 200, "at twice the level it is 6%, at three times 11%"
 
 
 def test_a_member_with_a_large_advantage_is_hardly_ever_missed():
     random, missed = np.random.default_rng(4), 0
-    times = np.array([0.0, 0.06, 0.07, 0.12, 0.15, 0.2, 0.3, 0.3])
-    quality, policies = np.array([3.0, 3.05, 1.5, 0.2]), np.array([0, 0, 1, 1, 2, 2, 3, 3])
+    times = np.array([0.0, 0.08, 0.08, 0.12, 0.15, 0.2, 0.3, 0.3])
+    quality, policies = np.array([3.0, 2.3, 1.5, 0.2]), np.array([0, 0, 1, 1, 2, 2, 3, 3])
     for _ in range(100):
         members, _ = confirmed(random, times, quality, policies)
         missed += (0 not in members) + (4 not in members) + (not {6, 7} & set(members))
