@@ -12,6 +12,8 @@ from .quality import Estimate, median_interval
 _ROUND_SPREAD = 0.02
 """Standard deviation of a configuration's log ratio between rounds, assumed where no candidate has two rounds."""
 
+_ROUNDING = 1e-12
+
 
 def ratio_interval(ratios: np.ndarray) -> Estimate:
     """Of one measurement: the median of the ratios (pairs,) of its segments to the reference's, with its interval."""
@@ -23,26 +25,22 @@ def time_draws(rounds: Sequence[np.ndarray], draws: int = 2000, seed: int = 0) -
 
     rounds: per candidate (rounds, pairs), time of a segment over that of the reference's beside it.
 
-    A candidate's estimate is the mean over its rounds of the log median ratio. The error of a round's median has two
-    parts: what its pairs scatter, seen in each candidate's own pairs, and what differs between rounds (another decoder,
-    memory laid out anew), for which two or three rounds of one candidate say too little: that variance is pooled over
-    all. Draws are t distributed by the pooled degrees of freedom."""
-    medians = [np.median(np.log(one), axis=1) for one in rounds]
-    within = np.array([np.mean([_median_variance(pairs) for pairs in np.log(one)]) for one in rounds])
+    A candidate's estimate is the mean over its rounds of the log median ratio. Its error is seen where it matters, in
+    how a candidate's medians differ between rounds (another decoder, memory laid out anew, another load). Two or three
+    rounds of one candidate say too little of that, so it is pooled over all; only what pairs scatter, of which each
+    candidate has many, tells the noisy from the quiet. Draws are t distributed by the pooled degrees of freedom."""
+    medians = [np.log(np.median(one, axis=1)) for one in rounds]
     counts = np.array([len(one) for one in medians])
+    within = np.array([_median_variance(np.log(one)) for one in rounds])
+    squares = np.array([float(((one - one.mean()) ** 2).sum()) for one in medians])
     freedom = int((counts - 1).sum())
-    if freedom:
-        scatter = sum(float(((one - one.mean()) ** 2).sum()) for one in medians) / freedom
-        between = max(scatter - float(((counts - 1) * within).sum()) / freedom, 0.0)
-    else:
-        between = _ROUND_SPREAD**2
+    variances = _round_variances(within, squares, freedom) if freedom else within + _ROUND_SPREAD**2
     estimates = np.array([one.mean() for one in medians])
-    errors = np.sqrt((within + between) / counts)
     random = np.random.default_rng(seed)
     deviates = random.normal(size=(draws, len(rounds)))
     if freedom:
         deviates *= np.sqrt(freedom / random.chisquare(freedom, size=(draws, 1)))
-    return estimates, estimates + errors * deviates
+    return estimates, estimates + np.sqrt(variances / counts) * deviates
 
 
 def front_probabilities(points: np.ndarray) -> np.ndarray:
@@ -55,15 +53,28 @@ def front_probabilities(points: np.ndarray) -> np.ndarray:
 def not_told_from(points: np.ndarray, level: float = 0.05) -> list[list[int]]:
     """For each point the others that it is better than in no objective for certain.
 
-    points: (draws, k, objectives), all to be minimised. Certain: all that is said here is true at once with probability
-    1 - level, whatever the number of points: differences count beyond the 1 - level quantile of the largest error, in
-    standard deviations, among all pairs and objectives of a draw (as Tukey's and the max-t procedures)."""
-    differences = points[:, :, None] - points[:, None]
+    points: (draws, k, objectives), all to be minimised. Certain: whatever the number of points, with probability
+    1 - level nothing that is said here is wrong. Differences count beyond the 1 - level quantile, over draws, of the
+    largest error among all pairs and objectives, in standard deviations; those that count then leave it to the others
+    to be the largest, until no more do (step-down max-t: Romano & Wolf 2005)."""
+    count = points.shape[1]
+    one, other = np.triu_indices(count, 1)
+    differences = points[:, one] - points[:, other]
     centre, spread = differences.mean(axis=0), differences.std(axis=0)
-    errors = np.divide(differences - centre, spread, out=np.zeros_like(differences), where=spread > 0)
-    margin = np.quantile(errors.max(axis=(1, 2, 3), initial=0), 1 - level)
-    better = (centre < -margin * spread).any(-1)
-    return [[j for j in range(len(better)) if j != i and not better[i, j]] for i in range(len(better))]
+    uncertain = spread > _ROUNDING * (1 + np.abs(centre))
+    distances = np.divide(np.abs(centre), spread, out=np.full_like(centre, np.inf), where=uncertain)
+    errors = np.abs(np.divide(differences - centre, spread, out=np.zeros_like(differences), where=uncertain))
+    told = ~uncertain
+    while not told.all():
+        largest = errors[:, ~told].max(axis=1)
+        fresh = ~told & (distances > np.quantile(largest, 1 - level))
+        if not fresh.any():
+            break
+        told |= fresh
+    better = np.zeros((count, count), dtype=bool)
+    better[one, other] = (told & (centre < -_ROUNDING)).any(axis=-1)
+    better[other, one] = (told & (centre > _ROUNDING)).any(axis=-1)
+    return [[j for j in range(count) if j != i and not better[i, j]] for i in range(count)]
 
 
 def told_apart_front(estimates: np.ndarray, not_told: Sequence[Sequence[int]], probabilities: np.ndarray) -> list[int]:
@@ -77,19 +88,33 @@ def told_apart_front(estimates: np.ndarray, not_told: Sequence[Sequence[int]], p
     return members
 
 
+def _round_variances(within: np.ndarray, squares: np.ndarray, freedom: int) -> np.ndarray:
+    """(k,): variance of one round's log median. within: what pairs scatter, (k,); squares: sums of squared deviations
+    of a candidate's medians from their mean, (k,), with `freedom` degrees of freedom in all.
+
+    within + between, where `between` solves sum(squares / (within + between)) = freedom (Paule & Mandel 1982: each
+    candidate by its own measure, so that the noisy do not drown the quiet); where even 0 is too much, a share of
+    `within`."""
+    within = np.maximum(within, _ROUNDING**2)
+    share = float((squares / within).sum()) / freedom
+    if share <= 1:
+        return share * within
+    low, high = 0.0, float(squares.sum()) / freedom
+    for _ in range(60):
+        between = (low + high) / 2
+        enough = float((squares / (within + between)).sum()) <= freedom
+        low, high = (low, between) if enough else (between, high)
+    return within + high
+
+
 def _dominated(points: np.ndarray) -> np.ndarray:
     """(..., k): whether another of the points (..., k, objectives) is as good in all and better in one."""
     one, other = points[..., :, None, :], points[..., None, :, :]
     return np.asarray(((other <= one).all(axis=-1) & (other < one).any(axis=-1)).any(axis=-1))
 
 
-def _median_variance(values: np.ndarray) -> float:
-    """Variance of the median of `values`, by the bootstrap's exact law (Efron 1979; of an even number, the lower one).
-
-    P(median of a resample > i-th smallest of n) = P(fewer than m of n draws are among the i smallest), m = (n+1) // 2.
-    """
-    ordered, n = np.sort(values), len(values)
-    share = np.arange(n + 1) / n
-    above = sum(math.comb(n, j) * share**j * (1 - share) ** (n - j) for j in range((n + 1) // 2))
-    weights = -np.diff(above)
-    return float(weights @ (ordered - weights @ ordered) ** 2)
+def _median_variance(logarithms: np.ndarray) -> float:
+    """Variance of the median of one round's pairs, as it were if logarithms (rounds, pairs) were normal: pi / 2 of a
+    mean's, the standard deviation being sqrt(pi / 2) times the mean absolute deviation."""
+    deviation = np.abs(logarithms - np.median(logarithms, axis=1, keepdims=True)).mean()
+    return float((math.pi / 2 * deviation) ** 2 / logarithms.shape[1])
