@@ -97,7 +97,7 @@ def shown_columns(rows: Sequence[Row], objectives: Collection[str] = ()) -> tupl
         needless.add("backend_requested")
     if "peak_memory_mb" not in objectives:
         needless.add("peak_memory_mb")
-    if len({row.get("rounds", 0) for row in rows}) < 2:
+    if len({row.get("rounds", 0) for row in rows if row.get("state") == "complete"}) < 2:
         needless.add("rounds")
     return tuple(column for column in COLUMNS if column.key not in needless)
 

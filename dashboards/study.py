@@ -73,7 +73,7 @@ def load_study(study: str) -> StudyResults:
         configuration=configuration,
         baseline=baseline,
         trials=[_finished(pool.with_time(row), baseline, constraints) for row in merged if row["trial"] not in _FIXED],
-        strict=fixed.get("strict"),
+        strict=_finished(fixed["strict"], baseline, ()) if "strict" in fixed else None,
         searched=[pool.with_time(row) for row in measured if row["trial"] != "strict"],
         references=pool.times(),
     )

@@ -12,7 +12,7 @@ from streamllm.methods import make_decoder
 from streamllm.models import load_model
 from streamllm.policy import EvictionPolicy
 from streamllm.probing import BackendError, probe_backend, resolve_backend
-from streamllm.timing import measure_speed
+from streamllm.timing import Reference, measure_speed
 
 from .conftest import FAMILIES, GOLDEN
 from .tiny_models import tiny_model
@@ -23,11 +23,10 @@ ON_CPU = ("eager", "math", "flash")
 @pytest.mark.parametrize("name", ON_CPU)
 def test_what_is_asked_for_is_what_runs(name, golden_model, golden_tokens, monkeypatch):
     """The kernel recorded by a real timing; torch has a math and a flash kernel on CPU."""
-    monkeypatch.setattr("streamllm.timing.SEGMENTS", 6)
     monkeypatch.setattr("streamllm.timing.SEGMENT_SEC", 0.001)
-    speed = measure_speed(
-        golden_model("neox-tiny"), "ours", EvictionPolicy(window_size=20), BACKENDS[name], golden_tokens
-    )
+    loaded, policy = golden_model("neox-tiny"), EvictionPolicy(window_size=20)
+    reference = Reference.start(loaded, policy.kept, golden_tokens)
+    speed = measure_speed(loaded, "ours", policy, BACKENDS[name], golden_tokens, reference)
     assert speed.backend_used == name
 
 

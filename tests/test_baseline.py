@@ -9,11 +9,12 @@ from streamllm.backends import BACKENDS
 from streamllm.baseline import average, baseline_policy, compared
 from streamllm.methods.recompute import WholeWindow, losses_at
 from streamllm.policy import EvictionPolicy
+from streamllm.quality import QualityComparison
+from streamllm.reference_time import with_times
 
 from .conftest import GOLDEN
 
 TIMES = (
-    "decode_toks_per_sec",
     "runtime_sec",
     "prefill_sec",
     "first_token_latency_sec",
@@ -24,25 +25,34 @@ TIMES = (
 
 def made(tpot, reused=True):
     times = dict.fromkeys(TIMES, 2 * tpot)
-    record = {"perplexity": 9.0, "tpot_ms": tpot, "tpot_ms_low": tpot - 9, "tpot_ms_high": tpot + 9, "reused": reused}
+    record = {"perplexity": 9.0, "reused": reused, "reference_tpot_ms": 2.0}
+    for name in ("time_ratio", "measured_tpot_ms"):
+        record |= {name: tpot, f"{name}_low": tpot - 9, f"{name}_high": tpot + 9}
     return record | times, np.zeros((3, 2))
 
 
 def test_several_runs_are_their_mean_and_spread():
     record, _ = average([made(10.0), made(13.0, reused=False), made(16.0)])
-    assert (record["tpot_ms"], record["tpot_ms_std"], record["runs"]) == (13.0, 3.0, 3)
-    assert (record["tpot_ms_low"], record["tpot_ms_high"]) == (10.0, 16.0)
+    assert (record["time_ratio"], record["time_ratio_std"], record["runs"]) == (13.0, 3.0, 3)
+    assert (record["time_ratio_low"], record["time_ratio_high"]) == (10.0, 16.0)
+    (timed,) = with_times([record])
+    assert (timed["tpot_ms"], timed["tpot_ms_std"], timed["tpot_ms_high"]) == (26.0, 6.0, 32.0)
     assert (record["runtime_sec"], record["runtime_sec_std"]) == (26.0, 6.0)
     assert record["perplexity"] == 9.0 and not record["reused"]
     assert average([made(10.0)])[0] == made(10.0)[0]
 
 
-def test_results_are_compared_on_the_tokens_that_both_have():
-    losses = np.array([[0, 1.0], [1, 1.5], [2, 9.0]])
-    baseline = {"tpot_ms": 40.0}, np.array([[0, 1.0], [1, 1.0]])
-    result = compared({"tpot_ms": 10.0}, losses, baseline)
+def test_results_are_compared_at_every_token_with_the_reference_and_at_the_sample_with_the_baseline():
+    losses = np.array([[0, 1.0], [1, 1.5], [2, 9.0], [3, 2.0]])
+    reference = np.array([[0, 1.0], [1, 1.4], [2, 8.9], [3, 1.8]])
+    baseline = {"time_ratio": 40.0}, np.array([[0, 0.9], [1, 1.2]])
+    result = compared({"time_ratio": 10.0}, losses, baseline, QualityComparison(reference, baseline[1]))
     assert result["speedup"] == 4.0
-    assert result["ppl_increase_percent"] == pytest.approx(100 * (np.exp(0.25) - 1))
+    assert result["ppl_vs_strict_percent"] == pytest.approx(100 * np.expm1(0.1))
+    assert result["ppl_increase_percent"] == pytest.approx(100 * np.expm1(0.1 + 0.15))
+    chunked = compared({"time_ratio": 10.0}, losses, baseline, None)
+    assert chunked["ppl_increase_percent"] == pytest.approx(100 * np.expm1(0.2)), "at the tokens that both have"
+    assert "ppl_vs_strict_percent" not in chunked
 
 
 def test_the_baselines_window_is_the_policys_total_within_the_trained_length():
@@ -70,15 +80,14 @@ def test_runs_are_kept_averaged_and_compared_with(tmp_path, monkeypatch, capsys)
     written = json.loads(file.read_text())
     assert written["baseline"] == mean and mean["runs"] == len(written["runs"]) == 3
     assert [run["reused"] for run in written["runs"]] == [True, False, False]
-    assert written["runs"][0]["tpot_ms"] == first["tpot_ms"]
-    times = [run["tpot_ms"] for run in written["runs"]]
-    assert mean["tpot_ms"] == pytest.approx(np.mean(times)) and mean["tpot_ms_std"] == pytest.approx(
-        np.std(times, ddof=1)
-    )
+    assert written["runs"][0]["time_ratio"] == first["time_ratio"]
+    times = [run["time_ratio"] for run in written["runs"]]
+    assert mean["time_ratio"] == pytest.approx(np.mean(times))
+    assert mean["time_ratio_std"] == pytest.approx(np.std(times, ddof=1))
     assert {run["perplexity"] for run in written["runs"]} == {mean["perplexity"]}
     assert command("baseline") == mean | {"reused": True}
     streaming = command("evaluate")
-    assert streaming["speedup"] == pytest.approx(mean["tpot_ms"] / streaming["tpot_ms"])
+    assert streaming["speedup"] == pytest.approx(mean["time_ratio"] / streaming["time_ratio"])
     monkeypatch.setattr("sys.argv", ["streamllm", "baseline", *what, "--runs", "0"])
     assert main() == 2
     assert capsys.readouterr().err == "error: runs 0: must be a whole number >= 1\n"

@@ -59,7 +59,7 @@ def test_the_front_with_all_trials_intervals_knee_and_hypervolume(tmp_path):
 
 
 def test_of_confirmed_trials_the_confirmed_values_are_drawn(tmp_path):
-    added = {"trial": 3, "confirmed_tpot_ms": 4.0, "confirmed_tpot_ms_low": 3.5, "confirmed_tpot_ms_high": 4.25}
+    added = {"trial": 3, "tpot_ms": 4.0, "tpot_ms_low": 3.5, "tpot_ms_high": 4.25, "rounds": 3}
     figure = pareto(load(tmp_path, confirmed=[added | {"front_probability": 1.0}]))
     front = next(bars for bars in figure.axes[0].containers if bars.get_label().startswith("Pareto"))
     assert front.lines[0].get_xydata().tolist() == [[4.0, 2.0]]

@@ -149,9 +149,8 @@ def test_a_free_fastest_is_said_once_and_less_perplexity_is_called_so(tmp_path):
 
 def test_confirmed_values_count_and_are_said(tmp_path):
     confirmed = {
-        "trial": 1, "confirmed_rounds": 3, "confirmed_tpot_ms": 6.0, "confirmed_tpot_ms_low": 5.8,
-        "confirmed_tpot_ms_high": 6.3, "confirmed_speedup": 6.6, "confirmed_speedup_low": 6.1,
-        "confirmed_speedup_high": 7.0, "front_probability": 0.92,
+        "trial": 1, "rounds": 3, "tpot_ms": 6.0, "tpot_ms_low": 5.8, "tpot_ms_high": 6.3, "speedup": 6.6,
+        "speedup_low": 6.1, "speedup_high": 7.0, "front_probability": 0.92,
     }  # fmt: skip
     results = study(tmp_path, added=[confirmed])
     found = findings(results, results.front)

@@ -226,7 +226,7 @@ def test_nsga2_goes_on_from_what_was_found_after_a_restart(wide, tmp_path):
 
 def test_milliseconds_are_told_as_ratios_and_limited_by_the_reference_as_it_is_known(tmp_path):
     """A pooled reference time that moves must not move what a search was told; a limit in milliseconds is on both."""
-    (tmp_path / "space.yaml").write_text(SPACE.replace("ppl_increase_percent <= 3", "tpot_ms <= 25"))
+    (tmp_path / "space.yaml").write_text(f"constraints: [tpot_ms <= 25]\n{SPACE}")
     study = Study("s", tmp_path / "journal.log", load_space(str(tmp_path / "space.yaml")), 32, seed=1)
     kept = []
     for ratio, reference in ((2.0, 10.0), (2.0, 20.0)):  # 20 ms, then 2 times a median of 15

@@ -163,7 +163,7 @@ def test_what_all_rows_share_is_a_sentence(tmp_path):
         "In every row: method ours, backend flash, sinks 4, window 252, slack 0, max drop 0, peak KV 257.\n\n"
     )
     head = text.split("─")[0].split("\n\n")[1]
-    assert " ".join(head.split()) == "prune speedup # every ms/token (×) P(front) PPL PPL vs strict % PPL increase %"
+    assert " ".join(head.split()) == "prune # every ms/token speedup (×) P(front) PPL PPL vs strict % PPL increase %"
     write_study(tmp_path, trials[:1], "one", TWO)
     assert "In every row" not in text_of(table_of(tmp_path, "one"))
     write_study(tmp_path, [*trials, failed(7)], "other", TWO)

@@ -1,0 +1,116 @@
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from streamllm import pairing, timing
+from streamllm.backends import BACKENDS
+from streamllm.pairing import between_references, in_turn, take_pairs
+from streamllm.policy import EvictionPolicy, strict_policy
+from streamllm.reference_time import ReferencePool, speedup, with_times
+
+
+class Clock:
+    """A machine whose speed changes: `slowness(now)` is what a second's work takes. Replaces `time.perf_counter`."""
+
+    def __init__(self, slowness):
+        self.now, self.slowness = 0.0, slowness
+
+    def __call__(self):
+        return self.now
+
+    def work(self, seconds):
+        took = seconds * self.slowness(self.now)
+        self.now += took
+        return 1e3 * took
+
+
+def test_the_order_turns_round_from_round_to_round():
+    said = []
+    rounds = in_turn([lambda name=name: said.append(name) or len(said) for name in "abc"])
+    assert [next(rounds) for _ in range(3)] == [(1, 2, 3), (6, 5, 4), (7, 8, 9)]
+    assert "".join(said) == "abccbaabc"
+
+
+@pytest.mark.parametrize(
+    "slowness",
+    [lambda now: 1.0, lambda now: 2.0 - now / 20, lambda now: 3.0 if now > 0.4 else 1.0],
+    ids=["steady", "becoming quieter", "suddenly busy"],
+)
+def test_a_machine_that_changes_moves_the_times_and_not_the_ratio(slowness, monkeypatch):
+    clock = Clock(slowness)
+    monkeypatch.setattr(pairing.time, "perf_counter", clock)
+    times = take_pairs(lambda: clock.work(0.03), lambda: clock.work(0.02))
+    assert times.ratio.value == pytest.approx(1.5, rel=0.002)
+    assert times.ratio.low <= 1.5 <= times.ratio.high
+    assert len(times.ms) >= pairing.LEAST_PAIRS
+
+
+def test_pairs_are_taken_until_the_ratio_is_known_or_time_is_up(monkeypatch):
+    clock, random = Clock(lambda now: 1.0), np.random.default_rng(0)
+    monkeypatch.setattr(pairing.time, "perf_counter", clock)
+    quiet = take_pairs(lambda: clock.work(0.03), lambda: clock.work(0.02))
+    noisy = take_pairs(lambda: clock.work(0.03 * random.uniform(1, 3)), lambda: clock.work(0.02))
+    slow = take_pairs(lambda: clock.work(4.0), lambda: clock.work(0.02))
+    slowest = take_pairs(lambda: clock.work(400.0), lambda: clock.work(0.02))
+    assert len(quiet.ms) == pairing.LEAST_PAIRS
+    assert pairing.LEAST_PAIRS < len(noisy.ms) <= pairing.MOST_PAIRS
+    assert len(slow.ms) == len(slowest.ms) == pairing.FEWEST_PAIRS, "an interval of 95% needs as many"
+
+
+def test_a_segment_between_two_of_the_reference_is_beside_their_mean():
+    times = between_references([10.0, 30.0], [4.0, 6.0, 14.0], 0.0, 1.0)
+    assert times.ratios.tolist() == [2.0, 3.0]
+
+
+def test_the_reference_is_strict_streamingllm_and_as_fast_as_itself(golden_model, golden_tokens):
+    loaded = golden_model("neox-tiny")
+    reference = timing.Reference.start(loaded, 32, golden_tokens)
+    times = timing.measure_times(loaded, "ring", strict_policy(32), BACKENDS["auto"], golden_tokens, reference)
+    assert reference.decoder.decoder.schedule.policy == EvictionPolicy(n_sink=4, window_size=28)
+    assert times.ratio.low < 1.1 and times.ratio.high > 0.9, "whatever else runs"
+
+
+def test_segments_have_as_many_tokens_as_time_allows_in_whole_cycles(golden_model, golden_tokens):
+    policy = EvictionPolicy(n_sink=2, window_size=30, compress_every=6)
+    run = timing.TimedDecoder(golden_model("neox-tiny"), "ours", policy, BACKENDS["auto"], golden_tokens)
+    lengths = {}
+    for run.pace in (1e-4, 2.5e-3, 0.02, 0.1, 8.0):
+        lengths[run.pace] = run.segment_length()
+    assert lengths == {1e-4: 300, 2.5e-3: 12, 0.02: 12, 0.1: 6, 8.0: 6}
+    run.period = 1
+    assert (run.segment_length(), run.segment_length(1e9)) == (1, 1), "a token at a time"
+
+
+def row(ratio, reference, **more):
+    ends = {"time_ratio_low": 0.9 * ratio, "time_ratio_high": 1.1 * ratio}
+    return {"time_ratio": ratio, "reference_tpot_ms": reference, "device": "cpu", "threads": 1} | ends | more
+
+
+def test_all_milliseconds_are_in_one_unit_for_each_kind_of_worker():
+    rows = with_times([row(2.0, 1.0), row(3.0, 9.0), row(1.0, 3.0), row(2.0, 8.0, threads=2), {"state": "failed"}])
+    assert [one.get("tpot_ms") for one in rows] == [6.0, 9.0, 3.0, 16.0, None]
+    assert rows[0]["tpot_ms_low"] == pytest.approx(5.4) and rows[0]["decode_toks_per_sec"] == pytest.approx(1e3 / 6)
+    most, least = ReferencePool(rows).times()
+    assert (most.ms, most.timings, least.ms, least.threads) == (3.0, 3, 8.0, 2)
+    assert "3 ms on cpu, 1 threads" in str(most) and "8 ms on cpu" in str(least)
+
+
+def test_a_speedup_is_a_quotient_of_ratios_with_both_their_intervals():
+    found = speedup(row(2.0, 1.0), row(10.0, 7.0))
+    assert found["speedup"] == 5.0
+    half = math.hypot(math.log(0.9), math.log(1.1))
+    assert found["speedup_low"] == pytest.approx(5 * math.exp(-half))
+    assert found["speedup_high"] == pytest.approx(5 * math.exp(half))
+
+
+def test_compiled_and_eager_are_timed_beside_the_same_reference(golden_model, golden_tokens):
+    loaded = golden_model("llama-tiny")
+    reference = timing.Reference.start(loaded, 32, golden_tokens)
+    before = reference.decoder
+    policy = EvictionPolicy(n_sink=4, window_size=28)
+    speed = timing.measure_speed(loaded, "mit", policy, BACKENDS["math"], golden_tokens, reference)
+    assert reference.decoder is before, "it is kept warm"
+    assert speed.backend_used == "math" and len(speed.times.ms) == len(speed.times.reference_ms)
+    assert torch.isfinite(torch.tensor(speed.times.ms)).all()
