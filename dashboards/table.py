@@ -16,7 +16,16 @@ from .study import StudyResults
 _PLACES = ("front", "tied", "dominated", "unconfirmed", "not finite", "infeasible", "failed")
 """In the order in which they are listed. tied: confirmed, and no better for certain than one of the front in anything;
 unconfirmed: not dominated, but by what only the search measured."""
-_DISPENSABLE = ("tied_with", "rounds", "perplexity", "peak_kv", "ppl_increase_percent", "front_probability", "speedup", "tpot_ms")
+_DISPENSABLE = (
+    "tied_with",
+    "rounds",
+    "perplexity",
+    "peak_kv",
+    "ppl_increase_percent",
+    "front_probability",
+    "speedup",
+    "tpot_ms",
+)
 """Unless it is an objective."""
 _REASONS = 8
 """Listed, and trials listed with each."""

@@ -17,7 +17,7 @@ from dashboards.front import Row
 from streamllm.policy import EvictionPolicy
 from streamllm.store import code_digest
 
-from .pool import Finished
+from .pool import Finished, SweepError
 from .trial import TrialMeasurement, TrialSpec
 
 FILE = "rounds.jsonl"
@@ -123,11 +123,12 @@ class _Turns:
         self._ready.rotate(-1)
 
     def measure(self, spec: TrialSpec) -> TrialMeasurement | str:
-        """The measurement, or why there is none; after the worker's death on the next one, once."""
+        """The measurement, or why there is none; after the worker's death on the next one, once. Raises SweepError
+        where no worker is left: a round is no worse for that."""
         reason = "no worker is left"
         for _ in range(_ATTEMPTS):
             if not self._recovered():
-                break
+                raise SweepError(f"the front could not be confirmed: {reason}")
             worker = self._ready[0]
             self._announce(worker, spec)
             self._pool.submit(worker, spec)

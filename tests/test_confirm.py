@@ -1,41 +1,60 @@
+import json
+import math
+
 import numpy as np
 import pytest
 
-from dashboards.front import pareto_front
-from orchestrator.confirm import Sample, candidates, confirm, confirmed_rows
-from orchestrator.pool import Finished
+from dashboards.front import study_front
+from orchestrator.confirm import candidates, confirmed_rows, unconfirmed_better
+from orchestrator.pool import Finished, SweepError
+from orchestrator.rounds import FILE, Round, read_rounds, take_rounds
 from orchestrator.trial import TrialMeasurement
-from streamllm.quality import joint_draws, paired_increase
+from streamllm.quality import QualityComparison
 
-OBJECTIVES = {"tpot_ms": "minimize", "ppl_increase_percent": "minimize"}
-POSITIONS = np.arange(0, 4000, 10.0)
+OBJECTIVES = {"tpot_ms": "minimize", "ppl_vs_strict_percent": "minimize"}
+POSITIONS = np.arange(4000.0)
 
 
-def row(trial, tpot, increase, half_width=0.5, **more):
+def row(trial, ratio, increase, half_width=0.5, **more):
     return {
         "trial": trial, "state": "complete", "method": "ours", "backend_requested": "flash", "n_sink": trial,
-        "window_size": 8, "compress_every": 1, "cache_slack": 0, "max_drop": 0, "overlap": 0, "refresh_budget": 0,
-        "tpot_ms": tpot, "tpot_ms_low": tpot - half_width, "tpot_ms_high": tpot + half_width,
-        "ppl_increase_percent": increase, "ppl_increase_percent_low": increase - 0.1,
-        "ppl_increase_percent_high": increase + 0.1, **more,
+        "window_size": 8, "compress_every": 1, "cache_slack": 0, "max_drop": 0,
+        "time_ratio": ratio, "time_ratio_low": ratio - half_width, "time_ratio_high": ratio + half_width,
+        "tpot_ms": 2 * ratio, "ppl_vs_strict_percent": increase, "ppl_vs_strict_percent_low": increase - 0.1,
+        "ppl_vs_strict_percent_high": increase + 0.1, **more,
     }  # fmt: skip
 
 
 BASELINE = row("baseline", 40.0, 0.0) | {"method": "recompute", "n_sink": 4}
 
 
-def losses(shift, seed=0):
+def losses(shift):
     """Those of a text whose tokens differ a lot, `shift` nats above the text's."""
     return np.column_stack((POSITIONS, np.random.default_rng(0).exponential(3.0, len(POSITIONS)) + shift))
 
 
-def sample(row, round_medians, shift=0.0, spread=0.02):
-    noise = np.random.default_rng(row["n_sink"]).normal(0, spread, (len(round_medians), 12))
-    return Sample(row, np.array(round_medians)[:, None] + noise, losses(shift))
+COMPARISON = QualityComparison(losses(0.0), losses(0.0)[::10])
 
 
 def numbers(rows):
     return [row["trial"] for row in rows]
+
+
+def rounds_of(ratios, spread=0.01):
+    """Rounds whose candidates have those median ratios. ratios: trial -> one per round."""
+    random = np.random.default_rng(0)
+    raw = {"measured_tpot_ms": 2.0, "reference_tpot_ms": 1.0, "pairs": 12, "timed_at": 0.0, "load": 0.5}
+    return [
+        Round({str(trial): (values[number] * np.exp(random.normal(0, spread, 12))).tolist() for trial, values in
+               ratios.items()}, dict.fromkeys(map(str, ratios), raw), {}, "code")
+        for number in range(len(next(iter(ratios.values()))))
+    ]  # fmt: skip
+
+
+def confirmed(rows, ratios, shifts, objectives=OBJECTIVES, **more):
+    """shifts: trial -> nats above the reference."""
+    rounds = rounds_of({"baseline": [40.0, 40.0, 40.0]} | ratios, **more)
+    return confirmed_rows(rounds, rows, BASELINE, COMPARISON, lambda row: losses(shifts[row["trial"]]), objectives)
 
 
 def test_candidates_are_the_front_and_what_may_as_well_be_on_it():
@@ -49,67 +68,59 @@ def test_candidates_are_the_front_and_what_may_as_well_be_on_it():
     rows = [far, near, same_policy, *unfit, same_policy_near, nearer, *front]
     assert numbers(candidates(rows, OBJECTIVES)) == [0, 1, 3, 2, 6]
     assert numbers(candidates(rows, OBJECTIVES, others=1)) == [0, 1, 3]
+    assert numbers(candidates(rows, OBJECTIVES, earlier={"4", "8"}, others=1)) == [0, 1, 4, 3], "4 stays, 8 has failed"
     assert candidates([], OBJECTIVES) == []
-    maximised = [row(0, 1.0, 1.0, speedup=9.0, speedup_low=8.0), row(1, 1.0, 2.0, speedup=8.5, speedup_high=8.6)]
-    assert len(candidates(maximised, {"speedup": "maximize"})) == 2
-    apart = [maximised[0], row(1, 1.0, 2.0, speedup=7.0, speedup_high=7.9)]
-    assert len(candidates(apart, {"speedup": "maximize"})) == 1
+    assert set(numbers(candidates(rows, {"speedup": "maximize"}))) == {0, 2}, "by what is paired"
+    assert set(numbers(candidates(rows, {"ppl_increase_percent": "minimize"}))) == {1, 3, 5, 6}
 
 
 def test_a_lucky_trial_is_found_out_and_a_good_one_stays():
     lucky, solid = row(0, 1.0, 1.0), row(1, 2.0, 1.0)
-    samples = [sample(lucky, [3.0, 3.1, 2.9], 0.01), sample(solid, [2.0, 2.1, 1.9], 0.01)]
-    baseline, first, second = confirmed_rows(samples, sample(BASELINE, [40.0, 41.0, 39.0]), OBJECTIVES)
+    found = confirmed([lucky, solid], {0: [3.0, 3.1, 2.9], 1: [2.0, 2.05, 1.95]}, {0: 0.01, 1: 0.01})
+    baseline, first, second = found
     assert (first["front_probability"], second["front_probability"]) == (0.0, 1.0)
-    assert first["confirmed_tpot_ms"] == pytest.approx(3.0, abs=0.05)
-    assert first["confirmed_tpot_ms_low"] == pytest.approx(2.9, abs=0.05)
-    assert first["confirmed_tpot_ms_high"] == pytest.approx(3.1, abs=0.05)
-    assert second["confirmed_speedup"] == pytest.approx(20.0, abs=0.5)
-    assert baseline["confirmed_speedup"] == 1.0 and "front_probability" not in baseline
-    merged = [lucky | first, solid | second]
-    assert numbers(pareto_front(merged, OBJECTIVES)) == [1]
-    assert numbers(pareto_front([lucky, solid], OBJECTIVES)) == [0]
+    assert first["time_ratio"] == pytest.approx(3.0, rel=0.01)
+    assert first["time_ratio_low"] < 2.95 and first["time_ratio_high"] > 3.05
+    assert second["speedup"] == pytest.approx(20.0, rel=0.01)
+    assert (baseline["speedup"], baseline["rounds"]) == (1.0, 3) and "front_probability" not in baseline
+    merged = [lucky | first | {"tpot_ms": 6.0}, solid | second | {"tpot_ms": 4.0}]
+    assert numbers(study_front(merged, OBJECTIVES)) == [1]
 
 
-def test_what_cannot_be_told_apart_shares_the_probability():
-    samples = [sample(row(trial, 2.0, 1.0), [2.0, 2.1, 2.2], 0.01, spread=0.5) for trial in (1, 2)]
-    _, *both = confirmed_rows(samples, sample(BASELINE, [40.0, 41.0, 42.0]), OBJECTIVES)
-    for one in both:
-        assert 0.15 < one["front_probability"] < 0.85
-    assert sum(one["front_probability"] for one in both) == pytest.approx(1.0, abs=0.02), "one is always better"
-
-
-def test_rounds_are_paired_a_slow_round_blurs_no_difference():
-    """All drift by a factor of two between rounds; the one that is 5% faster is so in each."""
-    drift = np.array([2.0, 3.0, 4.0])
-    samples = [sample(row(1, 2.0, 1.0), drift, 0.01), sample(row(2, 2.0, 1.0), 1.05 * drift, 0.01)]
-    baseline = sample(BASELINE, 10 * drift)
-    _, fast, slow = confirmed_rows(samples, baseline, OBJECTIVES)
-    assert (fast["front_probability"], slow["front_probability"]) == (1.0, 0.0)
-    assert fast["confirmed_tpot_ms_high"] - fast["confirmed_tpot_ms_low"] > 1.5, "the time itself is not known better"
-    assert fast["confirmed_speedup_high"] - fast["confirmed_speedup_low"] < 0.5, "but what it is beside the baseline is"
+def test_what_cannot_be_told_apart_shares_the_probability_and_one_stands_for_both():
+    rows = [row(1, 2.0, 1.0), row(2, 2.0, 1.0), row(3, 1.0, 3.0)]
+    ratios = {1: [2.0, 2.1, 2.2], 2: [2.1, 2.0, 2.21], 3: [1.0, 1.0, 1.0]}
+    _, *found = confirmed(rows, ratios, {1: 0.01, 2: 0.01, 3: 0.03}, spread=0.05)
+    first, second, third = found
+    assert 0.15 < first["front_probability"] < 0.85
+    assert first["front_probability"] + second["front_probability"] == pytest.approx(1.0, abs=0.02)
+    assert (first["not_told_from"], second["not_told_from"], third["not_told_from"]) == ([2], [1], [])
+    merged = [one | added for one, added in zip(rows, found, strict=True)]
+    front = study_front(merged, OBJECTIVES)
+    assert len(front) == 2 and 3 in numbers(front)
 
 
 def test_quality_is_paired_by_token():
     """0.01 nats apart on every token: far less than the perplexity's own interval, and certain all the same."""
-    samples = [sample(row(1, 2.0, 1.0), [2.0, 2.0], 0.02), sample(row(2, 2.0, 2.0), [1.0, 1.0], 0.03)]
-    for objective in ("perplexity", "ppl_increase_percent"):
-        objectives = {objective: "minimize"}
-        _, better, worse = confirmed_rows(samples, sample(BASELINE, [9.0, 9.0]), objectives)
+    rows = [row(1, 2.0, 1.0), row(2, 2.0, 2.0)]
+    for objective in ("perplexity", "ppl_increase_percent", "ppl_vs_strict_percent"):
+        _, better, worse = confirmed(rows, {1: [2.0] * 3, 2: [1.0] * 3}, {1: 0.02, 2: 0.03}, {objective: "minimize"})
         assert (better["front_probability"], worse["front_probability"]) == (1.0, 0.0)
-    measured = {"peak_kv": "minimize", "speedup": "maximize"}
-    samples = [Sample(s.row | {"peak_kv": 9 - s.row["trial"]}, s.segments, s.losses) for s in samples]
-    _, *rows = confirmed_rows(samples, sample(BASELINE, [9.0, 9.0]), measured)
-    assert [one["front_probability"] for one in rows] == [0.0, 1.0]
+    rows = [one | {"peak_kv": 9 - one["trial"]} for one in rows]
+    objectives = {"peak_kv": "minimize", "speedup": "maximize"}
+    _, *found = confirmed(rows, {1: [2.0] * 3, 2: [1.0] * 3}, {}, objectives)
+    assert [one["front_probability"] for one in found] == [0.0, 1.0]
 
 
-def test_joint_draws_have_the_interval_of_a_single_one():
-    own, base = losses(0.02), losses(0.0)
-    own[:, 1] += np.random.default_rng(1).normal(0, 0.1, len(own))
-    alone, together = paired_increase(own, base), joint_draws([own, base], base, 4000)
-    assert together[:, 0].mean() == pytest.approx(alone.value, abs=0.1)
-    assert np.quantile(together[:, 0], (0.025, 0.975)) == pytest.approx((alone.low, alone.high), abs=0.2)
-    assert not together[:, 1].any()
+def test_what_looks_better_than_all_that_was_confirmed_is_found():
+    rows = [
+        row(1, 2.0, 1.0, rounds=3),
+        row(2, 1.0, 3.0, rounds=3),
+        row(3, 1.5, 2.9),
+        row(4, 1.0, 3.0),
+        row(5, 1.5, 3.5),
+    ]
+    assert numbers(unconfirmed_better(rows, OBJECTIVES)) == [3, 4]
 
 
 class PretendPool:
@@ -133,27 +144,56 @@ class PretendPool:
 
 
 def measured(worker, spec):
-    segments = [1.0 * spec.round, 2.0 * spec.round]
-    return Finished(worker, measurement=TrialMeasurement({}, losses(0.0), False, True, segments))
+    ratios = [1.0 * spec.round, 2.0 * spec.round]
+    return Finished(worker, measurement=TrialMeasurement({"load": 0.5}, None, False, True, ratios))
 
 
-ROWS = [row(1, 1.0, 1.0), row(2, 2.0, 0.5)]
+ROWS = [BASELINE, row(1, 1.0, 1.0), row(2, 2.0, 0.5)]
 
 
-def run(pool, workers, rounds=2):
-    return confirm(pool, workers, ROWS, BASELINE, rounds, lambda worker, spec: None)
+@pytest.fixture
+def run(tmp_path):
+    return lambda pool, workers, rounds=2, rows=ROWS: take_rounds(
+        tmp_path, pool, workers, rows, rounds, lambda worker, spec: None
+    )
 
 
-def test_rounds_take_every_candidate_in_turn_on_one_worker_after_another():
+def test_rounds_take_every_candidate_in_turn_on_one_worker_after_another(run, tmp_path):
     pool = PretendPool()
-    samples, baseline, problems = run(pool, [0, 1], rounds=3)
+    rounds = run(pool, [0, 1], rounds=3)
     assert [worker for worker, *_ in pool.submitted] == [1, 1, 1, 0, 0, 0, 1, 1, 1]
     assert [(sinks, number) for _, _, sinks, number in pool.submitted] == [(s, n) for n in (1, 2, 3) for s in (4, 1, 2)]
-    assert [s.segments.tolist() for s in samples] == [[[1, 2], [2, 4], [3, 6]]] * 2
-    assert numbers([s.row for s in samples]) == [1, 2] and baseline.row is BASELINE and not problems
+    assert [one.ratios["2"] for one in rounds] == [[1, 2], [2, 4], [3, 6]]
+    assert rounds == read_rounds(tmp_path) and rounds[0].members == {"baseline", "1", "2"}
 
 
-def test_a_dead_workers_measurement_is_made_by_another_and_a_failing_candidate_left_out():
+def test_a_round_counts_whole_or_not_at_all(run, tmp_path):
+    """After a kill in the middle of the second round the first counts; when there is a new candidate, neither does."""
+
+    def answer(worker, spec):
+        if (spec.round, spec.policy.n_sink) == (2, 2):
+            raise KeyboardInterrupt
+        return measured(worker, spec)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(PretendPool(answer), [0])
+    with (tmp_path / FILE).open("a") as file:
+        file.write('{"ratios": {"basel')
+    again = PretendPool()
+    assert len(run(again, [0])) == 2
+    assert [number for *_, number in again.submitted] == [2, 2, 2]
+    assert run(nothing := PretendPool(), [0]) == read_rounds(tmp_path) and not nothing.submitted
+    assert len(run(fewer := PretendPool(), [0], rows=ROWS[:2])) == 2 and not fewer.submitted
+    more = PretendPool()
+    assert len(run(more, [0], rows=[*ROWS, row(3, 1.0, 1.0)])) == 2
+    assert len(more.submitted) == 8, "all candidates are in both rounds"
+    stale = [json.loads(line) | {"code": "of another engine"} for line in (tmp_path / FILE).read_text().splitlines()]
+    (tmp_path / FILE).write_text("".join(json.dumps(one) + "\n" for one in stale))
+    run(anew := PretendPool(), [0])
+    assert len(anew.submitted) == 6
+
+
+def test_a_dead_workers_measurement_is_made_by_another_and_a_failing_candidate_left_out(run, tmp_path):
     deaths = []
 
     def answer(worker, spec):
@@ -166,16 +206,47 @@ def test_a_dead_workers_measurement_is_made_by_another_and_a_failing_candidate_l
 
     for workers in ([0, 1], [1]):
         deaths.clear()
+        (tmp_path / FILE).unlink(missing_ok=True)
         pool = PretendPool(answer)
-        samples, baseline, problems = run(pool, workers)
-        assert numbers([s.row for s in samples]) == [1] and len(baseline.segments) == 2
-        assert problems == ["trial 2 cannot be confirmed: ValueError: nope"]
+        rounds = run(pool, workers)
+        assert [sorted(one.ratios) for one in rounds] == [["1", "baseline"]] * 2
+        assert [one.failed for one in rounds] == [{"2": "ValueError: nope"}] * 2
         assert [sinks for _, _, sinks, _ in pool.submitted].count(2) == 1, "not tried again in the next round"
 
 
-def test_without_workers_it_ends_with_the_reason():
+def test_without_workers_it_ends_with_the_reason_and_no_round_is_kept(run, tmp_path):
     lost = PretendPool(lambda worker, spec: Finished(worker, error="boom", died=True, lost=True))
-    samples, baseline, problems = run(lost, [0])
-    assert samples == [] and baseline is None
-    assert problems[0].endswith("boom") and len(lost.submitted) == 1
-    assert run(PretendPool(), [])[1] is None
+    with pytest.raises(SweepError, match="could not be confirmed: boom"):
+        run(lost, [0])
+    with pytest.raises(SweepError, match="no worker is left"):
+        run(PretendPool(), [])
+    assert len(lost.submitted) == 1 and read_rounds(tmp_path) == []
+
+
+@pytest.mark.parametrize("drift", [lambda at: 1.0, lambda at: 1.0 + at, lambda at: 1.0 + (at > 0.5)])
+def test_clocks_that_drift_make_no_false_certainty(drift):
+    """With known truth: two of the same policy 2% apart, one 10% slower and better, one 5% slower and dominated for
+    certain. Paired, a machine that becomes twice as slow changes nothing."""
+    truth, shifts = {1: 1.00, 2: 1.02, 3: 1.10, 4: 1.30}, {1: 0.02, 2: 0.02, 3: 0.0, 4: 0.02}
+    wrong = 0
+    for seed in range(40):
+        random = np.random.default_rng(seed)
+        rounds = []
+        for number in range(3):
+            ratios = {}
+            for place, (trial, ratio) in enumerate({"baseline": 3.0, **truth}.items()):
+                at = (number + place / 5) / 3
+                pairs = [(ratio * drift(at) * random.lognormal(0, 0.03), drift(at) * random.lognormal(0, 0.03))
+                         for _ in range(12)]  # fmt: skip
+                ratios[str(trial)] = [own / reference for own, reference in pairs]
+            raw = {"measured_tpot_ms": 2.0, "reference_tpot_ms": 1.0, "pairs": 12, "timed_at": 0.0, "load": 0.5}
+            rounds.append(Round(ratios, dict.fromkeys(ratios, raw), {}, "code"))
+        rows = [row(trial, 1.0, 100 * math.expm1(shifts[trial])) for trial in truth]
+        _, *found = confirmed_rows(
+            rounds, rows, BASELINE, COMPARISON, lambda row: losses(shifts[row["trial"]]), OBJECTIVES
+        )
+        merged = [one | more | {"tpot_ms": more["time_ratio"]} for one, more in zip(rows, found, strict=True)]
+        front = set(numbers(study_front(merged, OBJECTIVES)))
+        wrong += not (3 in front and len(front & {1, 2}) == 1 and 4 not in front)
+        assert found[3]["front_probability"] < 0.05
+    assert wrong <= 2, "5% of the fronts"

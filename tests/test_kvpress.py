@@ -13,6 +13,7 @@ from streamllm.evaluation import evaluate_chunked
 from streamllm.methods import check_protocol, make_decoder
 from streamllm.policy import EvictionPolicy
 from streamllm.text import TokenStream
+from streamllm.timing import Reference
 
 from .conftest import golden_cases
 from .tiny_models import tiny_model
@@ -34,8 +35,10 @@ def test_called_between_tokens_it_does_what_the_original_does(family, entry, gol
 def test_chunks_are_compressed_to_the_same_losses(golden_model, golden_tokens):
     loaded, stream = golden_model("llama-tiny"), TokenStream(golden_tokens, "golden", "")
     policy = EvictionPolicy(n_sink=4, window_size=60, compress_every=128)
+    reference = Reference.start(loaded, 64, golden_tokens)
     losses = [
-        evaluate_chunked(loaded, stream, method, policy, BACKENDS["auto"])[0].losses for method in ("kvpress", "ours")
+        evaluate_chunked(loaded, stream, method, policy, BACKENDS["auto"], reference)[0].losses
+        for method in ("kvpress", "ours")
     ]
     np.testing.assert_allclose(*losses, rtol=0, atol=1e-4)
 
@@ -61,8 +64,9 @@ def test_chunked_losses_are_those_of_the_dense_prefill_and_the_compressed_cache(
     loaded = golden_model("neox-tiny")
     policy = EvictionPolicy(n_sink=4, window_size=60, compress_every=128)
     stream = TokenStream(golden_tokens[: 2 * 160 + 1], "golden", "")
-    quality, record = evaluate_chunked(loaded, stream, "ring", policy, BACKENDS["auto"])
-    assert record["chunks"] == 2 and record["peak_kv"] == 128
+    reference = Reference.start(loaded, 64, golden_tokens)
+    quality, record = evaluate_chunked(loaded, stream, "ring", policy, BACKENDS["auto"], reference)
+    assert record["chunks"] == record["pairs"] == 2 and record["peak_kv"] == 128
     assert quality.positions.tolist() == [*range(128, 160), *range(288, 320)]
     for chunk in range(2):
         piece = golden_tokens[160 * chunk :][:161]
