@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import islice
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 from .front import Row
@@ -35,6 +37,7 @@ def importance(study: StudyResults) -> Figure:
     for index, ((name, by_knob), color) in enumerate(zip(shares.items(), (BLUE, ORANGE, PURPLE), strict=False)):
         places = [place + 0.4 - height * (index + 0.5) for place in range(len(knobs))]
         values = [100 * by_knob.get(knob, 0) for knob in knobs]
+        chance = chance_effects(rows, name)
         bars = axes.barh(
             places,
             values,
@@ -44,13 +47,21 @@ def importance(study: StudyResults) -> Figure:
             hatch="///" * (index % 2),
             edgecolor="white",
         )
-        axes.bar_label(bars, [f"{value:.0f}" for value in values], padding=2, fontsize=7)
+        untold = [by_knob.get(knob, 0) <= chance.get(knob, 0) for knob in knobs]
+        for bar, hollow in zip(bars, untold, strict=True):
+            if hollow:
+                bar.set(facecolor="none", edgecolor=color)
+        words = (
+            "chance" if hollow and value >= 0.5 else f"{value:.0f}"
+            for value, hollow in zip(values, untold, strict=True)
+        )
+        axes.bar_label(bars, list(words), padding=2, fontsize=7)
     axes.set_yticks(range(len(knobs)), [LABELS[knob].partition(",")[0] for knob in knobs])
     axes.set_xlim(0, 100)
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(
         "share of the variance of the logarithm between the knob's values, %\n"
-        "(epsilon squared: what chance brings is taken off)"
+        "(epsilon squared, of the search's values; hollow: no more than chance brings in one of 20 cases)"
     )
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=3)
@@ -63,6 +74,27 @@ def main_effects(rows: Sequence[Row], objective: str) -> dict[str, float]:
 
     The window is no knob but what the others leave of the total. What a sampler tries together is not told apart, and
     shares need not add up to one. Empty where there are too few trials."""
+    shares = {knob: _epsilon_squared(groups) for knob, groups in _groups(rows, objective).items()}
+    return {knob: share for knob, share in shares.items() if share is not None}
+
+
+def chance_effects(rows: Sequence[Row], objective: str, shuffles: int = 200) -> dict[str, float]:
+    """What `main_effects` finds in 5% of cases where the knob has no effect: with the objective's values shuffled."""
+    found = {}
+    for knob, groups in _groups(rows, objective).items():
+        random, every = Random(0), [value for group in groups.values() for value in group]
+        shares = []
+        for _ in range(shuffles):
+            random.shuffle(every)
+            values = iter(every)
+            shuffled = {level: list(islice(values, len(group))) for level, group in groups.items()}
+            shares.append(_epsilon_squared(shuffled) or 0.0)
+        found[knob] = sorted(shares)[int(0.95 * shuffles)]
+    return found
+
+
+def _groups(rows: Sequence[Row], objective: str) -> dict[str, dict[Any, list[float]]]:
+    """Knob -> value -> the objective's logarithms; of knobs with several values, where there are trials enough."""
     values = {row["trial"]: v for row in rows if (v := _logarithm(row, objective)) is not None}
     if len(values) < _FEWEST:
         return {}
@@ -72,8 +104,7 @@ def main_effects(rows: Sequence[Row], objective: str) -> dict[str, float]:
             knobs = {"total_kv": row["n_sink"] + row["window_size"] + row["cache_slack"], **row}
             for knob in _KNOBS:
                 by_knob[knob][knobs.get(knob)].append(values[row["trial"]])
-    shares = {knob: _epsilon_squared(groups) for knob, groups in by_knob.items() if len(groups) > 1}
-    return {knob: share for knob, share in shares.items() if share is not None}
+    return {knob: groups for knob, groups in by_knob.items() if len(groups) > 1}
 
 
 def _logarithm(row: Row, objective: str) -> float | None:

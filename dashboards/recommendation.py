@@ -119,7 +119,7 @@ def reproduce_command(study: StudyResults, row: Row) -> str:
         "attn-backend": row["backend_requested"],
         "execution": row.get("execution", "eager"),
         "threads": row.get("threads"),
-        "store": store if store != Path("sweeps/.store") else None,
+        "store": store if store.resolve() != Path("sweeps/.store").resolve() else None,
     }
     usual = {"quantization": "none", "offset": 0, "execution": "eager"}
     flags = [

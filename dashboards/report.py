@@ -76,7 +76,7 @@ def report(study: StudyResults, figures: Sequence[Path] | None = None) -> str:
     return string.Template((_PAGE / "report.html").read_text(encoding="utf-8")).substitute(
         policy=f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{digest}'",
         title=escape(study.name),
-        subtitle=escape(f"{study.configuration['summary']}. Written {time.strftime('%Y-%m-%d %H:%M')}."),
+        subtitle=escape(f"{study.configuration['summary']}.{_as_of(study)}"),
         style=(_PAGE / "report.css").read_text(encoding="utf-8"),
         script=script,
         summary=_summary(found),
@@ -88,6 +88,13 @@ def report(study: StudyResults, figures: Sequence[Path] | None = None) -> str:
         failures=_failures(study),
         environment=_environment(study),
     )
+
+
+def _as_of(study: StudyResults) -> str:
+    """When the study ended, or its last trial did: the same study makes the same page, whenever it is written."""
+    times = [row["finished_at"] for row in study.trials if "finished_at" in row]
+    at = read_outcome(study.folder)[1] or max(times, default=None)
+    return "" if at is None else f" As of {time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}."
 
 
 def _summary(found: Findings) -> str:

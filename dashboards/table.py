@@ -137,9 +137,25 @@ def _notes(rows: Sequence[Row], studies: Sequence[StudyResults]) -> list[str]:
         )
     if any(row.get("place") == "tied" for row in rows):
         notes.append("Tied: better for certain in nothing than one of the front, which stands for both.")
+    for study in studies:
+        notes += _stand_ins(study, len(studies) > 1)
     if any(row.get("place") == "unconfirmed" for row in rows):
         notes.append("Unconfirmed: not dominated by what the search measured, which was not measured again.")
     return notes
+
+
+def _stand_ins(study: StudyResults, several: bool) -> list[str]:
+    """Which other candidates may be as good as a member of the front: of the two neither is better for certain."""
+    front, of = study.front, f" of {study.name}" * several
+    members = {row["trial"] for row in front}
+    said = []
+    for member in front:
+        alike = [row["trial"] for row in study.trials if row["trial"] in member.get("not_told_from", ())
+                 and member["trial"] in row.get("not_told_from", ()) and row["trial"] not in members]  # fmt: skip
+        if alike:
+            numbers = f"trial{'s' * (len(alike) > 1)} {', '.join(map(str, alike))}"
+            said.append(f"Trial {member['trial']}{of} stands for {numbers} too, which cannot be told from it.")
+    return said
 
 
 def _reasons(rows: Sequence[Row]) -> list[str]:

@@ -36,11 +36,11 @@ def candidates(
     paired = dict(_PAIRED.get(name, (name, direction)) for name, direction in objectives.items())
     fit = [row for row in rows if row["state"] == "complete" and row.get("feasible", True)]
     front = pareto_front(fit, paired)
-    kept = [row for row in fit if row not in front and str(row["trial"]) in earlier]
-    rest = [row for row in fit if row not in front and row not in kept]
+    rest = [row for row in fit if row not in front]
     reach = [(max((_reach(row, better, paired) for better in front), default=0.0), row) for row in rest]
-    near = sorted((pair for pair in reach if pair[0] <= 1), key=lambda pair: pair[0])
-    return [*front, *kept, *(row for _, row in near[:others])]
+    near = [row for _, row in sorted((pair for pair in reach if pair[0] <= 1), key=lambda pair: pair[0])][:others]
+    kept = [row for row in rest if row not in near and str(row["trial"]) in earlier]
+    return [*front, *near, *kept]
 
 
 def unconfirmed_better(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row]:

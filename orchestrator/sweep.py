@@ -309,7 +309,7 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display
             display.note(f"warning: trial {trial} cannot be confirmed: {reason}")
         if str(fixed["trial"]) in failed:
             return
-        rows = [row for row in chosen if str(row["trial"]) not in failed]
+        rows = sorted((row for row in chosen if str(row["trial"]) not in failed), key=lambda row: int(row["trial"]))
         values = confirmed_rows(
             taken,
             rows,

@@ -282,8 +282,10 @@ class Projection:
         from mlflow.entities import Metric
 
         changed = {name: value for name, value in values.items() if not _same(before.get(name), value)}
-        if changed:
-            self._client.log_batch(run, metrics=[Metric(name, value, at, 0) for name, value in changed.items()])
+        now = int(1000 * time.time())  # of two values at one time MLflow shows the higher
+        metrics = [Metric(name, value, now if name in before else at, 0) for name, value in changed.items()]
+        if metrics:
+            self._client.log_batch(run, metrics=metrics)
 
     def _attach(self, report: list[Path], found: Findings) -> None:
         """Files for the parent, unless it has just these; the description says what was found and shows the front."""

@@ -14,7 +14,7 @@ from .backends import BACKENDS, Backend
 from .block_parallel import block_parallel_losses
 from .chunked import chunk_losses
 from .decoding import Progress, decode_loop
-from .device import device_name, peak_memory
+from .device import cpu_capability, device_name, peak_memory
 from .errors import UnsupportedModelError
 from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder, sampled_losses
@@ -249,6 +249,7 @@ def identity(
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "device": device_name(loaded.device),
         "threads": torch.get_num_threads() if loaded.device.type == "cpu" else None,
+        "cpu_capability": cpu_capability() if loaded.device.type == "cpu" else None,
         "execution": execution,
         "version": __version__,
     }

@@ -151,14 +151,14 @@ class Measurements:
         return {"kind": f"quality of {kind}"} | self._identity(method, policy, "fast", names)
 
     def _speed_key(self, method: str, policy: EvictionPolicy, attn_backend: str, execution: str) -> dict[str, Any]:
-        names = ("model_digest", "protocol", "dtype", "method", "device", "threads")
+        names = ("model_digest", "protocol", "dtype", "method", "device", "threads", "cpu_capability")
         key = {"kind": "speed", "attn_backend": attn_backend, "execution": execution, "reference_total": self.total}
         return key | self._identity(method, policy, "fast", names)
 
     def _whole_key(
         self, protocol: str, method: str, policy: EvictionPolicy, attn_backend: str, execution: str
     ) -> dict[str, Any]:
-        names = ("model_digest", "text_digest", "protocol", "dtype", "method", "device", "threads")
+        names = ("model_digest", "text_digest", "protocol", "dtype", "method", "device", "threads", "cpu_capability")
         key: dict[str, Any] = {"kind": "evaluation", "attn_backend": attn_backend, "execution": execution}
         key["reference_total"] = self.total
         key["compress_every"] = policy.compress_every  # of `recompute` by chunks, the prefill

@@ -68,7 +68,10 @@ def test_candidates_are_the_front_and_what_may_as_well_be_on_it():
     rows = [far, near, same_policy, *unfit, same_policy_near, nearer, *front]
     assert numbers(candidates(rows, OBJECTIVES)) == [0, 1, 3, 2, 6]
     assert numbers(candidates(rows, OBJECTIVES, others=1)) == [0, 1, 3]
-    assert numbers(candidates(rows, OBJECTIVES, earlier={"4", "8"}, others=1)) == [0, 1, 4, 3], "4 stays, 8 has failed"
+    assert numbers(candidates(rows, OBJECTIVES, earlier={"4", "8"}, others=1)) == [0, 1, 3, 4], "4 stays, 8 has failed"
+    assert numbers(candidates(rows, OBJECTIVES, earlier={"0", "1", "3", "2", "6"})) == [0, 1, 3, 2, 6], (
+        "no more of them"
+    )
     assert candidates([], OBJECTIVES) == []
     assert set(numbers(candidates(rows, {"speedup": "maximize"}))) == {0, 2}, "by what is paired"
     assert set(numbers(candidates(rows, {"ppl_increase_percent": "minimize"}))) == {1, 3, 5, 6}

@@ -77,12 +77,16 @@ def test_ended_at_every_moment_and_started_again(start, tmp_path):
         measured = now
     assert finished == TRIALS, "all were finished before confirming"
 
-    baseline, *rows = rows_of(tmp_path)
-    assert baseline["trial"] == "baseline" and sorted(row["trial"] for row in rows) == list(range(TRIALS))
+    strict, baseline, *rows = rows_of(tmp_path)
+    assert (strict["trial"], baseline["trial"]) == ("strict", "baseline") and sorted(
+        row["trial"] for row in rows
+    ) == list(range(TRIALS))
     assert len({(row["method"], row["n_sink"], row["compress_every"]) for row in rows}) == TRIALS
     assert (tmp_path / "sweeps/s/confirmed.jsonl").is_file()
     parents = [run for run in runs_of(tmp_path) if "trial" not in run.data.tags]
     children = [run for run in runs_of(tmp_path) if "trial" in run.data.tags]
     assert [run.info.status for run in parents] == ["FINISHED"]
-    assert sorted(run.data.tags["trial"] for run in children) == sorted(["baseline", *map(str, range(TRIALS))])
+    assert sorted(run.data.tags["trial"] for run in children) == sorted(
+        ["strict", "baseline", *map(str, range(TRIALS))]
+    )
     assert {run.info.status for run in children} == {"FINISHED"}

@@ -77,26 +77,34 @@ def test_a_sweep_from_end_to_end(folder):
     assert "[4/4]" in done.stderr
     assert "Pareto front" in done.stdout and "python -m dashboards.pareto" in done.stdout
 
-    baseline, *trials = rows_of(folder)
+    strict, baseline, *trials = rows_of(folder)
+    assert (strict["method"], strict["n_sink"], strict["compress_every"]) == ("ring", 4, 1)
     assert baseline["method"] == "recompute" and baseline["window_size"] + baseline["n_sink"] == 48
     assert len(trials) == 4
     for row in trials:
         assert row["state"] == "complete"
         assert row["n_sink"] + row["window_size"] == 48
         assert row["backend"] == row["backend_requested"]
-        assert row["speedup"] == pytest.approx(baseline["tpot_ms"] / row["tpot_ms"])
+        assert row["speedup"] == pytest.approx(baseline["time_ratio"] / row["time_ratio"])
+        assert row["ppl_vs_strict_percent_low"] <= row["ppl_vs_strict_percent"] <= row["ppl_vs_strict_percent_high"]
+        assert "tpot_ms" not in row, "its unit is known at the end"
     output = folder / "sweeps/s"
     front = list(csv.DictReader((output / "pareto.csv").open()))
     assert 1 <= len(front) <= 4
-    assert (output / "pareto.md").read_text().count("\n| ") == 1 + len(front) + 1
+    assert (output / "pareto.md").read_text().count("\n| ") == 1 + len(front) + 2
     assert (output / "pareto.png").read_bytes().startswith(b"\x89PNG")
-    assert json.loads((output / "sweep.json").read_text())["cap"] == 48
+    settings = json.loads((output / "sweep.json").read_text())
+    assert settings["cap"] == 48
+    recommended = settings["recommendation"]
+    assert str(recommended["trial"]) in {row["trial"] for row in front}
+    assert recommended["why"] in done.stdout and recommended["command"] in done.stdout
 
     runs = runs_of(folder)
     parents = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert [run.info.run_name for run in parents] == ["s"]
     children = {run.data.tags["trial"]: run for run in runs if run not in parents}
-    assert set(children) == {"baseline", *(str(row["trial"]) for row in trials)}
+    assert parents[0].data.tags["recommended"] == str(recommended["trial"])
+    assert set(children) == {"strict", "baseline", *(str(row["trial"]) for row in trials)}
     on_front = {row["#"] if "#" in row else row["trial"] for row in front}
     for row in trials:
         run = children[str(row["trial"])]
@@ -104,14 +112,14 @@ def test_a_sweep_from_end_to_end(folder):
         assert run.data.tags["mlflow.parentRunId"] == parents[0].info.run_id
         assert run.data.tags["backend.used"] == row["backend"]
         assert run.data.tags["pareto"] == str(str(row["trial"]) in on_front)
-        assert run.data.metrics["tpot_ms"] == pytest.approx(row["tpot_ms"])
+        assert run.data.metrics["ppl_vs_strict_percent"] == pytest.approx(row["ppl_vs_strict_percent"])
         assert run.data.params["n_sink"] == str(row["n_sink"])
 
     confirmed = {str(row["trial"]): row for row in json_lines(output / "confirmed.jsonl")}
     assert on_front | {"baseline"} <= confirmed.keys()
     for trial, row in confirmed.items():
-        assert row["confirmed_rounds"] == 2
-        assert children[trial].data.metrics["confirmed_tpot_ms"] == row["confirmed_tpot_ms"]
+        assert row["rounds"] == children[trial].data.metrics["rounds"] == 2
+        assert children[trial].data.metrics["time_ratio"] == row["time_ratio"]
         assert trial == "baseline" or 0 <= row["front_probability"] <= 1
     stored = {path: path.stat().st_mtime_ns for path in (folder / "sweeps/.store").rglob("*.json")}
     again = sweep(folder, "--trials", "4", "--workers", "2", "--confirm", "2", code=AWAY)
@@ -130,7 +138,7 @@ def test_a_sweep_from_end_to_end(folder):
     assert dry.returncode == 0, dry.stderr
     assert "s, goes on" in dry.stdout and "up to 8 trials, nothing new after 3600 s" in dry.stdout
     assert "medians of 4 trials" in dry.stdout
-    assert len(rows_of(folder)) == 5
+    assert len(rows_of(folder)) == 6
 
     other = sweep(folder, "--trials", "4", "--seed", "7")
     assert other.returncode == 2

@@ -23,6 +23,8 @@ from orchestrator.tracker import Tracker
 from orchestrator.tracking import Projection
 from streamllm.store import Measurement, MeasurementStore, entry_name
 
+from .made_studies import SOURCE
+
 CONFIGURATION = {
     "study": "s",
     "study_id": "5711d",
@@ -34,8 +36,9 @@ CONFIGURATION = {
     "seed": 0,
     "trials": 4,
     "space": {"name": "default"},
+    "source": SOURCE,
     "summary": "m on t",
-    "objectives": {"tpot_ms": "minimize", "ppl_increase_percent": "minimize"},
+    "objectives": {"tpot_ms": "minimize", "ppl_vs_strict_percent": "minimize"},
 }
 KEY = {"kind": "quality"}
 LOSSES = np.column_stack((np.arange(5.0), np.linspace(1, 2, 5)))
@@ -43,8 +46,9 @@ LOSSES = np.column_stack((np.arange(5.0), np.linspace(1, 2, 5)))
 
 def row(trial, tpot=2.0, increase=1.0, **more):
     policy = {"n_sink": 4, "window_size": 44, "compress_every": 1, "cache_slack": 0, "max_drop": 0}
-    times = {"tpot_ms": tpot, "tpot_ms_low": tpot - 0.1, "tpot_ms_high": tpot + 0.1, "speedup": 9.0 / tpot}
-    quality = {"perplexity": 15.5, "ppl_increase_percent": increase}
+    times = {"time_ratio": tpot / 2, "time_ratio_low": tpot / 2 - 0.05, "time_ratio_high": tpot / 2 + 0.05}
+    times |= {"measured_tpot_ms": 1.5 * tpot, "reference_tpot_ms": 2.0, "speedup": 9.0 / tpot}
+    quality = {"perplexity": 15.5, "ppl_vs_strict_percent": increase, "ppl_increase_percent": increase + 0.5}
     words = {"method": "ours", "backend": "math", "backend_requested": "flash", "dtype": "float32", "model": "m"}
     words |= {"device": "CPU", "protocol": "fast", "dataset": "t", "state": "complete", "feasible": True}
     return {
@@ -118,7 +122,7 @@ def search(condition):
 
 
 def test_runs_are_found_by_what_they_are_and_carry_what_was_measured(study):
-    confirmed = {"trial": 1, "confirmed_tpot_ms": 2.5, "confirmed_tpot_ms_low": 2.25, "confirmed_rounds": 3}
+    confirmed = {"trial": 1, "time_ratio": 1.25, "time_ratio_low": 1.125, "rounds": 3, "reference_tpot_ms": 2.0}
     write_rows(study / "confirmed.jsonl", [confirmed | {"front_probability": 0.75}])
     assert synchronise() == 0
     assert search("tags.pareto = 'True' and tags.`backend.used` = 'math' and metrics.ppl_increase_percent < 3") == ["1"]
@@ -134,13 +138,13 @@ def test_runs_are_found_by_what_they_are_and_carry_what_was_measured(study):
         "baseline",
     ]
     assert search("attributes.status = 'FAILED' and tags.reason LIKE '%nope'") == ["3"]
-    assert search("metrics.confirmed_tpot_ms > 2.4 and metrics.front_probability >= 0.75") == ["1"]
+    assert search("metrics.tpot_ms > 2.4 and metrics.rounds = 3 and metrics.front_probability >= 0.75") == ["1"]
     assert search("metrics.tpot_ms_high > 4 and tags.trial = '2'") == ["2"]
 
     client = MlflowClient(store())
     runs = {run.data.tags.get("trial", ""): run for run in client.search_runs(["1"])}
     assert {run.data.tags.get("mlflow.parentRunId") for trial, run in runs.items() if trial} == {runs[""].info.run_id}
-    assert runs["1"].data.metrics["tpot_ms"] == 2.0
+    assert runs["1"].data.metrics["tpot_ms"] == 2.5, "the confirmed one"
     assert (runs["1"].info.end_time, runs["1"].info.start_time) == (1_700_000_000_000, 1_699_999_997_500)
     result = client.download_artifacts(runs["1"].info.run_id, "")
     assert json.loads(Path(result, "result.json").read_text()) == ROWS[2]
@@ -158,13 +162,15 @@ def test_mlflows_own_view_shows_what_matters_at_once(study):
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     assert "parent run per study" in experiment.tags["mlflow.note.content"]
     view = json.loads(experiment.tags["mlflow.sharedViewState.s"])
-    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`tpot_ms`", True)
+    assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`time_ratio`", True)
     assert search(view["searchFilter"]) == ["", "0", "1", "2", "3", "baseline"]
     runs = client.search_runs([experiment.experiment_id])
     logged = {f"{kind}.`{name}`" for run in runs for kind in ("params", "metrics", "tags")
               for name in getattr(run.data, kind)}  # fmt: skip
     assert view["selectedColumns"] == view["columnOrder"] and set(view["selectedColumns"]) - logged == {
-        "metrics.`peak_kv`"
+        "metrics.`peak_kv`",
+        "metrics.`rounds`",
+        "metrics.`front_probability`",
     }, "of columns that are never logged"
     note = next(run for run in runs if "trial" not in run.data.tags).data.tags["mlflow.note.content"]
     assert note.startswith("How fast can m stream") and "4 configurations were tried" in note
@@ -205,6 +211,20 @@ def test_what_changed_since_is_brought_up_to_date(study):
     assert len(contents()) == 7
 
 
+def test_what_is_no_longer_confirmed_is_taken_back_and_milliseconds_follow_the_reference(study):
+    confirmed = {"trial": 1, "time_ratio": 1.5, "rounds": 3, "front_probability": 0.75, "reference_tpot_ms": 2.0}
+    write_rows(study / "confirmed.jsonl", [confirmed])
+    synchronise()
+    assert search("metrics.rounds > 0") == ["1"] and search("metrics.tpot_ms = 3") == ["0", "1"]
+    (study / "confirmed.jsonl").unlink()
+    write_rows(study / "trials.jsonl", [*ROWS, *(row(n, 5.0, 5.0, reference_tpot_ms=4.0) for n in range(4, 12))])
+    synchronise()
+    assert search("metrics.rounds > 0") == [] and search("metrics.front_probability >= 0.5") == []
+    run = contents()["1"]
+    assert [value for value, *_ in run[5]["time_ratio"]] == [1.0, 1.5, 1.0]
+    assert [value for value, *_ in run[5]["tpot_ms"]] == [3.0, 4.0], "in the unit of all: the reference takes 4 ms now"
+
+
 def test_what_a_kill_left_running_or_twice_is_ended_and_once(study):
     client = MlflowClient(store())
     experiment = client.create_experiment(tracking.EXPERIMENT)
@@ -218,7 +238,7 @@ def test_what_a_kill_left_running_or_twice_is_ended_and_once(study):
         "": "FINISHED", "baseline": "FINISHED", "0": "FINISHED", "1": "FINISHED", "2": "FINISHED", "3": "FAILED",
         "77": "KILLED",
     }  # fmt: skip
-    assert runs["1"][5]["tpot_ms"] == [(2.0, 1_700_000_000_000, 0)]
+    assert runs["1"][5]["time_ratio"] == [(1.0, 1_700_000_000_000, 0)]
     assert "result.json" in runs["2"][6]
 
 
@@ -254,9 +274,9 @@ def test_the_trials_file_follows_the_study_and_keeps_the_baseline(study):
     trials.trial_finished(ROWS[0] | {"reused": True, "finished_at": 1.8e9})
     trials.trial_finished(ROWS[2])
     results = load_study("s")
-    assert results.baseline == ROWS[0], "found again, not measured again"
-    assert results.trials == ROWS[1:3]
-    trials.trial_finished(ROWS[0] | {"tpot_ms": 8.0})
+    assert ROWS[0].items() <= results.baseline.items(), "found again, not measured again"
+    assert [row["trial"] for row in results.trials] == [0, 1] and results.trials[1]["tpot_ms"] == 2.0
+    trials.trial_finished(ROWS[0] | {"time_ratio": 4.0})
     assert load_study("s").baseline["tpot_ms"] == 8.0
     assert trials.count == 4
 
