@@ -25,14 +25,14 @@ from orchestrator.pool import WorkerPool
 from orchestrator.results import BASELINE, STRICT
 from orchestrator.study import Study
 from orchestrator.tracker import Tracker
-from orchestrator.tracking import PARENT_PARAMS, Projection
+from orchestrator.tracking import Projection
 from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.worker import Worker
 from search_spaces import load_space
 from streamllm.store import MeasurementStore
 from streamllm.text import TextSource
 
-from .reporting import interleaved, machine, summary
+from .reporting import interleaved, machine, made_up_settings, summary
 
 CAP = 2048
 INTEGERS = {
@@ -59,7 +59,7 @@ class Idle(Worker):
         speed, loss = objectives(**{name: policy[name] for name in INTEGERS})
         losses = LOSSES + np.array([0.0, loss])
         record = {"method": spec.method, "time_ratio": speed, "backend_requested": spec.attn_backend} | policy
-        record |= {"reference_tpot_ms": 1.0, "n_tokens": len(LOSSES) + 1}
+        record |= {"reference_tpot_ms": 1.0, "n_tokens": len(LOSSES) + 1, "dtype": "none"}
         return TrialMeasurement(record, losses, True, True)
 
 
@@ -91,12 +91,7 @@ def ours(folder: Path, trials: int, workers: int) -> dict[str, float]:
     (folder / "space.yaml").write_text(f"cap: {CAP}\nparameters: {json.dumps(INTEGERS)}\n")
     space = load_space(str(folder / "space.yaml"))
     study, times = Study("ours", folder / "journal.log", space, CAP, seed=0), Times()
-    settings = dict.fromkeys(("study", "model", "commit", "quantization", *PARENT_PARAMS), "none")
-    settings |= {
-        "study_id": folder.name,
-        "space": {"name": "integers"},
-        "objectives": dict.fromkeys(space.objectives, "minimize"),
-    }
+    settings = made_up_settings(folder.name, space)
     (folder / "sweep.json").write_text(json.dumps(settings))
     rows = TrialsFile(folder, [])
     tracker = Tracker(Projection(settings, MeasurementStore(folder / "store")), rows)

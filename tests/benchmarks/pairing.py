@@ -64,10 +64,10 @@ def paired(loaded: LoadedModel, of: Configuration) -> PairedTimes:
     return measure_times(loaded, of.method, of.policy, BACKENDS["auto"], TOKENS, reference, of.execution)
 
 
-def single(loaded: LoadedModel, of: Configuration, segments: int) -> float:
-    """The ratio of two medians, over so many segments of the one and as long ones of the other."""
+def single(loaded: LoadedModel, of: Configuration, segments: int) -> tuple[float, float]:
+    """Milliseconds of both, medians over so many segments of the one and as long ones of the other."""
     own = _alone(warm(loaded, of.method, of.policy, execution=of.execution), segments)
-    return own / _alone(warm(loaded, "ring", strict_policy(TOTAL)), segments)
+    return own, _alone(warm(loaded, "ring", strict_policy(TOTAL)), segments)
 
 
 def _alone(decoder: TimedDecoder, segments: int) -> float:
@@ -77,8 +77,12 @@ def _alone(decoder: TimedDecoder, segments: int) -> float:
 
 
 class Repetition(NamedTuple):
+    """Ratios, and the milliseconds of configuration and reference that they are of."""
+
     paired: float
+    paired_ms: tuple[float, float]
     single: float
+    single_ms: tuple[float, float]
     pairs: int
     load: float
     """Before it; the busy processes are in it only after a minute."""
@@ -96,8 +100,10 @@ def repeat(loaded: LoadedModel, of: Configuration, repetitions: int) -> list[Rep
             times = paired(loaded, of)
             alone = single(loaded, of, 2 * len(times.ms))
         pairs = len(times.ms)
-        found.append(Repetition(times.ratio.value, alone, pairs, load))
-        print(f"{of.name}, {index + 1}/{repetitions}: paired {times.ratio.value:.3f}, single {alone:.3f}", flush=True)
+        in_pairs = float(np.median(times.ms)), float(np.median(times.reference_ms))
+        one = Repetition(times.ratio.value, in_pairs, alone[0] / alone[1], alone, pairs, load)
+        print(f"{of.name}, {index + 1}/{repetitions}: paired {one.paired:.3f}, single {one.single:.3f}", flush=True)
+        found.append(one)
     return found
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from itertools import islice
@@ -19,6 +20,8 @@ import numpy as np
 import torch
 import transformers
 
+from orchestrator.tracking import PARENT_PARAMS
+from search_spaces import OBJECTIVES, SearchSpace
 from streamllm.backends import BACKENDS
 from streamllm.device import copy_bandwidth, default_device, device_name, limit_threads, resolve_dtype
 from streamllm.loaded import LoadedModel
@@ -28,6 +31,7 @@ from streamllm.pairing import in_turn, load_average
 from streamllm.policy import EvictionPolicy
 from streamllm.quality import median_interval
 from streamllm.quantization import quantize
+from streamllm.text import TextSource
 from streamllm.timing import LONGEST_SEGMENT_SEC, TimedDecoder
 
 SHAPES = {  # Pythia's configurations; speed does not depend on the values of the weights
@@ -123,6 +127,17 @@ def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dic
             results[name].append(measured)
         print(f"\rround {done}/{rounds}", end="" if done < rounds else "\n", file=sys.stderr, flush=True)
     return results
+
+
+def made_up_settings(study_id: str, space: SearchSpace) -> dict[str, Any]:
+    """A `sweep.json` of a study whose workers measure nothing, with all that MLflow's projection reads of it."""
+    words = dict.fromkeys(("study", "model", "commit", "quantization", *PARENT_PARAMS), "none")
+    return words | {
+        "study_id": study_id,
+        "space": {"name": space.name},
+        "objectives": {name: OBJECTIVES[name] for name in space.objectives},
+        "source": asdict(TextSource()),
+    }
 
 
 @contextmanager

@@ -32,13 +32,13 @@ from orchestrator.pool import Finished
 from orchestrator.results import BASELINE, STRICT
 from orchestrator.study import Study
 from orchestrator.tracker import Tracker
-from orchestrator.tracking import PARENT_PARAMS, Projection
+from orchestrator.tracking import Projection
 from orchestrator.trial import TrialMeasurement, TrialSpec
 from search_spaces import SearchSpace, load_space
 from streamllm.quality import perplexity
 from streamllm.store import Measurement, MeasurementStore
 
-from .reporting import machine
+from .reporting import machine, made_up_settings
 
 CAP = 2048
 SPACE = f"""
@@ -98,6 +98,7 @@ class SimulatedPool:
             **asdict(policy),
             **perplexity(losses[:, 1]).flat("perplexity"),
             "n_tokens": N_LOSSES + 1,
+            "dtype": "none",
             "device": "simulated",
             "threads": 1,
             "reference_total": CAP,
@@ -157,9 +158,7 @@ class Marks:
 
 
 def follower(folder: Path, trials: TrialsFile, space: SearchSpace, uri: str) -> Tracker:
-    settings = dict.fromkeys(("study", "model", "commit", "quantization", *PARENT_PARAMS), "none")
-    settings |= {"study_id": uuid.uuid4().hex, "space": {"name": "scale"}}
-    settings |= {"objectives": dict.fromkeys(space.objectives, "minimize")}
+    settings = made_up_settings(uuid.uuid4().hex, space)
     (folder / "sweep.json").write_text(json.dumps(settings))
     return Tracker(Projection(settings, MeasurementStore(folder / "store"), uri), trials)
 
