@@ -12,7 +12,6 @@ to caches that the other decoder has filled, would be seen there.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,14 +115,10 @@ def row(of: Configuration, repetitions: Sequence[Repetition]) -> dict[str, Any]:
         "paired ratio": float(np.median(both)),
         "single ratio": float(np.median(alone)),
         "paired / single": f"{quotient.value:.3f} [{quotient.low:.3f}, {quotient.high:.3f}]",
-        "sd log paired": _deviation(both),
-        "sd log single": _deviation(alone),
+        "sd log paired": float(np.log(both).std(ddof=1)),
+        "sd log single": float(np.log(alone).std(ddof=1)),
         "pairs": int(np.median([one.pairs for one in repetitions])),
     }
-
-
-def _deviation(ratios: np.ndarray) -> float:
-    return float(np.log(ratios).std(ddof=1)) if len(ratios) > 1 else math.nan
 
 
 def parser() -> argparse.ArgumentParser:
@@ -139,7 +134,10 @@ def parser() -> argparse.ArgumentParser:
 
 @torch.inference_mode()
 def main() -> None:
-    arguments = parser().parse_args()
+    options = parser()
+    arguments = options.parse_args()
+    if arguments.repetitions < 2:
+        options.error("--repetitions: a spread needs 2 or more")
     limit_threads(arguments.threads)
     loaded = load_model(EMBEDDED, arguments.dtype) if arguments.shape == EMBEDDED else random_model(arguments)
     before = load_average()
