@@ -22,16 +22,17 @@ import numpy as np
 from orchestrator.driver import Driver
 from orchestrator.folder import TrialsFile, write_outcome
 from orchestrator.pool import WorkerPool
+from orchestrator.results import BASELINE, STRICT
 from orchestrator.study import Study
 from orchestrator.tracker import Tracker
-from orchestrator.tracking import PARENT_PARAMS, Projection
+from orchestrator.tracking import Projection
 from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.worker import Worker
 from search_spaces import load_space
 from streamllm.store import MeasurementStore
 from streamllm.text import TextSource
 
-from .reporting import interleaved, machine, summary
+from .reporting import interleaved, machine, made_up_settings, summary
 
 CAP = 2048
 INTEGERS = {
@@ -57,7 +58,8 @@ class Idle(Worker):
         policy = asdict(spec.policy)
         speed, loss = objectives(**{name: policy[name] for name in INTEGERS})
         losses = LOSSES + np.array([0.0, loss])
-        record = {"method": spec.method, "tpot_ms": speed, "backend_requested": spec.attn_backend} | policy
+        record = {"method": spec.method, "time_ratio": speed, "backend_requested": spec.attn_backend} | policy
+        record |= {"reference_tpot_ms": 1.0, "n_tokens": len(LOSSES) + 1, "dtype": "none"}
         return TrialMeasurement(record, losses, True, True)
 
 
@@ -74,7 +76,7 @@ class Times:
         pass
 
     def trial_finished(self, row: dict[str, Any]) -> None:
-        if row["trial"] != "baseline":
+        if row["trial"] not in (STRICT, BASELINE):
             self.finished.append(time.perf_counter())
 
 
@@ -89,16 +91,11 @@ def ours(folder: Path, trials: int, workers: int) -> dict[str, float]:
     (folder / "space.yaml").write_text(f"cap: {CAP}\nparameters: {json.dumps(INTEGERS)}\n")
     space = load_space(str(folder / "space.yaml"))
     study, times = Study("ours", folder / "journal.log", space, CAP, seed=0), Times()
-    settings = dict.fromkeys(("study", "model", "commit", "quantization", *PARENT_PARAMS), "none")
-    settings |= {
-        "study_id": folder.name,
-        "space": {"name": "integers"},
-        "objectives": dict.fromkeys(space.objectives, "minimize"),
-    }
+    settings = made_up_settings(folder.name, space)
     (folder / "sweep.json").write_text(json.dumps(settings))
     rows = TrialsFile(folder, [])
     tracker = Tracker(Projection(settings, MeasurementStore(folder / "store")), rows)
-    pool = WorkerPool(WorkerSetup("", TextSource(), "", "", folder / "store"), workers, worker_class=Idle)
+    pool = WorkerPool(WorkerSetup("", TextSource(), "", "", folder / "store", CAP), workers, worker_class=Idle)
     try:
         Driver(study, pool, CAP, trials, [times, rows, tracker]).run()
     finally:

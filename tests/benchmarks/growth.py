@@ -9,16 +9,14 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-import numpy as np
 import torch
 
-from streamllm.backends import BACKENDS
 from streamllm.device import peak_memory
 from streamllm.loaded import LoadedModel
 from streamllm.policy import EvictionPolicy
-from streamllm.timing import TimedDecoder, no_garbage_collection
+from streamllm.timing import no_garbage_collection
 
-from .reporting import interleaved, parser, random_model, report, steady, summary
+from .reporting import interleaved, parser, random_model, report, steady, summary, warm
 
 METHODS = ("mit", "ours", "ring")
 POLICIES = {
@@ -46,9 +44,7 @@ def policy_rows(loaded: LoadedModel, rounds: int) -> list[dict[str, Any]]:
 
 def stream_rows(loaded: LoadedModel, length: int, parts: int = 8) -> list[dict[str, Any]]:
     """A ring of 252 + 4 over `length` tokens: time per token and peak memory of each part of the stream."""
-    decoder = TimedDecoder(loaded, "ring", EvictionPolicy(), BACKENDS["auto"], np.arange(1024))
-    decoder.prefill()
-    decoder.decode(16)
+    decoder = warm(loaded, "ring", EvictionPolicy())
     rows = []
     for part in range(parts):
         with peak_memory(loaded.device) as memory:

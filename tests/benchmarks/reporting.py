@@ -7,9 +7,12 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +20,19 @@ import numpy as np
 import torch
 import transformers
 
+from orchestrator.tracking import PARENT_PARAMS
+from search_spaces import OBJECTIVES, SearchSpace
 from streamllm.backends import BACKENDS
 from streamllm.device import copy_bandwidth, default_device, device_name, limit_threads, resolve_dtype
 from streamllm.loaded import LoadedModel
 from streamllm.methods import effective_policy
 from streamllm.models import prepare
+from streamllm.pairing import in_turn, load_average
 from streamllm.policy import EvictionPolicy
 from streamllm.quality import median_interval
 from streamllm.quantization import quantize
-from streamllm.timing import TimedDecoder
+from streamllm.text import TextSource
+from streamllm.timing import LONGEST_SEGMENT_SEC, TimedDecoder
 
 SHAPES = {  # Pythia's configurations; speed does not depend on the values of the weights
     "pythia-70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},
@@ -43,6 +50,20 @@ SHAPES = {  # Pythia's configurations; speed does not depend on the values of th
         "vocab_size": 1024,
     },
 }
+
+
+SEGMENT_SEC = LONGEST_SEGMENT_SEC
+"""The engine's pairs are many and short; a benchmark's rounds are few, and with a dozen variants in turn each finds the
+caches of the CPU as others left them: as long as the engine has any."""
+
+_BUSY = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:
+    for _ in range(1_000_000):
+        pass
+"""
+"""Ends by itself when its parent has died without ending it."""
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -71,13 +92,25 @@ def random_model(arguments: argparse.Namespace, quantization: str = "none") -> L
 def steady(
     loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: str = "auto", execution: str = "eager"
 ) -> Callable[[], float]:
-    """Fills the cache, warms up, compiles; the function returned times whole prune cycles, in ms per token."""
-    decoder = TimedDecoder(
-        loaded, method, effective_policy(method, policy), BACKENDS[backend], np.arange(4096), execution
-    )
-    decoder.prefill()
-    decoder.decode(decoder.growing + decoder.whole_cycles(4))
-    count = decoder.whole_cycles(1 if method == "recompute" else 24)
+    """A warm decoder; the function returned times a segment of whole prune cycles, in ms per token."""
+    return segment_of(warm(loaded, method, policy, backend, execution), SEGMENT_SEC)
+
+
+def warm(
+    loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: str = "auto", execution: str = "eager"
+) -> TimedDecoder:
+    """Its cache filled and in its cycle, compiled, its pace known."""
+    tokens = np.arange(min(loaded.model.config.vocab_size, 4096))
+    decoder = TimedDecoder(loaded, method, effective_policy(method, policy), BACKENDS[backend], tokens, execution)
+    with decoder.backend.active():
+        decoder.prefill()
+        decoder.warm_up()
+    return decoder
+
+
+def segment_of(decoder: TimedDecoder, seconds: float) -> Callable[[], float]:
+    """Times a segment of about that many seconds of a warm decoder, in ms per token."""
+    count = decoder.segment_length(seconds)
 
     def timed() -> float:
         with decoder.backend.active():
@@ -89,11 +122,37 @@ def steady(
 def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
     """Every variant in turn, `rounds` times: what disturbs one round disturbs all. Each returns what it measured."""
     results: dict[str, list[float]] = {name: [] for name in variants}
-    for done in range(rounds):
-        for name, measure in variants.items():
-            results[name].append(measure())
-        print(f"\rround {done + 1}/{rounds}", end="" if done + 1 < rounds else "\n", file=sys.stderr, flush=True)
+    for done, times in enumerate(islice(in_turn(list(variants.values())), rounds), start=1):
+        for name, measured in zip(variants, times, strict=True):
+            results[name].append(measured)
+        print(f"\rround {done}/{rounds}", end="" if done < rounds else "\n", file=sys.stderr, flush=True)
     return results
+
+
+def made_up_settings(study_id: str, space: SearchSpace) -> dict[str, Any]:
+    """A `sweep.json` of a study whose workers measure nothing, with all that MLflow's projection reads of it."""
+    words = dict.fromkeys(("study", "model", "commit", "quantization", *PARENT_PARAMS), "none")
+    return words | {
+        "study_id": study_id,
+        "space": {"name": space.name},
+        "objectives": {name: OBJECTIVES[name] for name in space.objectives},
+        "source": asdict(TextSource()),
+    }
+
+
+@contextmanager
+def busy_processes(count: int) -> Iterator[None]:
+    """So many processes beside this one, each of which wants a core for itself."""
+    running = []
+    try:
+        for _ in range(count):
+            running.append(subprocess.Popen([sys.executable, "-c", _BUSY]))
+        yield
+    finally:
+        for process in running:
+            process.kill()
+        for process in running:
+            process.wait()
 
 
 def summary(values: list[float]) -> dict[str, float]:
@@ -102,13 +161,14 @@ def summary(values: list[float]) -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what something was measured."""
+    """Where, when and with what something was measured; the load is that at the end of it."""
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "machine": f"{device_name(torch.device('cpu'))}, {len(os.sched_getaffinity(0))} cores",
         "versions": {name: version(name) for name in ("torch", "transformers", "optuna", "ray", "mlflow")},
         "commit": found.stdout.strip() or None,
         "date": datetime.now(UTC).date().isoformat(),
+        "load_average": load_average(),
     }
 
 
@@ -123,18 +183,27 @@ def environment(loaded: LoadedModel) -> dict[str, Any]:
     }
 
 
-def report(title: str, loaded: LoadedModel, rows: list[dict[str, Any]], file: Path | None) -> None:
-    """A Markdown table on the screen, everything in the file."""
+def report(
+    title: str,
+    loaded: LoadedModel,
+    rows: list[dict[str, Any]],
+    file: Path | None,
+    more: Mapping[str, Any] | None = None,
+) -> None:
+    """A Markdown table on the screen, everything in the file, there with what there is `more`."""
     facts = environment(loaded)
     print(f"{title}: {facts['model']}, {facts['dtype']}, {facts['device']}, {facts['threads']} threads, "
-          f"copies {facts['copy_bandwidth_gb_per_sec']:.1f} GB/s")  # fmt: skip
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    print("| " + " | ".join(columns) + " |")
-    print("|" + "|".join("---" for _ in columns) + "|")
-    for row in rows:
-        print("| " + " | ".join(_text(row.get(name, "")) for name in columns) + " |")
+          f"copies {facts['copy_bandwidth_gb_per_sec']:.1f} GB/s, load {facts['load_average']:.1f}")  # fmt: skip
+    print(markdown_table(rows))
     if file is not None:
-        file.write_text(json.dumps({"benchmark": title, **facts, "rows": rows}, indent=1) + "\n")
+        file.write_text(json.dumps({"benchmark": title, **facts, **(more or {}), "rows": rows}, indent=1) + "\n")
+
+
+def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = ["| " + " | ".join(columns) + " |", "|" + "|".join("---" for _ in columns) + "|"]
+    lines += ["| " + " | ".join(_text(row.get(name, "")) for name in columns) + " |" for row in rows]
+    return "\n".join(lines)
 
 
 def _text(value: Any) -> str:

@@ -29,14 +29,16 @@ from orchestrator.display import Display
 from orchestrator.driver import Driver
 from orchestrator.folder import TrialsFile, write_outcome
 from orchestrator.pool import Finished
+from orchestrator.results import BASELINE, STRICT
 from orchestrator.study import Study
 from orchestrator.tracker import Tracker
-from orchestrator.tracking import PARENT_PARAMS, Projection
+from orchestrator.tracking import Projection
 from orchestrator.trial import TrialMeasurement, TrialSpec
 from search_spaces import SearchSpace, load_space
+from streamllm.quality import perplexity
 from streamllm.store import Measurement, MeasurementStore
 
-from .reporting import machine
+from .reporting import machine, made_up_settings
 
 CAP = 2048
 SPACE = f"""
@@ -88,14 +90,20 @@ class SimulatedPool:
 
     def _measured(self, spec: TrialSpec) -> TrialMeasurement:
         losses = np.column_stack((np.arange(float(N_LOSSES)), self._random.normal(3.0, 1.0, N_LOSSES)))
-        policy = spec.policy
+        policy, noise = spec.policy, self._random.exponential(0.04, 2)
         record: dict[str, Any] = {
             "method": spec.method,
             "backend": spec.attn_backend,
             "backend_requested": spec.attn_backend,
             **asdict(policy),
-            "perplexity": float(np.exp(losses[:, 1].mean())),
-            "tpot_ms": 5.0 + 20.0 / policy.compress_every + policy.n_sink / 64 + self._random.exponential(0.2),
+            **perplexity(losses[:, 1]).flat("perplexity"),
+            "n_tokens": N_LOSSES + 1,
+            "dtype": "none",
+            "device": "simulated",
+            "threads": 1,
+            "reference_total": CAP,
+            "time_ratio": 1.0 + 4.0 / policy.compress_every + policy.n_sink / 320 + noise[0],
+            "reference_tpot_ms": 5.0 + noise[1],
             "peak_kv": policy.kept + policy.compress_every,
         }
         self._store.put({"spec": str(spec)}, Measurement(record, losses))
@@ -142,15 +150,15 @@ class Marks:
         pass
 
     def trial_finished(self, row: dict[str, Any]) -> None:
-        self._finished += row["trial"] != "baseline"
-        if row["trial"] != "baseline" and self._finished % self.every == 0:
+        if row["trial"] in (STRICT, BASELINE):
+            return
+        self._finished += 1
+        if self._finished % self.every == 0:
             self.marks.append(self.now())
 
 
 def follower(folder: Path, trials: TrialsFile, space: SearchSpace, uri: str) -> Tracker:
-    settings = dict.fromkeys(("study", "model", "commit", "quantization", *PARENT_PARAMS), "none")
-    settings |= {"study_id": uuid.uuid4().hex, "space": {"name": "scale"}}
-    settings |= {"objectives": dict.fromkeys(space.objectives, "minimize")}
+    settings = made_up_settings(uuid.uuid4().hex, space)
     (folder / "sweep.json").write_text(json.dumps(settings))
     return Tracker(Projection(settings, MeasurementStore(folder / "store"), uri), trials)
 

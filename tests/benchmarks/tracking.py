@@ -44,7 +44,8 @@ class TimedClient:
 
 
 def made_up_row(trial: int, entry: str) -> dict[str, Any]:
-    with_interval = ("tpot_ms", "perplexity", "ppl_increase_percent")
+    with_interval = ("time_ratio", "measured_tpot_ms", "speedup", "perplexity")
+    with_interval += ("ppl_vs_strict_percent", "ppl_increase_percent")
     metrics = dict.fromkeys(tracking._METRICS, 1.0 + trial)
     metrics |= {f"{name}_{end}": 1.0 + trial for name in with_interval for end in ("low", "high")}
     words = dict.fromkeys(tracking._TAGS, "word") | dict.fromkeys(tracking._PARAMS, "4")

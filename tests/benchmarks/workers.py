@@ -26,6 +26,8 @@ from streamllm.text import TextSource
 
 from .reporting import interleaved, machine, summary
 
+TOTAL = 250
+
 
 class OnlyQuality(Worker):
     def measure(self, spec: TrialSpec) -> TrialMeasurement:
@@ -47,13 +49,13 @@ def measure(pool: WorkerPool, idle: deque[int], policies: Sequence[EvictionPolic
 
 def trials_per_minute(workers: int, trials: int, tokens: int, folder: Path) -> float:
     source = TextSource(max_eval_tokens=tokens)
-    setup = WorkerSetup("testbed", source, "float32", "none", Path(tempfile.mkdtemp(dir=folder)))
+    setup = WorkerSetup("testbed", source, "float32", "none", Path(tempfile.mkdtemp(dir=folder)), TOTAL)
     pool = WorkerPool(setup, workers, cpus_per_worker=1, worker_class=OnlyQuality)
     try:
         idle: deque[int] = deque()
         while len(idle) < workers:
             idle += [finished.worker for finished in pool.wait(0.1)]
-        policies = [EvictionPolicy(n_sink=n, window_size=250 - n, compress_every=1) for n in range(workers + trials)]
+        policies = [EvictionPolicy(n_sink=n, window_size=TOTAL - n, compress_every=1) for n in range(workers + trials)]
         measure(pool, idle, policies[:workers])
         started = time.perf_counter()
         measure(pool, idle, policies[workers:])
