@@ -23,7 +23,7 @@ FEWEST_PAIRS = 7
 """Of what takes seconds a token: as many as an interval of 95% needs."""
 _PRECISE = 0.01
 """Half the interval's width, as a share of the ratio, at which there are pairs enough."""
-_ENOUGH_SEC = 4.0
+_ENOUGH_SEC = 6.0
 _TOO_LONG_SEC = 15.0
 
 

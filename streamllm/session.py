@@ -60,12 +60,16 @@ def compare_quality(
     measurements: Measurements, protocol: str, baseline: np.ndarray | None = None
 ) -> QualityComparison | None:
     """With strict StreamingLLM at every token, and the baseline's losses where there are any; None by chunks, where a
-    policy's losses are not those of a stream."""
-    from .quality import QualityComparison
+    policy's losses are not those of a stream, and where the reference's overflow."""
+    from .quality import NonFiniteLossError, QualityComparison
 
     if protocol == "chunked":
         return None
-    strict, _ = measurements.strict(progress=show_progress("strict StreamingLLM"))
+    try:
+        strict, _ = measurements.strict(progress=show_progress("strict StreamingLLM"))
+    except NonFiniteLossError as error:
+        warnings.warn(f"not compared with strict StreamingLLM: {error}", stacklevel=2)
+        return None
     assert strict.losses is not None
     return QualityComparison(strict.losses, baseline)
 

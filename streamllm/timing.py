@@ -28,7 +28,7 @@ from .quality import Estimate, median_interval
 
 SEGMENT_TOKENS = 8
 """Of a segment at least: fewer would time how the caches of a CPU are filled anew after the other decoder's turn."""
-SEGMENT_SEC = 0.03
+SEGMENT_SEC = 0.1
 LONGEST_SEGMENT_SEC = 0.25
 """Of what takes longer a token, a segment has fewer tokens than `SEGMENT_TOKENS`, down to one."""
 WARMUP_TOKENS = 16

@@ -78,7 +78,7 @@ def test_segments_have_as_many_tokens_as_time_allows_in_whole_cycles(golden_mode
     lengths = {}
     for run.pace in (1e-4, 2.5e-3, 0.02, 0.1, 8.0):
         lengths[run.pace] = run.segment_length()
-    assert lengths == {1e-4: 300, 2.5e-3: 12, 0.02: 12, 0.1: 6, 8.0: 6}
+    assert lengths == {1e-4: 1002, 2.5e-3: 42, 0.02: 12, 0.1: 6, 8.0: 6}
     run.period = 1
     assert (run.segment_length(), run.segment_length(1e9)) == (1, 1), "a token at a time"
 
