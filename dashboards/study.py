@@ -64,7 +64,7 @@ def load_study(study: str) -> StudyResults:
     confirmed = {row["trial"]: row for row in read_rows(folder / "confirmed.jsonl")}
     merged = [{**row, **confirmed.get(row["trial"], {})} for row in measured]
     pool = ReferencePool([*measured, *(row for row in merged if row.get("rounds"))])
-    fixed = {row["trial"]: pool.with_time(row) for row in merged if row["trial"] in _FIXED}
+    fixed = {row["trial"]: pool.with_time(_as_unit(row)) for row in merged if row["trial"] in _FIXED}
     baseline = fixed.get("baseline")
     constraints = [Constraint(**limit) for limit in configuration.get("space", {}).get("constraints", ())]
     return StudyResults(
@@ -81,6 +81,13 @@ def load_study(study: str) -> StudyResults:
 
 _FIXED = ("strict", "baseline")
 """In place of a trial's number."""
+
+
+def _as_unit(row: Row) -> Row:
+    """The reference takes one reference's time, whatever it was measured to take beside itself."""
+    if row["trial"] != "strict":
+        return row
+    return {name: value for name, value in row.items() if not name.startswith("time_ratio")} | {"time_ratio": 1.0}
 
 
 def _finished(row: Row, baseline: Row | None, constraints: Sequence[Constraint]) -> Row:

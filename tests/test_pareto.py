@@ -84,6 +84,18 @@ def test_unconfirmed_values_do_not_beat_confirmed_ones(tmp_path):
     assert "| rounds |" not in FORMATS["md"].write(pareto_table([load_study(str(folder))])), "all have as many"
 
 
+def test_the_reference_is_the_unit_of_all_milliseconds(tmp_path):
+    strict = row("strict", 1.0, 0.0, time_ratio=1.02, time_ratio_low=0.9, reference_tpot_ms=5.0)
+    trial = row(0, 1.0, 1.0, time_ratio=0.5, time_ratio_low=0.4, time_ratio_high=0.6, reference_tpot_ms=9.0)
+    baseline = row("baseline", 1.0, 0.0, method="recompute", time_ratio=4.0, reference_tpot_ms=7.0)
+    confirmed = [{"trial": "baseline", "time_ratio": 3.0, "rounds": 3, "reference_tpot_ms": 7.0}]
+    study = load_study(str(write_study(tmp_path, [strict, trial], baseline=baseline, confirmed=confirmed)))
+    assert (study.strict["tpot_ms"], study.baseline["tpot_ms"], study.trials[0]["tpot_ms"]) == (7.0, 21.0, 3.5)
+    assert (study.strict["speedup"], study.trials[0]["speedup"]) == (3.0, 6.0), "beside the baseline as confirmed"
+    assert [row["tpot_ms"] for row in study.searched] == [28.0, 3.5], "and as searched"
+    assert study.references[0].timings == 4 and "7 ms" in pareto_table([study]).notes[1]
+
+
 def test_what_cannot_be_told_from_a_member_is_tied_with_it(tmp_path):
     """3 and 1 are told apart; 4 is the fastest of the confirmed, though not for certain, and better in nothing else."""
 
@@ -406,6 +418,8 @@ def test_the_command_names_all_that_decides_the_trial(tmp_path, monkeypatch):
     assert (arguments.model, arguments.quantization) == ("-odd/model", "int8_weight_only")
     assert (arguments.text, arguments.offset, arguments.max_eval_tokens) == (Path("my book.txt"), 7, 500)
     assert arguments.store == Path("sweeps/.store") and arguments.mode == "both"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
     elsewhere = reproduce_command(load_study(str(tmp_path / "sweeps" / "s")), trial)
     assert parsed(elsewhere).store == tmp_path / "sweeps" / ".store"
     data = {"text": None, "token_ids": None, "dataset_name": "pg19", "dataset_config": "c", "offset": 0}
