@@ -68,7 +68,7 @@ COLUMNS = (
     Column("ppl_increase_percent", "PPL increase %", "", 1, interval=True),
     Column("place", "place", words=True),
     Column("dominated_by", "dominated by"),
-    Column("tied_with", "not told from", words=True),
+    Column("no_better_than", "no better than", words=True),
 )
 """Of a study's table, in order. The last three are of `pareto_table`, the others of rows."""
 
@@ -81,7 +81,7 @@ _WHERE_THERE = {
     "front_probability",
     "place",
     "dominated_by",
-    "tied_with",
+    "no_better_than",
 }
 """Columns that only rows with such a value have."""
 

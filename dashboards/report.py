@@ -43,7 +43,7 @@ _LABELS = {column.key: column.header if column.unit == "tokens" else column.titl
     "ppl_increase_percent": "perplexity increase over re-computing, %",
 }
 _DECIMALS = {column.key: column.decimals for column in COLUMNS if column.decimals is not None}
-_NOT_OF_A_TRIAL = {"study", "trial", "recommended", "place", "dominated_by", "tied_with"}
+_NOT_OF_A_TRIAL = {"study", "trial", "recommended", "place", "dominated_by", "no_better_than"}
 _VALUES = tuple(column.key for column in COLUMNS if column.key not in _NOT_OF_A_TRIAL)
 _DETAILS = (*_VALUES, "violated", "warning")
 _TABLE = ("trial", "state", *_VALUES, "violated", "reason")

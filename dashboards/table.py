@@ -13,11 +13,11 @@ from .front import Row, dominators, objective_values
 from .recommendation import advice, recommended
 from .study import StudyResults
 
-_PLACES = ("front", "tied", "dominated", "unconfirmed", "not finite", "infeasible", "failed")
-"""In the order in which they are listed. tied: confirmed, and no better for certain than one of the front in anything;
-unconfirmed: not dominated, but by what only the search measured."""
+_PLACES = ("front", "tied", "no better", "dominated", "unconfirmed", "not finite", "infeasible", "failed")
+"""In the order in which they are listed. tied: confirmed, and neither it nor one of the front is better than the other
+for certain; no better: the one of the front is; unconfirmed: not dominated, but by what only the search measured."""
 _DISPENSABLE = (
-    "tied_with",
+    "no_better_than",
     "rounds",
     "perplexity",
     "peak_kv",
@@ -87,17 +87,20 @@ def _placed(study: StudyResults, front: Sequence[Row]) -> list[Row]:
     others = [row for row in study.trials if row["trial"] not in on_front]
     placed: list[Row] = [{**row, "place": "front"} for row in front]
     ranked: list[tuple[int, tuple[float, ...], int, Row]] = []
-    for row, better in zip(others, dominators(others, front, objectives), strict=True):
+    confirmed = [row for row in others if row.get("rounds")]
+    by_front, by_confirmed = (dominators(others, rows, objectives) for rows in (front, confirmed))
+    for row, member, candidate in zip(others, by_front, by_confirmed, strict=True):
         values = objective_values(row, objectives) or ()
-        place = "dominated" if better is not None else _place(row, values)
+        better = member or (candidate if not row.get("rounds") else None)
+        place = "dominated" if better is not None else _place(row, values, front)
         more = {"place": place} | ({"dominated_by": better["trial"]} if better is not None else {})
-        if place == "tied":
-            more["tied_with"] = ", ".join(str(trial) for trial in row.get("not_told_from", ()) if trial in on_front)
+        if place in ("tied", "no better"):
+            more["no_better_than"] = ", ".join(str(t) for t in row.get("not_told_from", ()) if t in on_front)
         ranked.append((_PLACES.index(place), values, len(ranked), {**row, **more}))
     return [*placed, *(row for *_, row in sorted(ranked, key=lambda entry: entry[:3]))]
 
 
-def _place(row: Row, values: tuple[float, ...]) -> str:
+def _place(row: Row, values: tuple[float, ...], front: Sequence[Row]) -> str:
     """Of a row that nothing dominates and that is not on the front."""
     if row.get("state") != "complete":
         return "failed"
@@ -105,7 +108,11 @@ def _place(row: Row, values: tuple[float, ...]) -> str:
         return "infeasible"
     if not values:
         return "not finite"
-    return "tied" if row.get("rounds") else "unconfirmed"
+    if not row.get("rounds"):
+        return "unconfirmed"
+    tied = any(row["trial"] in member.get("not_told_from", ()) for member in front
+               if member["trial"] in row.get("not_told_from", ()))  # fmt: skip
+    return "tied" if tied else "no better"
 
 
 def _names(studies: Sequence[StudyResults]) -> list[str]:
@@ -135,8 +142,11 @@ def _notes(rows: Sequence[Row], studies: Sequence[StudyResults]) -> list[str]:
             f"{' are of those,' if any(not row.get('rounds') for row in rows) else ''} after the search; P(front) is "
             "the share of draws, over rounds and tokens, in which no other candidate is better."
         )
-    if any(row.get("place") == "tied" for row in rows):
-        notes.append("Tied: better for certain in nothing than one of the front, which stands for both.")
+    if any(row.get("place") in ("tied", "no better") for row in rows):
+        notes.append(
+            "Tied: of it and one of the front, neither is better than the other for certain. No better: for certain it "
+            "is better in nothing than one of the front, which is better in something."
+        )
     for study in studies:
         notes += _stand_ins(study, len(studies) > 1)
     if any(row.get("place") == "unconfirmed" for row in rows):

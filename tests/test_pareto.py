@@ -109,13 +109,15 @@ def test_what_cannot_be_told_from_a_member_is_tied_with_it(tmp_path):
         }
 
     slightly_worse = {"ppl_increase_percent": 2.01}
-    confirmed = [values(3, 3.0, 1.0, [4]), values(1, 6.0, 1.0, []), values(4, 2.9, 0.6, [3]) | slightly_worse]
+    tied, beaten = values(4, 2.9, 0.6, [3]) | slightly_worse, values(7, 2.9, 0.1, [3]) | {"ppl_increase_percent": 9.0}
+    confirmed = [values(3, 3.0, 1.0, [4]), values(1, 6.0, 1.0, []), tied, beaten]
     study = load_study(str(write_study(tmp_path, FRONT, confirmed=confirmed)))
     assert [row["trial"] for row in study.front] == [3, 1]
     table = pareto_table([study], everything=True)
-    tied = next(row for row in table.rows if row["trial"] == 4)
-    assert (tied["place"], tied["tied_with"]) == ("tied", "3")
+    places = {row["trial"]: (row["place"], row.get("no_better_than")) for row in table.rows}
+    assert places == {3: ("front", None), 1: ("front", None), 4: ("tied", "3"), 7: ("no better", "3")}
     assert any("Tied: " in note for note in table.notes)
+    assert any(note.startswith("Trial 3 stands for trial 4 too") for note in table.notes)
 
 
 def test_without_trials_or_without_a_front(tmp_path):
