@@ -134,7 +134,7 @@ def test_memory_of_the_accelerator(monkeypatch, tmp_path):
 
         monkeypatch.setattr(worker, "_measure", fail)
         with pytest.raises(becomes, match="tried to allocate"):
-            worker.measure(None)
+            worker.measure(TrialSpec("ours", "auto", EvictionPolicy()))
     assert emptied == [True]
 
 
