@@ -102,7 +102,7 @@ def reproduce_command(study: StudyResults, row: Row) -> str:
     store = study.folder.parent / ".store"
     given = {
         "model": study.configuration["model"],
-        "dtype": row["dtype"],
+        "dtype": row.get("dtype"),
         "quantization": study.configuration["quantization"],
         "text": source["text"],
         "token-ids": source["token_ids"],
