@@ -7,17 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .quality import Estimate, median_interval
-
 _ROUND_SPREAD = 0.02
 """Standard deviation of a configuration's log ratio between rounds, assumed where no candidate has two rounds."""
 
 _ROUNDING = 1e-12
-
-
-def ratio_interval(ratios: np.ndarray) -> Estimate:
-    """Of one measurement: the median of the ratios (pairs,) of its segments to the reference's, with its interval."""
-    return median_interval(ratios)
 
 
 def time_draws(rounds: Sequence[np.ndarray], draws: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from streamllm.certainty import front_probabilities, not_told_from, ratio_interval, time_draws, told_apart_front
+from streamllm.certainty import front_probabilities, not_told_from, time_draws, told_apart_front
+from streamllm.quality import median_interval
 
 
 def measured(random, logarithms, pairs=18, rounds=3, between=0.01, noise=0.03, bursts=0.0):
@@ -20,7 +21,7 @@ def measured(random, logarithms, pairs=18, rounds=3, between=0.01, noise=0.03, b
 
 
 def test_the_ratio_of_a_measurement_is_its_median():
-    estimate = ratio_interval(np.array([1.0, 1.1, 1.2, 1.3, 9.0, 1.15, 1.25]))
+    estimate = median_interval(np.array([1.0, 1.1, 1.2, 1.3, 9.0, 1.15, 1.25]))
     assert (estimate.value, estimate.low, estimate.high) == (1.2, 1.0, 9.0)
 
 
