@@ -70,7 +70,9 @@ class Memory:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Memory]:
-    """The peak inside the block, weights included: of the CUDA allocator, or else of the process's resident set."""
+    """The peak inside the block, weights included: of the CUDA allocator, or else of the process's resident set.
+
+    Where the kernel does not forget earlier peaks when asked to, it is the process's highest so far."""
     memory = Memory()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

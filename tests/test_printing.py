@@ -88,7 +88,7 @@ def test_a_sweep_goes_on_to_its_end(folder):  # noqa: F811
     assert (output / "report.html").is_file() and (output / "pareto.md").is_file()
     runs = runs_of(folder)
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    assert parent.info.status == "FINISHED" and len(runs) == 4
+    assert parent.info.status == "FINISHED" and len(runs) == 5
 
 
 def test_a_matrix_goes_on_to_its_end_though_nobody_reads_its_errors_either(tmp_path):
@@ -100,8 +100,9 @@ def test_a_matrix_goes_on_to_its_end_though_nobody_reads_its_errors_either(tmp_p
 def test_nor_does_a_sweep_end_because_nobody_reads_what_it_notes(tmp_path):
     code = """
 from pathlib import Path
+from types import SimpleNamespace
 from orchestrator.display import Display
-display = Display(1, [], ("tpot_ms", "perplexity"), None)
+display = Display(1, [], ("tpot_ms", "perplexity"), SimpleNamespace(backlog=0, problem=None))
 with display:
     for _ in range(3):
         display.note("a line")

@@ -1,11 +1,12 @@
-import math
+import subprocess
+import sys
 
 import pytest
 import torch
 
 from streamllm import timing
 from streamllm.backends import BACKENDS
-from streamllm.device import copy_bandwidth, peak_memory
+from streamllm.device import copy_bandwidth
 from streamllm.policy import EvictionPolicy, steady_state
 
 from .tiny_models import tiny_model
@@ -81,12 +82,18 @@ def test_bytes_per_token_are_weights_and_cache(tied):
 
 
 def test_peak_memory_sees_what_was_freed():
-    with peak_memory(torch.device("cpu")) as nothing:
-        pass
-    with peak_memory(torch.device("cpu")) as memory:
-        torch.ones(64 * 2**20 // 4)
-    assert math.isfinite(nothing.megabytes)
-    assert memory.megabytes >= nothing.megabytes + 48
+    code = """
+import streamllm, torch
+from streamllm.device import peak_memory
+with peak_memory(torch.device("cpu")) as nothing:
+    pass
+with peak_memory(torch.device("cpu")) as memory:
+    torch.ones(64 * 2**20 // 4)
+print(nothing.megabytes, memory.megabytes)
+"""  # in a new process, which has had no higher peak: not every kernel forgets one when asked
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    nothing, memory = map(float, done.stdout.split())
+    assert 0 < nothing <= memory - 48
 
 
 @pytest.mark.parametrize(
