@@ -189,7 +189,7 @@ class _Bench:
         if source not in self._texts:
             try:
                 tokenizer = None if source.token_ids is not None else load_tokenizer(loaded.name)
-                self._texts[source] = load_tokens(source, tokenizer, loaded.model.config.vocab_size)
+                self._texts[source] = load_tokens(source, tokenizer, loaded.vocabulary)
             except UsageError as error:
                 self._texts[source] = error
         stream = self._texts[source]

@@ -106,6 +106,8 @@ class WorkerPool:
         self._calls = itertools.count()
         self._looked = self._grown = self._able = time.monotonic()
         self._next_note_sec = _PENDING_NOTE_SEC
+        self.interrupted = False
+        """Set by a Ctrl-C, whose exception a library may have swallowed."""
         try:
             self._on_accelerators = self._total("GPU") > 0
             self._cores = cpus_per_worker or self._share()
@@ -121,7 +123,9 @@ class WorkerPool:
 
     def wait(self, timeout: float) -> Iterator[Finished]:
         """What finished within `timeout` seconds, all that is there at once. Raises SweepError if no worker is left or
-        the store is full."""
+        the store is full, KeyboardInterrupt if it was `interrupted`."""
+        if self.interrupted:
+            raise KeyboardInterrupt
         yield from self._look_after()
         with suppress(queue.Empty):
             answer = self._answers.get(timeout=timeout)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 import shutil
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from .configuration import SweepConfiguration
     from .display import Display
     from .driver import Driver
+    from .pool import WorkerPool
     from .study import Study
     from .tracker import Tracker
 
@@ -267,7 +271,7 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
     )
     status, code = "FINISHED", 0
     try:
-        with display:
+        with display, _interruptible(pool):
             driver.run()
             if arguments.confirm:
                 _confirm(configuration, driver, display, arguments.confirm)
@@ -282,6 +286,25 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
     write_outcome(configuration.output, status)
     _conclude(configuration, tracker, display)
     return code
+
+
+@contextmanager
+def _interruptible(pool: WorkerPool) -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt at once and, where that is lost in a library's callback, when the pool is next
+    waited for."""
+
+    def interrupt(*_: object) -> None:
+        pool.interrupted = True
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # which alone is sent signals
+        yield
+        return
+    before = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display, rounds: int) -> None:

@@ -46,7 +46,7 @@ class Worker:
         limit_threads(len(self.cores) or None)
         self.loaded = load_model(setup.model, setup.dtype, quantization=setup.quantization)
         tokenizer = None if setup.source.token_ids is not None else load_tokenizer(setup.model)
-        self.stream = load_tokens(setup.source, tokenizer, self.loaded.model.config.vocab_size)
+        self.stream = load_tokens(setup.source, tokenizer, self.loaded.vocabulary)
         self.measurements = Measurements(MeasurementStore(setup.store), self.loaded, self.stream, setup.total)
         return self.place() | {
             "device": device_name(self.loaded.device),

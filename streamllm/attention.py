@@ -24,6 +24,10 @@ from .errors import UnsupportedModelError
 ATTENTION_NAME = "streamllm"
 
 
+class UnseenAttentionError(UnsupportedModelError):
+    """What the model's layers attend with does not come by here."""
+
+
 class AttentionState(Protocol):
     """What a layer's attention is computed with and from."""
 
@@ -52,7 +56,10 @@ def _attention(
     **more: Any,
 ) -> tuple[Tensor, None]:
     if attention_state is None:
-        raise TypeError(f"attention {ATTENTION_NAME!r} needs attention_state=... in the call of the model")
+        raise UnseenAttentionError(
+            f"{type(module).__name__} was called without attention_state: the model's layers do not hand on what the "
+            f"model is called with"
+        )
     for name in ("softcap", "s_aux"):  # soft-capped logits; learned sinks in the denominator
         if more.get(name) is not None:
             raise UnsupportedModelError(f"{type(module).__name__} is more than a softmax: it has {name}")

@@ -75,7 +75,7 @@ def chunk_losses(
         recorder.kernels.add("fused")
     timed, clock = attention_clock(loaded)
     _chunk(timed, stream[: prefill + CONTINUATION_TOKENS + 1], method, policy, backend, execution)
-    del clock.spans[: loaded.model.config.num_hidden_layers]  # the prefill's
+    del clock.spans[: loaded.config.num_hidden_layers]  # the prefill's
     losses, clocks = [], []
     pause()
     for start in starts:

@@ -15,7 +15,6 @@ from .block_parallel import block_parallel_losses
 from .chunked import chunk_losses
 from .decoding import Progress, decode_loop
 from .device import cpu_capability, device_name, peak_memory
-from .errors import UnsupportedModelError
 from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder, sampled_losses
 from .pairing import PairedTimes, between_references, load_average
@@ -66,7 +65,7 @@ def measure_quality(
     n_losses = len(stream.tokens) - 1
     losses_at = sampled_losses(method)
     peak = peak_kv(policy, n_losses) if losses_at is None else min(policy.kept, n_losses)
-    _check_span(loaded, peak)
+    loaded.check_span(peak)
     if losses_at is not None:
         positions = baseline_positions(len(stream.tokens))
         losses = losses_at(loaded, stream.tokens, policy.kept, positions.tolist(), BACKENDS["auto"], progress)
@@ -142,7 +141,7 @@ def evaluate_decode_loop(
     policy = effective_policy(method, policy)
     n_losses = len(stream.tokens) - 1
     peak = peak_kv(policy, n_losses)
-    _check_span(loaded, peak)
+    loaded.check_span(peak)
     marks = _segment_ends(policy, n_losses)
     at, load = time.time(), load_average()
     reference_ms: list[float] = []
@@ -190,7 +189,7 @@ def evaluate_chunked(
 
     Raises NonFiniteLossError, UnsupportedModelError; UsageError for a text shorter than a chunk."""
     policy = replace(policy, cache_slack=0, max_drop=0)
-    _check_span(loaded, policy.compress_every)
+    loaded.check_span(policy.compress_every)
     started, at, load = time.perf_counter(), time.time(), load_average()
     reference_ms: list[float] = []
     with backend.active(), peak_memory(loaded.device) as memory:
@@ -264,15 +263,6 @@ def _segment_ends(policy: EvictionPolicy, n_tokens: int) -> list[int]:
         return [0, n_tokens]
     length = max((n_tokens - start) // _SEGMENTS // cycle, 1) * cycle
     return list(range(start, n_tokens + 1, length))
-
-
-def _check_span(loaded: LoadedModel, peak: int) -> None:
-    span = loaded.attention_span
-    if span is not None and peak > span:
-        raise UnsupportedModelError(
-            f"{loaded.name}: attends to its last {span} tokens only (sliding window), the policy holds up to {peak}; "
-            f"keep the cache within {span}"
-        )
 
 
 def _warning(loaded: LoadedModel, policy: EvictionPolicy, peak: int, n_tokens: int) -> str | None:

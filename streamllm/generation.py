@@ -8,16 +8,20 @@ turned on; here the model keeps its own attention, of whatever implementation.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from .errors import UnsupportedModelError
-from .loaded import attention_span
+from .architecture import check_distance, check_features, check_layers, probe_tokens
+from .attention import ATTENTION_NAME, UnseenAttentionError, register_attention
+from .errors import UnsupportedModelError, UsageError
+from .loaded import attention_span, trained_length
 from .policy import EvictionPolicy
-from .rotary import Rotary
+from .rotary import Rotary, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,28 +32,95 @@ class StreamingCache(Cache):  # type: ignore[misc]
     `window_size`, and itself.
 
     A prompt given in one piece attends to all of itself, as it would with any cache; then all of it but sinks and
-    window is forgotten. The sequences of a batch must be equally long: there is no place for padding. From now on the
-    model rotates by angles computed in float64: float32 ones are off by hundredths at position 1,000,000.
+    window is forgotten. From now on the model rotates by angles computed in float64: float32 ones are off by hundredths
+    at position 1,000,000.
 
-    Raises UnsupportedModelError without rotary positions, or with a sliding window of the model's own; PolicyError for
-    sizes out of range.
+    =====================================  ===========================================================================
+    greedy, sampling, beams, several       yes
+    sequences for one prompt
+    a prompt in pieces (chunked prefill),  yes: give `generate` the whole text so far, or the model the new part
+    many turns
+    batches                                of equally long prompts; a mask with zeros (padding) is refused
+    assisted and prompt-lookup decoding    yes: what was drafted is forgotten again, as far as the last piece goes
+    another text                           after `reset()`, of another batch size too
+    a shorter text than it has seen        refused
+    models of images and text              their text; refused where positions are not those of a text
+    =====================================  ===========================================================================
+
+    Raises UnsupportedModelError if the model's keys cannot be turned on, which is tried (three short forward passes,
+    once for a model), or with a sliding window of the model's own; PolicyError for sizes out of range.
     """
 
     def __init__(self, model: PreTrainedModel, n_sink: int = 4, window_size: int = 1020) -> None:
         policy = EvictionPolicy(n_sink=n_sink, window_size=window_size)
-        if attention_span(model.config) is not None:
+        check_features(model, own_attention=True)
+        config = text_config(model)
+        if attention_span(config) is not None:
             raise UnsupportedModelError(f"{type(model).__name__} has a sliding window of its own, and no use for sinks")
-        trained = getattr(model.config, "max_position_embeddings", None)
+        trained = trained_length(config)
         if trained is not None and policy.kept + 1 > trained:
             warnings.warn(
                 f"n_sink + window_size + 1 = {policy.kept + 1} is more than the {trained} positions the model was "
                 f"trained on: perplexity will suffer",
                 stacklevel=2,
             )
-        rotary = Rotary(model)
+        turn = _SinkTurn(_streaming_rotary(model))
+        super().__init__(layers=[_RingLayer(policy, turn) for _ in range(config.num_hidden_layers)])
+
+
+_ROTARY = "_streaming_rotary"
+"""Where a decoder keeps the rotation that it was seen to be right with."""
+
+
+def _streaming_rotary(model: PreTrainedModel) -> Rotary:
+    """Has the model rotate by exact angles, and refuse what a StreamingCache cannot see; tried once for each dtype and
+    device. Raises UnsupportedModelError."""
+    decoder = model.get_decoder()
+    known = getattr(decoder, _ROTARY, None)
+    if known is not None and known[0] == (model.device, model.dtype):
+        return known[1]
+    rotary = Rotary(model)
+    register_attention()
+    tokens = probe_tokens(model, None)
+    own, training, embed = model.config._attn_implementation, model.training, rotary.embedding.forward
+    model.eval()
+    try:
+        rotary.take_over()
+        model.set_attn_implementation(ATTENTION_NAME)
+        with suppress(UnseenAttentionError):  # the whole model will have to do
+            check_layers(model, rotary, tokens, outputs=False)
         rotary.take_over(in_its_dtype=True)
-        turn = _SinkTurn(rotary)
-        super().__init__(layers=[_RingLayer(policy, turn) for _ in range(model.config.num_hidden_layers)])
+        model.set_attn_implementation(own)
+        check_distance(model, rotary, tokens)
+    except BaseException:
+        rotary.embedding.forward = embed
+        raise
+    finally:
+        model.set_attn_implementation(own)
+        model.train(training)
+    if known is None:
+        decoder.register_forward_pre_hook(_refuse, with_kwargs=True)
+    setattr(decoder, _ROTARY, ((model.device, model.dtype), rotary))
+    return rotary
+
+
+def _refuse(_: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """What a model may be called with, but not with our cache, which would be wrong without a word."""
+    cache = options.get("past_key_values")
+    if not isinstance(cache, StreamingCache):
+        return
+    mask = options.get("attention_mask", arguments[1] if len(arguments) > 1 else None)
+    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
+        raise UsageError(
+            "attention_mask with zeros: a StreamingCache has no place for padding; give prompts of one length, or each "
+            "its own cache"
+        )
+    tokens = options.get("input_ids", arguments[0] if arguments else None)
+    if isinstance(tokens, Tensor) and tokens.shape[1] == 0:
+        raise UsageError(
+            f"no new tokens: the cache has seen {cache.get_seq_length()}, the text given is not longer; give all of "
+            f"the text so far and what is new, or reset() the cache for another text"
+        )
 
 
 class _SinkTurn:
@@ -66,10 +137,23 @@ class _SinkTurn:
         return self.rotary.rotate(keys, self.angles)
 
 
+class _Piece(NamedTuple):
+    """What several tokens attended to, themselves at the end: from it the cache can be had as it was before some of
+    them."""
+
+    keys: Tensor
+    values: Tensor
+    end: int
+    """Tokens of the stream up to here."""
+    start: int
+    """The least it can be cropped to."""
+
+
 class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
     """Slots 0 .. S-1 hold the sinks; the token at position t of the stream is in slot S + (t - S) % (W + 1)."""
 
     is_sliding = False
+    is_croppable = True
 
     def __init__(self, policy: EvictionPolicy, turn: _SinkTurn) -> None:
         super().__init__()
@@ -77,6 +161,8 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
         self.turn = turn
         self.seen = 0
         """Tokens of the stream so far."""
+        self.piece: _Piece | None = None
+        """The last, if it was of several tokens."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, size = key_states.shape
@@ -90,7 +176,7 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Takes in keys and values (batch, KV heads, new, head size); returns those the new tokens are to attend to.
         The order of keys is that of the stream, but for a single token, which may see them in any."""
-        if not self.is_initialized:
+        if not self.is_initialized or (self.seen == 0 and key_states.shape[0] != self.keys.shape[0]):
             self.lazy_initialization(key_states, value_states)
         sinks = min(self.n_sink - self.seen, key_states.shape[2])
         if sinks > 0:
@@ -100,6 +186,7 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
         return self._take_block(key_states, value_states)
 
     def _take_one(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        self.piece = None
         slot = self._slot(self.seen)
         self.keys[:, :, slot : slot + 1] = key
         self.values[:, :, slot : slot + 1] = value
@@ -114,19 +201,46 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _take_block(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self._turn_sinks()
-        held = min(self.seen, self.slots)
-        order = [self._slot(t) if t >= self.n_sink else t for t in self._positions()]
+        start, window = self.seen, self.slots - self.n_sink
+        order = [self._slot(t) for t in self._positions()]
+        self.seen += keys.shape[2]
         keys = torch.cat((self.keys[:, :, order], keys), dim=2)
         values = torch.cat((self.values[:, :, order], values), dim=2)
-        self.seen += keys.shape[2] - held
-        kept = self._positions()
-        slots = [self._slot(t) for t in kept]
-        # Positions of the stream -> places in `keys`, where evicted ones are missing between sinks and window.
-        gap = self.seen - keys.shape[2]
-        places = [t if t < self.n_sink else t - gap for t in kept]
+        sinks = min(self.n_sink, self.seen)
+        self.keys[:, :, :sinks] = keys[:, :, :sinks]
+        self.values[:, :, :sinks] = values[:, :, :sinks]
+        self._keep_window(keys, values, self.seen)
+        if keys.shape[2] <= 2 * self.slots:
+            self.piece = _Piece(keys, values, self.seen, start)
+        else:  # of a long prompt as much as is needed to crop it by a window
+            recent = keys[:, :, -2 * window :].clone(), values[:, :, -2 * window :].clone()
+            self.piece = _Piece(*recent, self.seen, max(start, self.seen - window))
+        return keys, values
+
+    def _keep_window(self, keys: Tensor, values: Tensor, end: int) -> None:
+        """Puts the window as it is now into its slots; the last of `keys` is of the token before position `end`."""
+        recent = [t for t in self._positions() if t >= self.n_sink]
+        slots, places = [self._slot(t) for t in recent], [t - end for t in recent]
         self.keys[:, :, slots] = keys[:, :, places]
         self.values[:, :, slots] = values[:, :, places]
-        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forgets the last tokens: so many, if negative; else all beyond that length (transformers up to 5.3).
+
+        Raises UsageError if that would bring back what was evicted: only the last piece of several tokens is held."""
+        length = self.seen + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.seen)
+        if length == self.seen:
+            return
+        if self.seen > self.slots:
+            if self.piece is None or length < self.piece.start:
+                raise UsageError(
+                    f"crop to {length} of {self.seen} tokens: a StreamingCache has evicted what came before; it can "
+                    f"be cropped to the beginning of the last piece of several tokens, or while it is not full"
+                )
+            self.seen = length
+            self._keep_window(self.piece.keys, self.piece.values, self.piece.end)
+            self.keys[:, :, : self.n_sink] = self.sink_keys
+        self.seen = length
 
     def _positions(self) -> list[int]:
         """Of the tokens in the cache, in the stream."""
@@ -154,8 +268,19 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def reset(self) -> None:
         self.seen = 0
+        self.piece = None
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
+        self._map(lambda held: held.index_select(0, beam_idx.to(held.device)))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._map(lambda held: held[indices, ...])
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda held: held.repeat_interleave(repeats, dim=0))
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Of all that is held, the sequences of the batch."""
         if self.is_initialized:
-            self.sink_keys = self.sink_keys.index_select(0, beam_idx.to(self.device))
+            self.keys, self.values, self.sink_keys = map(change, (self.keys, self.values, self.sink_keys))
+        self.piece = None

@@ -7,7 +7,10 @@ by a short forward pass through the engine that must give the model's own logits
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
 from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,16 +18,26 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .architecture import (
+    allowed,
+    check_features,
+    check_finite_weights,
+    check_layers,
+    difference,
+    probe_tokens,
+    run,
+)
 from .attention import ATTENTION_NAME, register_attention
 from .backends import BACKENDS
 from .block_parallel import BlockState
 from .device import default_device, resolve_dtype
 from .errors import UnsupportedModelError, UsageError
-from .loaded import LoadedModel
+from .loaded import LoadedModel, attention_span
+from .loaded import trained_length as positions_of
 from .methods.ours import RerotatedCache
 from .policy import EvictionPolicy
 from .quantization import quantize
-from .rotary import Rotary
+from .rotary import Rotary, text_config
 from .testbed import MODEL_FOLDER
 
 if TYPE_CHECKING:
@@ -50,13 +63,34 @@ def load_model(
 
     device = device or default_device()
     torch_dtype = resolve_dtype(dtype, device)
-    model = _from_pretrained(
-        AutoModelForCausalLM.from_pretrained, name, dtype=torch_dtype, use_safetensors=True, attn_implementation="sdpa"
+    model, found = _from_pretrained(
+        AutoModelForCausalLM.from_pretrained,
+        name,
+        dtype=torch_dtype,
+        use_safetensors=True,
+        attn_implementation="eager",  # which every architecture has: what it cannot do is asked afterwards
+        output_loading_info=True,
     )
-    digest = _digest(resolve_model(name), model)
-    model = model.to(device)
-    quantize(model, quantization)
-    return prepare(model, name, digest if quantization == "none" else f"{digest} {quantization}")
+    _check_weights(name, found)
+    return prepare(model.to(device), name, _digest(resolve_model(name), model), quantization)
+
+
+def _check_weights(name: str, found: Mapping[str, Any]) -> None:
+    """Raises UnsupportedModelError if the files lack weights: transformers would fill in random ones."""
+    missing = sorted(found["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        raise UnsupportedModelError(
+            f"{name}: its files lack {len(missing)} tensors of the model that config.json describes ({shown}); "
+            f"they are incomplete, or another model's"
+        )
+    if found["unexpected_keys"]:
+        unused = sorted(found["unexpected_keys"])
+        warnings.warn(
+            f"{name}: {len(unused)} tensors of its files are not part of the model that config.json describes "
+            f"({', '.join(unused[:3])}{', ...' * (len(unused) > 3)})",
+            stacklevel=2,
+        )
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -70,60 +104,68 @@ def trained_length(name: str) -> int | None:
     """`max_position_embeddings` of a model, from its configuration alone."""
     from transformers import AutoConfig
 
-    return getattr(_from_pretrained(AutoConfig.from_pretrained, name), "max_position_embeddings", None)
+    return positions_of(_from_pretrained(AutoConfig.from_pretrained, name).get_text_config(decoder=True))
 
 
-def prepare(model: PreTrainedModel, name: str, digest: str) -> LoadedModel:
-    """Hands a model's attention to the engine, once the engine was seen to give the model's own logits."""
-    _check_configuration(model)
+def prepare(model: PreTrainedModel, name: str, digest: str, quantization: str = "none") -> LoadedModel:
+    """Hands a model's attention to the engine, once both were seen to do the same.
+
+    Raises UnsupportedModelError with what the model has that the engine has not."""
+    check_features(model, own_attention=False)
     register_attention()
     model.eval().requires_grad_(False)
-    loaded = LoadedModel(name, model, Rotary(model), model.device, model.dtype, digest)
-    probe = torch.arange(7, 7 + min(48, loaded.attention_span or 48), device=model.device) % model.config.vocab_size
+    rotary = Rotary(model)
+    tokens = probe_tokens(model, attention_span(text_config(model)))
     with torch.inference_mode():
-        expected = model(input_ids=probe[None], use_cache=False).logits[0].log_softmax(-1)
+        expected, noise = _own_logits(model, tokens)
+        check_finite_weights(model, expected)
         model.set_attn_implementation(ATTENTION_NAME)
-        loaded.rotary.take_over()
-        _check_layers(loaded, probe, expected)
-    return loaded
+        rotary.take_over()
+        check_layers(model, rotary, tokens, outputs=True)
+    loaded = LoadedModel(name, model, rotary, model.device, model.dtype, digest)
+    _check_logits(loaded, tokens, expected, noise)
+    quantize(model, quantization)
+    return loaded if quantization == "none" else replace(loaded, digest=f"{digest} {quantization}")
 
 
-def _check_configuration(model: PreTrainedModel) -> None:
-    config = model.config
-    unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if unknown:
-        raise UnsupportedModelError(f"{type(model).__name__} has layers of another kind: {', '.join(sorted(unknown))}")
+def _own_logits(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, float]:
+    """Of the model by itself, and its noise: how far they are from those in a batch, or by its other attention."""
+    model.set_attn_implementation("eager")
+    expected = run(model, tokens)
+    others = [run(model, tokens.repeat(2, 1))]
+    with suppress(ValueError):  # not every model has it
+        model.set_attn_implementation("sdpa")
+        others.append(run(model, tokens))
+    return expected, max(difference(logits, expected) for logits in others)
 
 
-def _check_layers(loaded: LoadedModel, probe: Tensor, expected: Tensor) -> None:
+def _check_logits(loaded: LoadedModel, tokens: Tensor, expected: Tensor, noise: float) -> None:
     """The probe's logits, once rotated by the model at our angles, once all by ourselves."""
-    positions = torch.arange(len(probe), device=loaded.device)
-    whole = RerotatedCache(loaded, BACKENDS["auto"])
-    _check_logits(loaded, loaded.forward(probe[None], positions, whole).logits[0], expected)
-    layers = loaded.model.config.num_hidden_layers
+    limit = allowed(expected, noise)
+    for way, logits in _engine_logits(loaded, tokens):
+        error = difference(logits, expected)
+        if not error <= limit:
+            raise UnsupportedModelError(
+                f"{loaded.name}: {way}, the engine's logits differ from the model's own by {error:.2g} nats on average "
+                f"(its own noise allows {limit:.2g}); it is more than rotary positions and a softmax"
+            )
+
+
+@torch.inference_mode()
+def _engine_logits(loaded: LoadedModel, tokens: Tensor) -> list[tuple[str, Tensor]]:
+    n = tokens.shape[1]
+    positions, backend = torch.arange(n, device=loaded.device), BACKENDS["auto"]
+    whole = RerotatedCache(loaded, backend)
+    found = [("with keys as it rotates them", loaded.forward(tokens, positions, whole).logits)]
+    layers = loaded.config.num_hidden_layers
     if len(whole.keys) != layers:
         raise UnsupportedModelError(
             f"{loaded.name}: {len(whole.keys)} of {layers} layers use transformers' attention interface"
         )
-    block = BlockState(loaded, EvictionPolicy(compress_every=0), len(probe))
-    block.begin_block(0, len(probe))
-    _check_logits(loaded, loaded.forward(probe[None], torch.zeros_like(positions), block).logits[0], expected)
-
-
-def _check_logits(loaded: LoadedModel, logits: Tensor, expected: Tensor) -> None:
-    found = logits.log_softmax(-1)
-    # A wrong rotation or visibility moves log-probabilities by a tenth and more; rounding stays far below.
-    coarse = any(parameter.element_size() < 4 for parameter in loaded.model.parameters())
-    allowed = 0.2 if coarse else 2e-3
-    difference = (found - expected).abs()
-    if loaded.dtype == torch.float16:  # what overflows is not the architecture's fault: `check_finite` reports it
-        difference = difference[difference.isfinite()]
-    error = difference.mean().item() if difference.numel() else 0.0
-    if not error <= allowed:
-        raise UnsupportedModelError(
-            f"{loaded.name}: the engine's logits differ from the model's own by {error:.2g} on average "
-            f"(allowed {allowed:g}); its attention is more than rotary positions and a softmax"
-        )
+    block = BlockState(loaded, EvictionPolicy(compress_every=0), n)
+    block.begin_block(0, n)
+    found.append(("with keys rotated afterwards", loaded.forward(tokens, torch.zeros_like(positions), block).logits))
+    return found
 
 
 def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any:
@@ -139,7 +181,7 @@ def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any
     try:
         return load(resolve_model(name), trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
-        if name == "testbed" or isinstance(error, UnsupportedModelError):
+        if name == "testbed":
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         where = "folder" if Path(name).exists() else "hub id that is cached or can be downloaded now"

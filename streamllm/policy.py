@@ -170,6 +170,12 @@ def steady_state(policy: EvictionPolicy) -> SteadyState | None:
     raise AssertionError("unreachable: a schedule is a finite automaton")
 
 
+def peak_without_end(policy: EvictionPolicy) -> int | None:
+    """Largest number of keys any query of an endless stream attends to; None if the policy never evicts."""
+    steady = steady_state(policy)
+    return None if steady is None else steady.peak_kv
+
+
 def with_derived_window(policy: EvictionPolicy, cap: int, accounting: CapAccounting = "nominal") -> EvictionPolicy:
     """The policy with the largest window the total-KV cap leaves; its own window is ignored.
 

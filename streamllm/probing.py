@@ -56,7 +56,7 @@ def probe_backend(
 def resolve_backend(name: str, loaded: LoadedModel, strict: bool = False) -> Backend:
     """The backend of that name, probed on the model's device, dtype and heads; `auto` with a warning where it does not
     run, or, if `strict`, BackendError."""
-    config = loaded.model.config
+    config = loaded.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
     probe = probe_backend(BACKENDS[name], loaded.device, loaded.dtype, loaded.head_size, heads, kv_heads)

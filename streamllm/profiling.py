@@ -27,7 +27,7 @@ from .decoding import Decoder
 from .errors import UsageError
 from .loaded import LoadedModel
 from .methods import effective_policy
-from .policy import EvictionPolicy
+from .policy import EvictionPolicy, peak_without_end
 from .timing import TimedDecoder, no_garbage_collection
 
 ATTENTION, MLP, CACHE, ENDS, OTHER = "attention", "MLP", "cache update", "head and embedding", "norms and other"
@@ -97,7 +97,9 @@ def profile_decoding(
         stack.enter_context(backend.active())
         # Names the kernels that inductor makes for a CPU; of no other effect.
         stack.enter_context(torch._inductor.config.patch({"cpp.enable_kernel_profile": True}))
-        run = TimedDecoder(loaded, method, effective_policy(method, policy), backend, tokens, execution)
+        policy = effective_policy(method, policy)
+        loaded.check_span(peak_without_end(policy) or policy.kept)
+        run = TimedDecoder(loaded, method, policy, backend, tokens, execution)
         if run.period > MOST_TOKENS:
             raise UsageError(
                 f"compress_every {policy.compress_every}: {run.period} tokens from prune to prune, at most "

@@ -46,7 +46,12 @@ class Rotary:
         self.embedding.forward = self._embed
 
     def _embed(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What the model's rotary embedding returns: position_ids (batch, n) -> cos and sin (batch, n, _)."""
+        """What the model's rotary embedding returns: position_ids (batch, n) -> cos and sin (batch, n, _). Models of
+        images and text give positions for time, height and width (3, batch, n), which are one and the same for text."""
+        if position_ids.ndim == 3:
+            if not (position_ids == position_ids[:1]).all():
+                raise UnsupportedModelError(f"{type(self.embedding).__name__} is to rotate by more than one position")
+            position_ids = position_ids[0]
         angles = self._arrange(position_ids[..., None] * self._frequencies)
         dtype = x.dtype if self._in_its_dtype else self._dtype
         return (angles.cos() * self._scaling).to(dtype), (angles.sin() * self._scaling).to(dtype)
@@ -106,16 +111,48 @@ def _once(angles: Tensor) -> Tensor:
     return angles
 
 
-def _rotary_embedding(model: nn.Module) -> Any:
-    found = [module for module in model.modules() if hasattr(module, "inv_freq")]
+def text_config(model: PreTrainedModel) -> Any:
+    """The configuration of the part that reads and writes text, where a model has others."""
+    return model.config.get_text_config(decoder=True)
+
+
+def _rotary_embedding(model: PreTrainedModel) -> Any:
+    modules, name = list(model.get_decoder().modules()), type(model).__name__
+    found = [module for module in modules if hasattr(module, "inv_freq")]
     if not found:
-        raise UnsupportedModelError(f"{type(model).__name__} has no rotary position embedding")
+        raise UnsupportedModelError(f"{name} has {_other_positions(model, modules)}")
     kind = getattr(found[0], "rope_type", "default")
     if kind in ("dynamic", "longrope"):
-        raise UnsupportedModelError(f"rope_type {kind!r} changes with the length of the text: no rotation to undo")
+        raise UnsupportedModelError(
+            f"{name} has rope_type {kind!r}, which changes with the length of the text: no rotation to undo"
+        )
     if len(found) > 1:
-        raise UnsupportedModelError(f"{type(model).__name__} has {len(found)} different rotary embeddings")
+        raise UnsupportedModelError(f"{name} has {len(found)} different rotary embeddings")
     return found[0]
+
+
+def _other_positions(model: PreTrainedModel, modules: list[nn.Module]) -> str:
+    """What the model has in place of one rotary embedding."""
+    config = text_config(model)
+    several = {name.removesuffix("_inv_freq") for m in modules for name in vars(m).get("_buffers", {})
+               if name.endswith("_inv_freq") and "original" not in name}  # fmt: skip
+    if several:
+        return f"a rotary embedding for each kind of layer ({', '.join(sorted(several))}), not a single one"
+    if getattr(config, "rotary_dim", None) or getattr(config, "rotary_pct", None):
+        return "rotary positions that its attention computes in code of its own: no embedding to ask for angles"
+    alibi = getattr(config, "alibi", None) or getattr(getattr(config, "attn_config", None), "alibi", None)
+    if alibi or any(hasattr(module, "build_alibi_tensor") for module in modules):
+        return "no rotary positions but linear biases (ALiBi)"
+    learned = [type(m).__name__ for m in modules if "position" in type(m).__name__.lower()]
+    named = [name for name, m in model.named_modules() if isinstance(m, nn.Embedding) and _is_of_positions(name)]
+    if learned or named:
+        return f"no rotary positions but embedded ones ({(named or learned)[0]})"
+    return "no rotary position embedding"
+
+
+def _is_of_positions(name: str) -> bool:
+    last = name.rpartition(".")[2].lower()
+    return "position" in last or last in ("wpe", "embed_positions")
 
 
 def _arrangement(embedding: Any) -> Callable[[Tensor], Tensor]:
@@ -136,7 +173,7 @@ def _is_interleaved(embedding: Any) -> bool:
     modelling = sys.modules[type(embedding).__module__]
     apply = getattr(modelling, "apply_rotary_pos_emb", None)
     if apply is None:
-        raise UnsupportedModelError(f"{modelling.__name__} has no apply_rotary_pos_emb")
+        raise UnsupportedModelError(f"{modelling.__name__} rotates in another way than by apply_rotary_pos_emb")
     inv_freq = embedding.inv_freq
     unit = torch.zeros(1, 1, 1, 2 * len(inv_freq), device=inv_freq.device)
     unit[..., 0] = 1

@@ -38,7 +38,7 @@ def load_model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, Tok
     limit_threads(arguments.threads)
     loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
     tokenizer = None if source.token_ids is not None else load_tokenizer(arguments.model)
-    return loaded, load_tokens(source, tokenizer, loaded.model.config.vocab_size)
+    return loaded, load_tokens(source, tokenizer, loaded.vocabulary)
 
 
 def open_measurements(

@@ -95,11 +95,11 @@ def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, v
 
 def _read_ids(path: Path) -> list[int]:
     try:
-        ids = json.loads(path.read_text())
+        ids = json.loads(path.read_text(encoding="utf-8-sig"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise TextError(f"token ids {str(path)!r}: not JSON ({error})") from error
-    if not isinstance(ids, list) or not all(isinstance(i, int) for i in ids):
-        raise TextError(f"token ids {str(path)!r}: must be one JSON list of whole numbers")
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise TextError(f"token ids {str(path)!r}: must be one JSON list of whole numbers, as [17, 4, 256]")
     return ids
 
 
@@ -107,21 +107,25 @@ def _read_text(source: TextSource) -> str:
     if source.dataset_name is not None:
         return _read_dataset(source)
     path = source.text or TEXT_FILE
-    reader = _READERS.get(path.suffix)
-    if reader is not None:
-        return _text_of(_load(f"text {str(path)!r}", reader, data_files=str(path), split="train"), str(path))
-    return _read_plain(path)
+    return _read_file(path, f"text {str(path)!r}")
+
+
+def _read_file(path: Path, what: str) -> str:
+    reader = _READERS.get(path.suffix.lower())
+    if reader is None:
+        return _read_plain(path)
+    return _text_of(_load(what, reader, data_files=str(path), split="train"), str(path))
 
 
 def _read_plain(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the text
     except UnicodeDecodeError as error:
         raise TextError(f"text {str(path)!r}: not UTF-8 ({error.reason})") from error
 
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-"""File suffix -> the `datasets` builder that reads it; any other file is plain text."""
+"""File suffix, of whatever case -> the `datasets` builder that reads it; any other file is plain text."""
 
 
 def hub_name(source: TextSource) -> tuple[str, str | None]:
@@ -143,12 +147,10 @@ def _read_dataset(source: TextSource) -> str:
     elif local.is_dir():
         part = local / config if config is not None and (local / config).is_dir() else local
         rows = _load(what, str(part), split=source.split)
-    elif local.suffix in _READERS:
-        rows = _load(what, _READERS[local.suffix], data_files=str(local), split="train")
     else:
-        return _read_plain(local)
+        return _read_file(local, what)
     if "text" in rows.column_names and Path(str(source.dataset_name)).name == "pg19":
-        return str(rows[0]["text"])
+        return _text_of(rows.select([0]), str(source.dataset_name))
     return _text_of(rows, str(source.dataset_name))
 
 
@@ -160,8 +162,9 @@ def local_data(name: str) -> Path | None:
         return None
     if not Path(root).is_dir():
         raise TextError(f"STREAMLLM_DATA {root!r}: no such folder; it is to hold data sets as NAME.txt or NAME.parquet")
-    candidates = (Path(root) / f"{name}{suffix}" for suffix in (".txt", ".jsonl", ".parquet", ""))
-    return next((path for path in candidates if path.exists()), None)
+    there = {path.with_suffix(path.suffix.lower()).name: path for path in sorted(Path(root).iterdir())}
+    candidates = (f"{name}{suffix}" for suffix in (".txt", ".jsonl", ".parquet", ""))
+    return next((there[candidate] for candidate in candidates if candidate in there), None)
 
 
 def _load(what: str, *arguments: Any, **options: Any) -> Any:
@@ -178,5 +181,8 @@ def _load(what: str, *arguments: Any, **options: Any) -> Any:
 def _text_of(rows: Any, name: str) -> str:
     if "text" not in rows.column_names:
         raise TextError(f"{name!r}: no column 'text' among {', '.join(rows.column_names)}")
-    texts = rows["text"]
-    return "".join(texts) if str(texts[0]).endswith("\n") else "\n".join(texts)
+    texts = list(rows["text"])
+    for number, text in enumerate(texts, 1):
+        if not isinstance(text, str):
+            raise TextError(f"{name!r}: 'text' of row {number} is {text!r}, not a string; mend or remove that row")
+    return "".join(texts) if texts and texts[0].endswith("\n") else "\n".join(texts)

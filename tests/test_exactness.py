@@ -92,8 +92,8 @@ def test_a_ring_that_has_seen_a_million_tokens(family):
     ("family", "changed", "reason"),
     [
         ("Llama", {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "'dynamic'"),
-        ("Gemma2", {"head_dim": 8, "num_key_value_heads": 2}, "softcap"),
-        ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48}, "no rotary position embedding"),
+        ("Gemma2", {"head_dim": 8, "num_key_value_heads": 2}, "soft caps on its attention logits"),
+        ("OPT", {"word_embed_proj_dim": 32, "ffn_dim": 48}, "no rotary positions but embedded ones"),
     ],
 )
 def test_what_cannot_be_exact_is_refused_with_the_reason(family, changed, reason):

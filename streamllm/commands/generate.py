@@ -104,13 +104,16 @@ def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
 
     from ..backends import BACKENDS
     from ..device import limit_threads
-    from ..methods import make_decoder
+    from ..methods import effective_policy, make_decoder
     from ..models import load_model, load_tokenizer
+    from ..policy import peak_without_end
 
     limit_threads(arguments.threads)
     loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
     tokenizer = load_tokenizer(arguments.model)
     policy = stream_policy(arguments, loaded)
+    for method in (arguments.method, *(["dense"] * arguments.dense)):
+        loaded.check_span(peak_without_end(effective_policy(method, policy)))
     methods = {f"{arguments.method}: {policy.n_sink} sinks, {policy.window_size} recent tokens": arguments.method}
     if arguments.dense:
         methods["dense: nothing is evicted"] = "dense"

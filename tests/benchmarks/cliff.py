@@ -185,7 +185,7 @@ def main() -> None:
     limit_threads(arguments.threads)
     loaded = load_model("testbed", "float32")
     source = TextSource(max_eval_tokens=arguments.tokens + 1)
-    stream = load_tokens(source, load_tokenizer("testbed"), loaded.model.config.vocab_size)
+    stream = load_tokens(source, load_tokenizer("testbed"), loaded.vocabulary)
     rows, losses = measure(stream.tokens)
     bins = apart(losses)
     print(markdown(rows, bins))

@@ -51,7 +51,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=4096, help="length of the text (4096)")
     arguments = options.parse_args()
     loaded = random_model(arguments)
-    tokens = np.random.default_rng(0).integers(loaded.model.config.vocab_size, size=arguments.tokens + 1)
+    tokens = np.random.default_rng(0).integers(loaded.vocabulary, size=arguments.tokens + 1)
 
     def per_token(work: Callable[[], object]) -> Callable[[], float]:
         from time import perf_counter

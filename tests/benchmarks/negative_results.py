@@ -83,7 +83,7 @@ class Quality:
     def __init__(self, n_tokens: int) -> None:
         self.loaded = load_model("testbed", "float32")
         source = TextSource(max_eval_tokens=n_tokens + 1)
-        self.tokens = load_tokens(source, load_tokenizer("testbed"), self.loaded.model.config.vocab_size).tokens
+        self.tokens = load_tokens(source, load_tokenizer("testbed"), self.loaded.vocabulary).tokens
         self.rows: list[dict[str, Any]] = []
 
     def block_parallel(self, policy: EvictionPolicy, quantization: str = "none") -> np.ndarray:

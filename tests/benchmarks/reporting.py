@@ -100,7 +100,7 @@ def warm(
     loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: str = "auto", execution: str = "eager"
 ) -> TimedDecoder:
     """Its cache filled and in its cycle, compiled, its pace known."""
-    tokens = np.arange(min(loaded.model.config.vocab_size, 4096))
+    tokens = np.arange(min(loaded.vocabulary, 4096))
     decoder = TimedDecoder(loaded, method, effective_policy(method, policy), BACKENDS[backend], tokens, execution)
     with decoder.backend.active():
         decoder.prefill()

@@ -1,0 +1,142 @@
+"""What is accepted is right, what is not is refused with the reason: for any architecture, in any dtype, at both doors."""
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from streamllm.errors import UnsupportedModelError
+from streamllm.generation import StreamingCache
+from streamllm.models import prepare
+
+from .zoo import random_model
+
+DTYPES = [torch.float32, torch.bfloat16]
+BOTH = {
+    "smollm3": "layer 3: its keys have no rotary positions",
+    "hunyuan_v1_dense": "layer 0: its keys are more than rotated: something follows the rotation",
+    "nanochat": "layer 0: its keys are turned the other way round",
+    "ministral3": "layer 0: its queries depend on the position itself",
+    "deepseek_v3": "latent attention",
+    "glm4_moe_lite": "latent attention",
+    "minicpm3": "latent attention",
+    "bloom": "no rotary positions but linear biases",
+    "gpt2": "no rotary positions but embedded ones",
+    "gptj": "rotary positions that its attention computes in code of its own",
+    "qwen3_5": "layers of another kind: linear_attention",
+}
+"""Architecture -> what is said of it, whether it is loaded or given a StreamingCache."""
+OF_THE_ENGINE = {
+    "cohere2": "layer 3: its keys have no rotary positions",
+    "exaone4": "layer 3: its keys have no rotary positions",
+    "gemma2": "soft caps",
+    "gemma3_text": "a rotary embedding for each kind of layer",
+    "gpt_oss": "learned sinks",
+    "doge": "more than a softmax",
+    "diffllama": "computes attention more than once in a layer",
+    "falcon": "attention code of its own",
+    "stablelm": "do not hand on",
+    "mllama": "something else than the text",
+}
+"""What the engine refuses; a StreamingCache, with which models use their own attention, may take it."""
+RIGHT = ("llama", "gpt_neox", "cohere", "gemma", "glm4", "mixtral", "granite", "jetmoe", "phi3", "olmo2", "fuyu")
+OWN_ATTENTION = ("doge", "diffllama", "falcon", "stablelm", "gpt_neox_japanese", "mllama")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+@pytest.mark.parametrize("architecture", BOTH)
+def test_refused_at_both_doors(architecture, scale, dtype):
+    with pytest.raises(UnsupportedModelError, match=BOTH[architecture]):
+        prepare(random_model(architecture, dtype, scale), architecture, "")
+    with pytest.raises(UnsupportedModelError, match=BOTH[architecture]):
+        StreamingCache(random_model(architecture, dtype, scale), window_size=24)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+@pytest.mark.parametrize("architecture", OF_THE_ENGINE)
+def test_refused_by_the_engine(architecture, scale, dtype):
+    with pytest.raises(UnsupportedModelError, match=OF_THE_ENGINE[architecture]):
+        prepare(random_model(architecture, dtype, scale), architecture, "")
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("architecture", RIGHT)
+def test_peaked_weights_are_no_reason(architecture, dtype):
+    if dtype == torch.float64 and architecture in ("mixtral", "jetmoe"):
+        pytest.skip("transformers' experts know no float64")
+    prepare(random_model(architecture, dtype), architecture, "")
+    StreamingCache(random_model(architecture, dtype), window_size=24)
+
+
+def test_experts_in_float64_are_refused_in_a_line():
+    with pytest.raises(UnsupportedModelError, match="forward pass fails on 48 tokens of text in float64"):
+        prepare(random_model("mixtral", torch.float64), "mixtral", "")
+
+
+def test_a_weight_that_is_no_number_is_named():
+    model = random_model("llama")
+    model.model.layers[1].mlp.down_proj.weight.data[3, 4] = torch.nan
+    with pytest.raises(UnsupportedModelError, match=r"not finite in model\.layers\.1\.mlp\.down_proj\.weight"):
+        prepare(model, "llama", "")
+
+
+@pytest.mark.parametrize("architecture", [*RIGHT, *OWN_ATTENTION])
+def test_a_streaming_cache_is_the_policy(architecture):
+    """Held against the model's own attention, given by hand what each new token is to see: `seen_by_hand`."""
+    model = random_model(architecture)
+    stream = torch.arange(3, 90)[None] * 7 % 120
+    cache = StreamingCache(model, n_sink=4, window_size=24)
+    with torch.no_grad():
+        for t in range(stream.shape[1]):
+            found = model(stream[:, t : t + 1], past_key_values=cache).logits
+    expected = by_surviving_inputs(model, stream, n_sink=4, window=24)
+    error = (found[0, -1].log_softmax(-1) - expected.log_softmax(-1)).abs().mean()
+    assert error < 1e-3
+
+
+@torch.no_grad()
+def by_surviving_inputs(model, stream, n_sink, window):
+    """The logits after the last token, by plain forward passes over the tokens that survive, at positions 0, 1, ...
+
+    Uses nothing of ours. Every attention layer is fed, for all tokens but the last, the inputs that those had when
+    they were last, so that what they know of evicted tokens stays."""
+    inputs = {}
+    survivors = []
+    kept = []
+    last = None
+
+    def feed(name):
+        def hook(module, arguments, options):
+            hidden = arguments[0] if arguments else options["hidden_states"]
+            if name in inputs:
+                hidden = torch.cat((inputs[name][:, kept], hidden[:, -1:]), 1)
+            inputs[name] = hidden
+            if arguments:
+                return (hidden, *arguments[1:]), options
+            return arguments, options | {"hidden_states": hidden}
+
+        return hook
+
+    hooks = [
+        module.register_forward_pre_hook(feed(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in ("self_attn", "attention", "self_attention", "attn") and _has_weights(module)
+    ]
+    try:
+        for t in range(stream.shape[1]):
+            before = survivors
+            if len(before) > n_sink + window:
+                before = before[:n_sink] + before[n_sink + 1 :]
+            kept = [survivors.index(s) for s in before]
+            survivors = [*before, t]
+            positions = torch.arange(len(survivors))[None]
+            last = model(stream[:, survivors], position_ids=positions, past_key_values=DynamicCache()).logits[0, -1]
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return last
+
+
+def _has_weights(module):
+    return any(True for _ in module.parameters())
