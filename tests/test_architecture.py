@@ -1,4 +1,4 @@
-"""What is accepted is right, what is not is refused with the reason: for any architecture, in any dtype, at both doors."""
+"""What is accepted is right, what is not is refused with the reason: any architecture, any dtype, at both doors."""
 
 import pytest
 import torch
