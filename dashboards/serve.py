@@ -27,7 +27,7 @@ from urllib.request import urlopen
 
 from streamllm.errors import UsageError
 
-from .study import EXPERIMENT, VIEW, StudyResults, load_study
+from .study import EXPERIMENT, VIEW, StudyResults, load_study, view_of
 
 _HOST = "127.0.0.1"
 _PORTS = 100
@@ -237,8 +237,9 @@ def mlflow_view(study: str, address: str) -> str:
             experiment = json.load(answer)["experiment"]
     except (OSError, ValueError, KeyError):
         return ""
-    known = any(tag["key"] == f"{VIEW}{study}" for tag in experiment.get("tags", ()))
-    return f"/#/experiments/{experiment['experiment_id']}/runs?viewStateShareKey={quote(study)}" if known else ""
+    view = view_of(study)
+    known = any(tag["key"] == f"{VIEW}{view}" for tag in experiment.get("tags", ()))
+    return f"/#/experiments/{experiment['experiment_id']}/runs?viewStateShareKey={quote(view)}" if known else ""
 
 
 def watch(

@@ -4,6 +4,7 @@ confirming added to some of them in `confirmed.jsonl`, and how it ended in `outc
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ EXPERIMENT = "streamllm-sweep"
 """Of all studies in MLflow."""
 VIEW = "mlflow.sharedViewState."
 """Tag of an MLflow experiment: a view of it, at the address `#/experiments/ID/runs?viewStateShareKey=NAME`."""
+
+
+def view_of(study: str) -> str:
+    """The study's name in characters that MLflow takes in the name of a tag."""
+    return re.sub(r"[^\w. -]", lambda other: f":{ord(other[0]):x}", study)
 
 
 @dataclass(frozen=True, slots=True)

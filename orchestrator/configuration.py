@@ -53,6 +53,10 @@ class SweepConfiguration:
     """Seconds after which nothing new is started."""
     max_ppl_increase: float | None = None
     """Percent over re-computation that what is recommended may cost; None: the front's knee is."""
+    model_digest: str = ""
+    """Of the weights, as this process finds them: the hub's commit, or a hash of the files."""
+    text_file_digest: str | None = None
+    """Of the file that the text is read from; None if it is none."""
 
     @property
     def journal(self) -> Path:
@@ -132,8 +136,12 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
                 inner = [key for key in now[name] if before[name].get(key) != now[name][key]]
                 changed += [f"{name}.{key}: {before[name].get(key)!r} then, {now[name][key]!r} now" for key in inner]
             else:
-                changed.append(f"{name}: {before.get(name)!r} then, {now[name]!r} now")
+                changed.append(f"{name}: {_shown(name, before.get(name))} then, {_shown(name, now[name])} now")
     return changed
+
+
+def _shown(name: str, value: Any) -> str:
+    return f"{value:.12}..." if name.endswith("digest") and value else repr(value)
 
 
 def _versions() -> dict[str, str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -66,6 +66,10 @@ class Driver:
         self._retries: deque[Task] = deque([STRICT, BASELINE])
         """To be handed out before anything new is asked for: at first, what trials are compared with."""
         self._deaths = {STRICT: 0, BASELINE: 0}
+        self._digests = {
+            name: row[name] for row in study.rows[:1] for name in ("model_digest", "text_digest") if name in row
+        }
+        """Of weights and tokens; of a new study, the first worker's."""
         self._unpaired: list[tuple[OpenTrial, TrialMeasurement, int]] = []
         """Measured before all that was."""
 
@@ -106,6 +110,7 @@ class Driver:
     def _handle(self, finished: Finished) -> None:
         worker = finished.worker
         if finished.description is not None:
+            self._check_same(finished.description)
             for observer in self.observers:
                 observer.worker_ready(worker, finished.description)
             for warning in finished.description.get("warnings", ()):
@@ -121,6 +126,19 @@ class Driver:
                 self._failed(task, finished)
         if not finished.died:
             self._idle.append(worker)
+
+    def _check_same(self, description: Mapping[str, Any]) -> None:
+        """A study is of one model and one text, whoever measures and whenever. Raises UsageError."""
+        for what in ("model", "text"):
+            name = f"{what}_digest"
+            if name not in description:
+                continue
+            known = self._digests.setdefault(name, description[name])
+            if description[name] != known:
+                raise UsageError(
+                    f"{what} on {description['host']}: {description[name]:.12}..., the study's is {known:.12}...; its "
+                    f"files have been changed; put them back, or give another --study"
+                )
 
     def _measured(self, task: Task, measurement: TrialMeasurement, worker: int) -> None:
         if isinstance(task, str):

@@ -199,13 +199,18 @@ class _Bench:
 
 
 def _check_same(planned: Planned, measurements: Measurements, documents: dict[Path, Document]) -> None:
-    """Raises _OtherMachineError if finished cells are of another model, text or device than this one will be."""
+    """Raises _OtherMachineError if finished cells are of another model, text, device or number of threads than this one
+    will be."""
+    import torch
+
     from streamllm.device import device_name
 
+    device = measurements.loaded.device
     now = {
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "model_digest": measurements.loaded.digest,
         "text_digest": measurements.stream.digest,
-        "device": device_name(measurements.loaded.device),
+        "device": device_name(device),
     }
     for file, document in documents.items():
         settings = document["settings"]
@@ -216,8 +221,8 @@ def _check_same(planned: Planned, measurements: Measurements, documents: dict[Pa
         for name, value in now.items():
             if (before := document["baseline"][name]) != value:
                 raise _OtherMachineError(
-                    f"{file} has {name} {before!r}, now it is {value!r}: one table is of one model, text and device; "
-                    f"give another --study, or remove the file"
+                    f"{file} has {name} {before!r}, now it is {value!r}: one table is of one model, text, device "
+                    f"and number of threads; give another --study, or remove the file"
                 )
 
 

@@ -184,9 +184,7 @@ class WorkerPool:
             num_gpus=1 if self._on_accelerators else 0,
             num_cpus=0 if self._on_accelerators else self._cores,
             name=None,
-            runtime_env={  # a node of a cluster does not inherit this process's environment
-                "env_vars": {"OMP_WAIT_POLICY": os.environ["OMP_WAIT_POLICY"], "OMP_NUM_THREADS": str(self._cores)}
-            },
+            runtime_env={"env_vars": _settings() | {"OMP_NUM_THREADS": str(self._cores)}},
         )
         handle = actor.remote(self._setup, self._cores, this_process())
         self._workers[index] = _Worker(handle, "pending", 0.0, -1, deaths)
@@ -310,6 +308,12 @@ class WorkerPool:
             for _, i in others:
                 self._workers[i].since = now
             yield self._died(first[1], f"no answer within {limit:g} s")
+
+
+def _settings() -> dict[str, str]:
+    """What of this process's environment a worker must have too: a node of a cluster does not inherit it."""
+    ours = ("OMP_WAIT_POLICY", "ATEN_CPU_CAPABILITY", "FLASH_SDPA")
+    return {name: value for name, value in os.environ.items() if name in ours or name.startswith(("STREAMLLM_", "HF_"))}
 
 
 def _enter(worker: _Worker, state: Literal["pending", "loading", "idle", "measuring", "lost"]) -> float:

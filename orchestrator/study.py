@@ -55,6 +55,7 @@ class Study:
     ) -> None:
         optuna.logging.set_verbosity(optuna.logging.ERROR)
         _mend(journal)
+        self.name = name
         self.space = space
         self.cap = cap
         self._random = random.Random(seed)
@@ -87,6 +88,11 @@ class Study:
         self._open: dict[int, tuple[Trial, OpenTrial, Suggestion]] = {}
         past = [self._result(space.complete(t.params), t.user_attrs[_ROW]) for t in settled if _ROW in t.user_attrs]
         self._sampler = Sampler(sampler, space, seed, [result for result in past if result.row["state"] == "complete"])
+
+    @property
+    def threads(self) -> int:
+        """Of a worker on a CPU, when the study began; 0 if that is not known yet, or if it runs on accelerators."""
+        return next((row["threads"] for row in self.rows if row.get("threads")), 0)
 
     def ask(self) -> OpenTrial | None:
         """A configuration that no trial had yet, interrupted and known ones first; None when none is left."""

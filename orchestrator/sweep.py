@@ -155,7 +155,8 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         raise UsageError(f"study {study!r}: use letters, digits, '.', '_', '+' and '-' only")
 
     from streamllm.methods import check_protocol
-    from streamllm.models import trained_length
+    from streamllm.models import trained_length, weights_digest
+    from streamllm.text import file_digest
 
     from .configuration import SweepConfiguration
     from .study import check_cap
@@ -181,6 +182,8 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         sampler=arguments.sampler,
         time_budget=time_budget,
         max_ppl_increase=limit,
+        model_digest=weights_digest(arguments.model),
+        text_file_digest=file_digest(source),
     )
 
 
@@ -250,12 +253,15 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
         quantization=configuration.quantization,
         store=configuration.store.absolute(),
         total=configuration.cap,
+        directory=Path.cwd(),
+        model_digest=configuration.model_digest,
+        text_file_digest=configuration.text_file_digest,
     )
     pool = WorkerPool(
         setup,
         configuration.workers,
         arguments.address,
-        cpus_per_worker=arguments.cpus_per_worker,
+        cpus_per_worker=_cores_per_worker(arguments.cpus_per_worker, study),
         trial_timeout=arguments.trial_timeout,
         load_timeout=arguments.load_timeout,
         note=display.note,
@@ -286,6 +292,16 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
     write_outcome(configuration.output, status)
     _conclude(configuration, tracker, display)
     return code
+
+
+def _cores_per_worker(wanted: int, study: Study) -> int:
+    """As many as when the study began: times of one and of two threads do not compare. Raises UsageError."""
+    if wanted and study.threads and wanted != study.threads:
+        raise UsageError(
+            f"cpus per worker {wanted}: the times of study {study.name!r} are of {study.threads} a worker; "
+            f"leave it out, or give another --study"
+        )
+    return wanted or study.threads
 
 
 @contextmanager

@@ -21,7 +21,7 @@ from typing import Any
 from dashboards.findings import Findings, findings
 from dashboards.front import Row
 from dashboards.recommendation import recommended, record
-from dashboards.study import EXPERIMENT, VIEW, StudyResults, read_outcome
+from dashboards.study import EXPERIMENT, VIEW, StudyResults, read_outcome, view_of
 from search_spaces import told_name
 from streamllm.store import MeasurementStore
 
@@ -100,6 +100,7 @@ _COLUMNS = (
 """Of the table of runs that MLflow's UI shows at a study's own address, in this order."""
 _LONGEST_NOTE = 8000
 """Characters of a tag's value that MLflow keeps."""
+_PARENT = "mlflow.parentRunId"
 _DIGEST = "digest"
 """Tag of a run that says what was logged of it."""
 
@@ -127,7 +128,8 @@ class Projection:
         self._runs: dict[str, str] = {}
         self._digests: dict[str, str] = {}
         self._on_front: set[str] = set()
-        for run in self._known_runs():
+        found = list(self._known_runs())
+        for run in found:
             tags = run.data.tags
             trial = tags.get("trial", "")
             if trial in self._runs:
@@ -140,6 +142,10 @@ class Projection:
                 self._on_front.add(trial)
         if "" not in self._runs:
             self._runs[""] = self._create_parent()
+        parent, children = self._runs[""], set(self._runs.values()) - {self._runs[""]}
+        for run in found:  # a parent that was deleted has left its children behind
+            if run.info.run_id in children and run.data.tags.get(_PARENT) != parent:
+                self._client.set_tag(run.info.run_id, _PARENT, parent)
 
     def reopen_parent(self) -> None:
         """Marks the study as running."""
@@ -165,7 +171,7 @@ class Projection:
         run = self._runs.get(trial)
         if run is None:
             started = ended - (0 if row.get("reused") else int(1000 * row.get("runtime_sec", 0)))
-            tags |= {"mlflow.parentRunId": self._runs[""], "pareto": "False"}
+            tags |= {_PARENT: self._runs[""], "pareto": "False"}
             run = self._client.create_run(self._experiment, started, tags, _run_name(row)).info.run_id
             self._runs[trial] = run
             tags = {}
@@ -241,7 +247,7 @@ class Projection:
                 "Sweeps of streamllm-sweep: a parent run per study, with the front in its description and artifacts, "
                 "and a run per configuration. `tags.pareto = 'True'` finds the front."
             ),
-            f"{VIEW}{study}": json.dumps(
+            f"{VIEW}{view_of(study)}": json.dumps(
                 {
                     "searchFilter": f"tags.study = '{study}'",
                     "orderByKey": f"metrics.`{told_name(first)}`",

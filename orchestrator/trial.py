@@ -24,6 +24,12 @@ class WorkerSetup:
     store: Path
     total: int
     """Total KV of the reference that everything is timed beside."""
+    directory: Path | None = None
+    """Where the driver runs: what paths, in the environment too, are relative to."""
+    model_digest: str | None = None
+    """What the driver knows the weights by; None: not to be checked."""
+    text_file_digest: str | None = None
+    """Likewise the file of the text."""
 
 
 @dataclass(frozen=True, slots=True)

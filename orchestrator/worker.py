@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from streamllm.errors import UsageError
 from streamllm.store import MeasurementStore
 
 from .lease import claim, computing_lease, timing_lease
@@ -33,7 +34,7 @@ class Worker:
     def load(self) -> dict[str, Any]:
         """Pins itself, loads model and text; says what this worker is, sees, and finds wrong (`warnings`).
 
-        Raises UsageError for input it cannot use."""
+        Raises UsageError for input it cannot use, or that is not what the driver has under that name."""
         visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
         warnings = self._claim(visible)
 
@@ -43,8 +44,12 @@ class Worker:
         from streamllm.text import load_tokens
 
         setup = self.setup
+        if setup.directory is not None:
+            with suppress(OSError):  # where it is missing, so is what would be looked for in it
+                os.chdir(setup.directory)  # a process on a cluster starts where Ray did
         limit_threads(len(self.cores) or None)
         self.loaded = load_model(setup.model, setup.dtype, quantization=setup.quantization)
+        self._check_same()
         tokenizer = None if setup.source.token_ids is not None else load_tokenizer(setup.model)
         self.stream = load_tokens(setup.source, tokenizer, self.loaded.vocabulary)
         self.measurements = Measurements(MeasurementStore(setup.store), self.loaded, self.stream, setup.total)
@@ -97,6 +102,21 @@ class Worker:
         with timing_lease():
             times = self.measurements.times(spec.method, spec.policy, spec.attn_backend, spec.execution)
         return TrialMeasurement(times_summary(times), None, False, True, times.ratios.tolist())
+
+    def _check_same(self) -> None:
+        """That weights and text are those that the driver has under the same names. Raises UsageError."""
+        from streamllm.text import file_digest
+
+        setup, text = self.setup, file_digest(self.setup.source)
+        for what, found, expected in (
+            (f"model {setup.model!r}", self.loaded.digest.partition(" ")[0], setup.model_digest),
+            (f"text {setup.source.label!r}", text, setup.text_file_digest),
+        ):
+            if expected is not None and found != expected:
+                raise UsageError(
+                    f"{what} on {socket.gethostname()} is another than where the sweep was started "
+                    f"({found!s:.12}..., not {expected:.12}...); give a path that all nodes share"
+                )
 
     def _claim(self, visible: str) -> list[str]:
         """Makes cores and accelerator its own, and says with whom it has to share them."""

@@ -113,7 +113,7 @@ def _refuse(_: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None
     if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
         raise UsageError(
             "attention_mask with zeros: a StreamingCache has no place for padding; give prompts of one length, or each "
-            "its own cache"
+            "its own cache (without a mask, `generate` takes every pad token of a prompt for padding)"
         )
     tokens = options.get("input_ids", arguments[0] if arguments else None)
     if isinstance(tokens, Tensor) and tokens.shape[1] == 0:
@@ -238,6 +238,7 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
                     f"be cropped to the beginning of the last piece of several tokens, or while it is not full"
                 )
             self.seen = length
+            self.keys, self.values = self.keys.clone(), self.values.clone()  # may be of torch's inference mode
             self._keep_window(self.piece.keys, self.piece.values, self.piece.end)
             self.keys[:, :, : self.n_sink] = self.sink_keys
         self.seen = length

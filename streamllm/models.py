@@ -72,7 +72,7 @@ def load_model(
         output_loading_info=True,
     )
     _check_weights(name, found)
-    return prepare(model.to(device), name, _digest(resolve_model(name), model), quantization)
+    return prepare(model.to(device), name, weights_digest(name), quantization)
 
 
 def _check_weights(name: str, found: Mapping[str, Any]) -> None:
@@ -100,11 +100,27 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def weights_digest(name: str) -> str:
+    """Names the weights and what they mean: the hub's commit, or a hash of the local files."""
+    source = Path(resolve_model(name))
+    if not source.is_dir():
+        return str(_configuration(name)._commit_hash)
+    digest = hashlib.sha256()
+    for path in [*sorted(source.glob("*.safetensors")), source / "config.json"]:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
 def trained_length(name: str) -> int | None:
     """`max_position_embeddings` of a model, from its configuration alone."""
+    return positions_of(_configuration(name).get_text_config(decoder=True))
+
+
+def _configuration(name: str) -> Any:
     from transformers import AutoConfig
 
-    return positions_of(_from_pretrained(AutoConfig.from_pretrained, name).get_text_config(decoder=True))
+    return _from_pretrained(AutoConfig.from_pretrained, name)
 
 
 def prepare(model: PreTrainedModel, name: str, digest: str, quantization: str = "none") -> LoadedModel:
@@ -188,14 +204,3 @@ def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any
         raise ModelNotFoundError(
             f"model {name!r}: not a usable {where} ({reason[:200]}); give 'testbed', a folder or a hub id"
         ) from error
-
-
-def _digest(source: str, model: PreTrainedModel) -> str:
-    commit = getattr(model.config, "_commit_hash", None)
-    if commit:
-        return str(commit)
-    digest = hashlib.sha256()
-    for path in [*sorted(Path(source).glob("*.safetensors")), Path(source) / "config.json"]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()

@@ -93,6 +93,17 @@ def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, v
     return TokenStream(tokens, source.label, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
 
 
+def file_digest(source: TextSource) -> str | None:
+    """sha256 of the file that the text is read from; None of a data set that comes from the hub or is a folder."""
+    path = source.text or source.token_ids or (TEXT_FILE if source.dataset_name is None else None)
+    if path is None:
+        path = local_data(str(source.dataset_name))
+    if path is None or not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _read_ids(path: Path) -> list[int]:
     try:
         ids = json.loads(path.read_text(encoding="utf-8-sig"))

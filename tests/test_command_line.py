@@ -1,9 +1,11 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from .conftest import GOLDEN
 
@@ -53,6 +55,45 @@ def test_help_imports_nothing_heavy(module, arguments):
     done = python("-c", code)
     assert "usage: " in done.stdout
     assert done.stdout.endswith("heavy: []\n")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A model that may be changed."""
+    return shutil.copytree(GOLDEN / "llama-tiny", tmp_path / "m")
+
+
+def refused(folder, command="evaluate", *more):
+    ids = () if command == "generate" else ("--token-ids", str(GOLDEN / "tokens.json"))
+    done = python("-m", "streamllm", command, "--model", str(folder), *ids, *more, cwd=folder.parent)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def change(folder, **settings):
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+
+
+def test_a_folder_that_lacks_weights(folder):
+    weights = load_file(folder / "model.safetensors")
+    lacking = next(name for name in weights if "down_proj" in name)
+    save_file(
+        {name: weights[name] for name in weights if name != lacking}, folder / "model.safetensors", {"format": "pt"}
+    )
+    assert f"files lack 1 tensors of the model that config.json describes ({lacking})" in refused(folder)
+
+
+def test_a_trained_length_of_nothing(folder):
+    change(folder, max_position_embeddings=0)
+    assert "max_position_embeddings 0: must be a whole number >= 2" in refused(folder)
+
+
+def test_a_window_of_the_models_own_bounds_what_is_generated_too(folder):
+    change(folder, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64)
+    for command in ("evaluate", "generate"):
+        assert "last 64 tokens only (sliding window)" in refused(folder, command, "--window-size", "200")
+    assert "grows without end" in refused(folder, "generate", "--method", "dense", "--max-new-tokens", "3")
 
 
 SEEDS_KEYS = {

@@ -76,6 +76,28 @@ def drive(tmp_path):
     return drive
 
 
+def test_a_study_is_of_one_model_and_one_text(drive):
+    """Whatever worker comes, and whenever the study goes on."""
+    one, other = ({"host": "here", "model_digest": "a" * 64, "text_digest": text * 64} for text in "bc")
+
+    def pool(*descriptions):
+        made = PretendPool(len(descriptions), with_digests)
+        made._ready = [Finished(worker, description=given) for worker, given in enumerate(descriptions)]
+        return made
+
+    def with_digests(worker, spec):
+        finished = measured(worker, spec)
+        finished.measurement.record.update(one)
+        return finished
+
+    message = r"text on here: c{12}\.\.\., the study's is b{12}\.\.\."
+    with pytest.raises(UsageError, match=message):
+        drive(pool(other, one), 4)
+    drive(pool(one, one), 4)
+    with pytest.raises(UsageError, match=message):
+        drive(pool(other), 8)
+
+
 def test_rows_wait_for_the_baseline_and_are_paired_with_it(drive):
     pool = PretendPool(3)
     study, log = drive(pool, 4)

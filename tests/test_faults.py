@@ -3,6 +3,8 @@
 After each, the same study goes on, and every finished trial is there exactly once.
 """
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,9 @@ from orchestrator.trial import TrialSpec, WorkerSetup, WorkerUnusableError
 from orchestrator.worker import Worker
 from search_spaces import load_space
 from streamllm.errors import UsageError
+from streamllm.models import weights_digest
 from streamllm.policy import EvictionPolicy
-from streamllm.text import TextSource
+from streamllm.text import TextSource, file_digest
 
 from .conftest import GOLDEN
 from .faulty_workers import (
@@ -29,6 +32,7 @@ from .faulty_workers import (
     NeverReady,
     OnNodes,
     ShortOfMemory,
+    Telling,
     Unwilling,
     WithoutModel,
 )
@@ -73,6 +77,45 @@ class Sweep:
         before = self.stored()
         assert self.run(worker_class, count=1).rows == sorted(rows, key=lambda row: row["trial"])
         assert self.stored() == before
+
+
+def test_paths_are_those_of_the_driver(tmp_path, monkeypatch):
+    """On a cluster that was there before, workers start elsewhere, where another file may have the same name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("STREAMLLM_DATA", "data")
+    monkeypatch.setenv("OTHER", "stays here")
+    shutil.copytree(GOLDEN / "neox-tiny", "m")
+    Path("ids.json").write_text((GOLDEN / "tokens.json").read_text())
+    source = TextSource(token_ids=Path("ids.json"), max_eval_tokens=300)
+    setup = WorkerSetup("./m", source, "float32", "none", tmp_path / "store", 48, tmp_path,
+                        weights_digest("./m"), file_digest(source))  # fmt: skip
+    pool = WorkerPool(setup, 1, worker_class=Telling)
+    try:
+        found = next(f for _ in iter(int, 1) for f in pool.wait(1.0)).description
+    finally:
+        pool.shutdown()
+    assert found["n_tokens"] == 300 and found["directory"] == str(tmp_path)
+    assert found["settings"] == {"STREAMLLM_DATA": "data", "OTHER": None}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model_digest": "0" * 64}, "model './m' on .* is another"),
+        ({"text_file_digest": "0" * 64}, "text 'ids' on .*"),
+    ],
+)
+def test_files_that_are_not_the_drivers_are_refused(tmp_path, monkeypatch, changed, message):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(GOLDEN / "neox-tiny", "m")
+    Path("ids.json").write_text("[1, 2, 3]")
+    source = TextSource(token_ids=Path("ids.json"))
+    right = WorkerSetup("./m", source, "float32", "none", tmp_path / "store", 48, tmp_path,
+                        weights_digest("./m"), file_digest(source))  # fmt: skip
+    monkeypatch.setattr(Worker, "_claim", lambda self, visible: setattr(self, "cores", []) or [])
+    assert Worker(right, 1, "me").load()["n_tokens"] == 3
+    with pytest.raises(UsageError, match=message):
+        Worker(replace(right, **changed), 1, "me").load()
 
 
 @pytest.fixture

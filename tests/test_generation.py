@@ -8,11 +8,17 @@ import sys
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 from streamllm.block_parallel import block_parallel_losses
 from streamllm.decoding import negative_log_likelihood
-from streamllm.errors import UnsupportedModelError
+from streamllm.errors import UnsupportedModelError, UsageError
 from streamllm.generation import StreamingCache
 from streamllm.policy import EvictionPolicy, PolicyError
 
@@ -158,6 +164,140 @@ def test_half_precision(golden_tokens):
     assert np.abs(found - expected).mean() < 0.1
     again = losses_of(model, StreamingCache(model, 4, 20), golden_tokens[:80])
     np.testing.assert_array_equal(again, found, "a second cache of the same model")
+
+
+@pytest.mark.parametrize("by_length", [False, True], ids=["count", "length"])
+@pytest.mark.parametrize(
+    ("before", "drafted", "removed"), [(3, 6, 4), (20, 6, 4), (60, 6, 6), (60, 70, 20), (0, 80, 9)]
+)
+def test_what_was_drafted_is_forgotten_again(before, drafted, removed, by_length, golden_tokens):
+    """A cropped cache goes on as one that has never seen what was cropped."""
+    model = own("llama-tiny", torch.float64)
+    stream = torch.from_numpy(golden_tokens)[None]
+    kept = before + drafted - removed
+
+    def after(cache):
+        with torch.inference_mode():
+            return [model(stream[:, t : t + 1], past_key_values=cache).logits for t in range(kept, kept + 30)]
+
+    cropped, plain = StreamingCache(model, 4, 19), StreamingCache(model, 4, 19)
+    with torch.inference_mode():
+        for cache, end in ((cropped, before + drafted), (plain, kept)):
+            for start, stop in ((0, before), (before, end)):
+                if stop > start:
+                    model(stream[:, start:stop], past_key_values=cache)
+    cropped.crop(kept if by_length else -removed)
+    assert cropped.get_seq_length() == kept
+    for found, expected in zip(after(cropped), after(plain), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_what_was_evicted_does_not_come_back(golden_tokens):
+    model = own("llama-tiny")
+    cache = StreamingCache(model, 4, 19)
+    losses_of(model, cache, golden_tokens[:60])
+    cache.crop(0)
+    with pytest.raises(UsageError, match=r"crop to 57 of 59 tokens: .* evicted"):
+        cache.crop(-2)
+
+
+@pytest.mark.parametrize("drafting", ["prompt lookup", "assistant"])
+def test_assisted_decoding(drafting):
+    """While nothing is evicted it is greedy decoding; beyond, it goes on."""
+    model = own("llama-tiny")
+    options = {"prompt_lookup_num_tokens": 3} if drafting == "prompt lookup" else {"assistant_model": own("llama-tiny")}
+    prompt = torch.tensor([[5, 9, 2, 7, 11, 5, 9, 2]])
+    usual = {"do_sample": False, "eos_token_id": None}
+    expected = model.generate(prompt, past_key_values=StreamingCache(model, 4, 200), max_new_tokens=100, **usual)
+    found = model.generate(
+        prompt, past_key_values=StreamingCache(model, 4, 200), max_new_tokens=100, **usual, **options
+    )
+    assert found.tolist() == expected.tolist()
+    cache = StreamingCache(model, 4, 28)
+    text = model.generate(prompt, past_key_values=cache, max_new_tokens=150, **usual, **options)
+    assert text.shape == (1, 158) and cache.layers[0].keys.shape[2] == 33
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_beams": 3},
+        {"num_beams": 3, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"prefill_chunk_size": 2},
+    ],
+    ids=lambda options: " ".join(options),
+)
+def test_ways_to_generate(options):
+    """While nothing is evicted, what a plain cache gives; beyond, it goes on."""
+    model, prompt = own("llama-tiny"), torch.tensor([[5, 9, 2, 7, 11]])
+
+    def text(cache, tokens):
+        torch.manual_seed(0)
+        usual = {"do_sample": False, "eos_token_id": None}
+        return model.generate(prompt, past_key_values=cache, max_new_tokens=tokens, **usual | options)
+
+    assert text(StreamingCache(model, 4, 200), 40).tolist() == text(DynamicCache(), 40).tolist()
+    assert text(StreamingCache(model, 4, 28), 100).shape[1] == 105
+
+
+def test_many_turns_and_another_text(golden_tokens):
+    """Of a conversation `generate` is given all so far; after `reset` another one may be of another batch size."""
+    model, stream = own("llama-tiny"), torch.from_numpy(golden_tokens)[None].clamp(min=1)  # 0 would be padding
+    cache = StreamingCache(model, 4, 28)
+    usual = {"do_sample": False, "eos_token_id": None, "past_key_values": cache}
+    first = model.generate(stream[:, :40], max_new_tokens=10, **usual)
+    second = model.generate(torch.cat((first, stream[:, 40:60]), 1), max_new_tokens=10, **usual)
+    assert second.shape == (1, 80) and second[:, :50].tolist() == first.tolist()
+    with pytest.raises(UsageError, match="the cache has seen 79"):
+        model.generate(stream[:, :30], max_new_tokens=5, **usual)
+    cache.reset()
+    both = model.generate(torch.cat((stream[:, :40], stream[:, 40:80])), max_new_tokens=10, **usual)
+    assert both[:1].tolist() == first.tolist()
+
+
+def test_padding_is_refused(golden_tokens):
+    model, stream = own("llama-tiny"), torch.from_numpy(golden_tokens)[None].clamp(min=1)
+    mask = torch.ones(2, 20, dtype=torch.long)
+    both = torch.cat((stream[:, :20], stream[:, 20:40]))
+    usual = {"max_new_tokens": 5, "do_sample": False}
+    model.generate(both, attention_mask=mask, past_key_values=StreamingCache(model), **usual)
+    mask[1, :3] = 0
+    for ids, padded in ((both, mask), (both[1:], mask[1:])):
+        with pytest.raises(UsageError, match="no place for padding"):
+            model.generate(ids, attention_mask=padded, past_key_values=StreamingCache(model), **usual)
+        with pytest.raises(UsageError, match="no place for padding"):
+            model(ids, attention_mask=padded, past_key_values=StreamingCache(model))
+    model.generate(both, attention_mask=mask, **usual)
+
+
+def test_the_text_of_a_model_of_images_and_text(golden_tokens):
+    config = LlavaConfig(
+        text_config={"model_type": "llama", "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                     "num_attention_heads": 4, "vocab_size": 512},
+        vision_config={"model_type": "clip_vision_model", "hidden_size": 32, "intermediate_size": 48,
+                       "num_hidden_layers": 1, "num_attention_heads": 4, "image_size": 28, "patch_size": 14},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config).eval()
+    alone = LlamaForCausalLM(config.text_config).eval()
+    alone.model.load_state_dict(model.get_decoder().state_dict())
+    alone.lm_head.load_state_dict(model.lm_head.state_dict())
+    tokens = golden_tokens[:80] % 500
+    found = losses_of(model, StreamingCache(model, 4, 20), tokens)
+    np.testing.assert_allclose(found, losses_of(alone, StreamingCache(alone, 4, 20), tokens), rtol=0, atol=2e-5)
+
+
+def test_a_model_is_tried_once_and_left_as_it_was():
+    model = own("llama-tiny")
+    calls = []
+    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    model.train()
+    StreamingCache(model)
+    tried = len(calls)
+    StreamingCache(model)
+    assert tried and len(calls) == tried
+    assert model.training and model.config._attn_implementation == "sdpa"
 
 
 def test_what_cannot_be_is_refused():

@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -164,6 +166,27 @@ def test_bad_input_is_one_line_and_starts_nothing(folder, bad, message):
     assert message in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert sorted(path.name for path in folder.iterdir()) == ["small.yaml", "space.yaml"]
+
+
+def test_files_changed_under_a_study_are_seen_and_threads_stay(folder):
+    shutil.copytree(GOLDEN / "neox-tiny", folder / "m")
+    (folder / "ids.json").write_text((GOLDEN / "tokens.json").read_text())
+    own = ("--model", "m", "--token-ids", "ids.json", "--trials", "1", "--workers")
+    done, cores = sweep(folder, *own, "1"), len(os.sched_getaffinity(0))
+    assert done.returncode == 0, done.stderr
+    assert {row["threads"] for row in rows_of(folder)} == {cores}
+    if cores > 1:
+        more = sweep(folder, *own, str(cores))
+        assert more.returncode == 2 and "room for 1, each with its own" in more.stderr
+    other = sweep(folder, *own, "1", "--cpus-per-worker", str(cores + 1))
+    assert other.returncode == 2 and f"are of {cores} a worker" in other.stderr
+    (folder / "ids.json").write_text(json.dumps([7, *json.loads((GOLDEN / "tokens.json").read_text())]))
+    edited = sweep(folder, *own, "1")
+    assert edited.returncode == 2 and re.search(r"text_file_digest: \w{12}\.\.\. then, \w{12}\.\.\. now", edited.stderr)
+    (folder / "ids.json").write_text((GOLDEN / "tokens.json").read_text())
+    shutil.copyfile(GOLDEN / "llama-tiny/model.safetensors", folder / "m/model.safetensors")
+    replaced = sweep(folder, *own, "1")
+    assert replaced.returncode == 2 and "model_digest: " in replaced.stderr
 
 
 def test_a_second_driver_is_told_who_has_the_study(folder):

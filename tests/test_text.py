@@ -6,7 +6,7 @@ import sys
 import pandas as pd
 import pytest
 
-from streamllm.text import TextError, TextSource, hub_name, load_tokens
+from streamllm.text import TextError, TextSource, file_digest, hub_name, load_tokens
 
 
 class Letters:
@@ -46,14 +46,48 @@ def test_data_set_folder_in_the_hub_layout(tmp_path):
     assert stream.label == "wikitext-small"
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".JSONL", ".Parquet"])
 def test_json_lines_and_parquet_files(tmp_path, suffix):
     file = tmp_path / f"lines{suffix}"
     table = pd.DataFrame({"text": ["first line", "second"], "id": [1, 2]})
-    table.to_json(file, orient="records", lines=True) if suffix == ".jsonl" else table.to_parquet(file)
+    table.to_json(file, orient="records", lines=True) if suffix.lower() == ".jsonl" else table.to_parquet(file)
     stream = tokens_of(text=file)
     assert "".join(map(chr, stream.tokens)) == "first line\nsecond"
     assert stream.label == "lines"
+
+
+@pytest.mark.parametrize("name", ["book.txt", "lines.jsonl", "ids.json"])
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path, name):
+    content = {"book.txt": "hello", "lines.jsonl": '{"text": "hello"}\n', "ids.json": "[104, 101]"}[name]
+    found = []
+    for mark in ("", "\ufeff"):
+        file = tmp_path / mark / name
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(mark + content, encoding="utf-8")
+        found.append(tokens_of(**{"token_ids" if name == "ids.json" else "text": file}).tokens.tolist())
+    assert found[0] == found[1] and found[0][0] == ord("h")
+
+
+@pytest.mark.parametrize(("value", "shown"), [("null", "None"), ("3", "3")])
+def test_a_row_without_text_is_named(tmp_path, value, shown):
+    file = tmp_path / "lines.jsonl"
+    file.write_text(f'{{"text": {value}}}\n')
+    with pytest.raises(TextError, match=f"'text' of row 1 is {shown}, not a string"):
+        tokens_of(text=file)
+    if value == "null":
+        file.write_text('{"text": "a"}\n{"text": null}\n')
+        with pytest.raises(TextError, match="row 2"):
+            tokens_of(text=file)
+
+
+def test_the_digest_of_a_source_is_its_files(tmp_path):
+    file = tmp_path / "book.txt"
+    file.write_text("hello")
+    before = file_digest(TextSource(text=file))
+    assert before == file_digest(TextSource(token_ids=file)) and len(before) == 64
+    file.write_text("hallo")
+    assert file_digest(TextSource(text=file)) != before
+    assert file_digest(TextSource()) and file_digest(TextSource(dataset_name="nobody/nothing")) is None
 
 
 def test_offset_and_length_choose_the_part(tmp_path):
@@ -105,7 +139,13 @@ def test_of_pg19_the_first_book(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{}", "one JSON list"), ("[1, 'a'", "not JSON"), ("[1]", "at least 2"), (json.dumps([1, 999]), "0 .. 255")],
+    [
+        ("{}", "one JSON list"),
+        ("[1, 'a'", "not JSON"),
+        ("[1]", "at least 2"),
+        ("[1, true]", "whole numbers"),
+        (json.dumps([1, 999]), "0 .. 255"),
+    ],
 )
 def test_bad_token_ids_are_explained(tmp_path, content, message):
     file = tmp_path / "ids.json"

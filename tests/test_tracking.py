@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from dashboards.study import load_study
+from dashboards.study import load_study, view_of
 from orchestrator import sync, tracking
 from orchestrator.folder import TrialsFile, write_outcome, write_report, write_rows
 from orchestrator.lease import study_lease
@@ -91,6 +91,28 @@ def study(tmp_path, schema, monkeypatch):
 def store(name="mlflow.db"):
     """MLflow keeps connections by URI, for as long as the process lives: no two tests may have the same."""
     return f"sqlite:///{Path(name).absolute()}"
+
+
+def test_children_follow_to_a_new_parent(study):
+    """The parent run was deleted in the UI."""
+    assert synchronise() == 0
+    client = MlflowClient(store())
+    (experiment,) = [e.experiment_id for e in client.search_experiments() if e.name == "streamllm-sweep"]
+    (parent,) = [run for run in client.search_runs([experiment]) if "mlflow.parentRunId" not in run.data.tags]
+    client.delete_run(parent.info.run_id)
+    assert synchronise() == 0
+    runs = client.search_runs([experiment])
+    (parent,) = [run.info.run_id for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert {run.data.tags.get("mlflow.parentRunId", parent) for run in runs} == {parent} and len(runs) == 6
+
+
+def test_a_name_that_mlflow_has_no_tags_for(study):
+    (study / "sweep.json").write_text(json.dumps(CONFIGURATION | {"study": "a+b"}))
+    assert synchronise() == 0
+    client = MlflowClient(store())
+    tags = client.get_experiment_by_name("streamllm-sweep").tags
+    assert "tags.study = 'a+b'" in tags[f"mlflow.sharedViewState.{view_of('a+b')}"]
+    assert view_of("a+b") != view_of("a-b") and view_of("model-text.v1_x") == "model-text.v1_x"
 
 
 def synchronise(uri=None):

@@ -1,0 +1,132 @@
+"""What becomes of every causal architecture that transformers knows, at both doors, and by how much the gates decide.
+
+python -m tests.benchmarks.architectures [--dtype float32] [ARCHITECTURE ...] [--json FILE]
+
+Tiny random models of standard deviation 2 / sqrt(inputs). `layer`: the largest relative difference of what a layer
+makes of its keys, queries and outputs in float32 to what it should, 1e-4 allowed; the first that is more, if one is.
+`noise`: the whole model's difference by our attention, over what its own noise allows. `policy`: a StreamingCache after
+87 tokens with 28 kept, against plain forward passes over the surviving tokens, mean difference of log probabilities.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from streamllm import architecture, models
+from streamllm.errors import UnsupportedModelError
+from streamllm.generation import StreamingCache
+from tests.test_architecture import by_surviving_inputs, streamed
+from tests.zoo import ARCHITECTURES, random_model
+
+from .reporting import markdown_table
+
+
+def measure(name: str, dtype: torch.dtype) -> dict[str, Any]:
+    try:
+        model = random_model(name, dtype)
+    except Exception as error:  # configurations that do not shrink, packages that are not there
+        return {"architecture": name, "engine": f"not made: {type(error).__name__}"}
+    layer, noise = _recorded_layers(), _recorded_noise()
+    with layer[0], noise[0]:
+        engine = verdict(lambda: models.prepare(model, name, ""))
+    model = random_model(name, dtype)
+    cache = verdict(lambda: StreamingCache(model, 4, 24))
+    row = {"architecture": name, "engine": engine, "layer": max(layer[1], default=math.nan)}
+    row |= {"noise": max(noise[1], default=math.nan), "cache": cache, "policy": math.nan}
+    if cache == "accepted" and dtype == torch.float32:
+        row["policy"] = difference_of_policies(model)
+    return row
+
+
+def verdict(make: Callable[[], Any]) -> str:
+    try:
+        make()
+    except UnsupportedModelError as error:
+        return f"refused: {error}"
+    except Exception as error:  # what must not be
+        return f"ERROR: {type(error).__name__}: {error}"
+    return "accepted"
+
+
+def _recorded_layers() -> tuple[Any, list[float]]:
+    found: list[float] = []
+    alike = architecture._alike
+
+    def recorded(one: torch.Tensor, other: torch.Tensor) -> bool:
+        same = alike(one, other)
+        if one.shape == other.shape and (same or not found or found[-1] < 1):
+            found.append(float((one - other).norm() / other.norm()))
+        return same
+
+    def explained(*_: Any) -> str:  # which looks at other differences
+        return "its keys or queries are not what they should be"
+
+    stack = patch.multiple(architecture, _alike=recorded, _why=explained)
+    return stack, found
+
+
+def _recorded_noise() -> tuple[Any, list[float]]:
+    found: list[float] = []
+    check = models._check_logits
+
+    def recorded(loaded: Any, tokens: Any, expected: Any, noise: float) -> None:
+        limit = architecture.allowed(expected, noise)
+        found.extend(
+            architecture.difference(logits, expected) / limit for _, logits in models._engine_logits(loaded, tokens)
+        )
+        check(loaded, tokens, expected, noise)
+
+    return patch.object(models, "_check_logits", recorded), found
+
+
+def difference_of_policies(model: Any) -> float:
+    stream = torch.arange(3, 90)[None] * 7 % 120
+    found = streamed(model, stream, n_sink=4, window=24)
+    expected = by_surviving_inputs(model, stream, n_sink=4, window=24)
+    return float((found.log_softmax(-1) - expected.log_softmax(-1)).abs().mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("architectures", nargs="*", metavar="ARCHITECTURE", help="(all)")
+    parser.add_argument("--dtype", default="float32", help="(float32)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
+    arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.CRITICAL)
+    dtype = getattr(torch, arguments.dtype)
+    rows = []
+    for name in arguments.architectures or ARCHITECTURES:
+        rows.append(measure(name, dtype))
+        print(f"{name}: {rows[-1]['engine'][:90]}", flush=True)
+    print(markdown_table([{name: _shown(value) for name, value in row.items()} for row in rows]))
+    if arguments.json is not None:
+        import transformers
+
+        kept = [{name: _kept(value) for name, value in row.items()} for row in rows]
+        result = {"transformers": transformers.__version__, "dtype": arguments.dtype, "rows": kept}
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.1e}" if isinstance(value, float) else str(value)[:60]
+
+
+def _kept(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.3g}") if math.isfinite(value) else None
+    return value
+
+
+if __name__ == "__main__":
+    main()
