@@ -66,7 +66,7 @@ class Driver:
         self._retries: deque[Task] = deque([STRICT, BASELINE])
         """To be handed out before anything new is asked for: at first, what trials are compared with."""
         self._deaths = {STRICT: 0, BASELINE: 0}
-        self._digests = {
+        self._digests: dict[str, str] = {
             name: row[name] for row in study.rows[:1] for name in ("model_digest", "text_digest") if name in row
         }
         """Of weights and tokens; of a new study, the first worker's."""
@@ -130,13 +130,13 @@ class Driver:
     def _check_same(self, description: Mapping[str, Any]) -> None:
         """A study is of one model and one text, whoever measures and whenever. Raises UsageError."""
         for what in ("model", "text"):
-            name = f"{what}_digest"
-            if name not in description:
+            found = description.get(f"{what}_digest")
+            if found is None:
                 continue
-            known = self._digests.setdefault(name, description[name])
-            if description[name] != known:
+            known = self._digests.setdefault(f"{what}_digest", found)
+            if found != known:
                 raise UsageError(
-                    f"{what} on {description['host']}: {description[name]:.12}..., the study's is {known:.12}...; its "
+                    f"{what} on {description['host']}: {found:.12}..., the study's is {known:.12}...; its "
                     f"files have been changed; put them back, or give another --study"
                 )
 

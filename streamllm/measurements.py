@@ -147,7 +147,7 @@ class Measurements:
 
     def _quality_key(self, method: str, policy: EvictionPolicy) -> dict[str, Any]:
         kind = "streaming" if sampled_losses(method) is None else method
-        names = ("model_digest", "text_digest", "protocol", "dtype")
+        names: tuple[str, ...] = ("model_digest", "text_digest", "protocol", "dtype")
         if " " in self.loaded.digest:  # quantized: its kernels round as the machine has them
             names += ("device", "cpu_capability")
         return {"kind": f"quality of {kind}"} | self._identity(method, policy, "fast", names)

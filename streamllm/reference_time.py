@@ -35,7 +35,7 @@ class ReferenceTime:
 
     def __str__(self) -> str:
         """A sentence without its end."""
-        where = f"{self.device}{f', {self.threads} threads' if self.threads else ''}"
+        where = f"{self.device}{f', {self.threads} thread{"s" * (self.threads > 1)}' if self.threads else ''}"
         spread = (
             f", {self.low:.3g} to {self.high:.3g} in nine of ten of {self.timings} timings" if self.timings > 1 else ""
         )

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
 
+from streamllm.testbed import MODEL_FOLDER
+
 from .conftest import GOLDEN
 
 HEAVY = {"torch", "transformers", "ray", "optuna", "mlflow", "pandas", "matplotlib", "datasets", "numpy"}
@@ -91,6 +93,8 @@ def test_a_trained_length_of_nothing(folder):
 
 def test_a_window_of_the_models_own_bounds_what_is_generated_too(folder):
     change(folder, model_type="mistral", architectures=["MistralForCausalLM"], sliding_window=64)
+    for file in MODEL_FOLDER.glob("tokenizer*"):
+        shutil.copy(file, folder)
     for command in ("evaluate", "generate"):
         assert "last 64 tokens only (sliding window)" in refused(folder, command, "--window-size", "200")
     assert "grows without end" in refused(folder, "generate", "--method", "dense", "--max-new-tokens", "3")
