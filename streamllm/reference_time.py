@@ -35,11 +35,11 @@ class ReferenceTime:
 
     def __str__(self) -> str:
         """A sentence without its end."""
-        where = f"{self.device}{f', {self.threads} thread{"s" * (self.threads > 1)}' if self.threads else ''}"
+        threads = f", {self.threads} thread{'s' * (self.threads > 1)}" if self.threads else ""
         spread = (
             f", {self.low:.3g} to {self.high:.3g} in nine of ten of {self.timings} timings" if self.timings > 1 else ""
         )
-        return f"{self.ms:.3g} ms on {where}{spread}"
+        return f"{self.ms:.3g} ms on {self.device}{threads}{spread}"
 
 
 def kind(row: Row) -> Kind:

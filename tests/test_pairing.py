@@ -94,7 +94,7 @@ def test_all_milliseconds_are_in_one_unit_for_each_kind_of_worker():
     assert rows[0]["tpot_ms_low"] == pytest.approx(5.4) and rows[0]["decode_toks_per_sec"] == pytest.approx(1e3 / 6)
     most, least = ReferencePool(rows).times()
     assert (most.ms, most.timings, least.ms, least.threads) == (3.0, 3, 8.0, 2)
-    assert "3 ms on cpu, 1 threads" in str(most) and "8 ms on cpu" in str(least)
+    assert "3 ms on cpu, 1 thread" in str(most) and "8 ms on cpu" in str(least)
 
 
 def test_a_speedup_is_a_quotient_of_ratios_with_both_their_intervals():
