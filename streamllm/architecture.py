@@ -30,7 +30,7 @@ _SINKS = 4
 _FAR = 1_000_000
 """Tokens evicted. Whatever depends on an absolute position shows there."""
 _ROUNDING = 1e-4
-"""Of a float32 layer, by the size of its output: right ones are at 1e-6, wrong ones at 1e-2 and above."""
+"""Of a float32 layer, by the size of its output: right ones are below 1e-6, wrong ones above a tenth."""
 _TIMES_THE_NOISE = 8
 _OF_A_KIND = 2
 """Layers that are looked at of those that differ in their weights alone."""

@@ -82,8 +82,11 @@ class LoadedModel:
 
 
 def trained_length(config: Any) -> int | None:
-    """A configuration's `max_position_embeddings`, None where it has none. Raises UsageError for one below 2."""
+    """A configuration's `max_position_embeddings`, None where it has none (or -1: no limit). Raises UsageError for one
+    below 2."""
     length = getattr(config, "max_position_embeddings", None)
+    if length == -1:
+        return None
     if length is not None and (not isinstance(length, int) or length < 2):
         raise UsageError(f"max_position_embeddings {length!r}: must be a whole number >= 2; mend the config.json")
     return length

@@ -1,5 +1,7 @@
 """What is accepted is right, what is not is refused with the reason: any architecture, any dtype, at both doors."""
 
+from collections import Counter
+
 import pytest
 import torch
 from transformers import DynamicCache
@@ -106,7 +108,7 @@ def by_surviving_inputs(model, stream, n_sink, window):
 
     Uses nothing of ours. Every attention layer is fed, for all tokens but the last, the inputs that those had when
     they were last, so that what they know of evicted tokens stays."""
-    inputs = {}
+    inputs, calls = {}, Counter()
     survivors = []
     kept = []
     last = None
@@ -114,9 +116,11 @@ def by_surviving_inputs(model, stream, n_sink, window):
     def feed(name):
         def hook(module, arguments, options):
             hidden = arguments[0] if arguments else options["hidden_states"]
-            if name in inputs:
-                hidden = torch.cat((inputs[name][:, kept], hidden[:, -1:]), 1)
-            inputs[name] = hidden
+            calls[name] += 1
+            call = name, calls[name]  # a layer may be run several times over
+            if call in inputs:
+                hidden = torch.cat((inputs[call][:, kept], hidden[:, -1:]), 1)
+            inputs[call] = hidden
             if arguments:
                 return (hidden, *arguments[1:]), options
             return arguments, options | {"hidden_states": hidden}
@@ -136,6 +140,7 @@ def by_surviving_inputs(model, stream, n_sink, window):
             kept = [survivors.index(s) for s in before]
             survivors = [*before, t]
             positions = torch.arange(len(survivors))[None]
+            calls.clear()
             last = model(stream[:, survivors], position_ids=positions, past_key_values=DynamicCache()).logits[0, -1]
     finally:
         for hook in hooks:

@@ -4,8 +4,9 @@ python -m tests.benchmarks.architectures [--dtype float32] [ARCHITECTURE ...] [-
 
 Tiny random models of standard deviation 2 / sqrt(inputs). `layer`: the largest relative difference of what a layer
 makes of its keys, queries and outputs in float32 to what it should, 1e-4 allowed; the first that is more, if one is.
-`noise`: the whole model's difference by our attention, over what its own noise allows. `policy`: a StreamingCache after
-87 tokens with 28 kept, against plain forward passes over the surviving tokens, mean difference of log probabilities.
+`noise`: the whole model's difference by our attention, over what its own noise allows. `ours`, `ring`, `generate` (a
+StreamingCache): the mean difference of log probabilities after 87 tokens of a policy that keeps 28, to plain forward
+passes of the model itself over the tokens that survive.
 """
 
 from __future__ import annotations
@@ -23,8 +24,11 @@ from unittest.mock import patch
 import torch
 
 from streamllm import architecture, models
+from streamllm.backends import BACKENDS
 from streamllm.errors import UnsupportedModelError
 from streamllm.generation import StreamingCache
+from streamllm.methods import make_decoder
+from streamllm.policy import EvictionPolicy
 from tests.test_architecture import by_surviving_inputs, streamed
 from tests.zoo import ARCHITECTURES, random_model
 
@@ -39,12 +43,11 @@ def measure(name: str, dtype: torch.dtype) -> dict[str, Any]:
     layer, noise = _recorded_layers(), _recorded_noise()
     with layer[0], noise[0]:
         engine = verdict(lambda: models.prepare(model, name, ""))
-    model = random_model(name, dtype)
-    cache = verdict(lambda: StreamingCache(model, 4, 24))
+    cache = verdict(lambda: StreamingCache(random_model(name, dtype), 4, 24))
     row = {"architecture": name, "engine": engine, "layer": max(layer[1], default=math.nan)}
-    row |= {"noise": max(noise[1], default=math.nan), "cache": cache, "policy": math.nan}
-    if cache == "accepted" and dtype == torch.float32:
-        row["policy"] = difference_of_policies(model)
+    row |= {"noise": max(noise[1], default=math.nan), "cache": cache}
+    if dtype == torch.float32:
+        row |= differences_of_policies(name, engine == "accepted", cache == "accepted")
     return row
 
 
@@ -89,11 +92,21 @@ def _recorded_noise() -> tuple[Any, list[float]]:
     return patch.object(models, "_check_logits", recorded), found
 
 
-def difference_of_policies(model: Any) -> float:
+def differences_of_policies(name: str, engine: bool, cache: bool) -> dict[str, float]:
+    if not engine and not cache:
+        return {}
     stream = torch.arange(3, 90)[None] * 7 % 120
-    found = streamed(model, stream, n_sink=4, window=24)
-    expected = by_surviving_inputs(model, stream, n_sink=4, window=24)
-    return float((found.log_softmax(-1) - expected.log_softmax(-1)).abs().mean())
+    expected = by_surviving_inputs(random_model(name), stream, n_sink=4, window=24)
+    found = {}
+    if engine:
+        loaded, policy = models.prepare(random_model(name), name, ""), EvictionPolicy(n_sink=4, window_size=24)
+        for method in ("ours", "ring"):
+            decoder = make_decoder(method, loaded, policy, BACKENDS["auto"])
+            with torch.inference_mode():
+                found[method] = [decoder.feed(token[0]) for token in stream.split(1, dim=1)][-1][-1]
+    if cache:
+        found["generate"] = streamed(random_model(name), stream, n_sink=4, window=24)
+    return {way: architecture.difference(logits, expected) for way, logits in found.items()}
 
 
 def main() -> None:
