@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.utils import logging
 
 from .architecture import check_distance, check_features, check_layers, probe_tokens
 from .attention import ATTENTION_NAME, UnseenAttentionError, register_attention
@@ -83,6 +84,8 @@ def _streaming_rotary(model: PreTrainedModel) -> Rotary:
     register_attention()
     tokens = probe_tokens(model, None)
     own, training, embed = model.config._attn_implementation, model.training, rotary.embedding.forward
+    said = logging.get_verbosity()
+    logging.set_verbosity_error()  # of a model with attention code of its own, that it has
     model.eval()
     try:
         rotary.take_over()
@@ -98,6 +101,7 @@ def _streaming_rotary(model: PreTrainedModel) -> Rotary:
     finally:
         model.set_attn_implementation(own)
         model.train(training)
+        logging.set_verbosity(said)
     if known is None:
         decoder.register_forward_pre_hook(_refuse, with_kwargs=True)
     setattr(decoder, _ROTARY, ((model.device, model.dtype), rotary))
@@ -240,7 +244,6 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
             self.seen = length
             self.keys, self.values = self.keys.clone(), self.values.clone()  # may be of torch's inference mode
             self._keep_window(self.piece.keys, self.piece.values, self.piece.end)
-            self.keys[:, :, : self.n_sink] = self.sink_keys
         self.seen = length
 
     def _positions(self) -> list[int]:

@@ -71,6 +71,25 @@ def test_peaked_weights_are_no_reason(architecture, dtype):
     StreamingCache(random_model(architecture, dtype), window_size=24)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_where_no_layer_can_be_seen_the_whole_model_is_asked(dtype):
+    """Falcon, but positions leak into its embeddings, as little as they would in a short text."""
+    model, at = random_model("falcon", dtype), []
+
+    def positions(_, arguments, options):
+        at[:] = [options.get("position_ids")]
+
+    def leak(_, arguments, output):
+        return output if at[0] is None else output + (at[0][..., None] * uneven).to(output.dtype)
+
+    uneven = torch.linspace(-1e-6, 1e-6, 64)
+
+    model.register_forward_pre_hook(positions, with_kwargs=True)
+    model.transformer.word_embeddings.register_forward_hook(leak)
+    with pytest.raises(UnsupportedModelError, match="its positions are more than a rotation"):
+        StreamingCache(model, window_size=24)
+
+
 def test_experts_in_float64_are_refused_in_a_line():
     with pytest.raises(UnsupportedModelError, match="forward pass fails on 48 tokens of text in float64"):
         prepare(random_model("mixtral", torch.float64), "mixtral", "")
