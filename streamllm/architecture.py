@@ -25,7 +25,7 @@ from .rotary import Rotary, text_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-_TOKENS = 48
+_TOKENS = 24
 _SINKS = 4
 _FAR = 1_000_000
 """Tokens evicted. Whatever depends on an absolute position shows there."""
@@ -181,8 +181,9 @@ def check_layers(model: PreTrainedModel, rotary: Rotary, tokens: Tensor, outputs
     if not here:
         raise UnseenAttentionError(f"{type(model).__name__} has attention code of its own, not transformers' interface")
     for layer, first in _one_of_each_kind(here).items():
-        module = _in_float32(first.module)
-        runs = [_run_alone(module, call, first) for call in (first, zero[layer], far[layer])]
+        with _seen(first.module):
+            module = deepcopy(first.module).float()
+            runs = [_run_alone(module, call, first) for call in (first, zero[layer], far[layer])]
         where = f"{type(model).__name__}, layer {layer}"
         _check_rotation(where, rotary, at, *(rotated for rotated, _ in runs))
         if outputs:
@@ -207,8 +208,6 @@ def _one_of_each_kind(calls: Mapping[int, _Call]) -> dict[int, _Call]:
 
 
 def _in_float32(value: Any) -> Any:
-    if isinstance(value, nn.Module):
-        return deepcopy(value).float()
     if isinstance(value, Tensor):
         return value.float() if value.is_floating_point() else value
     if isinstance(value, tuple | list):
@@ -220,15 +219,20 @@ def _run_alone(module: nn.Module, call: _Call, first: _Call) -> tuple[_Rotated, 
     """The layer on the hidden states that it had in `first`, at the positions of `call`; also what it returns."""
     state = _Rotated()
     arguments, options = _with_input_of(call, first)
+    found = module(*arguments, **options | {"attention_state": state})
+    return state, found[0] if isinstance(found, tuple) else found
+
+
+@contextmanager
+def _seen(module: nn.Module) -> Iterator[None]:
     try:
-        found = module(*arguments, **options | {"attention_state": state})
+        yield
     except UnsupportedModelError:
         raise
-    except Exception as error:  # a model's code raises anything
-        raise UnsupportedModelError(
-            f"{type(call.module).__name__} cannot be computed with by itself ({type(error).__name__}: {error})"
+    except Exception as error:  # a model's code raises anything; its weights may be another library's, or elsewhere
+        raise UnseenAttentionError(
+            f"{type(module).__name__} cannot be computed with by itself ({type(error).__name__}: {error})"
         ) from error
-    return state, found[0] if isinstance(found, tuple) else found
 
 
 def _with_input_of(call: _Call, first: _Call) -> tuple[Any, dict[str, Any]]:
@@ -243,7 +247,7 @@ def _check_rotation(where: str, rotary: Rotary, at: Tensor, here: _Rotated, zero
     rotary.reserve(len(at))
     onwards = rotary.by(_FAR)
     for what in ("keys", "queries"):
-        raw, rotated, distant = (getattr(state, what) for state in (zero, here, far))
+        raw, rotated, distant = (getattr(state, what).to(at.device) for state in (zero, here, far))
         if not _alike(rotary.rotate(raw, rotary.at(at)), rotated):
             raise UnsupportedModelError(f"{where}: {_why(rotary, at, what, raw, rotated)}")
         if not _alike(rotary.rotate(rotated, onwards), distant):

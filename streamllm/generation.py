@@ -79,7 +79,9 @@ def _streaming_rotary(model: PreTrainedModel) -> Rotary:
     decoder = model.get_decoder()
     known = getattr(decoder, _ROTARY, None)
     if known is not None and known[0] == (model.device, model.dtype):
-        return known[1]
+        rotary: Rotary = known[1]
+        rotary.take_over(in_its_dtype=True)
+        return rotary
     rotary = Rotary(model)
     register_attention()
     tokens = probe_tokens(model, None)
@@ -138,7 +140,8 @@ class _SinkTurn:
     def __call__(self, keys: Tensor, distance: int) -> Tensor:
         if distance != self.distance:
             self.distance, self.angles = distance, self.rotary.by(distance)
-        return self.rotary.rotate(keys, self.angles)
+        cos, sin = self.angles
+        return self.rotary.rotate(keys, (cos.to(keys.device), sin.to(keys.device)))  # layers may be spread
 
 
 class _Piece(NamedTuple):
