@@ -25,7 +25,7 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         "--model-name",
         default=default_model(),
         metavar="MODEL",
-        help="testbed, a folder or a hub id (STREAMLLM_MODEL or testbed)",
+        help="testbed, smollm2, a folder, a .gguf file or a hub id (STREAMLLM_MODEL or testbed)",
     )
     group.add_argument(
         "--dtype", choices=DTYPES, default="auto", help="what the device does well: bfloat16, float16 or float32 (auto)"

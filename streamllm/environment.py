@@ -14,10 +14,11 @@ from pathlib import Path
 
 from .errors import UsageError
 
-NAMES = ("STREAMLLM_MODEL", "STREAMLLM_DATASET", "STREAMLLM_DATA")
+NAMES = ("STREAMLLM_MODEL", "STREAMLLM_DATASET", "STREAMLLM_DATA", "STREAMLLM_CACHE")
 HELP = """environment:
   STREAMLLM_MODEL, STREAMLLM_DATASET  defaults of --model and --dataset-name
   STREAMLLM_DATA                      a folder with data sets, asked before the hub: NAME.txt, .jsonl, .parquet or NAME/
+  STREAMLLM_CACHE                     where GGUF files are converted to (~/.cache/streamllm)
   FLASH_SDPA, HF_HOME, HF_*           attention kernel (1: flash, 0: math); the Hugging Face libraries' own
   A file .env in the working directory may say the same, a line NAME=VALUE each. Arguments win over the environment, the
   environment over the file.

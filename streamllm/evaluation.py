@@ -239,6 +239,7 @@ def identity(
     return {
         "model": loaded.name,
         "model_digest": loaded.digest,
+        "weights": loaded.weights,
         "dataset": stream.label,
         "text_digest": stream.digest,
         "n_tokens": len(stream.tokens),

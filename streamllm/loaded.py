@@ -27,6 +27,8 @@ class LoadedModel:
     dtype: torch.dtype
     digest: str
     """Names the weights: the hub's commit, or a hash of the local files."""
+    weights: str | None = None
+    """How they were quantised before, as Q4_1 of a GGUF file; None: not that we know."""
 
     @property
     def config(self) -> Any:

@@ -6,12 +6,10 @@ by a short forward pass through the engine that must give the model's own logits
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
-from logging import getLogger
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +30,12 @@ from .backends import BACKENDS
 from .block_parallel import BlockState
 from .device import default_device, resolve_dtype
 from .errors import UnsupportedModelError, UsageError
+from .gguf import converted, facts, folder_digest, gguf_file
 from .loaded import LoadedModel, attention_span
 from .loaded import trained_length as positions_of
 from .methods.ours import RerotatedCache
 from .policy import EvictionPolicy
+from .printing import hush_libraries
 from .quantization import quantize
 from .rotary import Rotary, text_config
 from .testbed import MODEL_FOLDER
@@ -49,8 +49,12 @@ class ModelNotFoundError(UsageError):
 
 
 def resolve_model(name: str) -> str:
-    """`testbed` is the embedded checkpoint; anything else is a local folder or a hub id."""
-    return str(MODEL_FOLDER) if name == "testbed" else name
+    """`testbed` is the embedded checkpoint, a GGUF file what was converted of it; anything else is a local folder or a
+    hub id. Raises UsageError."""
+    if name == "testbed":
+        return str(MODEL_FOLDER)
+    file = gguf_file(name)
+    return name if file is None else str(converted(file))
 
 
 def load_model(
@@ -72,7 +76,8 @@ def load_model(
         output_loading_info=True,
     )
     _check_weights(name, found)
-    return prepare(model.to(device), name, weights_digest(name), quantization)
+    loaded = prepare(model.to(device), name, weights_digest(name), quantization)
+    return replace(loaded, weights=facts(Path(resolve_model(name))).get("weights"))
 
 
 def _check_weights(name: str, found: Mapping[str, Any]) -> None:
@@ -101,15 +106,16 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
 
 def weights_digest(name: str) -> str:
-    """Names the weights and what they mean: the hub's commit, or a hash of the local files."""
+    """Names the weights and what they mean: the hub's commit, or a hash of the local files, of a GGUF file itself.
+    Raises UsageError if what was converted of that is not what it was."""
     source = Path(resolve_model(name))
     if not source.is_dir():
         return str(_configuration(name)._commit_hash)
-    digest = hashlib.sha256()
-    for path in [*sorted(source.glob("*.safetensors")), source / "config.json"]:
-        with path.open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+    digest = folder_digest(source)
+    kept = facts(source)
+    if kept and kept["converted"] != digest:
+        raise UsageError(f"model {name!r}: what was converted of it has been changed; remove {str(source)!r}")
+    return str(kept.get("digest", digest))
 
 
 def trained_length(name: str) -> int | None:
@@ -186,16 +192,10 @@ def _engine_logits(loaded: LoadedModel, tokens: Tensor) -> list[tuple[str, Tenso
 
 def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any:
     """Calls a `from_pretrained`, turning the many ways a name can be wrong into one line."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
-    for name_of_logger in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is installed
-        getLogger(name_of_logger).setLevel("ERROR")
+    hush_libraries()
+    source = resolve_model(name)
     try:
-        return load(resolve_model(name), trust_remote_code=False, **options)
+        return load(source, trust_remote_code=False, **options)
     except (OSError, ValueError) as error:
         if name == "testbed":
             raise

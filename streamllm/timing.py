@@ -322,7 +322,7 @@ class _TimedState:
         return output
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _TimedModel(LoadedModel):
     clock: AttentionClock
 

@@ -121,16 +121,21 @@ def streamed(model, stream, n_sink, window):
     return logits
 
 
-@torch.no_grad()
 def by_surviving_inputs(model, stream, n_sink, window):
-    """The logits after the last token, by plain forward passes over the tokens that survive, at positions 0, 1, ...
+    """The logits after the last token."""
+    return surviving_logits(model, stream, n_sink, window)[-1]
+
+
+@torch.no_grad()
+def surviving_logits(model, stream, n_sink, window):
+    """The logits after each token, by plain forward passes over the tokens that survive, at positions 0, 1, ...
 
     Uses nothing of ours. Every attention layer is fed, for all tokens but the last, the inputs that those had when
     they were last, so that what they know of evicted tokens stays."""
     inputs, calls = {}, Counter()
     survivors = []
     kept = []
-    last = None
+    found = []
 
     def feed(name):
         def hook(module, arguments, options):
@@ -160,11 +165,12 @@ def by_surviving_inputs(model, stream, n_sink, window):
             survivors = [*before, t]
             positions = torch.arange(len(survivors))[None]
             calls.clear()
-            last = model(stream[:, survivors], position_ids=positions, past_key_values=DynamicCache()).logits[0, -1]
+            output = model(stream[:, survivors], position_ids=positions, past_key_values=DynamicCache())
+            found.append(output.logits[0, -1])
     finally:
         for hook in hooks:
             hook.remove()
-    return last
+    return torch.stack(found)
 
 
 def _has_weights(module):
