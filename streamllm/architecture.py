@@ -56,11 +56,11 @@ def _log_probabilities(logits: Tensor) -> Tensor:
 
 
 def allowed(logits: Tensor, noise: float) -> float:
-    """Several times the model's own noise; where that happens to be nothing, the last digit of its logits."""
+    """Several times the model's own noise; where that happens to be next to nothing, what rounding may do."""
     size = _log_probabilities(logits).abs()
     size = size[size.isfinite()]
-    least = torch.finfo(logits.dtype).eps * (size.mean().item() if size.numel() else 0.0)
-    return max(_TIMES_THE_NOISE * noise, least)
+    digits = max(torch.finfo(logits.dtype).eps, 32 * torch.finfo(torch.float32).eps)
+    return max(_TIMES_THE_NOISE * noise, digits * (size.mean().item() if size.numel() else 0.0))
 
 
 def run(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tensor:
@@ -82,9 +82,11 @@ def run(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tensor:
 def check_finite_weights(model: PreTrainedModel, logits: Tensor) -> None:
     """Raises UnsupportedModelError if the model's own logits are no numbers; float16 may overflow, which is said where
     it is measured."""
-    if logits.isfinite().all() or model.dtype == torch.float16:
+    if logits.isfinite().all():
         return
     broken = [name for name, weight in model.named_parameters() if not weight.isfinite().all()]
+    if not broken and model.dtype == torch.float16:
+        return
     reason = f"weights that are not finite in {', '.join(broken[:3])}" if broken else "logits that are not finite"
     raise UnsupportedModelError(f"{type(model).__name__} has {reason}: the files are damaged, or its dtype too narrow")
 
@@ -95,6 +97,8 @@ def check_features(model: PreTrainedModel, own_attention: bool) -> None:
     config, name = text_config(model), type(model).__name__
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     cached = [
+        (getattr(config, "num_hidden_layers", 1) < 1, f"{getattr(config, 'num_hidden_layers', 1)} layers"),
+        (getattr(config, "alibi", None), "linear biases (ALiBi) for positions"),
         (bool(unknown), f"layers of another kind: {', '.join(sorted(unknown))}"),
         (
             getattr(config, "kv_lora_rank", None),
@@ -300,6 +304,7 @@ def check_distance(model: PreTrainedModel, rotary: Rotary, tokens: Tensor) -> No
 
     The model must rotate by `rotary`. Raises UnsupportedModelError."""
     whole = run(model, tokens)[:, _SINKS:]
+    check_finite_weights(model, whole)
     noise = difference(_parted(model, rotary, tokens, 0), whole)
     if model.dtype.itemsize < 4:  # what is rotated to another position is rounded to something else
         elsewhere = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)

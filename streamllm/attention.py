@@ -58,11 +58,11 @@ def _attention(
     if attention_state is None:
         raise UnseenAttentionError(
             f"{type(module).__name__} was called without attention_state: the model's layers do not hand on what the "
-            f"model is called with"
+            f"model is called with, or it was loaded for the engine and called without it"
         )
     for name in ("softcap", "s_aux"):  # soft-capped logits; learned sinks in the denominator
         if more.get(name) is not None:
-            raise UnsupportedModelError(f"{type(module).__name__} is more than a softmax: it has {name}")
+            raise UnseenAttentionError(f"{type(module).__name__} is more than a softmax: it has {name}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Angles are exact, in float32 at least: what they turned comes back to the model's dtype here.
     query, key = query.to(value.dtype), key.to(value.dtype)

@@ -32,9 +32,9 @@ class StreamingCache(Cache):  # type: ignore[misc]
     """Attention sinks and a window (Xiao et al. 2023): every new token sees the first `n_sink` tokens, the last
     `window_size`, and itself.
 
-    A prompt given in one piece attends to all of itself, as it would with any cache; then all of it but sinks and
-    window is forgotten. From now on the model rotates by angles computed in float64: float32 ones are off by hundredths
-    at position 1,000,000.
+    Several tokens given in one piece, as a prompt is, see what the cache holds and all of the piece before them, as
+    they would with any cache; then all but sinks and window is forgotten. From now on the model rotates by angles
+    computed in float64: float32 ones are off by hundredths at position 1,000,000.
 
     =====================================  ===========================================================================
     greedy, sampling, beams, several       yes
@@ -42,10 +42,13 @@ class StreamingCache(Cache):  # type: ignore[misc]
     a prompt in pieces (chunked prefill),  yes: give `generate` the whole text so far, or the model the new part
     many turns
     batches                                of equally long prompts; a mask with zeros (padding) is refused
-    assisted and prompt-lookup decoding    yes: what was drafted is forgotten again, as far as the last piece goes
+    assisted and prompt-lookup decoding    yes: what was drafted is forgotten again. What is verified is a piece: while
+                                           nothing is evicted the text is the greedy one, later on it may differ
     another text                           after `reset()`, of another batch size too
     a shorter text than it has seen        refused
     models of images and text              their text; refused where positions are not those of a text
+    masks or positions of one's own,       refused, as far as the model sees them
+    another model, gradient checkpointing
     =====================================  ===========================================================================
 
     Raises UnsupportedModelError if the model's keys cannot be turned on, which is tried (three short forward passes,
@@ -65,24 +68,46 @@ class StreamingCache(Cache):  # type: ignore[misc]
                 f"trained on: perplexity will suffer",
                 stacklevel=2,
             )
-        turn = _SinkTurn(_streaming_rotary(model))
+        self.offset = 0
+        """Of the positions that are given to the model: that of the first token."""
+        self.rotary = _streaming_rotary(model)
+        turn = _SinkTurn(self.rotary)
         super().__init__(layers=[_RingLayer(policy, turn) for _ in range(config.num_hidden_layers)])
 
 
-_ROTARY = "_streaming_rotary"
-"""Where a decoder keeps the rotation that it was seen to be right with."""
+_KNOWN = "_streaming_rotary"
+
+
+class _Known(NamedTuple):
+    """What a decoder keeps: the rotation that it was seen to be right with."""
+
+    where: tuple[torch.device, torch.dtype]
+    rotary: Rotary
 
 
 def _streaming_rotary(model: PreTrainedModel) -> Rotary:
     """Has the model rotate by exact angles, and refuse what a StreamingCache cannot see; tried once for each dtype and
-    device. Raises UnsupportedModelError."""
+    device. Raises UnsupportedModelError, or UsageError for a model of the engine's."""
     decoder = model.get_decoder()
-    known = getattr(decoder, _ROTARY, None)
-    if known is not None and known[0] == (model.device, model.dtype):
-        rotary: Rotary = known[1]
-        rotary.take_over(in_its_dtype=True)
-        return rotary
+    if model.config._attn_implementation == ATTENTION_NAME:
+        raise UsageError(f"{type(model).__name__} was loaded for the engine; load another one for `generate`")
+    if model.get_output_embeddings() is None:
+        raise UnsupportedModelError(f"{type(model).__name__} has no output layer: it is not a language model")
+    known: _Known | None = getattr(decoder, _KNOWN, None)
+    if known is not None and known.where == (model.device, model.dtype):
+        known.rotary.take_over(in_its_dtype=True)
+        return known.rotary
     rotary = Rotary(model)
+    with torch.autocast(model.device.type, enabled=False):
+        _try(model, rotary)
+    if known is None:
+        decoder.register_forward_pre_hook(_refuse, with_kwargs=True)
+    setattr(decoder, _KNOWN, _Known((model.device, model.dtype), rotary))
+    return rotary
+
+
+def _try(model: PreTrainedModel, rotary: Rotary) -> None:
+    """Leaves the model as it was, but for the rotation. Raises UnsupportedModelError."""
     register_attention()
     tokens = probe_tokens(model, None)
     own, training, embed = model.config._attn_implementation, model.training, rotary.embedding.forward
@@ -104,19 +129,28 @@ def _streaming_rotary(model: PreTrainedModel) -> Rotary:
         model.set_attn_implementation(own)
         model.train(training)
         logging.set_verbosity(said)
-    if known is None:
-        decoder.register_forward_pre_hook(_refuse, with_kwargs=True)
-    setattr(decoder, _ROTARY, ((model.device, model.dtype), rotary))
-    return rotary
 
 
-def _refuse(_: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+def _refuse(decoder: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """What a model may be called with, but not with our cache, which would be wrong without a word."""
     cache = options.get("past_key_values")
     if not isinstance(cache, StreamingCache):
         return
+    known: _Known = getattr(decoder, _KNOWN)
+    if not known.rotary.turns_like(cache.rotary) or len(cache.layers) < text_config(decoder).num_hidden_layers:
+        raise UsageError("this StreamingCache was made for another model, of other rotary angles or fewer layers")
+    if options.get("use_cache") is False:
+        raise UsageError("use_cache=False with a StreamingCache: give use_cache=True, or no cache")
+    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
+        raise UsageError(
+            "gradient checkpointing drops the cache: call model.eval() or gradient_checkpointing_disable()"
+        )
     mask = options.get("attention_mask", arguments[1] if len(arguments) > 1 else None)
-    if isinstance(mask, Tensor) and mask.ndim == 2 and not mask.all():
+    if mask is not None and (not isinstance(mask, Tensor) or mask.ndim != 2):
+        raise UsageError(
+            "attention_mask: a StreamingCache, whose keys are in an order of its own, takes none but all ones"
+        )
+    if mask is not None and not mask.all():
         raise UsageError(
             "attention_mask with zeros: a StreamingCache has no place for padding; give prompts of one length, or each "
             "its own cache (without a mask, `generate` takes every pad token of a prompt for padding)"
@@ -126,6 +160,19 @@ def _refuse(_: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None
         raise UsageError(
             f"no new tokens: the cache has seen {cache.get_seq_length()}, the text given is not longer; give all of "
             f"the text so far and what is new, or reset() the cache for another text"
+        )
+    _check_positions(cache, options.get("position_ids"))
+
+
+def _check_positions(cache: StreamingCache, given: Tensor | None) -> None:
+    if given is None:
+        return
+    if cache.get_seq_length() == 0:
+        cache.offset = int(given.flatten()[0])
+    first = cache.get_seq_length() + cache.offset
+    if not (given == torch.arange(first, first + given.shape[-1], device=given.device)).all():
+        raise UsageError(
+            f"position_ids: a StreamingCache counts on and turns its sinks by that, the next is {first}; leave them out"
         )
 
 
@@ -185,6 +232,11 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
         The order of keys is that of the stream, but for a single token, which may see them in any."""
         if not self.is_initialized or (self.seen == 0 and key_states.shape[0] != self.keys.shape[0]):
             self.lazy_initialization(key_states, value_states)
+        if key_states.shape[0] != self.keys.shape[0]:
+            raise UsageError(
+                f"{key_states.shape[0]} sequences: this StreamingCache has seen {self.seen} tokens of "
+                f"{self.keys.shape[0]}; go on with as many, or reset() it"
+            )
         sinks = min(self.n_sink - self.seen, key_states.shape[2])
         if sinks > 0:
             self.sink_keys[:, :, self.seen : self.seen + sinks] = key_states[:, :, :sinks]
@@ -236,6 +288,8 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
 
         Raises UsageError if that would bring back what was evicted: only the last piece of several tokens is held."""
         length = self.seen + tokens_to_remove if tokens_to_remove <= 0 else min(tokens_to_remove, self.seen)
+        if length < 0:
+            raise UsageError(f"crop by {-tokens_to_remove} tokens: the cache has seen {self.seen}")
         if length == self.seen:
             return
         if self.seen > self.slots:

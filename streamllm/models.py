@@ -102,6 +102,8 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer.from_pretrained, name)
+    if not len(tokenizer):
+        raise ModelNotFoundError(f"model {name!r}: no tokenizer in its files; give --token-ids FILE.json")
     return tokenizer
 
 
@@ -196,7 +198,7 @@ def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any
     source = resolve_model(name)
     try:
         return load(source, trust_remote_code=False, **options)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # of what is damaged or mistyped, transformers and safetensors raise anything
         if name == "testbed":
             raise
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -16,6 +16,10 @@ CapAccounting = Literal["nominal", "peak"]
 RefreshPosition = Literal["tail", "order"]
 
 
+_MOST = 2**24
+"""Tokens: schedules are run token by token."""
+
+
 class PolicyError(UsageError):
     """A policy, or a total-KV cap, that cannot be meant; the message names value, range and fix."""
 
@@ -45,8 +49,8 @@ class EvictionPolicy:
     def __post_init__(self) -> None:
         for field in fields(EvictionPolicy):
             value, least = getattr(self, field.name), 1 if field.name == "window_size" else 0
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise PolicyError(f"{field.name} {value!r}: must be a whole number >= {least}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
+                raise PolicyError(f"{field.name} {value!r}: must be a whole number from {least} to {_MOST:,}")
 
     @property
     def kept(self) -> int:

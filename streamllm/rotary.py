@@ -25,6 +25,8 @@ class Rotary:
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.embedding = _rotary_embedding(model)
+        if isinstance(getattr(self.embedding.forward, "__self__", None), Rotary):
+            del self.embedding.forward  # which was ours: its own is to be asked
         self.interleaved = _is_interleaved(self.embedding)
         self._arrange = _arrangement(self.embedding)
         self._frequencies: Tensor = self.embedding.inv_freq.to(model.device, torch.float64)
@@ -38,6 +40,10 @@ class Rotary:
     def size(self) -> int:
         """Dimensions of a head that are rotated."""
         return 2 * len(self._frequencies)
+
+    def turns_like(self, other: Rotary) -> bool:
+        same = self._frequencies.shape == other._frequencies.shape and self.interleaved == other.interleaved
+        return same and bool((self._frequencies == other._frequencies.to(self._frequencies.device)).all())
 
     def take_over(self, in_its_dtype: bool = False) -> None:
         """From now on the model rotates by these angles, exact at any position, instead of its own. Their sines come
@@ -126,6 +132,8 @@ def _rotary_embedding(model: PreTrainedModel) -> Any:
         raise UnsupportedModelError(
             f"{name} has rope_type {kind!r}, which changes with the length of the text: no rotation to undo"
         )
+    if not found[0].inv_freq.numel():
+        raise UnsupportedModelError(f"{name} has a rotary position embedding of no dimensions")
     if len(found) > 1:
         raise UnsupportedModelError(f"{name} has {len(found)} different rotary embeddings")
     return found[0]

@@ -36,7 +36,8 @@ def load_model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, Tok
 
     source = text_source(arguments)
     limit_threads(arguments.threads)
-    loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
+    with messages_on_stderr():
+        loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
     tokenizer = None if source.token_ids is not None else load_tokenizer(arguments.model)
     return loaded, load_tokens(source, tokenizer, loaded.vocabulary)
 

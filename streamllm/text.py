@@ -53,7 +53,7 @@ class TextSource:
             raise TextError("give one of --text, --token-ids and --dataset-name, not several")
         for path in (self.text, self.token_ids):
             if path is not None and not path.is_file():
-                raise TextError(f"text {str(path)!r}: no such file")
+                raise TextError(f"text {str(path)!r}: {'not a file' if path.exists() else 'no such file'}")
         if self.offset < 0:
             raise TextError(f"offset {self.offset}: must be >= 0 tokens")
         if self.max_eval_tokens is not None and self.max_eval_tokens < 2:
@@ -82,14 +82,16 @@ def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, v
         raise TextError("this model has no tokenizer; give --token-ids FILE.json")
     else:
         ids = tokenizer(_read_text(source), verbose=False)["input_ids"]
-    tokens = np.array(ids[source.offset :][: source.max_eval_tokens], dtype=np.int64)
+    chosen = ids[source.offset :][: source.max_eval_tokens]
+    foreign = next((token for token in chosen if not 0 <= token < vocabulary), None)
+    if foreign is not None:
+        raise TextError(f"text {source.label!r}: token id {foreign}, the model knows 0 .. {vocabulary - 1}")
+    tokens = np.array(chosen, dtype=np.int64)
     if len(tokens) < 2:
         raise TextError(
             f"text {source.label!r}: {len(tokens)} of its {len(ids)} tokens are left after offset {source.offset}, "
             f"at least 2 are needed"
         )
-    if tokens.min() < 0 or tokens.max() >= vocabulary:
-        raise TextError(f"text {source.label!r}: token ids reach {tokens.max()}, the model knows 0 .. {vocabulary - 1}")
     return TokenStream(tokens, source.label, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
 
 
@@ -107,7 +109,7 @@ def file_digest(source: TextSource) -> str | None:
 def _read_ids(path: Path) -> list[int]:
     try:
         ids = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise TextError(f"token ids {str(path)!r}: not JSON ({error})") from error
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise TextError(f"token ids {str(path)!r}: must be one JSON list of whole numbers, as [17, 4, 256]")
@@ -122,21 +124,48 @@ def _read_text(source: TextSource) -> str:
 
 
 def _read_file(path: Path, what: str) -> str:
-    reader = _READERS.get(path.suffix.lower())
-    if reader is None:
-        return _read_plain(path)
-    return _text_of(_load(what, reader, data_files=str(path), split="train"), str(path))
+    return _read_table(path, what) if path.suffix.lower() in _TABLES else _read_plain(path)
 
 
 def _read_plain(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the text
+        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the text
     except UnicodeDecodeError as error:
         raise TextError(f"text {str(path)!r}: not UTF-8 ({error.reason})") from error
+    if "\0" in text:
+        raise TextError(f"text {str(path)!r}: not a text, or not in UTF-8: it has NUL characters")
+    return text
 
 
-_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-"""File suffix, of whatever case -> the `datasets` builder that reads it; any other file is plain text."""
+_TABLES = (".jsonl", ".json", ".parquet")
+"""Suffixes, of whatever case, of files that have a column `text`; any other file is plain text."""
+
+
+def _read_table(path: Path, what: str) -> str:
+    try:
+        if path.suffix.lower() == ".parquet":
+            import pandas as pd
+
+            rows = pd.read_parquet(path).astype(object).to_dict("records")
+        else:
+            rows = _json_rows(path.read_text(encoding="utf-8-sig"))
+    except Exception as error:  # pyarrow raises a dozen kinds for what is damaged
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise TextError(f"{what}: not readable as {path.suffix} ({reason[:200]})") from error
+    lacking = next((row for row in rows if not isinstance(row, dict) or "text" not in row), None)
+    if lacking is not None or not rows:
+        columns = ", ".join(map(str, lacking)) if isinstance(lacking, dict) else ""
+        raise TextError(f"{str(path)!r}: no column 'text' among {columns or 'none'}")
+    return _joined([row["text"] for row in rows], str(path))
+
+
+def _json_rows(content: str) -> list[Any]:
+    """A list of objects, or an object per line."""
+    try:
+        whole = json.loads(content)
+    except json.JSONDecodeError:
+        return [json.loads(line) for line in content.split("\n") if line.strip()]
+    return whole if isinstance(whole, list) else [whole]
 
 
 def hub_name(source: TextSource) -> tuple[str, str | None]:
@@ -161,8 +190,10 @@ def _read_dataset(source: TextSource) -> str:
     else:
         return _read_file(local, what)
     if "text" in rows.column_names and Path(str(source.dataset_name)).name == "pg19":
-        return _text_of(rows.select([0]), str(source.dataset_name))
-    return _text_of(rows, str(source.dataset_name))
+        rows = rows.select([0])
+    if "text" not in rows.column_names:
+        raise TextError(f"{str(source.dataset_name)!r}: no column 'text' among {', '.join(rows.column_names)}")
+    return _joined(list(rows["text"]), str(source.dataset_name))
 
 
 def local_data(name: str) -> Path | None:
@@ -189,10 +220,7 @@ def _load(what: str, *arguments: Any, **options: Any) -> Any:
         raise TextError(f"{what}: {reason[:200]}; give a cached hub id, a local folder or --text FILE") from error
 
 
-def _text_of(rows: Any, name: str) -> str:
-    if "text" not in rows.column_names:
-        raise TextError(f"{name!r}: no column 'text' among {', '.join(rows.column_names)}")
-    texts = list(rows["text"])
+def _joined(texts: list[Any], name: str) -> str:
     for number, text in enumerate(texts, 1):
         if not isinstance(text, str):
             raise TextError(f"{name!r}: 'text' of row {number} is {text!r}, not a string; mend or remove that row")

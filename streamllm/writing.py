@@ -91,6 +91,11 @@ class Writer:
         ids = self.tokenizer(prompt)["input_ids"]
         if not ids:
             raise UsageError(f"prompt {prompt!r}: no tokens; give some text")
+        if max(ids) >= self.loaded.vocabulary:
+            raise UsageError(
+                f"model {self.loaded.name!r}: its tokenizer gives token id {max(ids)}, the model knows 0 .. "
+                f"{self.loaded.vocabulary - 1}; they do not belong together"
+            )
         for token in torch.tensor(ids, device=self.loaded.device).split(1):
             self._feed(token)
         return prompt

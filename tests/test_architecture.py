@@ -90,6 +90,29 @@ def test_where_no_layer_can_be_seen_the_whole_model_is_asked(dtype):
         StreamingCache(model, window_size=24)
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_rounding_alone_is_no_reason(seed):
+    """One layer, whose split and whole forward passes often agree to the last digit."""
+    model = random_model("llama", num_hidden_layers=1, vocab_size=120)
+    torch.manual_seed(seed)
+    for weight in model.parameters():
+        if weight.ndim > 1:
+            torch.nn.init.normal_(weight, std=2 / weight.shape[-1] ** 0.5)
+    StreamingCache(model, window_size=24)
+    prepare(model, "llama", "")
+
+
+def test_soft_caps_that_are_none_are_no_reason():
+    prepare(random_model("gemma2", attn_logit_softcapping=None), "gemma2", "")
+
+
+def test_own_attention_may_be_more_than_a_softmax():
+    model = random_model("gemma2", layer_types=["full_attention"] * 4)
+    stream = torch.arange(3, 60)[None] * 7 % 120
+    error = streamed(model, stream, 4, 24).log_softmax(-1) - by_surviving_inputs(model, stream, 4, 24).log_softmax(-1)
+    assert error.abs().mean() < 1e-3
+
+
 def test_experts_in_float64_are_refused_in_a_line():
     with pytest.raises(UnsupportedModelError, match="forward pass fails on 24 tokens of text in float64"):
         prepare(random_model("mixtral", torch.float64), "mixtral", "")

@@ -86,6 +86,19 @@ def test_a_folder_that_lacks_weights(folder):
     assert f"files lack 1 tensors of the model that config.json describes ({lacking})" in refused(folder)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [{"num_attention_heads": 0}, {"num_hidden_layers": 2.5}, {"vocab_size": 2000}, {"hidden_act": "x"}, None],
+    ids=str,
+)
+def test_damaged_folders_are_a_line(folder, damage):
+    if damage is None:
+        (folder / "model.safetensors").write_bytes(b"torn")
+    else:
+        change(folder, **damage)
+    assert "not a usable folder" in refused(folder)
+
+
 def test_a_trained_length_of_nothing(folder):
     change(folder, max_position_embeddings=0)
     assert "max_position_embeddings 0: must be a whole number >= 2" in refused(folder)

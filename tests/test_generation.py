@@ -250,7 +250,7 @@ def test_many_turns_and_another_text(golden_tokens):
     second = model.generate(torch.cat((first, stream[:, 40:60]), 1), max_new_tokens=10, **usual)
     assert second.shape == (1, 80) and second[:, :50].tolist() == first.tolist()
     # transformers 5.2 does not get as far as the model
-    with pytest.raises((UsageError, IndexError), match="the cache has seen 79|index -1"):
+    with pytest.raises((UsageError, IndexError), match=r"the cache has seen 79|index -1"):
         model.generate(stream[:, :30], max_new_tokens=5, **usual)
     cache.reset()
     both = model.generate(torch.cat((stream[:, :40], stream[:, 40:80])), max_new_tokens=10, **usual)
@@ -287,6 +287,51 @@ def test_the_text_of_a_model_of_images_and_text(golden_tokens):
     tokens = golden_tokens[:80] % 500
     found = losses_of(model, StreamingCache(model, 4, 20), tokens)
     np.testing.assert_allclose(found, losses_of(alone, StreamingCache(alone, 4, 20), tokens), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"use_cache": False}, "use_cache=False"),
+        ({"attention_mask": torch.ones(1, 1, 1, 6, dtype=torch.bool)}, "takes none but all ones"),
+        ({"position_ids": torch.tensor([[0]])}, "the next is 5"),
+    ],
+)
+def test_what_would_be_wrong_without_a_word(given, message):
+    model = own("llama-tiny")
+    cache = StreamingCache(model, 4, 20)
+    model(torch.tensor([[5, 9, 2, 7, 11]]), past_key_values=cache)
+    with pytest.raises(UsageError, match=message):
+        model(torch.tensor([[3]]), past_key_values=cache, **given)
+    with pytest.raises(UsageError, match="2 sequences: .* 5 tokens of 1"):
+        model(torch.tensor([[3], [4]]), past_key_values=cache)
+    with pytest.raises(UsageError, match="crop by 6 tokens: the cache has seen 5"):
+        cache.crop(-6)
+    model(torch.tensor([[3]]), past_key_values=cache, position_ids=torch.tensor([[5]]))
+    model.train()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(UsageError, match="gradient checkpointing"):
+        model(torch.tensor([[3]]), past_key_values=cache)
+
+
+def test_a_cache_of_another_model():
+    one, other = own("llama-tiny"), own("neox-tiny")
+    StreamingCache(other)
+    with pytest.raises(UsageError, match="made for another model"):
+        other(torch.tensor([[3]]), past_key_values=StreamingCache(one))
+
+
+def test_a_model_of_another_dtype_is_asked_again(golden_tokens):
+    model = own("llama-tiny")
+    StreamingCache(model)
+    model.bfloat16()
+    losses_of(model, StreamingCache(model, 4, 20), golden_tokens[:40])
+    with torch.autocast("cpu", torch.bfloat16):
+        StreamingCache(own("llama-tiny"))
+    with pytest.raises(UnsupportedModelError, match="no output layer"):
+        StreamingCache(own("llama-tiny").model)
+    with pytest.raises(UsageError, match="loaded for the engine"):
+        StreamingCache(tiny_model("Llama", torch.float32).model)
 
 
 def test_a_model_is_tried_once_and_left_as_it_was():

@@ -80,6 +80,30 @@ def test_a_row_without_text_is_named(tmp_path, value, shown):
             tokens_of(text=file)
 
 
+def test_file_names_are_no_patterns(tmp_path):
+    (tmp_path / "wx.jsonl").write_text('{"text": "other"}\n')
+    for name in ("[w]x.jsonl", "w?.jsonl", "x::y.jsonl"):
+        (tmp_path / name).write_text('{"text": "2020-01-01"}\n')
+        assert "".join(map(chr, tokens_of(text=tmp_path / name).tokens)) == "2020-01-01"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", "a\0b", "NUL characters"),
+        ("a.jsonl", "", "no column 'text' among none"),
+        ("a.jsonl", '{"text": "a"}\n{"te', "not readable as .jsonl"),
+        ("a.json", "3", "no column 'text' among none"),
+        ("a.json", '[{"title": "a", "id": 1}]', "no column 'text' among title, id"),
+        ("a.parquet", "PAR1", "not readable as .parquet"),
+    ],
+)
+def test_damaged_files(tmp_path, name, content, message):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(TextError, match=message):
+        tokens_of(text=tmp_path / name)
+
+
 def test_the_digest_of_a_source_is_its_files(tmp_path):
     file = tmp_path / "book.txt"
     file.write_text("hello")
@@ -144,6 +168,8 @@ def test_of_pg19_the_first_book(tmp_path):
         ("[1, 'a'", "not JSON"),
         ("[1]", "at least 2"),
         ("[1, true]", "whole numbers"),
+        ("[-1, 2, 3]", "token id -1,"),
+        ("[1, " + "9" * 30 + "]", "0 .. 255"),
         (json.dumps([1, 999]), "0 .. 255"),
     ],
 )

@@ -29,6 +29,7 @@ from ..arguments import (
 from ..errors import UsageError
 from ..methods import METHODS
 from ..printing import discard, say
+from ..session import messages_on_stderr
 
 if TYPE_CHECKING:
     from ..writing import Writer
@@ -109,7 +110,8 @@ def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
     from ..policy import peak_without_end
 
     limit_threads(arguments.threads)
-    loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
+    with messages_on_stderr():
+        loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
     tokenizer = load_tokenizer(arguments.model)
     policy = stream_policy(arguments, loaded)
     for method in (arguments.method, *(["dense"] * arguments.dense)):
