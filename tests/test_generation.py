@@ -303,7 +303,7 @@ def test_what_would_be_wrong_without_a_word(given, message):
     model(torch.tensor([[5, 9, 2, 7, 11]]), past_key_values=cache)
     with pytest.raises(UsageError, match=message):
         model(torch.tensor([[3]]), past_key_values=cache, **given)
-    with pytest.raises(UsageError, match="2 sequences: .* 5 tokens of 1"):
+    with pytest.raises(UsageError, match=r"2 sequences: .* 5 tokens of 1"):
         model(torch.tensor([[3], [4]]), past_key_values=cache)
     with pytest.raises(UsageError, match="crop by 6 tokens: the cache has seen 5"):
         cache.crop(-6)
