@@ -123,8 +123,9 @@ def _read_text(source: TextSource) -> str:
     return _read_file(path, f"text {str(path)!r}")
 
 
-def _read_file(path: Path, what: str) -> str:
-    return _read_table(path, what) if path.suffix.lower() in _TABLES else _read_plain(path)
+def _read_file(path: Path, what: str, rows: int | None = None) -> str:
+    """All rows of a table, or the first so many."""
+    return _read_table(path, what, rows) if path.suffix.lower() in _TABLES else _read_plain(path)
 
 
 def _read_plain(path: Path) -> str:
@@ -141,7 +142,7 @@ _TABLES = (".jsonl", ".json", ".parquet")
 """Suffixes, of whatever case, of files that have a column `text`; any other file is plain text."""
 
 
-def _read_table(path: Path, what: str) -> str:
+def _read_table(path: Path, what: str, count: int | None) -> str:
     try:
         if path.suffix.lower() == ".parquet":
             import pandas as pd
@@ -156,7 +157,7 @@ def _read_table(path: Path, what: str) -> str:
     if lacking is not None or not rows:
         columns = ", ".join(map(str, lacking)) if isinstance(lacking, dict) else ""
         raise TextError(f"{str(path)!r}: no column 'text' among {columns or 'none'}")
-    return _joined([row["text"] for row in rows], str(path))
+    return _joined([row["text"] for row in rows[:count]], str(path))
 
 
 def _json_rows(content: str) -> list[Any]:
@@ -182,14 +183,15 @@ def _read_dataset(source: TextSource) -> str:
     what = f"data set {source.dataset_name!r}"
     name, config = hub_name(source)
     local = local_data(str(source.dataset_name))
+    is_books = Path(str(source.dataset_name)).name == "pg19"
     if local is None:
         rows = _load(what, name, name=config, split=source.split)
     elif local.is_dir():
         part = local / config if config is not None and (local / config).is_dir() else local
         rows = _load(what, str(part), split=source.split)
     else:
-        return _read_file(local, what)
-    if "text" in rows.column_names and Path(str(source.dataset_name)).name == "pg19":
+        return _read_file(local, what, 1 if is_books else None)
+    if is_books:
         rows = rows.select([0])
     if "text" not in rows.column_names:
         raise TextError(f"{str(source.dataset_name)!r}: no column 'text' among {', '.join(rows.column_names)}")
