@@ -192,7 +192,7 @@ def _read_dataset(source: TextSource) -> str:
     else:
         return _read_file(local, what, 1 if is_books else None)
     if is_books:
-        rows = rows.select([0])
+        rows = rows.select(range(min(len(rows), 1)))
     if "text" not in rows.column_names:
         raise TextError(f"{str(source.dataset_name)!r}: no column 'text' among {', '.join(rows.column_names)}")
     return _joined(list(rows["text"]), str(source.dataset_name))
