@@ -154,7 +154,9 @@ class _Calls:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.twice |= layer in self.of
         self.of[layer] = self._last
-        return eager_attention(query, key, value, scaling, _causal(query))
+        # In float32, or what overflows in one layer would be no numbers in the next.
+        output = eager_attention(query.float(), key.float(), value.float(), scaling, _causal(query))
+        return output.to(value.dtype)
 
 
 class _Rotated:

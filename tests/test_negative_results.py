@@ -207,7 +207,7 @@ def test_eager_attention_that_overflows_in_float16_is_a_failure_and_no_number(ev
     """Nor does the evaluator make a number of it, whose logits overflow where eager ones do."""
     for options in (["--attn-backend", "eager"], ["--protocol", "fast"]):
         code, printed, complaint = evaluate(*overflowing, "--dtype", "float16", *options)
-        assert (code, printed) == (1, "")
+        assert (code, printed) == (1, ""), complaint
         assert "is nan in torch.float16" in complaint and "use --dtype bfloat16 or float32" in complaint
     for dtype, backend in (("bfloat16", "eager"), ("float16", "auto")):
         code, printed, _ = evaluate(*overflowing, "--dtype", dtype, "--attn-backend", backend)
