@@ -10,6 +10,7 @@ import shutil
 import sys
 import tempfile
 from contextlib import nullcontext, redirect_stderr
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,8 @@ def folder_digest(folder: Path) -> str:
 def converted(file: Path) -> Path:
     """The folder with the file's weights in float32, its configuration and its tokenizer if it has one; made now if it
     is not there. Raises UsageError, UnsupportedModelError."""
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
+    state = file.stat()
+    digest = _digest(file, state.st_size, state.st_mtime_ns)
     folder = cache_folder() / "gguf" / digest[:16]
     if folder.is_dir():
         return folder
@@ -85,6 +86,13 @@ def converted(file: Path) -> Path:
         except OSError:  # another process was faster
             shutil.rmtree(new)
     return folder
+
+
+@cache
+def _digest(file: Path, size: int, changed: int) -> str:
+    """sha256 of a file, for as long as it has that size and was changed at that time: a command asks several times."""
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def cache_folder() -> Path:

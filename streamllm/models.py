@@ -112,7 +112,9 @@ def weights_digest(name: str) -> str:
     Raises UsageError if what was converted of that is not what it was."""
     source = Path(resolve_model(name))
     if not source.is_dir():
-        return str(_configuration(name)._commit_hash)
+        commit = _configuration(name)._commit_hash
+        assert commit, "what comes from the hub has a commit"
+        return str(commit)
     digest = folder_digest(source)
     kept = facts(source)
     if kept and kept["converted"] != digest:

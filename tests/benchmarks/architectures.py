@@ -29,7 +29,7 @@ from streamllm.errors import UnsupportedModelError
 from streamllm.generation import StreamingCache
 from streamllm.methods import make_decoder
 from streamllm.policy import EvictionPolicy
-from tests.test_architecture import by_surviving_inputs, streamed
+from tests.plain import by_surviving_inputs, streamed
 from tests.zoo import ARCHITECTURES, random_model
 
 from .reporting import markdown_table
