@@ -40,7 +40,7 @@ class StreamingCache(Cache):  # type: ignore[misc]
     greedy, sampling, beams, several       yes
     sequences for one prompt
     a prompt in pieces (chunked prefill),  yes: give `generate` the whole text so far, or the model the new part
-    many turns
+    many turns                             (`prefill_chunk_size` not with transformers 5.2, which misplaces the chunks)
     batches                                of equally long prompts; a mask with zeros (padding) is refused
     assisted and prompt-lookup decoding    yes: what was drafted is forgotten again. What is verified is a piece: while
                                            nothing is evicted the text is the greedy one, later on it may differ
