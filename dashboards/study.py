@@ -1,5 +1,6 @@
-"""A sweep's output folder as dashboards read it: `sweep.json`, a row per finished trial in `trials.jsonl`, what
-confirming added to some of them in `confirmed.jsonl`, and how it ended in `outcome.json`."""
+"""A sweep's output folder as dashboards read it: `sweep.json`, a row per finished trial in `trials.jsonl`, what they
+cost beside the baseline in `increases.jsonl`, what confirming added to some of them in `confirmed.jsonl`, and how it
+ended in `outcome.json`."""
 
 from __future__ import annotations
 
@@ -67,7 +68,10 @@ def load_study(study: str) -> StudyResults:
         raise UsageError(f"study {study!r}: neither a folder with results nor one of sweeps/ ({known})")
     configuration = json.loads((folder / "sweep.json").read_text())
     measured = read_rows(folder / "trials.jsonl")
-    confirmed = {row["trial"]: row for row in read_rows(folder / "confirmed.jsonl")}
+    increases, confirmed = (
+        {row["trial"]: row for row in read_rows(folder / f"{name}.jsonl")} for name in ("increases", "confirmed")
+    )
+    measured = [{**row, **increases.get(row["trial"], {})} for row in measured]
     merged = [{**row, **confirmed.get(row["trial"], {})} for row in measured]
     pool = ReferencePool([*measured, *(row for row in merged if row.get("rounds"))])
     fixed = {row["trial"]: pool.with_time(_as_unit(row)) for row in merged if row["trial"] in _FIXED}

@@ -23,6 +23,7 @@ _MAY_CHANGE = {
     "sampler",
     "trials",
     "time_budget",
+    "baseline_tokens",
     "max_ppl_increase",
     "workers",
     "output",
@@ -50,7 +51,9 @@ class SweepConfiguration:
     seed: int
     sampler: str = "auto"
     time_budget: float | None = None
-    """Seconds after which nothing new is started."""
+    """Seconds after which all should be finished."""
+    baseline_tokens: int | None = None
+    """Of the baseline's sample; 0: all; None: as many as a share of the time allows."""
     max_ppl_increase: float | None = None
     """Percent over re-computation that what is recommended may cost; None: the front's knee is."""
     model_digest: str = ""

@@ -73,6 +73,8 @@ class Display:
         self._confirming: tuple[int, int] | None = None
         """Measurements that confirming takes, and how many have been started."""
         self._round = 0
+        self._fixed: dict[str, str] = {}
+        """What was said of reference and baseline."""
         self._said = 0.0
         self._live = Live(console=self.console, get_renderable=self.view, refresh_per_second=4, transient=True)
 
@@ -112,10 +114,14 @@ class Display:
             self._times.add(row)
             row = self._times.with_time(row)
             tokens = row["n_sink"] + row["window_size"]
-            self.note(
+            sample = f" by a sample of {row['sampled_tokens']}" if "sampled_tokens" in row else ""
+            said = (
                 f"{_FIXED[row['trial']].format(tokens=tokens)}: {row['tpot_ms']:.2f} ms/token, "
-                f"PPL {row['perplexity']:.2f}{' (from the store)' * row['reused']}"
+                f"PPL {row['perplexity']:.2f} [{row['perplexity_low']:.2f}, {row['perplexity_high']:.2f}]{sample}"
             )
+            if said != self._fixed.get(row["trial"]):
+                self._fixed[row["trial"]] = said
+                self.note(f"{said}{' (from the store)' * row['reused']}")
             return
         self._count(row)
         self._doing[row["worker"]] = "idle"

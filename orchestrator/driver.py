@@ -7,21 +7,29 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
+from search_spaces import SearchSpace, told_name
 from streamllm.errors import UsageError
 
 from .pool import Finished, SweepError, WorkerPool
-from .results import BASELINE, STRICT, failed_row, fixed_row, fixed_spec, trial_row
+from .results import BASELINE, STRICT, failed_row, fixed_row, fixed_spec, increases, trial_row
+from .sampling import BaselineSample
 from .study import OpenTrial, Study
 from .trial import TrialMeasurement, TrialSpec
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from streamllm.quality import QualityComparison
 
 Task = OpenTrial | str
 """A trial; or the name of what trials are compared with, STRICT or BASELINE."""
 
+_CANDIDATES = 5
+"""Taken to be confirmed, when time is set aside for it."""
+_OF_BASELINE = {"speedup", "ppl_increase_percent"}
 _DEATHS = 2
 """Workers that end on a trial before it counts as failed."""
 
@@ -45,9 +53,12 @@ class Driver:
         trials: int,
         observers: list[Observer],
         note: Callable[[str], None] = lambda _: None,
-        time_budget: float | None = None,
+        until: float = math.inf,
+        confirm: int = 0,
+        baseline_tokens: int | None = None,
     ) -> None:
-        """`time_budget`: seconds from now after which nothing new is asked for."""
+        """`until`: when all should be finished, by the monotonic clock; `confirm`: rounds that will come after the
+        search, and need their time. `baseline_tokens`: see `BaselineSample.wanted`."""
         self.study = study
         self.pool = pool
         self.cap = cap
@@ -56,9 +67,10 @@ class Driver:
         self.fixed: dict[str, TrialMeasurement] = {}
         """What trials are compared with, as far as it has been measured."""
         self.comparison: QualityComparison | None = None
-        """Of qualities, once all that is measured."""
+        """Of qualities, once the reference is measured; with the baseline's as far as that is."""
         self._budget = trials - len(study.rows)
-        self._until = math.inf if time_budget is None else time.monotonic() + time_budget
+        self._until = until
+        self._confirm = confirm
         self._exhausted = False
         self._idle: deque[int] = deque()
         self._running: dict[int, Task] = {}
@@ -66,12 +78,16 @@ class Driver:
         self._retries: deque[Task] = deque([STRICT, BASELINE])
         """To be handed out before anything new is asked for: at first, what trials are compared with."""
         self._deaths = {STRICT: 0, BASELINE: 0}
+        self._sample = BaselineSample(baseline_tokens)
+        self._awaits_baseline = bool(_OF_BASELINE & {*map(told_name, study.space.objectives), *_limited(study.space)})
+        self._started: dict[int, float] = {}
+        """Worker -> when it was given what it measures, by the monotonic clock."""
         self._digests: dict[str, str] = {
             name: row[name] for row in study.rows[:1] for name in ("model_digest", "text_digest") if name in row
         }
         """Of weights and tokens; of a new study, the first worker's."""
         self._unpaired: list[tuple[OpenTrial, TrialMeasurement, int]] = []
-        """Measured before all that was."""
+        """Measured before what they are compared with."""
 
     @property
     def idle(self) -> tuple[int, ...]:
@@ -80,32 +96,67 @@ class Driver:
 
     def run(self) -> None:
         """Runs trials until the budget is spent or the space is exhausted. Raises SweepError, UsageError."""
-        while self._running or self._retries or self.comparison is None or self._more():
+        while self._running or self._retries or self._more() or self._is_short():
             for finished in self.pool.wait(timeout=0.5):
                 self._handle(finished)
                 self._assign()
+        self._announce_fixed(BASELINE)
+
+    def increases(self, losses_of: Callable[[str], np.ndarray]) -> list[dict[str, Any]]:
+        """What the finished trials and the reference cost beside the baseline, as well as that is known by now. See
+        `results.increases`."""
+        if self.comparison is None or BASELINE not in self.fixed:
+            return []
+        strict = {"trial": STRICT, "state": "complete", **self.fixed[STRICT].record}
+        return increases([strict, *self.study.rows], self.comparison, losses_of)
+
+    def _is_short(self) -> bool:
+        return self._sample.is_short() and self._has_time()
 
     def _more(self) -> bool:
         """Whether there is anything new to ask for, be there workers just now or not."""
-        return self._budget > 0 and not self._exhausted and time.monotonic() < self._until
+        return self._budget > 0 and not self._exhausted and self._has_time()
+
+    def _has_time(self) -> bool:
+        """For one trial more on every worker, and for confirming what is on the front by then."""
+        if self._until == math.inf:
+            return True
+        rows = [row for row in self.study.rows if "speed_sec" in row]
+        speed = median(row["speed_sec"] for row in rows) if rows else 0.0
+        quality = median(row["quality_sec"] for row in rows) if rows else 0.0
+        baseline = self.fixed[BASELINE].record.get("speed_sec", 0.0) if BASELINE in self.fixed else 0.0
+        workers = len(self._idle) + len(self._running)
+        needed = quality + workers * speed + self._confirm * (_CANDIDATES * speed + baseline)
+        return time.monotonic() + needed < self._until
 
     def _assign(self) -> None:
         """Gives idle workers something to do."""
-        while self._idle and (self._retries or self._more()):
-            if self._retries:
-                task = self._retries.popleft()
-            elif (asked := self._ask()) is not None:
-                self._budget -= 1
-                task = asked
-            else:
-                self._exhausted = True
-                return
+        while self._idle and (task := self._next()) is not None:
             worker = self._idle.popleft()
-            spec = fixed_spec(task, self.cap) if isinstance(task, str) else task.spec
+            spec = task.spec if isinstance(task, OpenTrial) else self._fixed_spec(task)
             self._running[worker] = task
+            self._started[worker] = time.monotonic()
             self.pool.submit(worker, spec)
             for observer in self.observers:
                 observer.trial_started(worker, spec)
+
+    def _next(self) -> Task | None:
+        if self._retries:
+            return self._retries.popleft()
+        grows = BASELINE in self.fixed and BASELINE not in self._running.values() and self._has_time()
+        if grows and self._sample.is_due():
+            return BASELINE
+        if self._more():
+            if (asked := self._ask()) is not None:
+                self._budget -= 1
+                return asked
+            self._exhausted = True
+        return BASELINE if grows and self._sample.is_short() else None
+
+    def _fixed_spec(self, name: str) -> TrialSpec:
+        """Of the baseline, for a sample of a batch more; where trials wait for it, of all that is needed."""
+        first = self._sample.least if self._awaits_baseline else 0
+        return fixed_spec(name, self.cap, max(self._sample.next_size, first))
 
     def _handle(self, finished: Finished) -> None:
         worker = finished.worker
@@ -120,6 +171,7 @@ class Driver:
                 raise UsageError(finished.error)
         else:
             task = self._running.pop(worker)
+            self._sample.spent(time.monotonic() - self._started.pop(worker), task == BASELINE)
             if finished.measurement is not None:
                 self._measured(task, finished.measurement, worker)
             else:
@@ -142,26 +194,35 @@ class Driver:
 
     def _measured(self, task: Task, measurement: TrialMeasurement, worker: int) -> None:
         if isinstance(task, str):
+            is_first = task not in self.fixed
             self.fixed[task] = measurement
-            if len(self.fixed) == len(self._deaths):
-                self._compare()
+            self._compare()
+            if is_first and self.comparison is not None:
+                self._announce_fixed(task)
         else:
             self._unpaired.append((task, measurement, worker))
-        if self.comparison is not None:
-            baseline = self.fixed[BASELINE]
-            for waiting, measured, by in self._unpaired:
-                self._tell(waiting, trial_row(waiting, measured, baseline, self.comparison, by))
-            self._unpaired.clear()
+        baseline = self.fixed.get(BASELINE)
+        if self.comparison is None or (baseline is None and self._awaits_baseline):
+            return
+        for waiting, measured, by in self._unpaired:
+            self._tell(waiting, trial_row(waiting, measured, baseline, self.comparison, by))
+        self._unpaired.clear()
 
     def _compare(self) -> None:
-        """All that trials are compared with is there."""
+        """With what there is of the reference and the baseline."""
         from streamllm.quality import QualityComparison
 
-        strict, baseline = self.fixed[STRICT], self.fixed[BASELINE]
+        strict, baseline = self.fixed.get(STRICT), self.fixed.get(BASELINE)
+        if strict is None:
+            return
         assert strict.losses is not None
-        self.comparison = QualityComparison(strict.losses, baseline.losses)
-        for name, measurement in self.fixed.items():
-            self._announce(fixed_row(name, measurement, baseline, self.comparison))
+        self.comparison = QualityComparison(strict.losses, baseline.losses if baseline else None)
+        if baseline is not None:
+            self._sample.measured(baseline, strict.losses)
+
+    def _announce_fixed(self, name: str) -> None:
+        assert self.comparison is not None
+        self._announce(fixed_row(name, self.fixed[name], self.fixed.get(BASELINE), self.comparison))
 
     def _failed(self, task: Task, finished: Finished) -> None:
         """What took a worker down is tried once more, by whoever is free first; what raised would raise again."""
@@ -172,6 +233,10 @@ class Driver:
                 return
             reason = f"quarantined: {_DEATHS} workers ended on it: {reason}"
         if isinstance(task, str):
+            if task in self.fixed:  # there is a sample, if a small one
+                self.note(f"warning: the baseline's sample stays at {self._sample.tokens} tokens: {reason}")
+                self._sample.is_whole = True
+                return
             what = {STRICT: "strict StreamingLLM, the reference,", BASELINE: "the baseline"}[task]
             raise SweepError(f"{what} could not be measured: {reason}")
         self._tell(task, failed_row(task, reason, finished.worker))
@@ -196,6 +261,10 @@ class Driver:
     def _announce(self, row: dict[str, Any]) -> None:
         for observer in self.observers:
             observer.trial_finished(row)
+
+
+def _limited(space: SearchSpace) -> list[str]:
+    return [constraint.metric for constraint in space.constraints]
 
 
 @contextmanager

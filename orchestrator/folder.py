@@ -1,6 +1,7 @@
 """A study's folder as tables, figures and MLflow read it: plain files that follow the journal.
 
-`trials.jsonl` has a row per finished trial, `rounds.jsonl` the rounds of confirming, `confirmed.jsonl` what they say of
+`trials.jsonl` has a row per finished trial, `increases.jsonl` what they cost beside the baseline, which becomes better
+known while the sweep runs, `rounds.jsonl` the rounds of confirming, `confirmed.jsonl` what they say of
 some trials, `fronts.jsonl` the front each time a sweep ended, `outcome.json` how the last did. MLflow is made of these
 files and the measurement store alone.
 """

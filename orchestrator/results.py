@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +15,25 @@ from .study import OpenTrial
 from .trial import TrialMeasurement, TrialSpec
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from streamllm.quality import QualityComparison
 
 STRICT, BASELINE = "strict", "baseline"
 """What everything is compared with, in place of a trial's number."""
 
 
-def fixed_spec(name: str, cap: int) -> TrialSpec:
+def fixed_spec(name: str, cap: int, sampled_tokens: int = 0) -> TrialSpec:
     """Of the reference, strict StreamingLLM by the ring; of the baseline, a sliding window of the whole cap, computed
-    anew for every token."""
+    anew for every token of a sample."""
     if name == STRICT:
         return TrialSpec("ring", "auto", strict_policy(cap))
-    return TrialSpec("recompute", "auto", EvictionPolicy(n_sink=0, window_size=cap))
+    window = EvictionPolicy(n_sink=0, window_size=cap)
+    return TrialSpec("recompute", "auto", window, sampled_tokens=sampled_tokens)
 
 
 def fixed_row(
-    name: str, measurement: TrialMeasurement, baseline: TrialMeasurement, comparison: QualityComparison
+    name: str, measurement: TrialMeasurement, baseline: TrialMeasurement | None, comparison: QualityComparison
 ) -> dict[str, Any]:
     """The row of the reference or of the baseline, whose perplexity is stated over all tokens."""
     row = {"trial": name, "state": "complete", **measurement.record}
@@ -45,7 +49,7 @@ def fixed_row(
 def trial_row(
     trial: OpenTrial,
     measurement: TrialMeasurement,
-    baseline: TrialMeasurement,
+    baseline: TrialMeasurement | None,
     comparison: QualityComparison,
     worker: int,
 ) -> dict[str, Any]:
@@ -62,10 +66,33 @@ def trial_row(
     }
 
 
-def _beside(measurement: TrialMeasurement, baseline: TrialMeasurement, comparison: QualityComparison) -> dict[str, Any]:
-    losses, baseline_losses = measurement.losses, baseline.losses
-    assert losses is not None and baseline_losses is not None
-    beside = compared(measurement.record, losses, (baseline.record, baseline_losses), comparison)
+def increases(
+    rows: Iterable[Mapping[str, Any]], comparison: QualityComparison, losses_of: Callable[[str], np.ndarray]
+) -> list[dict[str, Any]]:
+    """What each complete trial costs in perplexity beside the baseline, as well as that is known by now.
+
+    losses_of: by the name of the store's entry; configurations of one policy share it."""
+    known: dict[str, dict[str, float]] = {}
+    added = []
+    for row in rows:
+        entry = row.get("quality_entry")
+        if row["state"] == "complete" and entry is not None:
+            if entry not in known:
+                known[entry] = comparison.increase(losses_of(entry)).flat("ppl_increase_percent")
+            added.append({"trial": row["trial"], **known[entry]})
+    return added
+
+
+def _beside(
+    measurement: TrialMeasurement, baseline: TrialMeasurement | None, comparison: QualityComparison
+) -> dict[str, Any]:
+    losses = measurement.losses
+    assert losses is not None
+    if baseline is None:
+        beside = comparison.vs_strict(losses).flat("ppl_vs_strict_percent")
+    else:
+        assert baseline.losses is not None
+        beside = compared(measurement.record, losses, (baseline.record, baseline.losses), comparison)
     n_losses = measurement.record["n_tokens"] - 1
     return beside | (sampled(losses, comparison, n_losses) if len(losses) < n_losses else {})
 

@@ -7,6 +7,8 @@ all that is compared was measured at the same time. Times are ratios to the refe
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -62,21 +64,28 @@ def take_rounds(
     rows: Sequence[Row],
     count: int,
     announce: Callable[[int, TrialSpec], None],
+    until: float = math.inf,
 ) -> list[Round]:
-    """`count` rounds of all `rows`, each on the next of the ready `workers`. Those that are there count, if every
-    one of the rows is in them, and the engine is the same.
+    """`count` rounds of all `rows`, each on the next of the ready `workers`; fewer, but one, where the next would not
+    be finished `until` then, by the monotonic clock. Those that are there count, if every one of the rows is in them,
+    and the engine is the same.
 
     announce: told worker and spec before each measurement."""
     needed = {str(row["trial"]) for row in rows}
     found = [one for one in read_rounds(folder) if needed <= one.members and one.code == code_digest()][-count:]
     failed = {trial: reason for one in found for trial, reason in one.failed.items()}
     turns = _Turns(pool, workers, announce)
+    took = 0.0
     for number in range(len(found) + 1, count + 1):
+        if found and time.monotonic() + took > until:
+            break
+        started = time.monotonic()
         turns.next_worker()
         one = _take(turns, rows, number, failed)
         failed |= one.failed
         _append(folder, one)
         found.append(one)
+        took = time.monotonic() - started
     return found
 
 

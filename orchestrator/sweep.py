@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search_spaces import SHIPPED, is_matrix, load_space
-from streamllm.arguments import add_model_arguments, add_text_arguments, text_source
+from streamllm.arguments import add_model_arguments, add_sample_argument, add_text_arguments, sample_size, text_source
 from streamllm.environment import HELP, read_env_file
 from streamllm.errors import UsageError
 from streamllm.printing import say
@@ -49,6 +51,7 @@ _OF_SEARCHES = (
     "trial_timeout",
     "load_timeout",
     "confirm",
+    "baseline_tokens",
     "seed",
     "address",
 )
@@ -74,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
         "--trials", type=int, metavar="N", help="configurations to measure in all (16; what fits in a time budget)"
     )
     how.add_argument(
-        "--time-budget", metavar="TIME", help="start nothing new after 90s, 30m or 2h and finish what runs (no limit)"
+        "--time-budget",
+        metavar="TIME",
+        help="be finished, loading and confirming included, after about 10m, 90m or 2h (no limit)",
     )
     how.add_argument(
         "--sampler",
@@ -104,6 +109,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="rounds in which the front's times are taken again (3; 0: none)",
     )
+    add_sample_argument(how, "a quarter of the time")
     how.add_argument(
         "--max-ppl-increase",
         metavar="PERCENT",
@@ -181,6 +187,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         seed=arguments.seed,
         sampler=arguments.sampler,
         time_budget=time_budget,
+        baseline_tokens=sample_size(arguments.baseline_tokens),
         max_ppl_increase=limit,
         model_digest=weights_digest(arguments.model),
         text_file_digest=file_digest(source),
@@ -197,6 +204,7 @@ def seconds(text: str) -> float:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    started = time.monotonic()
     try:
         read_env_file()
         arguments = parser().parse_args(argv)
@@ -215,18 +223,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         configuration.output.mkdir(parents=True, exist_ok=True)
         with study_lease(configuration.output):
-            return _sweep(configuration, configuration.claim(), arguments)
+            until = started + (configuration.time_budget or math.inf)
+            return _sweep(configuration, configuration.claim(), arguments, until)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse.Namespace) -> int:
+def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse.Namespace, until: float) -> int:
+    """`until`: when all should be finished, by the monotonic clock."""
     from streamllm.store import MeasurementStore
 
     from .display import Display
     from .driver import Driver
-    from .folder import TrialsFile, write_outcome
+    from .folder import TrialsFile, write_outcome, write_rows
     from .pool import SweepError, WorkerPool
     from .study import Study
     from .tracker import Tracker
@@ -242,7 +252,8 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
         configuration.sampler,
     )
     trials = TrialsFile(configuration.output, study.rows)
-    projection = Projection(configuration.to_dict(study_id), MeasurementStore(configuration.store))
+    store = MeasurementStore(configuration.store)
+    projection = Projection(configuration.to_dict(study_id), store)
     tracker = Tracker(projection, trials)
     display = Display(configuration.trials, study.rows, configuration.space.objectives, tracker)
     _introduce(configuration, study, display)
@@ -273,14 +284,16 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
         configuration.trials,
         [trials, display, tracker],
         display.note,
-        configuration.time_budget,
+        until,
+        arguments.confirm,
+        configuration.baseline_tokens,
     )
     status, code = "FINISHED", 0
     try:
         with display, _interruptible(pool):
             driver.run()
             if arguments.confirm:
-                _confirm(configuration, driver, display, arguments.confirm)
+                _confirm(configuration, driver, display, arguments.confirm, until)
     except SweepError as error:
         display.note(f"error: {error}")
         status, code = "FAILED", 1
@@ -289,6 +302,8 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
         status, code = "KILLED", 130
     finally:
         pool.shutdown()
+    if found := driver.increases(store.losses):
+        write_rows(configuration.output / "increases.jsonl", found)
     write_outcome(configuration.output, status)
     _conclude(configuration, tracker, display)
     return code
@@ -323,11 +338,9 @@ def _interruptible(pool: WorkerPool) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display, rounds: int) -> None:
+def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display, rounds: int, until: float) -> None:
     """Times the front's candidates again and writes `confirmed.jsonl`. What then still looks better than the front
     without having been confirmed is confirmed too."""
-    import numpy as np
-
     from dashboards.study import load_study
     from streamllm.store import MeasurementStore
 
@@ -342,7 +355,7 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display
     while added and results.baseline is not None and driver.comparison is not None:
         display.confirming(len(chosen) + 1, rounds)
         fixed = results.baseline
-        taken = take_rounds(folder, driver.pool, driver.idle, [fixed, *chosen], rounds, display.trial_started)
+        taken = take_rounds(folder, driver.pool, driver.idle, [fixed, *chosen], rounds, display.trial_started, until)
         failed = {trial: reason for one in taken for trial, reason in one.failed.items()}
         for trial, reason in failed.items():
             display.note(f"warning: trial {trial} cannot be confirmed: {reason}")
@@ -354,7 +367,7 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display
             rows,
             fixed,
             driver.comparison,
-            lambda row: np.load(store.losses_file(row["quality_entry"])),
+            lambda row: store.losses(row["quality_entry"]),
             results.objectives,
         )
         write_rows(folder / "confirmed.jsonl", values)

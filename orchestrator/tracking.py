@@ -85,6 +85,7 @@ _AT_THE_END = (
     "measured_tpot_ms",
     "reference_tpot_ms",
     "speedup",
+    "ppl_increase_percent",
     "rounds",
     "front_probability",
 )

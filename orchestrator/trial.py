@@ -42,6 +42,8 @@ class TrialSpec:
     execution: str = "eager"
     round: int = 0
     """0: of the search. A round of confirming, from 1 on, takes the times alone, anew."""
+    sampled_tokens: int = 64
+    """At least as many losses of a method whose quality is sampled."""
 
 
 @dataclass(frozen=True, slots=True)

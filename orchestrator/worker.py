@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,17 +80,17 @@ class Worker:
 
     def _measure(self, spec: TrialSpec) -> TrialMeasurement:
         from streamllm.evaluation import fast_record, identity
+        from streamllm.sample import FixedSize
 
-        on_cpu = self.loaded.device.type == "cpu"
+        lease = computing_lease if self.loaded.device.type == "cpu" else nullcontext
         quality, fresh_quality = self.measurements.quality(
-            spec.method, spec.policy, computing_lease() if on_cpu else None
+            spec.method, spec.policy, lease, size=FixedSize(spec.sampled_tokens)
         )
         speed, fresh_speed = self.measurements.speed(
-            spec.method, spec.policy, spec.attn_backend, spec.execution, timing_lease()
+            spec.method, spec.policy, spec.attn_backend, spec.execution, timing_lease
         )
         assert quality.losses is not None
         record = identity(self.loaded, self.stream, spec.method, spec.policy, "fast", spec.execution)
-        record["quality_entry"] = self.measurements.quality_entry(spec.method, spec.policy)
         record["reference_total"] = self.setup.total
         return TrialMeasurement(
             record | fast_record(quality.record, speed.record), quality.losses, fresh_quality, fresh_speed

@@ -25,9 +25,9 @@ OBJECTIVES = {
 
 
 def told_name(objective: str) -> str:
-    """What a search is told of an objective: of a time, the ratio to the reference's, which does not move when the
-    reference's own time becomes better known."""
-    return "time_ratio" if objective == "tpot_ms" else objective
+    """What a search is told of an objective: what is known at once, and does not move when the reference's own time or
+    the baseline's quality becomes better known. It is in the same order."""
+    return {"tpot_ms": "time_ratio", "ppl_increase_percent": "ppl_vs_strict_percent"}.get(objective, objective)
 
 
 @dataclass(frozen=True, slots=True)

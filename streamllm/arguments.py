@@ -108,6 +108,27 @@ def add_backend_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_sample_argument(group: argparse._ArgumentGroup, auto: str) -> None:
+    group.add_argument(
+        "--baseline-tokens",
+        default="auto",
+        metavar="N",
+        help=f"tokens at which re-computation is evaluated, a whole window each: a number, all, or auto: until "
+        f"perplexity is known to 0.5%%, or for {auto}; 64 at least (auto)",
+    )
+
+
+def sample_size(text: str) -> int | None:
+    """Of `auto` (None), `all` (0) or a number of tokens. Raises UsageError."""
+    if text == "auto":
+        return None
+    if text == "all":
+        return 0
+    if not text.isdecimal() or int(text) < 1:
+        raise UsageError(f"baseline_tokens {text!r}: must be a whole number >= 1, 'all' or 'auto'")
+    return int(text)
+
+
 def add_threads_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--threads", type=int, metavar="N", help="CPU threads (torch's default)")
 

@@ -19,7 +19,7 @@ from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder, sampled_losses
 from .pairing import PairedTimes, between_references, load_average
 from .policy import EvictionPolicy, peak_kv, steady_state
-from .quality import baseline_positions, check_finite, median_interval, perplexity
+from .quality import check_finite, median_interval, perplexity
 from .text import TokenStream
 from .timing import Reference, Speed, attention_ms, measure_speed, used_backend
 
@@ -55,9 +55,14 @@ class Quality:
 
 
 def measure_quality(
-    loaded: LoadedModel, stream: TokenStream, method: str, policy: EvictionPolicy, progress: Progress | None = None
+    loaded: LoadedModel,
+    stream: TokenStream,
+    method: str,
+    policy: EvictionPolicy,
+    progress: Progress | None = None,
+    positions: np.ndarray | None = None,
 ) -> Quality:
-    """Protocol `fast`: every token, block-parallel; of `recompute`, a sample of tokens spread over the text.
+    """Protocol `fast`: every token, block-parallel; of `recompute`, those at ascending `positions`.
 
     Raises NonFiniteLossError; UnsupportedModelError if the model itself attends to fewer keys than the policy holds."""
     policy = effective_policy(method, policy)
@@ -67,7 +72,7 @@ def measure_quality(
     peak = peak_kv(policy, n_losses) if losses_at is None else min(policy.kept, n_losses)
     loaded.check_span(peak)
     if losses_at is not None:
-        positions = baseline_positions(len(stream.tokens))
+        positions = np.arange(n_losses) if positions is None else positions
         losses = losses_at(loaded, stream.tokens, policy.kept, positions.tolist(), BACKENDS["auto"], progress)
     else:
         positions = np.arange(n_losses)

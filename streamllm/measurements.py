@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from itertools import takewhile
+from typing import Any, cast
+
+import numpy as np
 
 from .decoding import Progress
 from .device import foreign_processes
-from .evaluation import EVALUATORS, fast_record, identity, measure_quality, speed_summary
+from .evaluation import EVALUATORS, Quality, fast_record, identity, measure_quality, speed_summary
 from .loaded import LoadedModel
 from .methods import sampled_losses
 from .pairing import PairedTimes
 from .policy import EvictionPolicy, strict_policy
 from .probing import resolve_backend
+from .sample import FixedSize, SampleSize, sample_batches
 from .store import Measurement, MeasurementStore, code_digest, entry_name
 from .text import TokenStream
 from .timing import Reference, measure_speed, measure_times
+
+Lease = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class Leases:
     """What is held while something is timed, and while something is computed that is not."""
 
-    timing: Callable[[], AbstractContextManager[Any]] = nullcontext
-    computing: Callable[[], AbstractContextManager[Any]] = nullcontext
+    timing: Lease = nullcontext
+    computing: Lease = nullcontext
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,7 @@ class Measurements:
             self._reference.append(Reference.start(self.loaded, self.total, self.stream.tokens))
         return self._reference[0]
 
-    def strict(
-        self, lease: AbstractContextManager[Any] | None = None, progress: Progress | None = None
-    ) -> tuple[Measurement, bool]:
+    def strict(self, lease: Lease = nullcontext, progress: Progress | None = None) -> tuple[Measurement, bool]:
         """Quality of the reference: its losses at every token are what all others are compared with."""
         return self.quality("ring", strict_policy(self.total), lease, progress)
 
@@ -56,16 +60,57 @@ class Measurements:
         self,
         method: str,
         policy: EvictionPolicy,
-        lease: AbstractContextManager[Any] | None = None,
+        lease: Lease = nullcontext,
         progress: Progress | None = None,
+        size: SampleSize | None = None,
     ) -> tuple[Measurement, bool]:
-        """Protocol `fast`. It depends neither on the cache implementation nor on the hardware: once per policy."""
+        """Protocol `fast`. It depends neither on the cache implementation nor on the hardware: once per policy.
+
+        Of a method that is sampled, what is stored counts whole, and grows to `size` (`LEAST_TOKENS`)."""
+        if sampled_losses(method) is not None:
+            return self._sample(method, policy, lease, progress, size or FixedSize())
+
+        key = self._quality_key(method, policy)
 
         def measure() -> Measurement:
-            quality = measure_quality(self.loaded, self.stream, method, policy, progress)
-            return Measurement(quality.summary(), quality.table)
+            return _as_measurement(measure_quality(self.loaded, self.stream, method, policy, progress), key)
 
-        return self._once(self._quality_key(method, policy), measure, lease)
+        return self._once(key, measure, lease)
+
+    def _sample(
+        self, method: str, policy: EvictionPolicy, lease: Lease, progress: Progress | None, size: SampleSize
+    ) -> tuple[Measurement, bool]:
+        """Batch by batch, each kept as soon as it is there."""
+        parts: list[Measurement] = []
+        fresh = False
+        for key, positions in self._batches(method, policy):
+            part = self.store.get(key)
+            if part is None:
+                table = _table(parts)
+                if len(table) and size.reached(table):
+                    break
+                if progress is not None:
+                    progress(len(table), max(size.expected(table), len(table) + 1))
+                with lease():
+                    quality = measure_quality(self.loaded, self.stream, method, policy, positions=positions)
+                part, fresh = _as_measurement(quality, key), True
+                self.store.put(key, part)
+            parts.append(part)
+        return self._joined(method, policy, parts), fresh
+
+    def _batches(self, method: str, policy: EvictionPolicy) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+        """The parts of a sample: keys in the store, positions in the text."""
+        key = self._quality_key(method, policy)
+        for number, positions in enumerate(sample_batches(len(self.stream.tokens), policy.kept)):
+            yield key | {"batch": number}, positions
+
+    def _joined(self, method: str, policy: EvictionPolicy, parts: Sequence[Measurement]) -> Measurement:
+        """The parts of a sample as one measurement, with a file of its losses."""
+        table, first = _table(parts), parts[0].record
+        seconds = sum(part.record["quality_sec"] for part in parts)
+        quality = Quality(table[:, 1], table[:, 0], first["peak_kv"], seconds, first.get("warning"))
+        key = self._quality_key(method, policy) | {"tokens": len(table)}
+        return self._once(key, lambda: _as_measurement(quality, key))[0]
 
     def speed(
         self,
@@ -73,7 +118,7 @@ class Measurements:
         policy: EvictionPolicy,
         attn_backend: str,
         execution: str = "eager",
-        lease: AbstractContextManager[Any] | None = None,
+        lease: Lease = nullcontext,
         strict: bool = False,
         run: int = 0,
     ) -> tuple[Measurement, bool]:
@@ -95,10 +140,6 @@ class Measurements:
         backend = resolve_backend(attn_backend, self.loaded)
         return measure_times(self.loaded, method, policy, backend, self.stream.tokens, self.reference, execution)
 
-    def quality_entry(self, method: str, policy: EvictionPolicy) -> str:
-        """The name of the store's entry with the per-token losses."""
-        return entry_name(self._quality_key(method, policy))
-
     def whole(
         self,
         protocol: str,
@@ -110,12 +151,13 @@ class Measurements:
         progress: Progress | None = None,
         run: int = 0,
         leases: Leases | None = None,
+        size: SampleSize | None = None,
     ) -> tuple[Measurement, bool]:
         """Quality and speed by any protocol; they come from the same run in all but `fast`. Measured once per run."""
         leases = leases or Leases()
         if protocol == "fast":
-            quality, fresh = self.quality(method, policy, leases.computing(), progress)
-            speed, fresh_too = self.speed(method, policy, attn_backend, execution, leases.timing(), strict, run)
+            quality, fresh = self.quality(method, policy, leases.computing, progress, size)
+            speed, fresh_too = self.speed(method, policy, attn_backend, execution, leases.timing, strict, run)
             return _joined(quality, speed), fresh or fresh_too
 
         def measure() -> Measurement:
@@ -126,7 +168,7 @@ class Measurements:
             return Measurement(record | {"backend_requested": attn_backend}, quality.table)
 
         key = self._whole_key(protocol, method, policy, attn_backend, execution)
-        return self._once(_of_run(key, run), measure, leases.timing())
+        return self._once(_of_run(key, run), measure, leases.timing)
 
     def find(
         self,
@@ -141,9 +183,16 @@ class Measurements:
         if protocol != "fast":
             key = self._whole_key(protocol, method, policy, attn_backend, execution)
             return self.store.get(_of_run(key, run))
-        quality = self.store.get(self._quality_key(method, policy))
+        quality = self._stored_quality(method, policy)
         speed = self.store.get(_of_run(self._speed_key(method, policy, attn_backend, execution), run))
         return _joined(quality, speed) if quality is not None and speed is not None else None
+
+    def _stored_quality(self, method: str, policy: EvictionPolicy) -> Measurement | None:
+        if sampled_losses(method) is None:
+            return self.store.get(self._quality_key(method, policy))
+        stored = (self.store.get(key) for key, _ in self._batches(method, policy))
+        parts = list(takewhile(lambda part: part is not None, stored))
+        return self._joined(method, policy, cast("list[Measurement]", parts)) if parts else None
 
     def _quality_key(self, method: str, policy: EvictionPolicy) -> dict[str, Any]:
         kind = "streaming" if sampled_losses(method) is None else method
@@ -171,15 +220,26 @@ class Measurements:
         return {"code": code_digest()} | {name: values[name] for name in (*names, *asdict(policy))}
 
     def _once(
-        self, key: dict[str, Any], measure: Callable[[], Measurement], lease: AbstractContextManager[Any] | None
+        self, key: dict[str, Any], measure: Callable[[], Measurement], lease: Lease = nullcontext
     ) -> tuple[Measurement, bool]:
         found = self.store.get(key)
         if found is not None:
             return found, False
-        with lease or nullcontext():
+        with lease():
             measured = measure()
         self.store.put(key, measured)
         return measured, True
+
+
+def _as_measurement(quality: Quality, key: dict[str, Any]) -> Measurement:
+    """quality_entry: the name of the store's entry with the per-token losses."""
+    return Measurement(quality.summary() | {"quality_entry": entry_name(key)}, quality.table)
+
+
+def _table(parts: Sequence[Measurement]) -> np.ndarray:
+    """(n, 2): position, nats, of all of them, ascending."""
+    table = np.concatenate([np.empty((0, 2)), *(part.losses for part in parts if part.losses is not None)])
+    return table[np.argsort(table[:, 0])]
 
 
 def _of_run(key: dict[str, Any], run: int) -> dict[str, Any]:

@@ -14,9 +14,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BASELINE_POSITIONS = 1024
-"""Tokens of a text at which the baseline, which costs a whole window each, is evaluated."""
-
 _FEWEST_BLOCKS = 8
 _BLOCK_FACTOR = 8
 """Blocks of 8 sqrt(n) tokens: the square root as in Flegal & Jones (2010), the factor from what differences between
@@ -122,14 +119,6 @@ class QualityComparison:
     def _over_reference(self, losses: np.ndarray) -> _Mean:
         differences, tokens = _paired(losses, self._reference)
         return _mean(differences, self._block[tokens], self._block[-1] + 1)
-
-
-def baseline_positions(n_tokens: int, count: int = BASELINE_POSITIONS) -> np.ndarray:
-    """Ascending indices into the losses of a text of `n_tokens`, spread evenly; all of them if `count` is 0."""
-    n_losses = n_tokens - 1
-    if count == 0 or count >= n_losses:
-        return np.arange(n_losses)
-    return np.linspace(0, n_losses - 1, count).round().astype(np.int64)
 
 
 def check_finite(losses: np.ndarray, dtype: str) -> None:

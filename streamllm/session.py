@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .arguments import text_source
+from .arguments import sample_size, text_source
 from .baseline import AS_BASELINE, average, baseline_policy, sampled
 from .errors import UsageError
 
@@ -25,7 +25,12 @@ if TYPE_CHECKING:
     from .measurements import Measurements
     from .policy import EvictionPolicy
     from .quality import QualityComparison
+    from .sample import SampleSize
     from .text import TokenStream
+
+
+BASELINE_SEC = 300.0
+"""For which a command samples the baseline, unless told otherwise."""
 
 
 def load_model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, TokenStream]:
@@ -91,6 +96,7 @@ def baseline_runs(
     from .evaluation import identity
 
     loaded, stream, protocol = measurements.loaded, measurements.stream, arguments.protocol
+    size = None if only_stored or protocol != "fast" else baseline_size(measurements, arguments.baseline_tokens)
     fixed = baseline_policy(policy, protocol, loaded.trained_length)
     what = (protocol, "recompute", fixed, arguments.attn_backend)
     wanted = 0 if only_stored else getattr(arguments, "runs", 1)
@@ -99,18 +105,37 @@ def baseline_runs(
         stored = measurements.find(*what, run=number)
         if stored is None and number >= wanted:
             return runs
-        measurement = stored
-        if measurement is None:
+        if stored is not None and (only_stored or protocol != "fast"):
+            measurement, fresh = stored, False
+        else:
             progress = show_progress("baseline" if wanted == 1 else f"baseline, run {number + 1} of {wanted}")
-            measurement, _ = measurements.whole(*what, strict=arguments.strict, progress=progress, run=number)
+            measurement, fresh = measurements.whole(
+                *what, strict=arguments.strict, progress=progress, run=number, size=size
+            )
         losses = measurement.losses
         assert losses is not None
         record = identity(loaded, stream, "recompute", fixed, protocol) | measurement.record
         record |= {"reference_total": measurements.total}
         if (comparison := compare_quality(measurements, protocol, losses)) is not None:
             record |= sampled(losses, comparison, len(stream.tokens) - 1)
-        runs.append((record | AS_BASELINE | {"reused": stored is not None}, losses))
+        runs.append((record | AS_BASELINE | {"reused": not fresh}, losses))
     raise AssertionError("unreachable: the store is finite")
+
+
+def baseline_size(measurements: Measurements, tokens: str) -> SampleSize:
+    """How large the baseline's sample has to become, by `--baseline-tokens`. Raises UsageError."""
+    from .quality import NonFiniteLossError
+    from .sample import LEAST_TOKENS, AutoSize, FixedSize
+
+    count = sample_size(tokens)
+    if count is not None:
+        return FixedSize(count or len(measurements.stream.tokens))
+    try:
+        strict, _ = measurements.strict(progress=show_progress("strict StreamingLLM"))
+    except NonFiniteLossError:  # said when qualities are compared
+        return FixedSize(LEAST_TOKENS)
+    assert strict.losses is not None
+    return AutoSize(strict.losses, BASELINE_SEC)
 
 
 def make_room(*files: Path | None) -> None:

@@ -85,6 +85,11 @@ class MeasurementStore:
         """Where the per-token losses of the entry of that name lie, if it has any."""
         return self.root / name[:2] / f"{name}.npy"
 
+    def losses(self, name: str) -> np.ndarray:
+        """(n, 2): position, nats. Raises OSError if there are none."""
+        table: np.ndarray = np.load(self.losses_file(name), allow_pickle=False)
+        return table
+
     def _path(self, key: dict[str, Any]) -> Path:
         return self.losses_file(entry_name(key)).with_suffix(".json")
 

@@ -34,6 +34,9 @@ LONGEST_SEGMENT_SEC = 0.25
 WARMUP_TOKENS = 16
 _MOST_STRETCHES = 20
 _RECORDED_TOKENS = 256
+_ATTENTION_SEC = 5.0
+_LONGEST_REFERENCE_SEC = 1.0
+"""Of a segment of the reference, however long the other one was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +227,7 @@ def time_beside(run: TimedDecoder, reference: Reference) -> PairedTimes:
             return 1e3 * run.decode(length)
 
     with no_garbage_collection():
-        return take_pairs(segment, lambda: reference.segment(length * run.pace))
+        return take_pairs(segment, lambda: reference.segment(min(length * run.pace, _LONGEST_REFERENCE_SEC)))
 
 
 def _started(
@@ -279,9 +282,9 @@ def attention_ms(
     timed, clock = attention_clock(loaded)
     run = TimedDecoder(timed, method, effective_policy(method, policy), backend, tokens)
     run.prefill()
-    run.decode(run.growing + run.period)
+    pace = run.decode(run.growing + run.period)
     clock.spans.clear()
-    count = run.whole_cycles(WARMUP_TOKENS)
+    count = run.whole_cycles(min(WARMUP_TOKENS, max(_ATTENTION_SEC / pace, 1)))
     run.decode(count)
     return clock.milliseconds() / count
 

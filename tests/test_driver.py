@@ -2,6 +2,7 @@
 
 import math
 import resource
+import time
 from dataclasses import asdict
 
 import numpy as np
@@ -195,9 +196,9 @@ def test_unusable_input_ends_the_sweep_with_the_reason(drive):
 def test_nothing_new_is_asked_for_after_the_time_budget(drive, tmp_path):
     space = load_space(str(tmp_path / "space.yaml"))
     study, pool = Study("s", tmp_path / "journal.log", space, 32, seed=1), PretendPool(2)
-    Driver(study, pool, 32, 6, [], time_budget=0.0).run()
+    Driver(study, pool, 32, 6, [], until=time.monotonic()).run()
     assert [spec.method for spec in pool.submitted] == ["ring", "recompute"]
-    Driver(study, PretendPool(2), 32, 6, [], time_budget=600.0).run()
+    Driver(study, PretendPool(2), 32, 6, [], until=time.monotonic() + 600).run()
     assert len(study.rows) == 6
 
 

@@ -15,9 +15,11 @@ from ..arguments import (
     add_measuring_arguments,
     add_model_arguments,
     add_policy_arguments,
+    add_sample_argument,
     add_text_arguments,
     complete_policy,
     given_policy,
+    sample_size,
     text_source,
 )
 from ..baseline import average
@@ -36,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_policy_arguments(parser.add_argument_group("the policy whose total S + W + X is the baseline's window"))
     how = parser.add_argument_group("how it is measured")
     add_measuring_arguments(how)
+    add_sample_argument(how, "five minutes")
     how.add_argument(
         "--runs",
         type=int,
@@ -53,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     text_source(arguments)
     given_policy(arguments)
+    sample_size(arguments.baseline_tokens)
     if arguments.runs < 1:
         raise UsageError(f"runs {arguments.runs}: must be a whole number >= 1")
     file = arguments.output_file

@@ -18,9 +18,11 @@ from ..arguments import (
     add_measuring_arguments,
     add_model_arguments,
     add_policy_arguments,
+    add_sample_argument,
     add_text_arguments,
     complete_policy,
     given_policy,
+    sample_size,
     text_source,
 )
 from ..baseline import compared, sampled
@@ -31,6 +33,7 @@ from ..policy import EvictionPolicy, RefreshPolicy
 from ..printing import say
 from ..reference_time import with_times
 from ..session import (
+    baseline_size,
     compare_quality,
     make_room,
     measure_baseline,
@@ -84,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="streaming is compared with a baseline that is already stored; both measures it if it is not (streaming)",
     )
     add_measuring_arguments(how)
+    add_sample_argument(how, "five minutes")
     how.add_argument(
         "--execution",
         choices=EXECUTIONS,
@@ -107,6 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     text_source(arguments)
     given_policy(arguments)
+    sample_size(arguments.baseline_tokens)
     method = _method(arguments)
     file = arguments.per_token_losses
     if file is not None and file.suffix not in (".npy", ".parquet"):
@@ -183,28 +188,39 @@ def _measure_streaming(
     baseline: "Measured | None",
 ) -> "Measured":
     from ..evaluation import EVALUATORS, identity
+    from ..methods import sampled_losses
     from ..probing import resolve_backend
 
     loaded, stream, protocol = measurements.loaded, measurements.stream, arguments.protocol
-    backend = resolve_backend(arguments.attn_backend, loaded, arguments.strict)
-    quality, measured = EVALUATORS[protocol](
-        loaded, stream, method, policy, backend, measurements.reference, arguments.execution, show_progress(method)
-    )
+    if protocol == "fast" and sampled_losses(method) is not None:
+        measurement, _ = measurements.whole(
+            *(protocol, method, policy, arguments.attn_backend, arguments.execution, arguments.strict),
+            progress=show_progress(method),
+            size=baseline_size(measurements, arguments.baseline_tokens),
+        )
+        measured, table = measurement.record, measurement.losses
+        assert table is not None
+    else:
+        backend = resolve_backend(arguments.attn_backend, loaded, arguments.strict)
+        quality, measured = EVALUATORS[protocol](
+            loaded, stream, method, policy, backend, measurements.reference, arguments.execution, show_progress(method)
+        )
+        table = quality.table
     record = identity(loaded, stream, method, policy, protocol, arguments.execution) | measured
     record |= {"backend_requested": arguments.attn_backend, "reference_total": measurements.total}
     if arguments.overlap:
         record |= {"overlap": arguments.overlap, "same_policy_as": "overlap 0"}  # with the record's window_size
     comparison = compare_quality(measurements, protocol, baseline[1] if baseline else None)
     if baseline is not None:
-        record |= compared(record, quality.table, baseline, comparison)
+        record |= compared(record, table, baseline, comparison)
     else:
         print("no baseline is stored for this: --mode both measures and keeps it", file=sys.stderr)
         if comparison is not None:
-            record |= comparison.vs_strict(quality.table).flat("ppl_vs_strict_percent")
+            record |= comparison.vs_strict(table).flat("ppl_vs_strict_percent")
     n_losses = len(stream.tokens) - 1
-    if comparison is not None and len(quality.table) < n_losses:
-        record |= sampled(quality.table, comparison, n_losses)
-    return record, quality.table
+    if comparison is not None and len(table) < n_losses:
+        record |= sampled(table, comparison, n_losses)
+    return record, table
 
 
 def _write_losses(table: "np.ndarray", n_losses: int, file: Path) -> None:

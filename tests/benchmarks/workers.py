@@ -31,7 +31,7 @@ TOTAL = 250
 
 class OnlyQuality(Worker):
     def measure(self, spec: TrialSpec) -> TrialMeasurement:
-        quality, fresh = self.measurements.quality(spec.method, spec.policy, computing_lease())
+        quality, fresh = self.measurements.quality(spec.method, spec.policy, computing_lease)
         assert fresh and quality.losses is not None
         return TrialMeasurement(quality.record, quality.losses, True, False)
 

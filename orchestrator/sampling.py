@@ -1,0 +1,61 @@
+"""When the baseline's sample grows while a sweep runs: beside the trials, within a share of the workers' time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from streamllm.sample import BATCH, LEAST_TOKENS, is_precise
+
+from .trial import TrialMeasurement
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_SHARE = 0.25
+"""Of the time that workers have measured."""
+
+
+@dataclass(slots=True)
+class BaselineSample:
+    """Told of everything that was measured, it says whether the sample is to grow next."""
+
+    wanted: int | None = None
+    """Tokens; 0: all; None: until it is precise, within the share of the time, `LEAST_TOKENS` at least."""
+    tokens: int = 0
+    is_whole: bool = False
+    """Of all tokens, or it cannot grow."""
+    _is_precise: bool = False
+    _on_it: float = 0.0
+    _on_all: float = 0.0
+
+    @property
+    def least(self) -> int:
+        return LEAST_TOKENS if self.wanted is None else self.wanted
+
+    @property
+    def next_size(self) -> int:
+        return self.tokens + BATCH
+
+    def spent(self, seconds: float, on_it: bool) -> None:
+        """Of a worker's time."""
+        self._on_all += seconds
+        self._on_it += seconds * on_it
+
+    def measured(self, baseline: TrialMeasurement, reference: np.ndarray) -> None:
+        """reference: the losses of strict StreamingLLM."""
+        assert baseline.losses is not None
+        tokens = len(baseline.losses)
+        self.is_whole = tokens in (len(reference), self.tokens)
+        self.tokens = tokens
+        self._is_precise = is_precise(reference, baseline.losses)
+
+    def is_short(self) -> bool:
+        """Whether a sweep that has nothing else to do should still wait for it."""
+        return not self.is_whole and (self.wanted == 0 or self.tokens < self.least)
+
+    def is_due(self) -> bool:
+        """Whether it is its turn beside trials."""
+        if self.is_whole or self._on_it > _SHARE * self._on_all:
+            return False
+        return self.is_short() or (self.wanted is None and not self._is_precise)
