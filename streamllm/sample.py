@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 import numpy as np
@@ -34,6 +35,12 @@ def sample_batches(n_tokens: int, window: int, seed: int = 0) -> Iterator[np.nda
     parts = [random.permutation(part) for part in np.array_split(places, BATCH)]
     for number in range(len(parts[0])):
         yield np.array([part[number] for part in parts if number < len(part)])
+
+
+def sample_positions(n_tokens: int, window: int, least: int) -> np.ndarray:
+    """Ascending: the first batches that are `least` tokens together."""
+    batches = islice(sample_batches(n_tokens, window), -(-least // BATCH))
+    return np.sort(np.concatenate(list(batches)))
 
 
 class SampleSize(Protocol):

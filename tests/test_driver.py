@@ -10,11 +10,13 @@ import pytest
 
 from orchestrator.driver import Driver
 from orchestrator.pool import Finished, SweepError
+from orchestrator.sampling import BaselineSample
 from orchestrator.study import Study
 from orchestrator.trial import TrialMeasurement
 from search_spaces import load_space
 from streamllm.errors import UsageError
 from streamllm.policy import strict_policy
+from streamllm.sample import sample_positions
 
 from .test_study import SPACE
 
@@ -44,10 +46,15 @@ class PretendPool:
 def measured(worker, spec):
     ratio = 10.0 if spec.method == "recompute" else 2.0 + spec.policy.n_sink
     record = {"time_ratio": ratio, "n_tokens": 51, "method": spec.method} | asdict(spec.policy)
-    losses = np.column_stack((np.arange(50.0), np.full(50, 1.0 + 0.01 * spec.policy.n_sink)))
+    record["quality_entry"] = f"{spec.policy.n_sink}"
+    table = losses(spec.policy.n_sink)
     if spec.method == "recompute":
-        losses = losses[::5]
-    return Finished(worker, measurement=TrialMeasurement(record, losses, True, True))
+        table = table[sample_positions(51, 1, spec.sampled_tokens)]
+    return Finished(worker, measurement=TrialMeasurement(record, table, True, True))
+
+
+def losses(n_sink):
+    return np.column_stack((np.arange(50.0), np.full(50, 1.0 + 0.01 * n_sink)))
 
 
 class Log:
@@ -71,7 +78,8 @@ def drive(tmp_path):
 
     def drive(pool, trials):
         study, log = Study("s", tmp_path / "journal.log", space, 32, seed=1), Log()
-        Driver(study, pool, 32, trials, [log]).run()
+        log.driver = Driver(study, pool, 32, trials, [log])
+        log.driver.run()
         return study, log
 
     return drive
@@ -99,22 +107,81 @@ def test_a_study_is_of_one_model_and_one_text(drive):
         drive(pool(other), 8)
 
 
-def test_rows_wait_for_the_baseline_and_are_paired_with_it(drive):
+def test_trials_wait_for_the_reference_only_and_are_paired_with_the_baseline_later(drive):
     pool = PretendPool(3)
     study, log = drive(pool, 4)
     assert [spec.method for spec in pool.submitted[:2]] == ["ring", "recompute"]
     assert pool.submitted[0].policy == strict_policy(32)
-    assert [row["trial"] for row in log.rows] == ["strict", "baseline", *(row["trial"] for row in study.rows)]
+    assert [row["trial"] for row in log.rows] == ["strict", 0, 1, 2, 3, "baseline", "baseline"]
     assert len(study.rows) == 4
+    found = {row["trial"]: row for row in log.driver.increases(lambda entry: losses(int(entry)))}
     for row in study.rows:
         sinks = row["n_sink"]
-        assert row["speedup"] == pytest.approx(10.0 / row["time_ratio"])
         assert row["ppl_vs_strict_percent"] == pytest.approx(100 * math.expm1(0.01 * (sinks - 4)))
-        assert row["ppl_increase_percent"] == pytest.approx(100 * math.expm1(0.01 * sinks))
-    strict, baseline = log.rows[:2]
+        assert "speedup" not in row
+        assert found[row["trial"]]["ppl_increase_percent"] == pytest.approx(100 * math.expm1(0.01 * sinks))
+    strict, baseline = log.rows[0], log.rows[-1]
     assert strict["ppl_vs_strict_percent"] == 0
+    assert found["strict"]["ppl_increase_percent"] == pytest.approx(100 * math.expm1(0.04))
     assert baseline["perplexity"] == pytest.approx(math.e), "over all tokens, by the reference's"
-    assert (baseline["evaluated_tokens"], baseline["sampled_tokens"]) == (50, 10)
+    assert baseline["evaluated_tokens"] == 50
+
+
+def test_trials_wait_for_the_baseline_where_a_limit_is_on_what_it_says(tmp_path):
+    (tmp_path / "space.yaml").write_text(f"{SPACE}constraints: [ppl_increase_percent <= 1.5, speedup >= 2]\n")
+    space, log, pool = load_space(str(tmp_path / "space.yaml")), Log(), PretendPool(3)
+    study = Study("s", tmp_path / "journal.log", space, 32, seed=1)
+    Driver(study, pool, 32, 4, [log], baseline_tokens=40).run()
+    assert pool.submitted[1].sampled_tokens == 40, "all that was asked for, before anything is judged"
+    assert [row["trial"] for row in log.rows][:2] == ["strict", "baseline"]
+    for row in study.rows:
+        assert row["speedup"] == pytest.approx(10.0 / row["time_ratio"])
+        assert row["ppl_increase_percent"] == pytest.approx(100 * math.expm1(0.01 * row["n_sink"]))
+        assert row["feasible"] == (row["n_sink"] < 2)
+
+
+@pytest.mark.parametrize(("wanted", "tokens"), [(None, 50), (20, 24), (0, 50)])
+def test_the_baselines_sample_grows_to_what_is_wanted(wanted, tokens, tmp_path):
+    (tmp_path / "space.yaml").write_text(SPACE)
+    pool, log = PretendPool(2), Log()
+    study = Study("s", tmp_path / "journal.log", load_space(str(tmp_path / "space.yaml")), 32, seed=1)
+    Driver(study, pool, 32, 4, [log], baseline_tokens=wanted).run()
+    sizes = [spec.sampled_tokens for spec in pool.submitted if spec.method == "recompute"]
+    assert sizes == sorted(set(sizes)) and len(sizes) > 2, "batch by batch"
+    assert len(study.rows) == 4 and (log.rows[-1]["trial"], log.rows[-1]["sampled_tokens"]) == ("baseline", tokens)
+
+
+def test_a_sample_that_cannot_grow_does_not_end_the_sweep(tmp_path):
+    def answer(worker, spec):
+        grown = spec.method == "recompute" and spec.sampled_tokens > 8
+        return Finished(worker, error="ValueError: nope") if grown else measured(worker, spec)
+
+    (tmp_path / "space.yaml").write_text(SPACE)
+    study, notes = Study("s", tmp_path / "journal.log", load_space(str(tmp_path / "space.yaml")), 32, seed=1), []
+    Driver(study, PretendPool(2, answer), 32, 4, [], notes.append).run()
+    assert len(study.rows) == 4
+    assert notes == ["warning: the baseline's sample stays at 8 tokens: ValueError: nope"]
+
+
+def test_a_sample_grows_within_its_share_of_the_time():
+    reference, sample = np.column_stack((np.arange(5000.0), np.zeros(5000))), BaselineSample()
+    random = np.random.default_rng(0)
+
+    def grow(seconds):
+        places = sample_positions(5001, 1, sample.next_size)
+        losses = np.column_stack((places, random.normal(size=len(places))))
+        sample.spent(seconds, on_it=True)
+        sample.measured(TrialMeasurement({}, losses, True, True), reference)
+
+    grow(10.0)
+    assert sample.is_short() and not sample.is_due(), "all of the time so far was its own"
+    sample.spent(29.0, on_it=False)
+    assert not sample.is_due()
+    sample.spent(1.0, on_it=False)
+    assert sample.is_due(), "a quarter"
+    for _ in range(7):
+        grow(0.0)
+    assert sample.tokens == 64 and not sample.is_short() and sample.is_due(), "not precise: nothing waits for it"
 
 
 def test_going_on_measures_only_what_is_missing(drive):
@@ -122,7 +189,7 @@ def test_going_on_measures_only_what_is_missing(drive):
     pool = PretendPool(1)
     study, _ = drive(pool, 5)
     assert len(study.rows) == 5
-    assert len(pool.submitted) == 2 + 3
+    assert len([spec for spec in pool.submitted if spec.method != "recompute"]) == 1 + 3
 
 
 def test_an_exhausted_space_ends_the_sweep(drive):
@@ -197,7 +264,7 @@ def test_nothing_new_is_asked_for_after_the_time_budget(drive, tmp_path):
     space = load_space(str(tmp_path / "space.yaml"))
     study, pool = Study("s", tmp_path / "journal.log", space, 32, seed=1), PretendPool(2)
     Driver(study, pool, 32, 6, [], until=time.monotonic()).run()
-    assert [spec.method for spec in pool.submitted] == ["ring", "recompute"]
+    assert {spec.method for spec in pool.submitted} == {"ring", "recompute"}
     Driver(study, PretendPool(2), 32, 6, [], until=time.monotonic() + 600).run()
     assert len(study.rows) == 6
 

@@ -6,12 +6,12 @@ import pytest
 from streamllm.quality import (
     NonFiniteLossError,
     QualityComparison,
-    baseline_positions,
     check_finite,
     median_interval,
     paired_increase,
     perplexity,
 )
+from streamllm.sample import sample_positions
 
 
 def table(losses, positions=None):
@@ -130,7 +130,7 @@ def test_intervals_cover_correlated_losses_and_a_sampled_baseline():
     texts, tokens = 1000, 2000
     policies = np.exp(correlated(random, texts, tokens, 10) / 2) - math.exp(1 / 8)
     gaps = 3 * correlated(random, texts, tokens, 3)
-    chosen = baseline_positions(tokens + 1, 128)
+    chosen = sample_positions(tokens + 1, 1, 128)
     reference = table(np.zeros(tokens))
     strict, increases = [], []
     for policy, gap in zip(policies / 10, gaps / 10, strict=True):
@@ -150,14 +150,6 @@ def test_intervals_cover_as_often_as_they_say():
 def test_median_of_few_values_has_the_whole_range():
     estimate = median_interval(np.array([3.0, 1.0, 2.0]))
     assert (estimate.value, estimate.low, estimate.high) == (2.0, 1.0, 3.0)
-
-
-def test_baseline_positions_are_spread_over_the_text():
-    positions = baseline_positions(1000, 10)
-    assert positions[0] == 0
-    assert positions[-1] == 998
-    assert len(set(positions)) == 10
-    assert baseline_positions(5, 10).tolist() == [0, 1, 2, 3]
 
 
 def test_a_loss_that_is_no_number_names_token_and_cure():

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from streamllm.certainty import front_probabilities, not_told_from, time_draws, told_apart_front
-from streamllm.quality import Estimate, QualityComparison, baseline_positions
+from streamllm.quality import Estimate, QualityComparison
+from streamllm.sample import sample_positions
 
 from .reporting import machine
 
@@ -60,7 +61,7 @@ def covers(estimates: list[Estimate], truth: float) -> float:
 def quality_row(tokens: int, kind: str, length: float, sample: int, repetitions: int) -> dict[str, Any]:
     random = np.random.default_rng(tokens + sample)
     positions = np.arange(float(tokens))
-    chosen = baseline_positions(tokens + 1, sample)
+    chosen = sample_positions(tokens + 1, 1, sample)
     found: dict[str, list[Estimate]] = {"vs_strict": [], "increase": [], "perplexity": [], "sampled perplexity": []}
     for _ in range(repetitions // _BATCH):
         hidden = correlated(random, _BATCH, tokens, length)
