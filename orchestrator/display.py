@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 from rich.console import Console, Group
@@ -17,6 +18,7 @@ from dashboards.front import Row, hypervolume, pareto_front
 from dashboards.pareto import rich_table
 from search_spaces import OBJECTIVES, told_name
 from streamllm.printing import discard
+from streamllm.progress import LINE_SEC, regularly
 from streamllm.reference_time import ReferencePool
 
 from .plot import Plot
@@ -75,18 +77,29 @@ class Display:
         self._round = 0
         self._fixed: dict[str, str] = {}
         """What was said of reference and baseline."""
-        self._said = 0.0
+        self._said = self._noted = 0.0
+        self._lines = ExitStack()
         self._live = Live(console=self.console, get_renderable=self.view, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Display:
         if self.console.is_terminal:
             self._live.start()
+        else:
+            self._lines.enter_context(regularly(self._say_where, LINE_SEC))
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._lines.close()
         self._live.stop()
 
+    def _say_where(self) -> None:
+        """That it goes on, where there is no live view and nothing else has been said for a while."""
+        if time.monotonic() - self._noted > LINE_SEC / 2:
+            doing = "; ".join(f"worker {worker}: {what}" for worker, what in sorted(self._doing.items())[:_WORKERS])
+            self.note(f"{self._so_far()}; {doing or 'workers are starting'}")
+
     def note(self, message: str) -> None:
+        self._noted = time.monotonic()
         self.console.print(Text(message), soft_wrap=True)
 
     def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
@@ -152,20 +165,24 @@ class Display:
             parts.append(Text(mlflow, style="yellow" if self._tracking.problem else "dim"))
         return Group(*parts)
 
-    def _progress(self) -> Table:
-        done, total, what = self._done, self._total, "trials"
-        here = done - self._resumed
-        if self._confirming is not None:
-            total, started = self._confirming
-            done = here = max(started - 1, 0)
-            what = "confirmations"
+    def _steps(self) -> tuple[int, int, int, str]:
+        """Those done, those done in this run, those there are, and what they are."""
+        if self._confirming is None:
+            return self._done, self._done - self._resumed, self._total, "trials"
+        total, started = self._confirming
+        done = max(started - 1, 0)
+        return done, done, total, "confirmations"
+
+    def _so_far(self) -> str:
+        done, here, total, what = self._steps()
         elapsed = time.monotonic() - self._started
         left = f", about {elapsed / here * max(total - done, 0) / 60:.1f} min left" if here else ""
+        return f"{done}/{total} {what} ({self._failed} failed, {self._reused} reused), {elapsed / 60:.1f} min{left}"
+
+    def _progress(self) -> Table:
+        done, _, total, _ = self._steps()
         bar = Table.grid(padding=(0, 1))
-        bar.add_row(
-            ProgressBar(total=max(total, 1), completed=min(done, total), width=40),
-            f"{done}/{total} {what} ({self._failed} failed, {self._reused} reused), {elapsed / 60:.1f} min{left}",
-        )
+        bar.add_row(ProgressBar(total=max(total, 1), completed=min(done, total), width=40), self._so_far())
         return bar
 
     def _workers(self) -> Table:

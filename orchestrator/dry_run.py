@@ -23,7 +23,7 @@ def describe(configuration: SweepConfiguration, address: str | None, cpus_per_wo
     limits = f"up to {configuration.trials} trials"
     if configuration.time_budget is not None:
         limits += f", finished after about {configuration.time_budget:g} s"
-    shortened = f", the model's trained length; the space says {space.cap}" if cap < space.cap else ""
+    shortened = f"; the space says {space.cap}" if cap < space.cap else ""
     auto = f" (tpe for {AUTO_TPE_TRIALS} trials, then nsga2)" if configuration.sampler == "auto" else ""
     sections: dict[str, list[str]] = {
         "study": [f"{configuration.study}, {'goes on' if exists else 'new'}", str(configuration.output)],

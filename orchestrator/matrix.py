@@ -247,13 +247,19 @@ def _evaluate(measurements: Measurements, planned: Planned, method: str, executi
     """From the store, if it is there."""
     from streamllm.evaluation import identity
     from streamllm.measurements import Leases
-    from streamllm.session import show_progress
+    from streamllm.progress import working
+    from streamllm.session import baseline_size
 
     protocol, on_cpu = planned.cell.protocol, measurements.loaded.device.type == "cpu"
     leases = Leases(timing_lease, computing_lease) if on_cpu else Leases(timing_lease)
-    measurement, fresh = measurements.whole(
-        protocol, method, policy, planned.cell.attn_backend, execution, progress=show_progress(method), leases=leases
-    )
+    size = baseline_size(measurements, "auto") if protocol == "fast" else None
+    with working(method, "timing") as progress:
+        measurement, fresh = measurements.whole(
+            *(protocol, method, policy, planned.cell.attn_backend, execution),
+            progress=progress,
+            leases=leases,
+            size=size,
+        )
     assert measurement.losses is not None
     record = identity(measurements.loaded, measurements.stream, method, policy, protocol, execution)
     more = {"reused": not fresh, "reference_total": measurements.total}

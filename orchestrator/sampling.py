@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from streamllm.sample import BATCH, LEAST_TOKENS, is_precise
+from streamllm.sample import BATCH, LEAST_TOKENS, MOST_TOKENS, is_precise
 
 from .trial import TrialMeasurement
 
@@ -21,7 +21,7 @@ class BaselineSample:
     """Told of everything that was measured, it says whether the sample is to grow next."""
 
     wanted: int | None = None
-    """Tokens; 0: all; None: until it is precise, within the share of the time, `LEAST_TOKENS` at least."""
+    """Tokens; 0: all; None: until it is precise, within the share of the time, from `LEAST_TOKENS` to `MOST_TOKENS`."""
     tokens: int = 0
     is_whole: bool = False
     """Of all tokens, or it cannot grow."""
@@ -58,4 +58,5 @@ class BaselineSample:
         """Whether it is its turn beside trials."""
         if self.is_whole or self._on_it > _SHARE * self._on_all:
             return False
-        return self.is_short() or (self.wanted is None and not self._is_precise)
+        improves = self.wanted is None and self.tokens < MOST_TOKENS and not self._is_precise
+        return self.is_short() or improves

@@ -26,7 +26,7 @@ from .options import SAMPLERS
 if TYPE_CHECKING:
     from .configuration import SweepConfiguration
     from .display import Display
-    from .driver import Driver
+    from .driver import Driver, Observer
     from .pool import WorkerPool
     from .study import Study
     from .tracker import Tracker
@@ -50,6 +50,7 @@ _OF_SEARCHES = (
     "workers",
     "trial_timeout",
     "load_timeout",
+    "cap",
     "confirm",
     "baseline_tokens",
     "seed",
@@ -71,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--space", default="default", metavar="SPACE", help=f"{', '.join(SHIPPED)}, or a YAML file (default)"
     )
+    what.add_argument("--cap", type=int, metavar="N", help="total KV, in tokens (the space's, or the trained length)")
 
     how = parser.add_argument_group("how")
     how.add_argument(
@@ -156,7 +158,8 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     time_budget = None if arguments.time_budget is None else seconds(arguments.time_budget)
     limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
     label = Path(arguments.model).name or arguments.model
-    study = arguments.study or f"{label}-{source.label}-{space.name}"
+    of_cap = f"-{arguments.cap}" if arguments.cap is not None else ""
+    study = arguments.study or f"{label}-{source.label}-{space.name}{of_cap}"
     if not re.fullmatch(r"[\w.][\w.+-]*", study):
         raise UsageError(f"study {study!r}: use letters, digits, '.', '_', '+' and '-' only")
 
@@ -170,7 +173,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     for method in space.parameters.get("method", ()):
         check_protocol(str(method), "fast")
     trained = trained_length(arguments.model)
-    cap = min(space.cap, trained or space.cap)
+    cap = _cap(arguments.cap, space.cap, trained)
     space = space.under(cap)
     check_cap(space, cap)
     return SweepConfiguration(
@@ -192,6 +195,14 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         model_digest=weights_digest(arguments.model),
         text_file_digest=file_digest(source),
     )
+
+
+def _cap(given: int | None, cap: int, trained: int | None) -> int:
+    """Total KV: of the space, or what is given, but no more than the trained length. Raises UsageError."""
+    most = min(cap, trained or cap)
+    if given is not None and not 1 <= given <= most:
+        raise UsageError(f"cap {given}: must be 1 to {most}, what the space and the model's trained length allow")
+    return given or most
 
 
 def seconds(text: str) -> float:
@@ -235,13 +246,10 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
     from streamllm.store import MeasurementStore
 
     from .display import Display
-    from .driver import Driver
     from .folder import TrialsFile, write_outcome, write_rows
-    from .pool import SweepError, WorkerPool
     from .study import Study
     from .tracker import Tracker
     from .tracking import Projection
-    from .trial import WorkerSetup
 
     study = Study(
         configuration.study,
@@ -257,6 +265,27 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
     tracker = Tracker(projection, trials)
     display = Display(configuration.trials, study.rows, configuration.space.objectives, tracker)
     _introduce(configuration, study, display)
+    driver, status, code = _measure(configuration, arguments, study, [trials, display, tracker], display, until)
+    if found := driver.increases(store.losses):
+        write_rows(configuration.output / "increases.jsonl", found)
+    write_outcome(configuration.output, status)
+    _conclude(configuration, tracker, display)
+    return code
+
+
+def _measure(
+    configuration: SweepConfiguration,
+    arguments: argparse.Namespace,
+    study: Study,
+    observers: list[Observer],
+    display: Display,
+    until: float,
+) -> tuple[Driver, str, int]:
+    """Searches and confirms. Returns the driver, how the sweep ended, and its exit code."""
+    from .driver import Driver
+    from .pool import SweepError, WorkerPool
+    from .trial import WorkerSetup
+
     setup = WorkerSetup(
         model=configuration.model,
         source=configuration.source,
@@ -268,45 +297,33 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
         model_digest=configuration.model_digest,
         text_file_digest=configuration.text_file_digest,
     )
-    pool = WorkerPool(
-        setup,
-        configuration.workers,
-        arguments.address,
-        cpus_per_worker=_cores_per_worker(arguments.cpus_per_worker, study),
-        trial_timeout=arguments.trial_timeout,
-        load_timeout=arguments.load_timeout,
-        note=display.note,
-    )
-    driver = Driver(
-        study,
-        pool,
-        configuration.cap,
-        configuration.trials,
-        [trials, display, tracker],
-        display.note,
-        until,
-        arguments.confirm,
-        configuration.baseline_tokens,
-    )
-    status, code = "FINISHED", 0
-    try:
-        with display, _interruptible(pool):
-            driver.run()
-            if arguments.confirm:
-                _confirm(configuration, driver, display, arguments.confirm, until)
-    except SweepError as error:
-        display.note(f"error: {error}")
-        status, code = "FAILED", 1
-    except KeyboardInterrupt:
-        display.note("interrupted: the same command goes on from here")
-        status, code = "KILLED", 130
-    finally:
-        pool.shutdown()
-    if found := driver.increases(store.losses):
-        write_rows(configuration.output / "increases.jsonl", found)
-    write_outcome(configuration.output, status)
-    _conclude(configuration, tracker, display)
-    return code
+    with display:
+        display.note("starting Ray and its workers")
+        pool = WorkerPool(
+            setup,
+            configuration.workers,
+            arguments.address,
+            cpus_per_worker=_cores_per_worker(arguments.cpus_per_worker, study),
+            trial_timeout=arguments.trial_timeout,
+            load_timeout=arguments.load_timeout,
+            note=display.note,
+        )
+        limits = (until, arguments.confirm, configuration.baseline_tokens)
+        driver = Driver(study, pool, configuration.cap, configuration.trials, observers, display.note, *limits)
+        try:
+            with _interruptible(pool):
+                driver.run()
+                if arguments.confirm:
+                    _confirm(configuration, driver, display, arguments.confirm, until)
+        except SweepError as error:
+            display.note(f"error: {error}")
+            return driver, "FAILED", 1
+        except KeyboardInterrupt:
+            display.note("interrupted: the same command goes on from here")
+            return driver, "KILLED", 130
+        finally:
+            pool.shutdown()
+    return driver, "FINISHED", 0
 
 
 def _cores_per_worker(wanted: int, study: Study) -> int:
@@ -384,10 +401,7 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display
 def _introduce(configuration: SweepConfiguration, study: Study, display: Display) -> None:
     display.note(f"study {configuration.study}: {configuration.summary}")
     if configuration.cap < configuration.space.cap:
-        display.note(
-            f"total KV is capped at {configuration.cap}, the model's trained length, not at the space's "
-            f"{configuration.space.cap}"
-        )
+        display.note(f"total KV is capped at {configuration.cap} here; the space says {configuration.space.cap}")
     if study.rows:
         display.note(f"going on: {len(study.rows)} of {configuration.trials} trials are finished")
 

@@ -114,7 +114,7 @@ def add_sample_argument(group: argparse._ArgumentGroup, auto: str) -> None:
         default="auto",
         metavar="N",
         help=f"tokens at which re-computation is evaluated, a whole window each: a number, all, or auto: until "
-        f"perplexity is known to 0.5%%, or for {auto}; 64 at least (auto)",
+        f"perplexity is known to 0.5%%, or for {auto}; from 64 to 1024 (auto)",
     )
 
 

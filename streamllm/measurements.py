@@ -96,7 +96,10 @@ class Measurements:
                 part, fresh = _as_measurement(quality, key), True
                 self.store.put(key, part)
             parts.append(part)
-        return self._joined(method, policy, parts), fresh
+        joined = self._joined(method, policy, parts)
+        if progress is not None:
+            progress(len(_table(parts)), len(_table(parts)))
+        return joined, fresh
 
     def _batches(self, method: str, policy: EvictionPolicy) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """The parts of a sample: keys in the store, positions in the text."""

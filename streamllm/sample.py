@@ -17,7 +17,8 @@ from .quality import QualityComparison
 
 BATCH = 8
 """Tokens by which a sample grows."""
-LEAST_TOKENS = 64
+LEAST_TOKENS, MOST_TOKENS = 64, 1024
+"""Of a sample whose size nobody has chosen."""
 PRECISION_PERCENT = 0.5
 """Half the interval of re-computation's perplexity against the reference's at which it is known well enough."""
 
@@ -68,7 +69,7 @@ class FixedSize:
 
 @dataclass(frozen=True, slots=True)
 class AutoSize:
-    """Until perplexity is known to `PRECISION_PERCENT`, or for so many seconds; `LEAST_TOKENS` at least."""
+    """Until perplexity is known to `PRECISION_PERCENT`, or for so many seconds: `LEAST_TOKENS` to `MOST_TOKENS`."""
 
     reference: np.ndarray
     """(n, 2): the losses of strict StreamingLLM at every token."""
@@ -78,11 +79,12 @@ class AutoSize:
     def reached(self, table: np.ndarray) -> bool:
         if len(table) < LEAST_TOKENS:
             return False
-        return time.monotonic() - self._started > self.seconds or is_precise(self.reference, table)
+        elapsed = time.monotonic() - self._started
+        return len(table) >= MOST_TOKENS or elapsed > self.seconds or is_precise(self.reference, table)
 
     def expected(self, table: np.ndarray) -> int:
         share = (time.monotonic() - self._started) / self.seconds
-        return max(LEAST_TOKENS, len(table), round(len(table) / max(share, 1e-9)) if share < 1 else 0)
+        return min(max(LEAST_TOKENS, round(len(table) / share) if 0 < share < 1 else 0), MOST_TOKENS)
 
 
 def is_precise(reference: np.ndarray, table: np.ndarray) -> bool:

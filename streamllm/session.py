@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 from .arguments import sample_size, text_source
 from .baseline import AS_BASELINE, average, baseline_policy, sampled
 from .errors import UsageError
+from .progress import working
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .baseline import Measured
-    from .decoding import Progress
     from .loaded import LoadedModel
     from .measurements import Measurements
     from .policy import EvictionPolicy
@@ -41,10 +40,11 @@ def load_model_and_text(arguments: argparse.Namespace) -> tuple[LoadedModel, Tok
 
     source = text_source(arguments)
     limit_threads(arguments.threads)
-    with messages_on_stderr():
+    with messages_on_stderr(), working(f"loading {arguments.model}"):
         loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
-    tokenizer = None if source.token_ids is not None else load_tokenizer(arguments.model)
-    return loaded, load_tokens(source, tokenizer, loaded.vocabulary)
+    with working(f"reading {source.label}"):
+        tokenizer = None if source.token_ids is not None else load_tokenizer(arguments.model)
+        return loaded, load_tokens(source, tokenizer, loaded.vocabulary)
 
 
 def open_measurements(
@@ -72,7 +72,8 @@ def compare_quality(
     if protocol == "chunked":
         return None
     try:
-        strict, _ = measurements.strict(progress=show_progress("strict StreamingLLM"))
+        with working("strict StreamingLLM") as progress:
+            strict, _ = measurements.strict(progress=progress)
     except NonFiniteLossError as error:
         warnings.warn(f"not compared with strict StreamingLLM: {error}", stacklevel=2)
         return None
@@ -108,10 +109,12 @@ def baseline_runs(
         if stored is not None and (only_stored or protocol != "fast"):
             measurement, fresh = stored, False
         else:
-            progress = show_progress("baseline" if wanted == 1 else f"baseline, run {number + 1} of {wanted}")
-            measurement, fresh = measurements.whole(
-                *what, strict=arguments.strict, progress=progress, run=number, size=size
-            )
+            with working(
+                "baseline" if wanted == 1 else f"baseline, run {number + 1} of {wanted}", "timing"
+            ) as progress:
+                measurement, fresh = measurements.whole(
+                    *what, strict=arguments.strict, progress=progress, run=number, size=size
+                )
         losses = measurement.losses
         assert losses is not None
         record = identity(loaded, stream, "recompute", fixed, protocol) | measurement.record
@@ -131,7 +134,8 @@ def baseline_size(measurements: Measurements, tokens: str) -> SampleSize:
     if count is not None:
         return FixedSize(count or len(measurements.stream.tokens))
     try:
-        strict, _ = measurements.strict(progress=show_progress("strict StreamingLLM"))
+        with working("strict StreamingLLM") as progress:
+            strict, _ = measurements.strict(progress=progress)
     except NonFiniteLossError:  # said when qualities are compared
         return FixedSize(LEAST_TOKENS)
     assert strict.losses is not None
@@ -155,25 +159,6 @@ def messages_on_stderr() -> Iterator[None]:
         warnings.simplefilter("always", UserWarning)
         warnings.showwarning = lambda message, *_, **__: print(f"warning: {message}", file=sys.stderr)
         yield
-
-
-def show_progress(what: str) -> Progress | None:
-    """A line on the terminal that counts; nothing where standard error is none."""
-    if not sys.stderr.isatty():
-        return None
-    started = time.monotonic()
-    shown = 0.0
-
-    def show(done: int, total: int) -> None:
-        nonlocal shown
-        now = time.monotonic()
-        if now - shown > 0.1 or done == total:
-            shown = now
-            left = (now - started) * (total - done) / done
-            end = "\n" if done == total else ""
-            print(f"\r{what}: {done}/{total}, {left:.0f} s left ", end=end, file=sys.stderr, flush=True)
-
-    return show
 
 
 def report(result: dict[str, dict[str, Any]]) -> str:

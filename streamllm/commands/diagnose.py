@@ -26,7 +26,8 @@ from ..arguments import (
 )
 from ..policy import EvictionPolicy
 from ..printing import say
-from ..session import make_room, messages_on_stderr, open_measurements, show_progress
+from ..progress import working
+from ..session import make_room, messages_on_stderr, open_measurements
 
 if TYPE_CHECKING:
     import numpy as np
@@ -95,7 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _losses(measurements: "Measurements", policy: EvictionPolicy, name: str) -> "np.ndarray":
     """(n, 2): position, nats; out of the store if they are there."""
-    measurement, _ = measurements.quality("ours", policy, progress=show_progress(name))
+    with working(name) as progress:
+        measurement, _ = measurements.quality("ours", policy, progress=progress)
     assert measurement.losses is not None
     return measurement.losses
 

@@ -31,6 +31,7 @@ from ..methods import METHODS
 from ..options import EXECUTIONS
 from ..policy import EvictionPolicy, RefreshPolicy
 from ..printing import say
+from ..progress import working
 from ..reference_time import with_times
 from ..session import (
     baseline_size,
@@ -40,7 +41,6 @@ from ..session import (
     messages_on_stderr,
     open_measurements,
     report,
-    show_progress,
 )
 
 if TYPE_CHECKING:
@@ -192,20 +192,19 @@ def _measure_streaming(
     from ..probing import resolve_backend
 
     loaded, stream, protocol = measurements.loaded, measurements.stream, arguments.protocol
-    if protocol == "fast" and sampled_losses(method) is not None:
-        measurement, _ = measurements.whole(
-            *(protocol, method, policy, arguments.attn_backend, arguments.execution, arguments.strict),
-            progress=show_progress(method),
-            size=baseline_size(measurements, arguments.baseline_tokens),
-        )
-        measured, table = measurement.record, measurement.losses
-        assert table is not None
-    else:
-        backend = resolve_backend(arguments.attn_backend, loaded, arguments.strict)
-        quality, measured = EVALUATORS[protocol](
-            loaded, stream, method, policy, backend, measurements.reference, arguments.execution, show_progress(method)
-        )
-        table = quality.table
+    with working(method, "timing") as progress:
+        if protocol == "fast" and sampled_losses(method) is not None:
+            size = baseline_size(measurements, arguments.baseline_tokens)
+            what = (protocol, method, policy, arguments.attn_backend, arguments.execution, arguments.strict)
+            measurement, _ = measurements.whole(*what, progress=progress, size=size)
+            measured, table = measurement.record, measurement.losses
+            assert table is not None
+        else:
+            backend = resolve_backend(arguments.attn_backend, loaded, arguments.strict)
+            quality, measured = EVALUATORS[protocol](
+                loaded, stream, method, policy, backend, measurements.reference, arguments.execution, progress
+            )
+            table = quality.table
     record = identity(loaded, stream, method, policy, protocol, arguments.execution) | measured
     record |= {"backend_requested": arguments.attn_backend, "reference_total": measurements.total}
     if arguments.overlap:
