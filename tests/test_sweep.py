@@ -138,7 +138,7 @@ def test_a_sweep_from_end_to_end(folder):
 
     dry = sweep(folder, "--trials", "8", "--time-budget", "1h", "--sampler", "tpe", "--dry-run", code=DRY)
     assert dry.returncode == 0, dry.stderr
-    assert "s, goes on" in dry.stdout and "up to 8 trials, nothing new after 3600 s" in dry.stdout
+    assert "s, goes on" in dry.stdout and "up to 8 trials, finished after about 3600 s" in dry.stdout
     assert "medians of 4 trials" in dry.stdout
     assert len(rows_of(folder)) == 6
 
