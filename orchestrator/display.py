@@ -18,7 +18,7 @@ from dashboards.front import Row, hypervolume, pareto_front
 from dashboards.pareto import rich_table
 from search_spaces import OBJECTIVES, told_name
 from streamllm.printing import discard
-from streamllm.progress import LINE_SEC, regularly
+from streamllm.progress import LINE_SEC, regularly, spoken
 from streamllm.reference_time import ReferencePool
 
 from .plot import Plot
@@ -58,9 +58,12 @@ class Display:
         objectives: tuple[str, ...],
         tracking: Backlog,
         console: Console | None = None,
+        until: float = math.inf,
     ) -> None:
+        """`until`: when all should be finished, by the monotonic clock."""
         self.console = console or _Console(stderr=True, highlight=False)
         self._total = trials
+        self._until = until
         self._resumed = len(rows)
         self._objectives = {name: OBJECTIVES[name] for name in objectives}
         self._done = self._failed = self._reused = 0
@@ -175,9 +178,11 @@ class Display:
 
     def _so_far(self) -> str:
         done, here, total, what = self._steps()
-        elapsed = time.monotonic() - self._started
-        left = f", about {elapsed / here * max(total - done, 0) / 60:.1f} min left" if here else ""
-        return f"{done}/{total} {what} ({self._failed} failed, {self._reused} reused), {elapsed / 60:.1f} min{left}"
+        now = time.monotonic()
+        elapsed = now - self._started
+        left = min(elapsed / here * max(total - done, 0) if here else math.inf, max(self._until - now, 0))
+        ending = f", about {spoken(left)} left" if left < math.inf else ""
+        return f"{done}/{total} {what} ({self._failed} failed, {self._reused} reused), {spoken(elapsed)}{ending}"
 
     def _progress(self) -> Table:
         done, _, total, _ = self._steps()

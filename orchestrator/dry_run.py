@@ -1,22 +1,26 @@
-"""`--dry-run`: what a sweep would do and what it may cost, without starting anything or loading weights."""
+"""`--dry-run`: what a sweep would do and what it may cost, without starting anything or loading weights. A few layers
+of the model's shape are run, with random ones, for the cost."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 from search_spaces import OBJECTIVES, SearchSpace
 from streamllm.errors import UsageError
+from streamllm.progress import spoken
 
 from .configuration import SweepConfiguration
+from .estimate import estimate
 from .options import AUTO_TPE_TRIALS
 from .study import spec_of
 
 
-def describe(configuration: SweepConfiguration, address: str | None, cpus_per_worker: int) -> str:
+def describe(configuration: SweepConfiguration, address: str | None, cpus_per_worker: int, rounds: int) -> str:
     """The resolved configuration for people. Raises UsageError if the study exists with other settings."""
     exists = configuration.check() is not None
     space, cap, source = configuration.space, configuration.cap, configuration.source
@@ -25,6 +29,7 @@ def describe(configuration: SweepConfiguration, address: str | None, cpus_per_wo
         limits += f", finished after about {configuration.time_budget:g} s"
     shortened = f"; the space says {space.cap}" if cap < space.cap else ""
     auto = f" (tpe for {AUTO_TPE_TRIALS} trials, then nsga2)" if configuration.sampler == "auto" else ""
+    layout = _layout(configuration.workers, cpus_per_worker, address)
     sections: dict[str, list[str]] = {
         "study": [f"{configuration.study}, {'goes on' if exists else 'new'}", str(configuration.output)],
         "model": [f"{configuration.model}, dtype {configuration.dtype}, quantization {configuration.quantization}"],
@@ -37,8 +42,8 @@ def describe(configuration: SweepConfiguration, address: str | None, cpus_per_wo
         "sampler": [f"{configuration.sampler}{auto}, seed {configuration.seed}"],
         "known first": [_known(params, configuration) for params in space.known] or ["none"],
         "limits": [limits],
-        "workers": [_workers(configuration.workers, cpus_per_worker, address)],
-        "cost": [_cost(configuration)],
+        "workers": [layout.words],
+        "cost": [_cost(configuration, layout, rounds)],
     }
     lines = []
     for title, entries in sections.items():
@@ -85,15 +90,26 @@ def _known(params: Any, configuration: SweepConfiguration) -> str:
     )
 
 
-def _workers(count: int, cpus_per_worker: int, address: str | None) -> str:
+@dataclass(frozen=True, slots=True)
+class WorkerLayout:
+    """How many workers there will be, and the threads of each on a CPU, as far as can be told without Ray."""
+
+    count: int
+    threads: int | None
+    words: str
+
+
+def _layout(count: int, cpus_per_worker: int, address: str | None) -> WorkerLayout:
     cores = f"{cpus_per_worker} cores" if cpus_per_worker > 1 else "core"
     if address is not None:
-        return f"{count or f'one per accelerator, or per {cores},'} of the cluster at {address}"
+        words = f"{count or f'one per accelerator, or per {cores},'} of the cluster at {address}"
+        return WorkerLayout(count or 1, cpus_per_worker or None, words)
     from torch import cuda
 
     accelerators = cuda.device_count()
     if accelerators:
-        return f"{count or accelerators}, each with one of {accelerators} x {cuda.get_device_name(0)}"
+        count = count or accelerators
+        return WorkerLayout(count, None, f"{count}, each with one of {accelerators} x {cuda.get_device_name(0)}")
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = count or max(here // max(cpus_per_worker, 1), 1)
     each = cpus_per_worker or max(here // count, 1)
@@ -102,21 +118,40 @@ def _workers(count: int, cpus_per_worker: int, address: str | None) -> str:
             f"workers {count}: there is room for {here // each} with {each} of the {here} cores each; "
             f"give fewer of one or the other"
         )
-    return f"{count}, each with {each} of {here} cores; no accelerator here"
+    return WorkerLayout(count, each, f"{count}, each with {each} of {here} cores; no accelerator here")
 
 
-def _cost(configuration: SweepConfiguration) -> str:
-    """From the trials of the studies beside this one that used the same model and text."""
+def _cost(configuration: SweepConfiguration, layout: WorkerLayout, rounds: int) -> str:
+    """By the model's pace here, and by the trials of the studies beside this one that used the same model and text."""
+    from streamllm.device import default_device, limit_threads, resolve_dtype
+    from streamllm.models import configuration_of
+    from streamllm.pace import measure_pace
+
     rows = [row for path in configuration.output.parent.glob("*/trials.jsonl") for row in _like(path, configuration)]
-    if not rows:
-        return "unknown: no study beside this one has measured this model on this text; the first trials will tell"
-    quality, speed = (median(row[name] for row in rows) for name in ("quality_sec", "speed_sec"))
-    workers = configuration.workers or 1
-    seconds = configuration.trials * (speed + quality / workers)
-    return (
-        f"about {seconds / 60:.1f} min for {configuration.trials} trials, start and baseline apart: {quality:.1f} s of "
-        f"quality each, {workers} at a time, and {speed:.1f} s of timing, one at a time (medians of {len(rows)} trials)"
-    )
+    tokens = max((row["n_tokens"] for row in rows), default=0) or _length(configuration)
+    if not tokens:
+        return "unknown, as is how long the text is before it is downloaded; --max-eval-tokens N says it"
+    limit_threads(layout.threads)
+    dtype = resolve_dtype(configuration.dtype, default_device())
+    pace = measure_pace(configuration_of(configuration.model), dtype, configuration.cap)
+    found = estimate(pace, tokens, configuration, layout.count, rounds, rows)
+    budget = configuration.time_budget
+    if budget is None or found.seconds < budget:
+        return str(found)
+    fitting = max(int((budget - found.seconds) / found.trial) + found.trials, 0)
+    return f"{spoken(budget)}, in which about {fitting} trials fit ({found.source})"
+
+
+def _length(configuration: SweepConfiguration) -> int:
+    """Of the text, in tokens; 0 if that cannot be told without downloading it."""
+    from streamllm.models import load_tokenizer
+    from streamllm.text import load_tokens, local_data
+
+    source = configuration.source
+    if source.dataset_name is not None and local_data(source.dataset_name) is None:
+        return source.max_eval_tokens or 0
+    tokenizer = None if source.token_ids is not None else load_tokenizer(configuration.model)
+    return len(load_tokens(source, tokenizer, sys.maxsize).tokens)
 
 
 def _like(path: Path, configuration: SweepConfiguration) -> list[dict[str, Any]]:

@@ -230,7 +230,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.dry_run:
             from .dry_run import describe
 
-            say(describe(configuration, arguments.address, arguments.cpus_per_worker))
+            say(describe(configuration, arguments.address, arguments.cpus_per_worker, arguments.confirm))
             return 0
         configuration.output.mkdir(parents=True, exist_ok=True)
         with study_lease(configuration.output):
@@ -263,7 +263,7 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
     store = MeasurementStore(configuration.store)
     projection = Projection(configuration.to_dict(study_id), store)
     tracker = Tracker(projection, trials)
-    display = Display(configuration.trials, study.rows, configuration.space.objectives, tracker)
+    display = Display(configuration.trials, study.rows, configuration.space.objectives, tracker, until=until)
     _introduce(configuration, study, display)
     driver, status, code = _measure(configuration, arguments, study, [trials, display, tracker], display, until)
     if found := driver.increases(store.losses):

@@ -112,7 +112,7 @@ def weights_digest(name: str) -> str:
     Raises UsageError if what was converted of that is not what it was."""
     source = Path(resolve_model(name))
     if not source.is_dir():
-        commit = _configuration(name)._commit_hash
+        commit = configuration_of(name)._commit_hash
         assert commit, "what comes from the hub has a commit"
         return str(commit)
     digest = folder_digest(source)
@@ -124,10 +124,11 @@ def weights_digest(name: str) -> str:
 
 def trained_length(name: str) -> int | None:
     """`max_position_embeddings` of a model, from its configuration alone."""
-    return positions_of(_configuration(name).get_text_config(decoder=True))
+    return positions_of(configuration_of(name).get_text_config(decoder=True))
 
 
-def _configuration(name: str) -> Any:
+def configuration_of(name: str) -> Any:
+    """Raises ModelNotFoundError."""
     from transformers import AutoConfig
 
     return _from_pretrained(AutoConfig.from_pretrained, name)

@@ -80,7 +80,7 @@ def test_the_view_shows_workers_counts_front_and_what_mlflow_lacks():
     shown.trial_finished(row(3, 1.0, 3.0))
     shown.trial_finished(row(4, 4.0, 4.0))
     view = screen(shown)
-    assert "5/10 trials (1 failed, 1 reused)" in view and "min left" in view
+    assert "5/10 trials (1 failed, 1 reused)" in view and " left" in view
     assert "worker 0  idle" in view
     assert "front so far: 3 of 5 trials, hypervolume up to the worst trial 6" in view
     assert view.count("◆") == 3
