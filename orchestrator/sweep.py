@@ -444,12 +444,13 @@ def _conclude(configuration: SweepConfiguration, tracker: Tracker, display: Disp
 
 def _next_steps(configuration: SweepConfiguration) -> str:
     python = _python()
+    more = f" with --trials {2 * configuration.trials}" if configuration.time_budget is None else ""
     return "\n".join(
         (
             f"report    {configuration.output}/report.html; tables and figures beside it",
             f"browse    {python} -m dashboards.serve",
             f"export    {python} -m dashboards.pareto {configuration.output} --format latex,parquet --all",
-            f"go on     the same command with --trials {2 * configuration.trials}",
+            f"go on     the same command{more}",
             f"bigger    {python} -m orchestrator.sweep --model EleutherAI/pythia-2.8b --dataset-name pg19 "
             f"--max-eval-tokens 20000",
         )
