@@ -89,11 +89,12 @@ def _workers(count: int, cpus_per_worker: int, address: str | None) -> str:
     cores = f"{cpus_per_worker} cores" if cpus_per_worker > 1 else "core"
     if address is not None:
         return f"{count or f'one per accelerator, or per {cores},'} of the cluster at {address}"
-    from torch import cuda
+    from torch import accelerator
 
-    accelerators = cuda.device_count()
-    if accelerators:
-        return f"{count or accelerators}, each with one of {accelerators} x {cuda.get_device_name(0)}"
+    from streamllm.device import default_device, device_name
+
+    if accelerators := accelerator.device_count():
+        return f"{count or accelerators}, each with one of {accelerators} x {device_name(default_device())}"
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = count or max(here // max(cpus_per_worker, 1), 1)
     each = cpus_per_worker or max(here // count, 1)
