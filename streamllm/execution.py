@@ -23,7 +23,7 @@ def static_step(execution: str, step: Step, loaded: LoadedModel, cache: Attentio
     not. Raises UsageError for an execution that the device does not have."""
     if execution == "cudagraph" and loaded.device.type != "cuda":
         raise UsageError(
-            f"execution 'cudagraph': needs a CUDA device, the model is on {loaded.device.type}; use compile"
+            f"execution 'cudagraph': needs a CUDA device, the model is on {loaded.device.type}; use compile or eager"
         )
     if execution == "compile" and float64_device(loaded.device) != loaded.device:
         raise UsageError(
