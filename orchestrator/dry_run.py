@@ -104,12 +104,13 @@ def _layout(count: int, cpus_per_worker: int, address: str | None) -> WorkerLayo
     if address is not None:
         words = f"{count or f'one per accelerator, or per {cores},'} of the cluster at {address}"
         return WorkerLayout(count or 1, cpus_per_worker or None, words)
-    from torch import cuda
+    from torch import accelerator
 
-    accelerators = cuda.device_count()
-    if accelerators:
+    from streamllm.device import default_device, device_name
+
+    if accelerators := accelerator.device_count():
         count = count or accelerators
-        return WorkerLayout(count, None, f"{count}, each with one of {accelerators} x {cuda.get_device_name(0)}")
+        return WorkerLayout(count, None, f"{count}, each with one of {accelerators} x {device_name(default_device())}")
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = count or max(here // max(cpus_per_worker, 1), 1)
     each = cpus_per_worker or max(here // count, 1)

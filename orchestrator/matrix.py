@@ -92,6 +92,7 @@ def _attempt(bench: _Bench, planned: Planned) -> Document:
     """The cell's file, whatever became of it. Raises what no other cell would survive either."""
     import torch
 
+    from streamllm.device import empty_cache
     from streamllm.store import StoreError
 
     started = time.monotonic()
@@ -107,8 +108,7 @@ def _attempt(bench: _Bench, planned: Planned) -> Document:
         reason = " ".join(str(error).split())[:500]
         outcome = {"state": "failed", "reason": reason if isinstance(error, UsageError) else _named(error, reason)}
     gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    empty_cache()
     from .configuration import commit
 
     stamp = {"measured_sec": time.monotonic() - started, "finished_at": time.time(), "commit": commit()}

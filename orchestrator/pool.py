@@ -325,6 +325,9 @@ def _enter(worker: _Worker, state: Literal["pending", "loading", "idle", "measur
 
 def _init_ray(address: str | None) -> None:
     import ray
+    import torch
+
+    from streamllm.device import default_device
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -336,6 +339,8 @@ def _init_ray(address: str | None) -> None:
         options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
         if hasattr(os, "sched_getaffinity"):  # Ray would count cores that this process may not use
             options["num_cpus"] = len(os.sched_getaffinity(0))
+        if default_device().type not in ("cpu", "cuda"):  # which Ray counts only with dpctl (Intel's), or of late
+            options["num_gpus"] = torch.accelerator.device_count()
     try:
         ray.init(address=address, **options)
     except Exception as error:  # Ray raises a plain one where a node does not start

@@ -19,6 +19,9 @@ from streamllm.store import MeasurementStore
 from .lease import claim, computing_lease, timing_lease
 from .trial import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
 
+_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR")
+"""By which Ray gives a process its accelerator: NVIDIA's, AMD's, Intel's, and Intel's in earlier versions of Ray."""
+
 
 class Worker:
     def __init__(self, setup: WorkerSetup, cores: int, owner: str) -> None:
@@ -35,10 +38,10 @@ class Worker:
         """Pins itself, loads model and text; says what this worker is, sees, and finds wrong (`warnings`).
 
         Raises UsageError for input it cannot use, or that is not what the driver has under that name."""
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        visible = next((ids for name in _VISIBLE if (ids := os.environ.get(name))), "")
         warnings = self._claim(visible)
 
-        from streamllm.device import device_name, limit_threads
+        from streamllm.device import device_name, limit_threads, unverified
         from streamllm.measurements import Measurements
         from streamllm.models import load_model, load_tokenizer
         from streamllm.text import load_tokens
@@ -60,13 +63,15 @@ class Worker:
             "model_digest": self.loaded.digest,
             "text_digest": self.stream.digest,
             "n_tokens": len(self.stream.tokens),
-            "warnings": warnings + _mismatches(self.cores, visible),
+            "warnings": [*warnings, *_mismatches(self.cores, visible), *filter(None, [unverified(self.loaded.device)])],
         }
 
     def measure(self, spec: TrialSpec) -> TrialMeasurement:
         """Measures what the store does not have. Raises MemoryError, NonFiniteLossError, WorkerUnusableError if nothing
         can be measured here any more, and whatever torch raises."""
         import torch
+
+        from streamllm.device import empty_cache
 
         try:
             return self._confirm(spec) if spec.round else self._measure(spec)
@@ -75,7 +80,7 @@ class Worker:
         except torch.AcceleratorError as error:
             raise WorkerUnusableError(f"AcceleratorError: {error}") from None
         gc.collect()  # only here are the frames gone that held the memory
-        torch.cuda.empty_cache()
+        empty_cache()
         raise MemoryError(reason)
 
     def _measure(self, spec: TrialSpec) -> TrialMeasurement:
@@ -140,7 +145,7 @@ def _pin(cores: list[int]) -> None:
 
 
 def _mismatches(cores: list[int], visible: str) -> list[str]:
-    """What the system, torch and CUDA give this process, where that is not what was asked for."""
+    """What the system and torch give this process, where that is not what was asked for."""
     import torch
 
     found = []
@@ -148,6 +153,6 @@ def _mismatches(cores: list[int], visible: str) -> list[str]:
         found.append(f"asked for cores {cores}, runs on {sorted(os.sched_getaffinity(0))}")
     if cores and torch.get_num_threads() != len(cores):
         found.append(f"{len(cores)} cores, but torch runs {torch.get_num_threads()} threads")
-    if visible and torch.cuda.device_count() != 1:
-        found.append(f"was given accelerator {visible}, torch sees {torch.cuda.device_count()}")
+    if visible and torch.accelerator.device_count() != 1:
+        found.append(f"was given accelerator {visible}, torch sees {torch.accelerator.device_count()}")
     return found

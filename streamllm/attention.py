@@ -93,7 +93,7 @@ def attention(
     if backend.library == "eager":
         return eager_attention(query, key, value, scaling, mask)
     grouped = query.shape[1] != key.shape[1]
-    if mask is not None and query.is_cuda and not backend.masks:
+    if mask is not None and query.device.type != "cpu" and not backend.masks:
         with sdpa_kernel(_MASKED_KERNELS):
             return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=grouped)
     causal = causal and mask is None and new > 1
@@ -163,6 +163,8 @@ _KERNELS = {
     "aten::_scaled_dot_product_flash_attention_for_cpu": "flash",
     "aten::_scaled_dot_product_efficient_attention": "efficient",
     "aten::_scaled_dot_product_cudnn_attention": "cudnn",
+    "aten::_scaled_dot_product_fused_attention_overrideable": "overrideable",  # xpu's
+    "aten::_scaled_dot_product_attention_math_for_mps": "mps",
     "flash_attn::_flash_attn_forward": "flash_attention_2",
 }
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend
+from .device import float64_device
 from .execution import static_step
 from .loaded import LoadedModel
 from .policy import EvictionPolicy, Schedule
@@ -149,7 +150,7 @@ def decode_loop(
     """Feeds every token but the last, one by one. tokens (n) -> n - 1 losses, and the clock at `marks`. There, and
     before the first token (0), the clock stands still while `pause` does something else."""
     stream = torch.from_numpy(tokens).to(device)
-    losses = torch.empty(len(tokens) - 1, dtype=torch.float64, device=device)
+    losses = torch.empty(len(tokens) - 1, dtype=torch.float64, device=float64_device(device))
     peak, elapsed = 0, {0: 0.0}
     pause(0)
     started = time.perf_counter()
@@ -170,6 +171,6 @@ def decode_loop(
 
 
 def negative_log_likelihood(logits: Tensor, targets: Tensor) -> Tensor:
-    """logits (n, vocabulary), targets (n) -> nats (n), in float64."""
-    logits = logits.double()
-    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None])[:, 0]
+    """logits (n, vocabulary), targets (n) -> nats (n), in float64, and where there is that (`float64_device`)."""
+    logits = logits.to(float64_device(logits.device)).double()
+    return logits.logsumexp(-1) - logits.gather(-1, targets[:, None].to(logits.device))[:, 0]

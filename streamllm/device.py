@@ -16,25 +16,58 @@ from pathlib import Path
 
 import torch
 
+from .errors import UsageError
+
 
 def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The accelerator that torch was built for, where there is one, else the CPU."""
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def unverified(device: torch.device) -> str | None:
+    """What to warn of on a kind of device that this project has never run on; None on CPUs and NVIDIA's GPUs."""
+    kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type
+    return None if kind in ("cpu", "cuda") else f"{kind}: never tried by us, its times and kernels are unverified"
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bfloat16 where the device computes in it, else float16 on an accelerator and float32 on a CPU."""
+    """`auto` is bfloat16 where the device computes in it, else float16 on an accelerator and float32 on a CPU.
+
+    Raises UsageError for float64 where the device has none."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
+        if dtype == torch.float64 and float64_device(device) != device:
+            raise UsageError(f"dtype 'float64': {device.type} does not compute in it; give float32")
         return dtype
     if device.type == "cpu":
         return torch.bfloat16 if "amx_bf16" in _cpuinfo("flags").split() else torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    supported = getattr(torch.get_device_module(device), "is_bf16_supported", None)  # torch.mps cannot be asked
+    return torch.bfloat16 if supported is not None and supported(including_emulation=False) else torch.float16
+
+
+@cache
+def float64_device(device: torch.device) -> torch.device:
+    """Where what is exact is computed: on the device, or on the CPU for one without float64 (Apple's, some of Intel's).
+
+    Move a tensor there before it becomes float64, and make it something else before it is moved back."""
+    try:
+        torch.ones(1, device=device).double().cos()
+    except (TypeError, RuntimeError):
+        return torch.device("cpu")
+    return device
 
 
 def synchronize(device: torch.device) -> None:
     """Waits for the device to finish what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def empty_cache() -> None:
+    """Gives back the accelerator's memory that torch holds and does not use."""
+    device = default_device()
+    if device.type != "cpu":
+        torch.get_device_module(device).empty_cache()  # torch.accelerator's fails on mps in torch 2.9
 
 
 @cache
@@ -53,9 +86,10 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def used_memory(device: torch.device) -> float:
-    """MiB in use now: of the CUDA allocator, or else the process's resident set (its peak, where there is no /proc)."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device) / 2**20
+    """MiB in use now: of the accelerator's allocator (NaN where torch does not count), or else the process's resident
+    set (its peak, where there is no /proc)."""
+    if device.type != "cpu":
+        return torch.accelerator.memory_allocated(device) / 2**20 if _counts_memory(device) else math.nan
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
@@ -70,14 +104,18 @@ class Memory:
 
 @contextmanager
 def peak_memory(device: torch.device) -> Iterator[Memory]:
-    """The peak inside the block, weights included: of the CUDA allocator, or else of the process's resident set.
+    """The peak inside the block, weights included: of the accelerator's allocator (NaN where torch does not count), or
+    else of the process's resident set.
 
     Where the kernel does not forget earlier peaks when asked to, it is the process's highest so far."""
     memory = Memory()
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if device.type != "cpu":
+        counts = _counts_memory(device)
+        if counts:
+            torch.accelerator.reset_peak_memory_stats(device)
         yield memory
-        memory.megabytes = torch.cuda.max_memory_allocated(device) / 2**20
+        if counts:
+            memory.megabytes = torch.accelerator.max_memory_allocated(device) / 2**20
         return
     try:
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM (Linux)
@@ -90,8 +128,18 @@ def peak_memory(device: torch.device) -> Iterator[Memory]:
     memory.megabytes = int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
+@cache
+def _counts_memory(device: torch.device) -> bool:
+    """Whether torch keeps statistics of the accelerator's memory: of mps it has not always (pytorch issue 167447)."""
+    try:
+        torch.accelerator.memory_allocated(device)
+    except RuntimeError:
+        return False
+    return True
+
+
 def foreign_processes(device: torch.device) -> list[str]:
-    """Who else computes on this accelerator, as far as `nvidia-smi` tells: "PID NAME"; none on a CPU.
+    """Who else computes on this GPU, as far as `nvidia-smi` tells: "PID NAME"; none where it is not NVIDIA's.
 
     In a container its process ids are the host's, and none of them is known to be ours: one process is taken to be.
     """
@@ -119,9 +167,11 @@ def others(answer: str, gpu: str, own: int) -> list[str]:
 @cache
 def device_name(device: torch.device) -> str:
     """What the speed was measured on."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return _cpuinfo("model name") or platform.processor() or platform.machine()
+    cpu = _cpuinfo("model name") or platform.processor() or platform.machine()
+    if device.type == "cpu":
+        return cpu
+    name = getattr(torch.get_device_module(device), "get_device_name", None)  # torch.mps has none
+    return str(name(device)) if name is not None else f"{device.type} of {cpu}"
 
 
 def limit_threads(count: int | None) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .attention import AttentionState
+from .device import float64_device
 from .errors import UsageError
 from .loaded import LoadedModel
 
@@ -18,10 +19,15 @@ Step = Callable[[LoadedModel, Any, Tensor], Tensor]
 
 
 def static_step(execution: str, step: Step, loaded: LoadedModel, cache: AttentionState) -> Callable[[Tensor], Tensor]:
-    """`step` on this model and cache, for one token at a time. On a GPU it is replayed as a graph, compiled or not."""
+    """`step` on this model and cache, for one token at a time. On a CUDA device it is replayed as a graph, compiled or
+    not. Raises UsageError for an execution that the device does not have."""
     if execution == "cudagraph" and loaded.device.type != "cuda":
         raise UsageError(
-            f"execution 'cudagraph': needs a CUDA device, the model is on {loaded.device.type}; use compile"
+            f"execution 'cudagraph': needs a CUDA device, the model is on {loaded.device.type}; use compile or eager"
+        )
+    if execution == "compile" and float64_device(loaded.device) != loaded.device:
+        raise UsageError(
+            f"execution 'compile': {loaded.device.type} has no float64, which a step computes its angles in; use eager"
         )
     if execution == "compile":
         use_matrix_vector_products(loaded.model)

@@ -28,7 +28,7 @@ from .architecture import (
 from .attention import ATTENTION_NAME, register_attention
 from .backends import BACKENDS
 from .block_parallel import BlockState
-from .device import default_device, resolve_dtype
+from .device import default_device, resolve_dtype, unverified
 from .errors import UnsupportedModelError, UsageError
 from .gguf import converted, facts, folder_digest, gguf_file
 from .loaded import LoadedModel, attention_span
@@ -60,12 +60,15 @@ def resolve_model(name: str) -> str:
 def load_model(
     name: str, dtype: str = "auto", device: torch.device | None = None, quantization: str = "none"
 ) -> LoadedModel:
-    """Loads safetensors weights only, and no remote code.
+    """Loads safetensors weights only, and no remote code. Warns of a device that is `unverified`.
 
-    Raises ModelNotFoundError, or UnsupportedModelError for what the engine cannot evaluate exactly."""
+    Raises ModelNotFoundError, UsageError for a dtype that the device does not have, or UnsupportedModelError for what
+    the engine cannot evaluate exactly."""
     from transformers import AutoModelForCausalLM
 
     device = device or default_device()
+    if (doubt := unverified(device)) is not None:
+        warnings.warn(doubt, stacklevel=2)
     torch_dtype = resolve_dtype(dtype, device)
     model, found = _from_pretrained(
         AutoModelForCausalLM.from_pretrained,

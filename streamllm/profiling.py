@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
 from . import attention
 from .backends import Backend
@@ -92,7 +92,8 @@ def profile_decoding(
     trace: Path | None = None,
 ) -> Profile:
     """Profiles whole prune cycles of a full cache; `trace` gets a Chrome trace (.json or .json.gz), for
-    https://ui.perfetto.dev. Raises UsageError for a cycle that is too long to profile."""
+    https://ui.perfetto.dev. Raises UsageError for a cycle that is too long to profile, and on a device whose kernels
+    torch's profiler does not see."""
     with ExitStack() as stack:
         stack.enter_context(backend.active())
         # Names the kernels that inductor makes for a CPU; of no other effect.
@@ -132,8 +133,10 @@ def profile_decoding(
 
 def _profiler(device: torch.device) -> profile:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or its library writes its own news to stderr
-    on_gpu = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    return profile(activities=[ProfilerActivity.CPU, *on_gpu])
+    activities = {ProfilerActivity.CPU} if device.type == "cpu" else supported_activities()
+    if device.type != "cpu" and activities == {ProfilerActivity.CPU}:
+        raise UsageError(f"profile: torch's profiler does not see the kernels of {device.type}")
+    return profile(activities=activities)
 
 
 @contextmanager

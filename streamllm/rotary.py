@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from .device import float64_device
 from .errors import UnsupportedModelError
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 class Rotary:
     """Rotates queries and keys by whole positions. All angles are computed in float64: float32 ones are off by some
-    hundredths at position 1,000,000."""
+    hundredths at position 1,000,000. A device that has no float64 gets them from the CPU."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self.embedding = _rotary_embedding(model)
@@ -29,7 +30,8 @@ class Rotary:
             del self.embedding.forward  # which was ours: its own is to be asked
         self.interleaved = _is_interleaved(self.embedding)
         self._arrange = _arrangement(self.embedding)
-        self._frequencies: Tensor = self.embedding.inv_freq.to(model.device, torch.float64)
+        self._device = model.device
+        self._frequencies: Tensor = self.embedding.inv_freq.to(float64_device(model.device)).double()
         self._scaling = float(getattr(self.embedding, "attention_scaling", 1.0))  # yarn's
         # Half-precision sines would add an error of their own at every rotation.
         self._dtype = torch.promote_types(model.dtype, torch.float32)
@@ -58,15 +60,17 @@ class Rotary:
             if not (position_ids == position_ids[:1]).all():
                 raise UnsupportedModelError(f"{type(self.embedding).__name__} is to rotate by more than one position")
             position_ids = position_ids[0]
-        angles = self._arrange(position_ids[..., None] * self._frequencies)
+        positions = position_ids[..., None].to(self._frequencies.device)
+        angles = self._arrange(positions * self._frequencies)
         dtype = x.dtype if self._in_its_dtype else self._dtype
-        return (angles.cos() * self._scaling).to(dtype), (angles.sin() * self._scaling).to(dtype)
+        cos, sin = angles.cos() * self._scaling, angles.sin() * self._scaling
+        return cos.to(dtype).to(x.device), sin.to(dtype).to(x.device)
 
     def turn(self, distances: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin (n, rotary size) that turn vectors on by `distances` (n), back where they are negative."""
-        angles = torch.outer(distances.double(), self._frequencies)
+        angles = torch.outer(distances.to(self._frequencies.device).double(), self._frequencies)
         angles = _neighbours(angles) if self.interleaved else _halves(angles)
-        return angles.cos().to(self._dtype), angles.sin().to(self._dtype)
+        return angles.cos().to(self._dtype).to(self._device), angles.sin().to(self._dtype).to(self._device)
 
     def _extend(self, length: int) -> None:
         self._cos, self._sin = self.turn(torch.arange(length, device=self._frequencies.device))
@@ -165,10 +169,11 @@ def _is_of_positions(name: str) -> bool:
 
 def _arrangement(embedding: Any) -> Callable[[Tensor], Tensor]:
     """How the model's own embedding lays out the angles of position 1."""
-    frequencies = embedding.inv_freq.double()
-    x = torch.zeros(1, device=frequencies.device)
-    cos, sin = embedding(x, position_ids=torch.ones(1, 1, dtype=torch.long, device=frequencies.device))
-    found = torch.atan2(sin, cos).flatten().double()
+    device = embedding.inv_freq.device
+    frequencies = embedding.inv_freq.to(float64_device(device)).double()
+    x = torch.zeros(1, device=device)
+    cos, sin = embedding(x, position_ids=torch.ones(1, 1, dtype=torch.long, device=device))
+    found = torch.atan2(sin, cos).flatten().to(frequencies.device).double()
     for arrange in (_halves, _neighbours, _once):
         expected = arrange(frequencies)
         if found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5):

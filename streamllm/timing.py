@@ -301,14 +301,14 @@ class AttentionClock:
     spans: list[tuple[Any, Any]] = field(default_factory=list)
 
     def now(self) -> Any:
-        if self.device.type != "cuda":
+        if self.device.type == "cpu":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.Event(self.device, enable_timing=True)
         event.record()
         return event
 
     def milliseconds(self) -> float:
-        if self.device.type != "cuda":
+        if self.device.type == "cpu":
             return 1e3 * sum(stop - start for start, stop in self.spans)
         return sum(start.elapsed_time(stop) for start, stop in self.spans)
 

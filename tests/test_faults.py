@@ -169,6 +169,7 @@ def test_who_hangs_is_ended_and_who_waits_for_it_is_given_its_time_again(sweep, 
 def test_memory_of_the_accelerator(monkeypatch, tmp_path):
     worker = Worker(WorkerSetup("", TextSource(), "", "", tmp_path, 48), 1, "me")
     emptied = []
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     for error, becomes in ((torch.OutOfMemoryError, MemoryError), (torch.AcceleratorError, WorkerUnusableError)):
 

@@ -6,6 +6,7 @@ python -m streamllm backends --json                          for scripts: flash_
 
 import argparse
 import json
+import sys
 
 from ..options import DTYPES
 from ..printing import say
@@ -25,13 +26,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     from ..backends import BACKENDS
-    from ..device import default_device, device_name, resolve_dtype
+    from ..device import default_device, device_name, resolve_dtype, unverified
     from ..errors import UsageError
     from ..probing import probe_backend
 
     if arguments.head_size < 1:
         raise UsageError(f"head_size {arguments.head_size}: must be a whole number >= 1")
     device = default_device()
+    if (doubt := unverified(device)) is not None:
+        print(f"warning: {doubt}", file=sys.stderr)
     dtype = resolve_dtype(arguments.dtype, device)
     probes = {name: probe_backend(backend, device, dtype, arguments.head_size) for name, backend in BACKENDS.items()}
     if arguments.json:
