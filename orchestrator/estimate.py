@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
+from streamllm.errors import UsageError
+from streamllm.pairing import seconds_of_pairs
+from streamllm.policy import EvictionPolicy, steady_state, strict_policy
 from streamllm.progress import spoken
 from streamllm.sample import LEAST_TOKENS, MOST_TOKENS
+from streamllm.timing import WARMUP_TOKENS, segment_tokens
+
+from .study import spec_of
 
 if TYPE_CHECKING:
     from streamllm.pace import Pace
@@ -19,12 +27,8 @@ _CANDIDATES = 6
 """Of a front, and near it."""
 _START_SEC, _END_SEC = 25.0, 15.0
 """Ray and its workers, the model, the checks; tables, figures, MLflow."""
-_SLOWER = 1.3
+_SLOWER = 1.2
 """Than the reference, a method on average."""
-_PAIRS_SEC = 6.0
-_FEWEST_PAIRS = 7
-_WARM_UP_TOKENS = 60
-"""Of a timing: to find the kernel, to warm up, to time attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,27 +70,57 @@ def estimate(
     like: Sequence[dict[str, Any]],
 ) -> Estimate:
     """like: trials that were measured alike, which are believed more than the pace is."""
-    trials, sampled = configuration.trials, configuration.baseline_tokens
-    prefill = pace.losses(pace.total)
-    token, window = _SLOWER * pace.token_sec, pace.window()
-    timing = 3 * prefill + _WARM_UP_TOKENS * token + max(_PAIRS_SEC, 2 * _FEWEST_PAIRS * token)
-    losses = pace.losses(n_tokens)
+    trials = configuration.trials
+    policies = _policies(configuration)
+    losses = pace.losses(n_tokens) * len(set(policies)) / len(policies)
+    timing = fmean(timing_sec(pace, policy) for policy in policies)
     source = "a few layers of this shape were run"
     if like:
         losses, timing = (median(row[name] for row in like) for name in ("quality_sec", "speed_sec"))
         source = f"medians of {len(like)} trials"
-    baseline_timing = (_FEWEST_PAIRS + 6) * window + _FEWEST_PAIRS
-    share = trials * (timing + losses / workers) / 3
-    most = MOST_TOKENS if sampled is None else sampled or n_tokens
-    least = LEAST_TOKENS if sampled is None else most
-    sample = min(max(least * window, share), most * window) if n_tokens > pace.total else window
-    again = prefill + _WARM_UP_TOKENS / 2 * token + _PAIRS_SEC
+    window = pace.window()
+    baseline_timing = 6 * window + seconds_of_pairs(window)
     return Estimate(
         losses=losses,
         timing=timing,
-        baseline=losses / workers + baseline_timing + sample / workers,
-        confirming=rounds * (_CANDIDATES * again + baseline_timing),
+        baseline=baseline_timing
+        + (pace.losses(n_tokens) + _sample_sec(configuration, window, trials * (timing + losses / workers))) / workers,
+        confirming=rounds * (_CANDIDATES * 0.7 * timing + baseline_timing),
         trials=trials,
         workers=workers,
         source=source,
     )
+
+
+def timing_sec(pace: Pace, policy: EvictionPolicy) -> float:
+    """Of one configuration beside the reference: finding its kernel, filling and warming it, pairs, attention."""
+    token = _SLOWER * pace.token_sec
+    steady = steady_state(policy)
+    cycle, start = (steady.cycle, steady.start) if steady is not None else (1, policy.kept)
+    growing = max(start - policy.kept + 1, 0)
+    warm = cycle * math.ceil(min(WARMUP_TOKENS, max(0.25 / token, 1)) / cycle)
+    tokens = 3 * growing + min(cycle, 256) + 3 * warm + cycle
+    segment = segment_tokens(token, cycle) * token
+    return 3 * pace.losses(policy.kept) + tokens * token + seconds_of_pairs(segment)
+
+
+def _sample_sec(configuration: SweepConfiguration, window: float, trials_sec: float) -> float:
+    wanted = configuration.baseline_tokens
+    if wanted is not None:
+        return (wanted or MOST_TOKENS) * window
+    return min(max(LEAST_TOKENS * window, trials_sec / 3), MOST_TOKENS * window)
+
+
+def _policies(configuration: SweepConfiguration) -> list[EvictionPolicy]:
+    """Such as the search will try: those known first, then any of the space."""
+    space, chance = configuration.space, random.Random(0)
+    drawn = [dict(known) for known in space.known[: configuration.trials]]
+    while len(drawn) < min(configuration.trials, 100):
+        drawn.append(space.draw(lambda _, choices: chance.choice(choices)))
+    policies = []
+    for params in drawn:
+        try:
+            policies.append(spec_of(params, space, configuration.cap).policy)
+        except UsageError:
+            continue
+    return policies or [strict_policy(configuration.cap)]

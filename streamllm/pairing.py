@@ -25,6 +25,8 @@ _PRECISE = 0.01
 """Half the interval's width, as a share of the ratio, at which there are pairs enough."""
 _ENOUGH_SEC = 6.0
 _TOO_LONG_SEC = 15.0
+LONGEST_REFERENCE_SEC = 1.0
+"""Of a segment of the reference, however long the other one was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,14 @@ def take_pairs(segment: Callable[[], float], reference: Callable[[], float]) -> 
             break
     own, theirs = zip(*pairs, strict=True)
     return PairedTimes(own, theirs, at, load)
+
+
+def seconds_of_pairs(segment_sec: float) -> float:
+    """What `take_pairs` takes for segments of so long, if their ratio is not known well any sooner."""
+    pair = segment_sec + min(segment_sec, LONGEST_REFERENCE_SEC)
+    if LEAST_PAIRS * pair <= _ENOUGH_SEC:
+        return min(_ENOUGH_SEC, MOST_PAIRS * pair)
+    return min(LEAST_PAIRS * pair, max(FEWEST_PAIRS * pair, _TOO_LONG_SEC))
 
 
 def between_references(ms: Sequence[float], reference_ms: Sequence[float], at: float, load: float) -> PairedTimes:

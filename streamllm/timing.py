@@ -22,7 +22,7 @@ from .decoding import Decoder
 from .device import copy_bandwidth, peak_memory, synchronize
 from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder
-from .pairing import PairedTimes, take_pairs
+from .pairing import LONGEST_REFERENCE_SEC, PairedTimes, take_pairs
 from .policy import EvictionPolicy, steady_state, strict_policy
 from .quality import Estimate, median_interval
 
@@ -35,8 +35,6 @@ WARMUP_TOKENS = 16
 _MOST_STRETCHES = 20
 _RECORDED_TOKENS = 256
 _ATTENTION_SEC = 5.0
-_LONGEST_REFERENCE_SEC = 1.0
-"""Of a segment of the reference, however long the other one was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,8 +122,7 @@ class TimedDecoder:
 
     def segment_length(self, seconds: float = SEGMENT_SEC) -> int:
         """Tokens of a segment of about that many seconds, in whole cycles."""
-        most = LONGEST_SEGMENT_SEC / self.pace
-        return self.whole_cycles(max(min(max(SEGMENT_TOKENS, seconds / self.pace), most), 1))
+        return segment_tokens(self.pace, self.period, seconds)
 
     def decode(self, count: int) -> float:
         """Seconds per token."""
@@ -136,6 +133,12 @@ class TimedDecoder:
             self.decoder.feed(token)
         synchronize(self.device)
         return (time.perf_counter() - started) / max(count, 1)
+
+
+def segment_tokens(pace: float, cycle: int, seconds: float = SEGMENT_SEC) -> int:
+    """Of a segment of about that many seconds, in whole cycles. pace: seconds per token."""
+    most = LONGEST_SEGMENT_SEC / pace
+    return cycle * math.ceil(max(min(max(SEGMENT_TOKENS, seconds / pace), most), 1) / cycle)
 
 
 @dataclass(frozen=True)
@@ -227,7 +230,7 @@ def time_beside(run: TimedDecoder, reference: Reference) -> PairedTimes:
             return 1e3 * run.decode(length)
 
     with no_garbage_collection():
-        return take_pairs(segment, lambda: reference.segment(min(length * run.pace, _LONGEST_REFERENCE_SEC)))
+        return take_pairs(segment, lambda: reference.segment(min(length * run.pace, LONGEST_REFERENCE_SEC)))
 
 
 def _started(
