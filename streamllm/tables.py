@@ -6,6 +6,7 @@ one split, streamed."""
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ JOINS = ("lines", "paragraphs")
 blank, with an empty line between; so the source documents join WikiText."""
 _TITLES = ("short_book_title", "title")
 """Columns that titles stand in, PG19's own first."""
+_FIX = "; give a cached hub id, a local folder or --text FILE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,30 +102,43 @@ def _joined(texts: list[str], join: str) -> str:
 
 def file_rows(path: Path, what: str) -> Rows:
     """Rows of a JSON or parquet file. Raises TextError if it is damaged."""
-    unreadable = f"{what}: not readable as {path.suffix}"
+    damaged = f"{what}: not readable as {path.suffix}"
     if path.suffix.lower() == ".parquet":
-        return _parquet_rows(path, what, unreadable)
-    with _explained(unreadable, ""):
+        return _parquet_rows([str(path)], what, damaged)
+    with _explained(damaged, ""):
         return _json_rows(path, what)
 
 
-def _parquet_rows(path: Path, what: str, unreadable: str) -> Rows:
+def _parquet_rows(files: Sequence[str], what: str, damaged: str, fix: str = "") -> Rows:
+    """Of files of one schema, local or an address that fsspec knows. Not by `datasets`: where reading stops before the
+    end, as after a book, the threads of pyarrow's scanner now and then abort the process when it ends."""
     from pyarrow.parquet import ParquetFile
 
     def read(column: str, first: int, count: int | None) -> Iterator[Any]:
-        with _explained(unreadable, ""), path.open("rb") as content, ParquetFile(content) as file:
-            groups, before = [], 0
-            for group in range(file.num_row_groups):
-                if before + file.metadata.row_group(group).num_rows > first:
-                    groups.append(group)
-                elif not groups:
-                    before += file.metadata.row_group(group).num_rows
-            batches = file.iter_batches(batch_size=count or 4096, row_groups=groups, columns=[column])
-            values = (value for batch in batches for value in batch.column(0).to_pylist())
-            yield from islice(values, first - before, None if count is None else first - before + count)
+        last = math.inf if count is None else first + count
+        before = 0
+        for name in files:
+            if before >= last:
+                return
+            with _explained(damaged, fix), _opened(name) as content, ParquetFile(content) as file:
+                for group in range(file.num_row_groups):
+                    size = file.metadata.row_group(group).num_rows
+                    start, stop = max(first - before, 0), min(size, last - before)
+                    if start < stop:
+                        values = file.read_row_group(group, columns=[column]).column(0)
+                        yield from values.slice(start, stop - start).to_pylist()
+                    before += size
 
-    with _explained(unreadable, ""), path.open("rb") as content, ParquetFile(content) as file:
+    with _explained(damaged, fix), _opened(files[0]) as content, ParquetFile(content) as file:
         return Rows(what, file.schema_arrow.names, read)
+
+
+def _opened(name: str) -> Any:
+    if "://" not in name:
+        return Path(name).open("rb")
+    import fsspec
+
+    return fsspec.open(name, "rb")
 
 
 def _json_rows(path: Path, what: str) -> Rows:
@@ -149,55 +164,58 @@ def dataset_rows(name: str, config: str | None, split: str, what: str, by_file: 
     a plain text is one row, its file's name the title, and not a row per line.
 
     Raises TextError if there is no such data set or split."""
-    builder = _builder(name, config, what)
-    splits = list(builder.config.data_files or builder.info.splits or ())
+    import datasets
+
+    datasets.disable_progress_bars()
+    with _explained(what):
+        builder = datasets.load_dataset_builder(name, name=config)
+    there = builder.config.data_files or {}  # a cached data set has none
+    splits = [str(one) for one in there or builder.info.splits or ()]
     if split not in splits:
         raise TextError(f"split {split!r}: {what} has {', '.join(splits)}; give --split with one of these")
-    files = list((builder.config.data_files or {}).get(split, ()))
+    files = [str(file) for file in there.get(split, ())]
+    if files and all(file.endswith(".parquet") for file in files):
+        return _parquet_rows(files, what, what, _FIX)
+    if by_file and hasattr(builder.config, "sample_by"):
+        return _document_rows(builder, split, files, what)
+    return _streamed_rows(builder, split, files, what)
+
+
+def _streamed_rows(builder: Any, split: str, files: list[str], what: str) -> Rows:
+    def read(column: str, first: int, count: int | None) -> Iterator[Any]:
+        with _explained(what):
+            last = None if count is None else first + count
+            yield from (row[column] for row in islice(_stream(builder, split, files), first, last))
+
+    with _explained(what):
+        stream = _stream(builder, split, files)
+        return Rows(what, stream.column_names or list(next(iter(stream), {"text": None})), read)
+
+
+def _document_rows(builder: Any, split: str, files: list[str], what: str) -> Rows:
+    """A row per text file."""
+    builder.config.sample_by, builder.config.encoding = "document", "utf-8-sig"
 
     def read(column: str, first: int, count: int | None) -> Iterator[Any]:
-        last = None if count is None else first + count
-        with _explained(what):
-            stream = _stream(_builder(name, config, what), split, column)
-            yield from (row[column] for row in islice(stream, first, last))
-
-    def read_files(column: str, first: int, count: int | None) -> Iterator[Any]:
         chosen = files[first : None if count is None else first + count]
         if column == "title":
             yield from (PurePosixPath(file).stem for file in chosen)
         elif chosen:
             with _explained(what):
-                documents = _builder(name, config, what)
-                documents.config.sample_by, documents.config.encoding = "document", "utf-8-sig"
-                yield from (row["text"] for row in _stream(documents, split, column, chosen))
+                yield from (row["text"] for row in _stream(builder, split, chosen))
 
-    if by_file and hasattr(builder.config, "sample_by"):
-        return Rows(what, ["title", "text"], read_files)
-    with _explained(what):
-        stream = _stream(builder, split)
-        return Rows(what, stream.column_names or list(next(iter(stream), {"text": None})), read)
+    return Rows(what, ["title", "text"], read)
 
 
-def _builder(name: str, config: str | None, what: str) -> Any:
-    """Knows the files of a data set, and has opened none. It serves for one stream: it remembers that one's columns."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    with _explained(what):
-        return datasets.load_dataset_builder(name, name=config)
-
-
-def _stream(builder: Any, split: str, column: str | None = None, files: Sequence[str] | None = None) -> Any:
-    """Rows (dict) of one split: the builder is made to forget the others, whose first file it would look into."""
-    if builder.config.data_files:  # else it is a cached data set, which has no files but its own
-        builder.config.data_files = {split: files or builder.config.data_files[split]}
-    if column is not None and hasattr(builder.config, "columns"):  # parquet
-        builder.config.columns = [column]
+def _stream(builder: Any, split: str, files: list[str]) -> Any:
+    """Rows (dict) of a split, of these files only: the builder would look into the first file of every split."""
+    if files:
+        builder.config.data_files = {split: files}
     return builder.as_streaming_dataset(split=split)
 
 
 @contextmanager
-def _explained(what: str, fix: str = "; give a cached hub id, a local folder or --text FILE") -> Iterator[None]:
+def _explained(what: str, fix: str = _FIX) -> Iterator[None]:
     """`datasets` and pyarrow raise a dozen kinds for a name, a network or a file that is not there or damaged."""
     try:
         yield
