@@ -166,9 +166,11 @@ def _estimate(planned: Planned, documents: Mapping[Path, Document]) -> float | N
 def _read(file: Path) -> Document | None:
     try:
         document = json.loads(file.read_text())
-        return document if {"settings", "state"} <= document.keys() else None
-    except (FileNotFoundError, ValueError, AttributeError):
+        settings, _ = document["settings"], document["state"]
+        settings["source"] = asdict(TextSource()) | settings["source"]  # an older file has what it lacks as by default
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
+    return document
 
 
 def _check_settings(planned: Planned, document: Document) -> None:
@@ -183,5 +185,4 @@ def _check_settings(planned: Planned, document: Document) -> None:
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """A document that did not know of a part of the source yet has it as it is by default."""
-    return {**settings, **asdict(TextSource()), **settings.get("source", {}), "source": None}
+    return {**settings, **settings.get("source", {}), "source": None}
