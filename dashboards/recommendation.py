@@ -108,6 +108,9 @@ def reproduce_command(study: StudyResults, row: Row) -> str:
         "token-ids": source["token_ids"],
         "dataset-name": source["dataset_name"],
         "dataset-config": source["dataset_config"],
+        "split": source.get("split"),
+        "book": source.get("book"),
+        "join": source.get("join"),
         "offset": source["offset"],
         "max-eval-tokens": source["max_eval_tokens"],
         "method": row["method"],
@@ -121,7 +124,7 @@ def reproduce_command(study: StudyResults, row: Row) -> str:
         "threads": row.get("threads"),
         "store": store if store.resolve() != Path("sweeps/.store").resolve() else None,
     }
-    usual = {"quantization": "none", "offset": 0, "execution": "eager"}
+    usual = {"quantization": "none", "split": "test", "join": "lines", "offset": 0, "execution": "eager"}
     flags = [
         f"--{flag}={value}" if str(value).startswith("-") else f"--{flag} {shlex.quote(str(value))}"
         for flag, value in given.items()

@@ -99,6 +99,7 @@ class SweepConfiguration:
         if not path.exists():
             return None
         before = json.loads(path.read_text())
+        before["source"] = asdict(TextSource()) | before["source"]  # an older study has what it lacks as by default
         study_id = str(before["study_id"])
         changed = _differences(before, self.to_dict(study_id))
         if changed:

@@ -82,6 +82,8 @@ def make_plan(arguments: argparse.Namespace) -> MatrixPlan:
 
     cap = min(matrix.cap, trained_length(arguments.model) or matrix.cap)
     named = given or "dataset" not in load_matrix(arguments.space).axes
+    if not named and source.label != source.name:  # STREAMLLM_DATASET, which the matrix' own data sets replace
+        raise UsageError("book, split and join: of one data set, and the matrix has several; give --dataset-name too")
     label = Path(arguments.model).name or arguments.model
     name = arguments.study or "-".join([label, *([source.label] if named else []), matrix.name])
     folder = arguments.output or Path("sweeps") / name
@@ -89,7 +91,7 @@ def make_plan(arguments: argparse.Namespace) -> MatrixPlan:
     for cell in matrix.cells():
         text = source if named else replace(source, text=None, token_ids=None, dataset_name=cell.dataset)
         if text.max_eval_tokens is None:
-            text = replace(text, max_eval_tokens=matrix.tokens_of(text.label))
+            text = replace(text, max_eval_tokens=matrix.tokens_of(text.name))
         file = folder / "results" / f"{matrix.stem(cell)}.json"
         cells.append(Planned(cell, arguments.model, text, policy_of(cell, cap), matrix.baseline, file))
     return MatrixPlan(name, folder, matrix, cap, cells, arguments.cpus_per_worker or None)
@@ -164,9 +166,11 @@ def _estimate(planned: Planned, documents: Mapping[Path, Document]) -> float | N
 def _read(file: Path) -> Document | None:
     try:
         document = json.loads(file.read_text())
-        return document if {"settings", "state"} <= document.keys() else None
-    except (FileNotFoundError, ValueError, AttributeError):
+        settings, _ = document["settings"], document["state"]
+        settings["source"] = asdict(TextSource()) | settings["source"]  # an older file has what it lacks as by default
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
+    return document
 
 
 def _check_settings(planned: Planned, document: Document) -> None:

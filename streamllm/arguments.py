@@ -11,6 +11,7 @@ from .environment import default_dataset, default_model
 from .errors import UsageError
 from .options import DTYPES, PROTOCOLS, QUANTIZATIONS
 from .policy import EvictionPolicy, for_chunks, with_derived_window
+from .tables import JOINS
 from .text import TextSource
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def add_text_arguments(group: argparse._ArgumentGroup) -> None:
         "--text",
         type=Path,
         metavar="FILE",
-        help="plain UTF-8, or .jsonl or .parquet with a column `text` (the embedded)",
+        help="plain UTF-8, or .json, .jsonl or .parquet with a column `text` (the embedded)",
     )
     group.add_argument("--token-ids", type=Path, metavar="FILE.json", help="a JSON list of token ids instead of text")
     group.add_argument(
@@ -52,8 +53,22 @@ def add_text_arguments(group: argparse._ArgumentGroup) -> None:
         help="wikitext, pg19, a hub id or a folder in the hub's layout (STREAMLLM_DATASET)",
     )
     group.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set")
-    group.add_argument("--offset", type=int, default=0, metavar="N", help="tokens to skip (0)")
-    group.add_argument("--max-eval-tokens", type=int, metavar="N", help="only N tokens (all)")
+    group.add_argument("--split", default="test", metavar="NAME", help="of the data set (test)")
+    group.add_argument(
+        "--book",
+        metavar="TITLE|N",
+        help="one row of a data set or table: its title, words of it, or its number from 0 (pg19: 0, others: all)",
+    )
+    group.add_argument(
+        "--join",
+        choices=JOINS,
+        default="lines",
+        help="rows one per line, or those not blank as paragraphs, as the source documents join WikiText (lines)",
+    )
+    group.add_argument(
+        "--offset", type=int, default=0, metavar="N", help="tokens of the text to skip; a BOS stays the first token (0)"
+    )
+    group.add_argument("--max-eval-tokens", type=int, metavar="N", help="only N tokens, a BOS included (all)")
 
 
 def add_policy_arguments(group: argparse._ArgumentGroup) -> None:
@@ -151,8 +166,11 @@ def text_source(arguments: argparse.Namespace) -> TextSource:
         token_ids=arguments.token_ids,
         dataset_name=arguments.dataset_name if given else default_dataset(),
         dataset_config=arguments.dataset_config,
+        split=arguments.split,
         offset=arguments.offset,
         max_eval_tokens=arguments.max_eval_tokens,
+        book=arguments.book,
+        join=arguments.join,
     )
     source.check()
     return source

@@ -12,3 +12,7 @@ class UnavailableError(UsageError):
 
 class UnsupportedModelError(UsageError):
     """The engine cannot evaluate this model exactly; the message says why."""
+
+
+class TextError(UsageError):
+    """No such text, or too little of it; the message says what to give instead."""

@@ -248,6 +248,7 @@ def identity(
         "dataset": stream.label,
         "text_digest": stream.digest,
         "n_tokens": len(stream.tokens),
+        "bos": stream.bos,
         "method": method,
         "protocol": protocol,
         **asdict(effective_policy(method, policy)),

@@ -6,11 +6,12 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
-from itertools import islice
+from itertools import takewhile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from .errors import UsageError
+from .errors import TextError
+from .tables import JOINS, SUFFIXES, dataset_rows, file_rows, slug, text_of
 from .testbed import TEXT_FILE
 
 if TYPE_CHECKING:
@@ -21,31 +22,52 @@ HUB_DATASETS = {"wikitext": ("Salesforce/wikitext", "wikitext-103-v1"), "pg19": 
 """Short names -> hub id and default configuration. Script data sets are gone from `datasets`: these are parquet."""
 
 
-class TextError(UsageError):
-    """No such text, or too little of it; the message says what to give instead."""
+_LONGEST_BOOK = 40
+"""Characters of a label, which is a folder's name too."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextSource:
-    """Where tokens come from: a text file (plain, JSON lines or parquet), a JSON list of token ids, a data set, or (all
-    None) the embedded text."""
+    """Where tokens come from: a text file (plain, JSON or parquet), a JSON list of token ids, a data set, or (all None)
+    the embedded text."""
 
     text: Path | None = None
     token_ids: Path | None = None
     dataset_name: str | None = None
     dataset_config: str | None = None
     split: str = "test"
+    """Of the data set."""
     offset: int = 0
-    """Tokens to skip."""
+    """Tokens of the text to skip; what the tokenizer puts before every text (its BOS) stays the first token."""
     max_eval_tokens: int | None = None
+    """How many tokens there are at most, the BOS among them."""
+    book: str | None = None
+    """The one row to read, of a data set or table: its number from 0, its title or words of that. None: of PG19 the
+    first, of others all."""
+    join: str = "lines"
+    """How rows become one text, see `JOINS`."""
 
     @property
-    def label(self) -> str:
-        """A short name for tables and tags."""
+    def name(self) -> str:
+        """Of the data set or file."""
         if self.dataset_name is not None:
             return Path(self.dataset_name).name
         file = self.text or self.token_ids
         return file.stem if file is not None else "testbed"
+
+    @property
+    def label(self) -> str:
+        """A short name for tables, tags and studies; of another book, split or join it is another."""
+        split = self.split if self.split != "test" else ""
+        book = slug(self.book or "")
+        if len(book) > _LONGEST_BOOK:
+            book = f"{book[:_LONGEST_BOOK]}-{hashlib.sha256(book.encode()).hexdigest()[:6]}"
+        return "-".join(filter(None, (self.name, split, book, self.join if self.join != "lines" else "")))
+
+    @property
+    def row(self) -> str | None:
+        """The book to read; None: all rows."""
+        return "0" if self.book is None and self.dataset_name is not None and self.name == "pg19" else self.book
 
     def check(self) -> None:
         """Raises TextError for what can be seen to be wrong without reading anything."""
@@ -55,10 +77,32 @@ class TextSource:
         for path in (self.text, self.token_ids):
             if path is not None and not path.is_file():
                 raise TextError(f"text {str(path)!r}: {'not a file' if path.exists() else 'no such file'}")
+        self._check_rows()
         if self.offset < 0:
             raise TextError(f"offset {self.offset}: must be >= 0 tokens")
         if self.max_eval_tokens is not None and self.max_eval_tokens < 2:
             raise TextError(f"max_eval_tokens {self.max_eval_tokens}: must be >= 2 (one token to predict another)")
+
+    def _check_rows(self) -> None:
+        if self.split != "test" and self.dataset_name is None:
+            raise TextError(f"split {self.split!r}: of a data set; give --dataset-name, or leave --split out")
+        if self.join not in JOINS:
+            raise TextError(f"join {self.join!r}: must be one of {', '.join(JOINS)}")
+        if self.book is not None and not slug(self.book):
+            raise TextError(f"book {self.book!r}: must be a title, words of one, or a number from 0")
+        asked = self._asked_of_rows()
+        if asked and self.dataset_name is None and (self.text is None or not _is_table(self.text)):
+            raise TextError(
+                f"{asked}: of rows; give --dataset-name or --text FILE with {', '.join(SUFFIXES)}, or leave it out"
+            )
+        if self.join != "lines" and self.row is not None:
+            raise TextError(f"join {self.join!r}: of many rows, and a book is one; leave --join out")
+
+    def _asked_of_rows(self) -> str:
+        """What only rows can give, as a message names it; empty: nothing."""
+        if self.book is not None:
+            return f"book {self.book!r}"
+        return f"join {self.join!r}" if self.join != "lines" else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +112,8 @@ class TokenStream:
     label: str
     digest: str
     """sha256 of the token ids."""
+    bos: bool = False
+    """Whether it begins with what the tokenizer puts before every text, at whatever offset."""
 
 
 def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, vocabulary: int) -> TokenStream:
@@ -77,13 +123,15 @@ def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, v
     import numpy as np
 
     source.check()
+    lead = 0
     if source.token_ids is not None:
         ids = _read_ids(source.token_ids)
     elif tokenizer is None:
         raise TextError("this model has no tokenizer; give --token-ids FILE.json")
     else:
         ids = tokenizer(_read_text(source), verbose=False)["input_ids"]
-    chosen = ids[source.offset :][: source.max_eval_tokens]
+        lead = _lead(tokenizer, ids)
+    chosen = (ids[:lead] + ids[lead + source.offset :])[: source.max_eval_tokens]
     foreign = next((token for token in chosen if not 0 <= token < vocabulary), None)
     if foreign is not None:
         raise TextError(f"text {source.label!r}: token id {foreign}, the model knows 0 .. {vocabulary - 1}")
@@ -93,7 +141,13 @@ def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, v
             f"text {source.label!r}: {len(tokens)} of its {len(ids)} tokens are left after offset {source.offset}, "
             f"at least 2 are needed"
         )
-    return TokenStream(tokens, source.label, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest())
+    return TokenStream(tokens, source.label, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(), lead > 0)
+
+
+def _lead(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:
+    """How many special tokens the tokenizer put before the text: what it begins with that an empty one begins with."""
+    empty = tokenizer("", verbose=False)["input_ids"]
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(ids, empty, strict=False)))
 
 
 def file_digest(source: TextSource) -> str | None:
@@ -119,63 +173,28 @@ def _read_ids(path: Path) -> list[int]:
 
 def _read_text(source: TextSource) -> str:
     if source.dataset_name is not None:
-        return _read_dataset(source)
-    path = source.text or TEXT_FILE
-    return _read_file(path, f"text {str(path)!r}")
-
-
-def _read_file(path: Path, what: str, rows: int | None = None) -> str:
-    """All rows of a table, or the first so many."""
-    return _read_table(path, what, rows) if path.suffix.lower() in _TABLES else _read_plain(path)
-
-
-def _read_plain(path: Path) -> str:
-    try:
-        text = path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the text
-    except UnicodeDecodeError as error:
-        raise TextError(f"text {str(path)!r}: not UTF-8 ({error.reason})") from error
+        text = _read_dataset(source)
+    else:
+        path = source.text or TEXT_FILE
+        text = _read_file(path, f"text {str(path)!r}", source)
     if "\0" in text:
-        raise TextError(f"text {str(path)!r}: not a text, or not in UTF-8: it has NUL characters")
+        raise TextError(f"text {source.name!r}: not a text, or not in UTF-8: it has NUL characters")
     return text
 
 
-_TABLES = (".jsonl", ".json", ".parquet")
-"""Suffixes, of whatever case, of files that have a column `text`; any other file is plain text."""
+def _is_table(path: Path) -> bool:
+    return path.suffix.lower() in SUFFIXES
 
 
-def _read_table(path: Path, what: str, count: int | None) -> str:
-    is_parquet = path.suffix.lower() == ".parquet"
+def _read_file(path: Path, what: str, source: TextSource) -> str:
+    if _is_table(path):
+        return text_of(file_rows(path, what), source.row, source.join)
+    if asked := source._asked_of_rows():
+        raise TextError(f"{asked}: of rows, and {what} is one plain text ({path.name}); leave it out")
     try:
-        rows = _parquet_rows(path, count) if is_parquet else _json_rows(path.read_text(encoding="utf-8-sig"))
-    except Exception as error:  # pyarrow raises a dozen kinds for what is damaged
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise TextError(f"{what}: not readable as {path.suffix} ({reason[:200]})") from error
-    lacking = next((row for row in rows if not isinstance(row, dict) or "text" not in row), None)
-    if not rows:
-        raise TextError(f"{str(path)!r}: no rows")
-    if lacking is not None:
-        columns = ", ".join(map(str, lacking)) if isinstance(lacking, dict) else ""
-        raise TextError(f"{str(path)!r}: no column 'text' among {columns or 'none'}")
-    return _joined([row["text"] for row in rows[:count]], str(path))
-
-
-def _parquet_rows(path: Path, count: int | None) -> list[Any]:
-    """Of a long file with a column `text` that column alone and, where only the first rows count, no more of it."""
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(path) as file:
-        columns = ["text"] if "text" in file.schema_arrow.names else None
-        batches = file.iter_batches(batch_size=count or 4096, columns=columns)
-        return [row for batch in islice(batches, 1 if count else None) for row in batch.to_pylist()]
-
-
-def _json_rows(content: str) -> list[Any]:
-    """A list of objects, or an object per line."""
-    try:
-        whole = json.loads(content)
-    except json.JSONDecodeError:
-        return [json.loads(line) for line in content.split("\n") if line.strip()]
-    return whole if isinstance(whole, list) else [whole]
+        return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the text
+    except UnicodeDecodeError as error:
+        raise TextError(f"text {str(path)!r}: not UTF-8 ({error.reason})") from error
 
 
 def hub_name(source: TextSource) -> tuple[str, str | None]:
@@ -188,23 +207,21 @@ def hub_name(source: TextSource) -> tuple[str, str | None]:
 
 
 def _read_dataset(source: TextSource) -> str:
-    """The `text` column of a split: WikiText's lines joined, of PG19 the first book."""
+    """The `text` column of a split: one book, or all rows joined."""
     what = f"data set {source.dataset_name!r}"
     name, config = hub_name(source)
     local = local_data(str(source.dataset_name))
-    is_books = Path(str(source.dataset_name)).name == "pg19"
-    if local is None:
-        rows = _load(what, name, name=config, split=source.split)
-    elif local.is_dir():
+    if local is not None and not local.is_dir():
+        if source.split != "test":
+            raise TextError(
+                f"split {source.split!r}: {what} is the one file {str(local)!r}; leave --split out, or put a folder in "
+                f"the hub's layout there"
+            )
+        return _read_file(local, what, source)
+    if local is not None:
         part = local / config if config is not None and (local / config).is_dir() else local
-        rows = _load(what, str(part), split=source.split)
-    else:
-        return _read_file(local, what, 1 if is_books else None)
-    if is_books:
-        rows = rows.select(range(min(len(rows), 1)))
-    if "text" not in rows.column_names:
-        raise TextError(f"{str(source.dataset_name)!r}: no column 'text' among {', '.join(rows.column_names)}")
-    return _joined(list(rows["text"]), str(source.dataset_name))
+        name, config = str(part), None
+    return text_of(dataset_rows(name, config, source.split, what, source.row is not None), source.row, source.join)
 
 
 def local_data(name: str) -> Path | None:
@@ -218,21 +235,3 @@ def local_data(name: str) -> Path | None:
     there = {path.with_suffix(path.suffix.lower()).name: path for path in sorted(Path(root).iterdir())}
     candidates = (f"{name}{suffix}" for suffix in (".txt", ".jsonl", ".parquet", ""))
     return next((there[candidate] for candidate in candidates if candidate in there), None)
-
-
-def _load(what: str, *arguments: Any, **options: Any) -> Any:
-    import datasets
-
-    datasets.disable_progress_bars()
-    try:
-        return datasets.load_dataset(*arguments, **options)
-    except Exception as error:  # `datasets` raises a dozen kinds for a name, a split or a network that is not there
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise TextError(f"{what}: {reason[:200]}; give a cached hub id, a local folder or --text FILE") from error
-
-
-def _joined(texts: list[Any], name: str) -> str:
-    for number, text in enumerate(texts, 1):
-        if not isinstance(text, str):
-            raise TextError(f"{name!r}: 'text' of row {number} is {text!r}, not a string; mend or remove that row")
-    return "".join(texts) if texts and texts[0].endswith("\n") else "\n".join(texts)

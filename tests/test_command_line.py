@@ -256,6 +256,7 @@ def test_the_baselines_sample_leaves_nan_elsewhere(tmp_path):
         (("--window-size", "0"), "window_size 0"),
         (("--n-sink", "5000"), "cap 2048: below n_sink 5000"),
         (("--max-eval-tokens", "1"), "max_eval_tokens 1"),
+        (("--book", "3"), "book '3': of rows; give --dataset-name"),
         (("--output-file", "/dev/null/result.json"), "its folder cannot be made"),
         (("--per-token-losses", "losses.csv"), "must end in .npy or .parquet"),
         (("--prefill-tokens", "64"), "prefill_tokens 64: a number >= 1, with --protocol chunked only"),

@@ -11,9 +11,10 @@ import pytest
 import streamllm.evaluation
 from dashboards.matrix import _figure, matrix_figures, matrix_rows, matrix_tables
 from dashboards.style import LABELS, style
-from orchestrator.matrix_plan import policy_of
-from orchestrator.sweep import main
+from orchestrator.matrix_plan import make_plan, policy_of
+from orchestrator.sweep import main, parser
 from search_spaces import MEASURES, SHIPPED, Cell, SpaceError, is_matrix, load_matrix
+from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy
 from streamllm.quality import NonFiniteLossError
 
@@ -112,6 +113,17 @@ def test_cells_are_the_grid_times_the_configurations(tmp_path):
     assert matrix.stem(cells[-1]) == "lazy_pg19_n_sink-4"
     assert (matrix.tokens_of("pg19"), matrix.tokens_of("wikitext")) == (50, None)
     assert matrix.shown("fast") != matrix.shown("decode-loop") and set(matrix.shown("decode-loop")) < set(MEASURES)
+
+
+def test_a_book_names_the_matrix_and_its_cells_and_needs_a_data_set(monkeypatch):
+    plan = make_plan(parser().parse_args(["--space", "backends", "--dataset-name", "pg19", "--book", "Dragon's blood"]))
+    assert plan.name == "testbed-pg19-dragons-blood-backends"
+    assert {cell.source.book for cell in plan.cells} == {"Dragon's blood"}
+    assert {cell.source.max_eval_tokens for cell in plan.cells} == {load_matrix("backends").tokens_of("pg19")}
+    assert all(cell.file.name.startswith("pg19-dragons-blood") for cell in plan.cells)
+    monkeypatch.setenv("STREAMLLM_DATASET", "pg19")
+    with pytest.raises(UsageError, match="of one data set, and the matrix has several; give --dataset-name"):
+        make_plan(parser().parse_args(["--space", "backends", "--book", "3"]))
 
 
 def test_windows_are_what_the_total_leaves():
@@ -236,6 +248,8 @@ def test_other_settings_or_another_machine_are_refused(run, capsys):
     kept, gone = sorted((run.folder / "results").glob("*.json"))
     gone.unlink()
     document = json.loads(kept.read_text())
+    for name in ("book", "join"):  # as files were before there were such options: the same settings
+        del document["settings"]["source"][name]
     document["baseline"]["device"] = "abacus"
     kept.write_text(json.dumps(document))
     assert run(BACKENDS, tokens=80) == 2

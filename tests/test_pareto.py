@@ -425,8 +425,11 @@ def test_the_command_names_all_that_decides_the_trial(tmp_path, monkeypatch):
     elsewhere = reproduce_command(load_study(str(tmp_path / "sweeps" / "s")), trial)
     assert parsed(elsewhere).store == tmp_path / "sweeps" / ".store"
     data = {"text": None, "token_ids": None, "dataset_name": "pg19", "dataset_config": "c", "offset": 0}
-    other = load_study(str(write_study(tmp_path, [trial], "o", source=data | {"max_eval_tokens": None})))
-    assert (parsed(reproduce_command(other, trial)).dataset_name, other.name) == ("pg19", "o")
+    data |= {"max_eval_tokens": None, "split": "train", "book": "Dragon's blood", "join": "lines"}
+    other = load_study(str(write_study(tmp_path, [trial], "o", source=data)))
+    arguments = parsed(reproduce_command(other, trial))
+    assert (arguments.dataset_name, arguments.split, arguments.book) == ("pg19", "train", "Dragon's blood")
+    assert (arguments.join, other.name) == ("lines", "o")
 
 
 def test_the_command_measures_the_same_again(tmp_path, monkeypatch, capsys):

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from orchestrator.sweep import parser, resolve
+from streamllm.errors import UsageError
+
 from .conftest import GOLDEN
 
 OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
@@ -166,6 +169,26 @@ def test_bad_input_is_one_line_and_starts_nothing(folder, bad, message):
     assert message in done.stderr
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
     assert sorted(path.name for path in folder.iterdir()) == ["small.yaml", "space.yaml"]
+
+
+def test_books_have_studies_of_their_own_and_older_studies_go_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def resolved(*more):
+        return resolve(parser().parse_args(["--dataset-name", "pg19", *more]))
+
+    dragons, whole = resolved("--book", "Dragon's blood", "--split", "train"), resolved()
+    assert dragons.study == "testbed-pg19-train-dragons-blood-default" and whole.study == "testbed-pg19-default"
+    assert dragons.to_dict("")["source"] | {"book": None, "split": "test"} == whole.to_dict("")["source"]
+    whole.output.mkdir(parents=True)
+    study = whole.claim()
+    file = whole.output / "sweep.json"
+    document = json.loads(file.read_text())
+    assert document["source"].pop("join") == "lines" and document["source"].pop("book") is None
+    file.write_text(json.dumps(document))
+    assert whole.check() == study
+    with pytest.raises(UsageError, match=r"source\.book: None then, '3' now"):
+        resolved("--book", "3", "--study", whole.study).check()
 
 
 def test_files_changed_under_a_study_are_seen_and_threads_stay(folder):
