@@ -39,6 +39,14 @@ INTERVALS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 CLIFF = (1, 64, 128, 256, 512)
 SLACKS, DROPS = (0, 8, 16, 32), (0, 8, 16, 32)
 
+_AXES = {
+    "sinks": ("sinks", "four sinks"),
+    "lazy": ("compress_every R", "R = 1"),
+    "cliff": ("compress_every R", "R = 1"),
+    "softlite": ("cache slack", "no slack, no max drop"),
+}
+"""Of a figure: the knob, and what the others are compared with."""
+
 Cell = tuple[str, int, EvictionPolicy]
 """The curve it is on, where on it, and what is measured; the first of a curve is what the others are compared with."""
 
@@ -112,7 +120,7 @@ def _percent(estimate: Estimate) -> str:
 
 
 def draw(rows: list[dict[str, Any]], grid: str, title: str, path: Path) -> None:
-    names = {"sinks": "sinks", "softlite": "cache slack"}
+    knob, reference = _AXES[grid]
     with style():
         figure = new_figure(7, 3.6)
         axes = figure.subplots()
@@ -128,10 +136,12 @@ def draw(rows: list[dict[str, Any]], grid: str, title: str, path: Path) -> None:
         axes.set_xscale("symlog", base=2, linthresh=1)
         ticks = sorted({row["at"] for row in rows})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
-        axes.set_xlabel(names.get(grid, "compress_every R"))
-        axes.set_ylabel("perplexity above the reference, %")
-        if grid == "sinks":
+        axes.set_xlabel(knob)
+        axes.set_ylabel(f"perplexity above {reference}, %")
+        if max(row["increase_percent"] for row in rows) > 10:
             axes.set_yscale("symlog", linthresh=1)
+            axes.set_yticks([-1, 0, 1, 10, 100], ["-1", "0", "1", "10", "100"])
+            axes.set_ylim(-2, 200)
         axes.axhline(0, color="0.3", linewidth=1)
         axes.set_title(title)
         axes.legend(fontsize=8)
