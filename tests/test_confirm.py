@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from dashboards.front import study_front
+from orchestrator import rounds as rounds_module
 from orchestrator.confirm import candidates, confirmed_rows, unconfirmed_better
 from orchestrator.pool import Finished, SweepError
 from orchestrator.rounds import FILE, Round, read_rounds, take_rounds
@@ -168,6 +169,22 @@ def test_rounds_take_every_candidate_in_turn_on_one_worker_after_another(run, tm
     assert [(sinks, number) for _, _, sinks, number in pool.submitted] == [(s, n) for n in (1, 2, 3) for s in (4, 1, 2)]
     assert [one.ratios["2"] for one in rounds] == [[1, 2], [2, 4], [3, 6]]
     assert rounds == read_rounds(tmp_path) and rounds[0].members == {"baseline", "1", "2"}
+
+
+def test_rounds_end_when_the_next_would_not_be_finished_in_time(tmp_path, monkeypatch):
+    """A round takes ten seconds here: one in any case, and as many as fit."""
+    now = [100.0]
+
+    def answer(worker, spec):
+        now[0] += 10 / 3
+        return measured(worker, spec)
+
+    monkeypatch.setattr(rounds_module.time, "monotonic", lambda: now[0])
+    for until, count in ((90.0, 1), (125.0, 2), (1000.0, 4)):
+        now[0] = 100.0
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        assert len(take_rounds(folder, PretendPool(answer), [0], ROWS, 4, lambda *_: None, until)) == count
 
 
 def test_a_round_counts_whole_or_not_at_all(run, tmp_path):

@@ -1,7 +1,10 @@
 import io
+import time
 
+import pytest
 from rich.console import Console
 
+from orchestrator import display as display_module
 from orchestrator.display import Display
 from orchestrator.plot import Plot
 from orchestrator.trial import TrialSpec
@@ -127,3 +130,24 @@ def test_without_a_terminal_there_are_plain_lines():
 def test_values_that_are_no_numbers_do_not_disturb_the_view():
     shown = display([row(0, float("nan"), 1.0), row(1, 2.0, float("inf"))])
     assert "front so far: 0 of 2 trials" in screen(shown)
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_off_a_terminal_a_quiet_sweep_says_now_and_then_that_it_goes_on(terminal, monkeypatch):
+    monkeypatch.setattr(display_module, "LINE_SEC", 0.05)
+    shown = display([row(0, 4.0, 1.0)], terminal=terminal)
+    with shown:
+        shown.trial_started(1, spec())
+        time.sleep(0.5)
+    lines = [line for line in said(shown).splitlines() if line.startswith("1/10 trials (0 failed, 0 reused), 0 s")]
+    assert bool(lines) == (not terminal)
+    assert all(line.endswith("; worker 1: mit flash S=4 R=1 slack=0 drop=0") for line in lines[-1:])
+
+
+def test_time_left_is_no_more_than_the_budget():
+    console = Console(file=io.StringIO(), force_terminal=True, width=150, color_system=None)
+    until = time.monotonic() + 100
+    shown = Display(4000, [], ("tpot_ms", "ppl_vs_strict_percent"), Tracking(), console, until)
+    shown._started -= 60
+    shown.trial_finished(row(0, 4.0, 1.0))
+    assert "1/4000 trials (0 failed, 0 reused), 60 s, about 2 min left" in screen(shown)

@@ -269,6 +269,24 @@ def test_nothing_new_is_asked_for_after_the_time_budget(drive, tmp_path):
     assert len(study.rows) == 6
 
 
+@pytest.mark.parametrize(("seconds", "confirm", "more"), [(1000, 0, True), (900, 3, False), (1100, 3, True), (50, 0, False)])
+def test_time_is_set_aside_for_what_runs_and_for_confirming(seconds, confirm, more, tmp_path):
+    """A trial takes 20 + 40 seconds here, confirming 3 x (5 x 40 + 100)."""
+    (tmp_path / "space.yaml").write_text(SPACE)
+    space = load_space(str(tmp_path / "space.yaml"))
+
+    def answer(worker, spec):
+        finished = measured(worker, spec)
+        finished.measurement.record.update(quality_sec=20.0, speed_sec=100.0 if spec.method == "recompute" else 40.0)
+        return finished
+
+    study = Study("s", tmp_path / "journal.log", space, 32, seed=1)
+    Driver(study, PretendPool(1, answer), 32, 1, []).run()
+    until = time.monotonic() + seconds
+    Driver(study, PretendPool(1, answer), 32, 6, [], until=until, confirm=confirm).run()
+    assert (len(study.rows) > 1) == more
+
+
 def test_a_baseline_that_kills_workers_ends_the_sweep(drive):
     def answer(worker, spec):
         died = spec.method == "recompute"
