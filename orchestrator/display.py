@@ -263,7 +263,8 @@ def _outcome(row: dict[str, Any]) -> str:
     )
     if row["state"] == "failed":
         return f"{what} failed: {row['reason']}"
+    speedup = f"{row['speedup']:5.1f}x" if "speedup" in row else ""  # until the baseline is measured
     return (
-        f"{what} {row['tpot_ms']:6.2f} ms/token  {row['speedup']:5.1f}x  PPL {row['perplexity']:6.2f} "
+        f"{what} {row['tpot_ms']:6.2f} ms/token  {speedup:6}  PPL {row['perplexity']:6.2f} "
         f"({row['ppl_vs_strict_percent']:+.1f}%){'  (from the store)' * row['reused']}"
     )

@@ -144,9 +144,9 @@ class Driver:
         if self._retries:
             return self._retries.popleft()
         grows = BASELINE in self.fixed and BASELINE not in self._running.values() and self._has_time()
-        if grows and self._sample.is_due():
-            return BASELINE
         if self._more():
+            if grows and self._sample.is_due():
+                return BASELINE
             if (asked := self._ask()) is not None:
                 self._budget -= 1
                 return asked

@@ -18,6 +18,18 @@ GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("neox-tiny", "llama-tiny")
 
 
+SWEEPS = ("test_faults", "test_interrupted", "test_lease", "test_printing", "test_smollm2", "test_sweep")
+"""Modules whose workers claim all cores of the machine: one after another."""
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What runs in one process: a module, and all those that sweep."""
+    for item in items:
+        module = item.path.stem
+        item.add_marker(pytest.mark.xdist_group("sweeps" if module in SWEEPS else module))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
     torch.set_num_threads(1)

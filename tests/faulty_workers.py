@@ -77,7 +77,14 @@ def record(spec):
         "timed_at": 0.0,
         "load": 0.5,
     }
-    quality = {"perplexity": 2.7, "n_tokens": 51, "peak_kv": 49, "quality_entry": entry_name({"spec": str(spec)})}
+    quality = {
+        "perplexity": 2.7,
+        "perplexity_low": 2.6,
+        "perplexity_high": 2.8,
+        "n_tokens": 51,
+        "peak_kv": 49,
+        "quality_entry": entry_name({"spec": str(spec)}),
+    }
     return what | times | quality | backends | asdict(spec.policy)
 
 

@@ -153,7 +153,7 @@ def test_ray_is_told_of_accelerators_that_it_may_not_know(kind, told, accelerato
 def test_a_dry_run_names_the_accelerators(accelerator, monkeypatch):
     accelerator(XPU, 2)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda _: "Arc B580")
-    assert dry_run._workers(0, 0, None) == "2, each with one of 2 x Arc B580"
+    assert dry_run._layout(0, 0, None).words == "2, each with one of 2 x Arc B580"
 
 
 def test_names(accelerator):

@@ -269,7 +269,9 @@ def test_nothing_new_is_asked_for_after_the_time_budget(drive, tmp_path):
     assert len(study.rows) == 6
 
 
-@pytest.mark.parametrize(("seconds", "confirm", "more"), [(1000, 0, True), (900, 3, False), (1100, 3, True), (50, 0, False)])
+@pytest.mark.parametrize(
+    ("seconds", "confirm", "more"), [(1000, 0, True), (900, 3, False), (1100, 3, True), (50, 0, False)]
+)
 def test_time_is_set_aside_for_what_runs_and_for_confirming(seconds, confirm, more, tmp_path):
     """A trial takes 20 + 40 seconds here, confirming 3 x (5 x 40 + 100)."""
     (tmp_path / "space.yaml").write_text(SPACE)

@@ -77,10 +77,8 @@ def test_ended_at_every_moment_and_started_again(start, tmp_path):
         measured = now
     assert finished == TRIALS, "all were finished before confirming"
 
-    strict, baseline, *rows = rows_of(tmp_path)
-    assert (strict["trial"], baseline["trial"]) == ("strict", "baseline") and sorted(
-        row["trial"] for row in rows
-    ) == list(range(TRIALS))
+    rows = [row for row in rows_of(tmp_path) if row["trial"] not in ("strict", "baseline")]
+    assert sorted(row["trial"] for row in rows) == list(range(TRIALS)), "each once"
     assert len({(row["method"], row["n_sink"], row["compress_every"]) for row in rows}) == TRIALS
     assert (tmp_path / "sweeps/s/confirmed.jsonl").is_file()
     parents = [run for run in runs_of(tmp_path) if "trial" not in run.data.tags]

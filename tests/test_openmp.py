@@ -59,11 +59,14 @@ def test_when_a_command_loads_torch_its_threads_wait_passively(module):
     assert spin_count("-c", HELP_AND_OPENMP, module) == 0
 
 
+MODEL = ("--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"))
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
         ("streamllm", "backends"),
-        ("orchestrator.sweep", "--dry-run", "--model", str(GOLDEN / "neox-tiny")),
+        ("orchestrator.sweep", "--dry-run", *MODEL),
     ],
     ids=lambda arguments: arguments[0],
 )

@@ -37,7 +37,7 @@ def test_shipped_spaces_can_be_tried_on_the_embedded_model(name, capsys, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert main(["--space", name, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "256 (nominal accounting, the model's trained length; the space says 2048)" in shown
+    assert "256 (nominal accounting; the space says 2048)" in shown
     assert "left out" not in shown
     assert list(tmp_path.iterdir()) == []
 

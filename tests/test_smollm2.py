@@ -1,6 +1,5 @@
 """A real language model, where it is installed: SmolLM2-135M-Instruct, 30 layers, natural sinks."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dashboards.study import read_rows
 from streamllm.block_parallel import block_parallel_losses
 from streamllm.models import load_model, load_tokenizer, resolve_model
 from streamllm.policy import EvictionPolicy
@@ -59,7 +59,7 @@ def test_a_sweep(tmp_path):
         cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in (tmp_path / "sweeps/s/trials.jsonl").read_text().splitlines()]
+    rows = read_rows(tmp_path / "sweeps/s/trials.jsonl")
     assert len(rows) == 6 and {row["weights"] for row in rows} == {"Q4_1"}
     assert len({row["model_digest"] for row in rows}) == 1
     assert "[4/4]" in done.stderr and "recommended" in done.stdout

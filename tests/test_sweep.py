@@ -67,7 +67,9 @@ def json_lines(path):
 
 
 def rows_of(folder):
-    return json_lines(folder / "sweeps/s/trials.jsonl")
+    """Reference and baseline first, then the trials."""
+    rows = {row["trial"]: row for row in json_lines(folder / "sweeps/s/trials.jsonl")}
+    return [rows.pop("strict"), rows.pop("baseline"), *rows.values()]
 
 
 def runs_of(folder):
@@ -90,7 +92,7 @@ def test_a_sweep_from_end_to_end(folder):
         assert row["state"] == "complete"
         assert row["n_sink"] + row["window_size"] == 48
         assert row["backend"] == row["backend_requested"]
-        assert row["speedup"] == pytest.approx(baseline["time_ratio"] / row["time_ratio"])
+        assert row.get("speedup", 0) in (0, pytest.approx(baseline["time_ratio"] / row["time_ratio"]))
         assert row["ppl_vs_strict_percent_low"] <= row["ppl_vs_strict_percent"] <= row["ppl_vs_strict_percent_high"]
         assert "tpot_ms" not in row, "its unit is known at the end"
     output = folder / "sweeps/s"
@@ -119,6 +121,11 @@ def test_a_sweep_from_end_to_end(folder):
         assert run.data.tags["pareto"] == str(str(row["trial"]) in on_front)
         assert run.data.metrics["ppl_vs_strict_percent"] == pytest.approx(row["ppl_vs_strict_percent"])
         assert run.data.params["n_sink"] == str(row["n_sink"])
+
+    increases = {row["trial"]: row["ppl_increase_percent"] for row in json_lines(output / "increases.jsonl")}
+    assert set(increases) == {"strict", *(row["trial"] for row in trials)}
+    for trial, increase in increases.items():
+        assert children[str(trial)].data.metrics["ppl_increase_percent"] == pytest.approx(increase)
 
     confirmed = {str(row["trial"]): row for row in json_lines(output / "confirmed.jsonl")}
     assert on_front | {"baseline"} <= confirmed.keys()
