@@ -55,7 +55,7 @@ def test_a_sweep(tmp_path):
     (tmp_path / "space.yaml").write_text(SPACE)
     arguments = ["--model", "smollm2", "--max-eval-tokens", "180", "--space", "space.yaml", "--study", "s"]
     done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.sweep", *arguments, "--trials", "4", "--confirm", "0"],
+        [sys.executable, "-m", "orchestrator.sweep", *arguments, "--trials", "4", "--confirm", "0", "--baseline-tokens", "8"],
         cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
