@@ -1,8 +1,10 @@
 """What long work says, on a terminal and elsewhere."""
 
+import io
 import os
 import pty
 import re
+import select
 import sys
 import time
 
@@ -19,17 +21,26 @@ def quick(monkeypatch):
         monkeypatch.setattr(progress, name, seconds)
 
 
-def test_lines_where_there_is_no_terminal(quick, capsys):
+def until(seen, seconds=30):
+    """Waits, on a busy machine too."""
+    deadline = time.monotonic() + seconds
+    while not seen():
+        assert time.monotonic() < deadline, "never"
+        time.sleep(0.02)
+
+
+def test_lines_where_there_is_no_terminal(quick, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", said := io.StringIO())
+
+    def is_said(line):
+        return lambda: re.search(line, said.getvalue(), re.MULTILINE)
+
     with working("losses", "timing") as step:
-        time.sleep(0.15)
+        until(is_said(r"^losses: \d+ s so far$"))
         step(25, 100)
-        time.sleep(0.1)
+        until(is_said(r"^losses: 25 of 100, \d+ s left$"))
         step(100, 100)
-        time.sleep(0.1)
-    lines = capsys.readouterr().err.splitlines()
-    assert re.fullmatch(r"losses: \d s so far", lines[0])
-    assert any(re.fullmatch(r"losses: 25 of 100, \d+ s left", line) for line in lines)
-    assert re.fullmatch(r"losses: timing, \d+ s so far", lines[-1])
+        until(is_said(r"^losses: timing, \d+ s so far$"))
 
 
 def test_short_work_says_nothing(monkeypatch, capsys):
@@ -46,12 +57,19 @@ def test_a_bar_on_a_terminal_that_is_gone_afterwards(quick, monkeypatch):
     with os.fdopen(theirs, "w") as terminal:
         monkeypatch.setattr(sys, "stderr", terminal)
         monkeypatch.setenv("TERM", "xterm")
+        shown = ""
+
+        def is_drawn(pattern=r"losses: 1 of 4, \d+ s left"):
+            nonlocal shown
+            if select.select([ours], [], [], 0)[0]:
+                shown += os.read(ours, 100_000).decode()
+            return re.search(pattern, shown)
+
         with working("losses") as step:
             step(1, 4)
-            time.sleep(0.3)
+            until(is_drawn)
         print("end", file=terminal, flush=True)
-        shown = os.read(ours, 100_000).decode()
-    assert re.search(r"losses: 1 of 4, \d+ s left", shown)
+        until(lambda: is_drawn("end"))
     assert shown.rstrip().endswith("end") and "\x1b[2K" in shown, "the line was cleared"
 
 

@@ -54,8 +54,9 @@ def test_its_sinks_are_natural(tokens):
 def test_a_sweep(tmp_path):
     (tmp_path / "space.yaml").write_text(SPACE)
     arguments = ["--model", "smollm2", "--max-eval-tokens", "180", "--space", "space.yaml", "--study", "s"]
+    arguments += ["--baseline-tokens", "8"]
     done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.sweep", *arguments, "--trials", "4", "--confirm", "0", "--baseline-tokens", "8"],
+        [sys.executable, "-m", "orchestrator.sweep", *arguments, "--trials", "4", "--confirm", "0"],
         cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
