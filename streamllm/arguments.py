@@ -133,10 +133,12 @@ def add_sample_argument(group: argparse._ArgumentGroup, auto: str) -> None:
     )
 
 
-def sample_size(text: str) -> int | None:
+def sample_size(text: str, protocol: str = "fast") -> int | None:
     """Of `auto` (None), `all` (0) or a number of tokens. Raises UsageError."""
     if text == "auto":
         return None
+    if protocol != "fast":
+        raise UsageError(f"baseline_tokens {text!r}: of --protocol fast only, {protocol} has no sample; leave it out")
     if text == "all":
         return 0
     if not text.isdecimal() or int(text) < 1:

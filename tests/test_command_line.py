@@ -256,6 +256,8 @@ def test_the_baselines_sample_leaves_nan_elsewhere(tmp_path):
         (("--window-size", "0"), "window_size 0"),
         (("--n-sink", "5000"), "cap 2048: below n_sink 5000"),
         (("--max-eval-tokens", "1"), "max_eval_tokens 1"),
+        (("--baseline-tokens", "0"), "baseline_tokens '0': must be a whole number >= 1, 'all' or 'auto'"),
+        (("--baseline-tokens", "9", "--protocol", "decode-loop"), "baseline_tokens '9': of --protocol fast only"),
         (("--book", "3"), "book '3': of rows; give --dataset-name"),
         (("--output-file", "/dev/null/result.json"), "its folder cannot be made"),
         (("--per-token-losses", "losses.csv"), "must end in .npy or .parquet"),

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     text_source(arguments)
     given_policy(arguments)
-    sample_size(arguments.baseline_tokens)
+    sample_size(arguments.baseline_tokens, arguments.protocol)
     if arguments.runs < 1:
         raise UsageError(f"runs {arguments.runs}: must be a whole number >= 1")
     file = arguments.output_file

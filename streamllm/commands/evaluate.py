@@ -111,7 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     text_source(arguments)
     given_policy(arguments)
-    sample_size(arguments.baseline_tokens)
+    sample_size(arguments.baseline_tokens, arguments.protocol)
     method = _method(arguments)
     file = arguments.per_token_losses
     if file is not None and file.suffix not in (".npy", ".parquet"):
