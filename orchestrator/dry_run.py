@@ -12,7 +12,7 @@ from typing import Any
 
 from search_spaces import OBJECTIVES, SearchSpace
 from streamllm.errors import UsageError
-from streamllm.progress import spoken
+from streamllm.progress import spoken, working
 
 from .configuration import SweepConfiguration
 from .estimate import estimate
@@ -134,7 +134,8 @@ def _cost(configuration: SweepConfiguration, layout: WorkerLayout, rounds: int) 
         return "unknown, as is how long the text is before it is downloaded; --max-eval-tokens N says it"
     limit_threads(layout.threads)
     dtype = resolve_dtype(configuration.dtype, default_device())
-    pace = measure_pace(configuration_of(configuration.model), dtype, configuration.cap)
+    with working("running a few layers, for the cost"):
+        pace = measure_pace(configuration_of(configuration.model), dtype, configuration.cap)
     found = estimate(pace, tokens, configuration, layout.count, rounds, rows)
     budget = configuration.time_budget
     if budget is None or found.seconds < budget:

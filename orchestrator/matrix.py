@@ -171,13 +171,15 @@ class _Bench:
     def _model(self, planned: Planned) -> LoadedModel:
         from streamllm.device import limit_threads
         from streamllm.models import load_model
+        from streamllm.progress import working
 
         wanted = planned.cell.dtype, planned.cell.quantization
         if self._loaded is None or self._of != wanted:
             self._loaded = None
             self._references.clear()
             limit_threads(self.plan.threads)
-            self._loaded = load_model(planned.model, planned.cell.dtype, quantization=planned.cell.quantization)
+            with working(f"loading {planned.model}"):
+                self._loaded = load_model(planned.model, planned.cell.dtype, quantization=planned.cell.quantization)
             self._of = wanted
         return self._loaded
 

@@ -29,6 +29,7 @@ from ..arguments import (
 from ..errors import UsageError
 from ..methods import METHODS
 from ..printing import discard, say
+from ..progress import working
 from ..session import messages_on_stderr
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
     from ..policy import peak_without_end
 
     limit_threads(arguments.threads)
-    with messages_on_stderr():
+    with messages_on_stderr(), working(f"loading {arguments.model}"):
         loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
     tokenizer = load_tokenizer(arguments.model)
     policy = stream_policy(arguments, loaded)

@@ -31,6 +31,7 @@ from ..methods import METHODS
 from ..options import EXECUTIONS
 from ..policy import EvictionPolicy
 from ..printing import say
+from ..progress import working
 from ..session import load_model_and_text, make_room, messages_on_stderr
 
 if TYPE_CHECKING:
@@ -105,8 +106,9 @@ def run(arguments: argparse.Namespace) -> int:
     def profiled(policy: EvictionPolicy, trace: Path | None = None) -> "Profile":
         return profile_decoding(loaded, arguments.method, policy, backend, stream.tokens, arguments.execution, trace)
 
-    own = profiled(policy, trace)
-    others = {other: own if other == policy else profiled(other) for other in _others(arguments, policy)}
+    with working("profiling"):
+        own = profiled(policy, trace)
+        others = {other: own if other == policy else profiled(other) for other in _others(arguments, policy)}
     result = _identity(arguments, loaded, stream, policy) | {
         "backend": used_backend(loaded, arguments.method, policy, backend, stream.tokens, arguments.execution),
         "backend_requested": arguments.attn_backend,
