@@ -47,6 +47,9 @@ _AXES = {
 }
 """Of a figure: the knob, and what the others are compared with."""
 
+_SINCE = {"cliff": 8192}
+"""Of the text: compared are the tokens from there on. Before, nothing has been evicted, by whatever R."""
+
 Cell = tuple[str, int, EvictionPolicy]
 """The curve it is on, where on it, and what is measured; the first of a curve is what the others are compared with."""
 
@@ -79,8 +82,9 @@ def measure(measurements: Measurements, grid: str) -> list[dict[str, Any]]:
         with working(f"{curve}, {at}") as progress:
             measured, _ = measurements.quality("ours", policy, progress=progress)
         assert measured.losses is not None
-        reference = references.setdefault("all" if grid == "softlite" else curve, measured.losses)
-        increase = paired_increase(measured.losses, reference)
+        later = measured.losses[measured.losses[:, 0] >= _SINCE.get(grid, 0)]
+        reference = references.setdefault("all" if grid == "softlite" else curve, later)
+        increase = paired_increase(later, reference)
         of_perplexity = ("perplexity", "perplexity_low", "perplexity_high", "evaluated_tokens", "quality_sec")
         rows.append(
             {
@@ -89,6 +93,7 @@ def measure(measurements: Measurements, grid: str) -> list[dict[str, Any]]:
                 **asdict(policy),
                 "peak_kv": peak_kv(policy, len(measured.losses)),
                 **{name: measured.record[name] for name in of_perplexity},
+                "compared_tokens": len(later),
                 **increase.flat("increase_percent"),
             }
         )
