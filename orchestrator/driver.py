@@ -143,7 +143,8 @@ class Driver:
     def _next(self) -> Task | None:
         if self._retries:
             return self._retries.popleft()
-        grows = BASELINE in self.fixed and BASELINE not in self._running.values() and self._has_time()
+        known = self.comparison is not None and BASELINE in self.fixed  # or a batch would be asked for twice
+        grows = known and BASELINE not in self._running.values() and self._has_time()
         if self._more():
             if grows and self._sample.is_due():
                 return BASELINE

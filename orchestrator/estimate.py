@@ -79,12 +79,12 @@ def estimate(
         losses, timing = (median(row[name] for row in like) for name in ("quality_sec", "speed_sec"))
         source = f"medians of {len(like)} trials"
     window = pace.window()
+    sample = _sample_sec(configuration, n_tokens, window, trials * (timing + losses / workers))
     baseline_timing = 6 * window + seconds_of_pairs(window)
     return Estimate(
         losses=losses,
         timing=timing,
-        baseline=baseline_timing
-        + (pace.losses(n_tokens) + _sample_sec(configuration, window, trials * (timing + losses / workers))) / workers,
+        baseline=baseline_timing + (pace.losses(n_tokens) + sample) / workers,
         confirming=rounds * (_CANDIDATES * 0.7 * timing + baseline_timing),
         trials=trials,
         workers=workers,
@@ -104,10 +104,10 @@ def timing_sec(pace: Pace, policy: EvictionPolicy) -> float:
     return 3 * pace.losses(policy.kept) + tokens * token + seconds_of_pairs(segment)
 
 
-def _sample_sec(configuration: SweepConfiguration, window: float, trials_sec: float) -> float:
+def _sample_sec(configuration: SweepConfiguration, n_tokens: int, window: float, trials_sec: float) -> float:
     wanted = configuration.baseline_tokens
     if wanted is not None:
-        return (wanted or MOST_TOKENS) * window
+        return min(wanted or n_tokens, n_tokens) * window
     return min(max(LEAST_TOKENS * window, trials_sec / 3), MOST_TOKENS * window)
 
 

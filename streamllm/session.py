@@ -72,13 +72,18 @@ def compare_quality(
     if protocol == "chunked":
         return None
     try:
-        with working("strict StreamingLLM") as progress:
-            strict, _ = measurements.strict(progress=progress)
+        return QualityComparison(_strict_losses(measurements), baseline)
     except NonFiniteLossError as error:
         warnings.warn(f"not compared with strict StreamingLLM: {error}", stacklevel=2)
         return None
+
+
+def _strict_losses(measurements: Measurements) -> np.ndarray:
+    """Raises NonFiniteLossError."""
+    with working("strict StreamingLLM") as progress:
+        strict, _ = measurements.strict(progress=progress)
     assert strict.losses is not None
-    return QualityComparison(strict.losses, baseline)
+    return strict.losses
 
 
 def measure_baseline(
@@ -134,12 +139,9 @@ def baseline_size(measurements: Measurements, tokens: str) -> SampleSize:
     if count is not None:
         return FixedSize(count or len(measurements.stream.tokens))
     try:
-        with working("strict StreamingLLM") as progress:
-            strict, _ = measurements.strict(progress=progress)
+        return AutoSize(_strict_losses(measurements), BASELINE_SEC)
     except NonFiniteLossError:  # said when qualities are compared
         return FixedSize(LEAST_TOKENS)
-    assert strict.losses is not None
-    return AutoSize(strict.losses, BASELINE_SEC)
 
 
 def make_room(*files: Path | None) -> None:

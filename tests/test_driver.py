@@ -151,6 +151,32 @@ def test_the_baselines_sample_grows_to_what_is_wanted(wanted, tokens, tmp_path):
     assert len(study.rows) == 4 and (log.rows[-1]["trial"], log.rows[-1]["sampled_tokens"]) == ("baseline", tokens)
 
 
+def test_a_sample_does_not_grow_before_the_reference_is_there(tmp_path):
+    """It would be asked for the batch that it has, and be taken to be unable to grow."""
+
+    class LateReference(PretendPool):
+        def submit(self, worker, spec):
+            super().submit(worker, spec)
+            if spec.method == "ring":
+                self.reference = self._ready.pop()
+            elif spec.method == "recompute" and len(self.submitted) == 2:
+                self._ready.append(self._ready.pop(0))
+
+        def wait(self, timeout):
+            if not self._ready:
+                self._ready.append(self.reference)
+            return super().wait(timeout)
+
+    (tmp_path / "space.yaml").write_text(SPACE)
+    pool, log = LateReference(2), Log()
+    study = Study("s", tmp_path / "journal.log", load_space(str(tmp_path / "space.yaml")), 32, seed=1)
+    driver = Driver(study, pool, 32, 4, [log], baseline_tokens=24)
+    driver._sample.spent(1000.0, on_it=False)
+    driver.run()
+    sizes = [spec.sampled_tokens for spec in pool.submitted if spec.method == "recompute"]
+    assert sizes == [8, 16, 24]
+
+
 def test_a_sample_that_cannot_grow_does_not_end_the_sweep(tmp_path):
     def answer(worker, spec):
         grown = spec.method == "recompute" and spec.sampled_tokens > 8
