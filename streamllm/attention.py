@@ -15,7 +15,6 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .backends import Backend
@@ -92,13 +91,13 @@ def attention(
         mask = torch.ones(new, held, dtype=torch.bool, device=query.device).tril(held - new)
     if backend.library == "eager":
         return eager_attention(query, key, value, scaling, mask)
-    grouped = query.shape[1] != key.shape[1]
-    if mask is not None and query.device.type != "cpu" and not backend.masks:
-        with sdpa_kernel(_MASKED_KERNELS):
-            return F.scaled_dot_product_attention(query, key, value, mask, scale=scaling, enable_gqa=grouped)
     causal = causal and mask is None and new > 1
-    if backend.library == "flash_attn":
+    if backend.library == "flash_attn" and mask is None:
         return _flash_attention_2(query, key, value, scaling, causal)
+    if mask is not None and query.device.type == "cuda":
+        # No fused kernel of CUDA's takes both a mask and grouped queries (torch <= 2.13).
+        key, value = (_for_each_head(x, query.shape[1]) for x in (key, value))
+    grouped = query.shape[1] != key.shape[1]
     # A compiled graph is bound to the kernel that it was traced with, and has to know which: enter it inside.
     with backend.active() if torch.compiler.is_compiling() else contextlib.nullcontext():
         return F.scaled_dot_product_attention(
@@ -106,7 +105,9 @@ def attention(
         )
 
 
-_MASKED_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+def _for_each_head(x: Tensor, heads: int) -> Tensor:
+    """x (batch, KV heads, ...) -> (batch, heads, ...)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
 
 def _flash_attention_2(query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool) -> Tensor:
@@ -149,8 +150,7 @@ def _dot(a: Tensor, b: Tensor, dim: int, parts: int) -> Tensor:
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
     """As written in transformers' modelling files: the logits in the model's dtype, the softmax in float32 at least."""
-    repeats = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(repeats, dim=1) if repeats > 1 else x for x in (key, value))
+    key, value = (_for_each_head(x, query.shape[1]) for x in (key, value))
     logits = query @ key.transpose(-1, -2) * scaling
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)

@@ -9,27 +9,42 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+_FALLBACKS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
+"""What CUDA runs where nothing else is asked for, the first that takes a call's shapes. Left to itself torch begins with
+cuDNN on Hopper, which builds a plan for every new length: in a cache that grows, for every token."""
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One way to compute softmax(q k^T) v."""
 
     name: str
     kernel: str | None = None
-    """Name in `torch.nn.attention.SDPBackend`; None leaves the choice to torch."""
+    """Name in `torch.nn.attention.SDPBackend`; None for `auto`, and for what is not torch's."""
     library: Literal["sdpa", "eager", "flash_attn"] = "sdpa"
     """torch's scaled_dot_product_attention, plain matrix products and a softmax, or the flash-attn package."""
-    masks: bool = True
-    """Whether its GPU kernel takes a mask. Masked calls (a ring that is not full) go to another kernel if not."""
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
-        """Holds torch's SDPA to this kernel; entered once around a loop, not once per call."""
-        if self.kernel is None:
-            yield
-            return
+        """Holds torch's SDPA to this kernel and, for a call that it does not take (a mask, a single key), to the next
+        that does; entered once around a loop, not once per call."""
+        from torch import cuda
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
-        with sdpa_kernel(getattr(SDPBackend, self.kernel)):
+        if self.kernel is None and not cuda.is_available():  # other devices' own choice is the right one
+            yield
+            return
+        first = self.kernel or _FALLBACKS[0]
+        order = [first, *(name for name in _FALLBACKS if name != first and first != "MATH")]  # math takes every call
+        with sdpa_kernel([getattr(SDPBackend, name) for name in order], set_priority=True):
+            yield
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Holds torch's SDPA to this kernel: a call that it does not take is a RuntimeError, with a warning why."""
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(getattr(SDPBackend, self.kernel)) if self.kernel else self.active():
             yield
 
 
@@ -40,9 +55,9 @@ BACKENDS = {
         Backend("eager", library="eager"),
         Backend("math", "MATH"),
         Backend("efficient", "EFFICIENT_ATTENTION"),
-        Backend("flash", "FLASH_ATTENTION", masks=False),
+        Backend("flash", "FLASH_ATTENTION"),
         Backend("cudnn", "CUDNN_ATTENTION"),
-        Backend("flash_attention_2", library="flash_attn", masks=False),
+        Backend("flash_attention_2", library="flash_attn"),
     )
 }
 

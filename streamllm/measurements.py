@@ -129,7 +129,7 @@ class Measurements:
         had `foreign_processes` just after the timing."""
 
         def measure() -> Measurement:
-            backend = resolve_backend(attn_backend, self.loaded, strict)
+            backend = resolve_backend(attn_backend, self.loaded, policy.kept, strict)
             speed = measure_speed(self.loaded, method, policy, backend, self.stream.tokens, self.reference, execution)
             foreign = foreign_processes(self.loaded.device)
             return Measurement(
@@ -140,7 +140,7 @@ class Measurements:
 
     def times(self, method: str, policy: EvictionPolicy, attn_backend: str, execution: str = "eager") -> PairedTimes:
         """The times alone, taken now and not kept: a round of confirming is kept whole, or not at all."""
-        backend = resolve_backend(attn_backend, self.loaded)
+        backend = resolve_backend(attn_backend, self.loaded, policy.kept)
         return measure_times(self.loaded, method, policy, backend, self.stream.tokens, self.reference, execution)
 
     def whole(
@@ -164,7 +164,7 @@ class Measurements:
             return _joined(quality, speed), fresh or fresh_too
 
         def measure() -> Measurement:
-            backend = resolve_backend(attn_backend, self.loaded, strict)
+            backend = resolve_backend(attn_backend, self.loaded, policy.kept, strict)
             quality, record = EVALUATORS[protocol](
                 self.loaded, self.stream, method, policy, backend, self.reference, execution, progress
             )

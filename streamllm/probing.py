@@ -33,14 +33,20 @@ class Probe:
 
 
 def probe_backend(
-    backend: Backend, device: torch.device, dtype: torch.dtype, head_size: int, heads: int = 1, kv_heads: int = 1
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    heads: int = 1,
+    kv_heads: int = 1,
+    held: int = 8,
 ) -> Probe:
-    """Runs a decode-shaped call: one query, eight keys. The output must agree with eager attention in float32."""
+    """Runs a decode-shaped call: one query, `held` keys. The output must agree with eager attention in float32."""
     generator = torch.Generator().manual_seed(0)
-    shapes = (heads, 1, head_size), (kv_heads, 8, head_size), (kv_heads, 8, head_size)
+    shapes = (heads, 1, head_size), (kv_heads, held, head_size), (kv_heads, held, head_size)
     query, key, value = (torch.randn(1, *shape, generator=generator).to(device, dtype) for shape in shapes)
     try:
-        with warnings.catch_warnings(record=True) as reasons, backend.active(), recorded_kernel(backend) as recorder:
+        with warnings.catch_warnings(record=True) as reasons, backend.alone(), recorded_kernel(backend) as recorder:
             warnings.simplefilter("always")  # torch says in warnings why a kernel does not fit
             found = attention(backend, query, key, value, 0.1)
         expected = eager_attention(query.float(), key.float(), value.float(), 0.1, None)
@@ -53,13 +59,13 @@ def probe_backend(
     return Probe(backend, recorder.used)
 
 
-def resolve_backend(name: str, loaded: LoadedModel, strict: bool = False) -> Backend:
-    """The backend of that name, probed on the model's device, dtype and heads; `auto` with a warning where it does not
-    run, or, if `strict`, BackendError."""
+def resolve_backend(name: str, loaded: LoadedModel, held: int, strict: bool = False) -> Backend:
+    """The backend of that name, probed on the model's device, dtype and heads for one query and `held` keys; `auto`
+    with a warning where it does not run, or, if `strict`, BackendError."""
     config = loaded.config
     heads = config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    probe = probe_backend(BACKENDS[name], loaded.device, loaded.dtype, loaded.head_size, heads, kv_heads)
+    probe = probe_backend(BACKENDS[name], loaded.device, loaded.dtype, loaded.head_size, heads, kv_heads, held)
     if probe.available:
         return probe.backend
     where = f"{loaded.device.type} in {str(loaded.dtype).removeprefix('torch.')}"

@@ -79,12 +79,12 @@ def test_a_probe_says_what_runs_and_why_the_rest_does_not():
 def test_a_backend_that_does_not_run_falls_back_with_a_warning_or_is_an_error():
     loaded = tiny_model("Llama", torch.float32)
     with pytest.warns(UserWarning, match="'cudnn' does not run on cpu in float32"):
-        assert resolve_backend("cudnn", loaded).name == "auto"
+        assert resolve_backend("cudnn", loaded, 8).name == "auto"
     with pytest.raises(BackendError, match=r"'cudnn' does not run .*; leave out --strict"):
-        resolve_backend("cudnn", loaded, strict=True)
+        resolve_backend("cudnn", loaded, 8, strict=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert resolve_backend("math", loaded).name == "math"
+        assert resolve_backend("math", loaded, 8).name == "math"
 
 
 @pytest.mark.parametrize(("value", "backend"), [("1", "flash"), ("0", "math"), ("", "auto"), (None, "auto")])

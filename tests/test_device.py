@@ -249,13 +249,3 @@ def test_kernels_of_other_accelerators_have_their_own_names(operator, kernel):
     ran._schema = SimpleNamespace(name=operator)
     recorder.__torch_dispatch__(ran, ())
     assert recorder.used == kernel
-
-
-def test_flash_takes_no_mask_on_any_accelerator(monkeypatch):
-    chosen = []
-    original = attention.sdpa_kernel
-    monkeypatch.setattr(attention, "sdpa_kernel", lambda kernels: chosen.append(kernels) or original(kernels))
-    query = torch.empty(1, 2, 1, 8, device="meta")
-    mask = torch.ones(1, 1, dtype=torch.bool, device="meta")
-    attention.attention(BACKENDS["flash"], query, query, query, 1.0, mask)
-    assert chosen == [attention._MASKED_KERNELS]

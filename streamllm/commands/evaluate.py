@@ -200,7 +200,7 @@ def _measure_streaming(
             measured, table = measurement.record, measurement.losses
             assert table is not None
         else:
-            backend = resolve_backend(arguments.attn_backend, loaded, arguments.strict)
+            backend = resolve_backend(arguments.attn_backend, loaded, policy.kept, arguments.strict)
             quality, measured = EVALUATORS[protocol](
                 loaded, stream, method, policy, backend, measurements.reference, arguments.execution, progress
             )

@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     loaded, stream = load_model_and_text(arguments)
     policy = stream_policy(arguments, loaded)
     with messages_on_stderr():
-        backend = resolve_backend(arguments.attn_backend, loaded, arguments.strict)
+        backend = resolve_backend(arguments.attn_backend, loaded, policy.kept, arguments.strict)
     trace = file.with_name(f"{file.stem}.trace.json.gz")
 
     from ..profiling import profile_decoding
