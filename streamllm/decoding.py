@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,6 +65,11 @@ class KVCache(ABC):
     def is_static(self) -> bool:
         """Whether a step of one token now has the shapes of the one before, as compiled steps must have."""
         return False
+
+    @property
+    def shape(self) -> Hashable:
+        """What those shapes follow from: caches of the same one share what is compiled."""
+        return None
 
     @abstractmethod
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:

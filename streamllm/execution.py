@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache
-from typing import Any
+from collections.abc import Callable, Hashable
+from functools import lru_cache
+from types import FunctionType
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,16 @@ Step = Callable[[LoadedModel, Any, Tensor], Tensor]
 """(model, cache, token (1)) -> logits (1, vocabulary)"""
 
 
-def static_step(execution: str, step: Step, loaded: LoadedModel, cache: AttentionState) -> Callable[[Tensor], Tensor]:
+class StaticCache(AttentionState, Protocol):
+    """A cache whose steps have one shape."""
+
+    @property
+    def shape(self) -> Hashable:
+        """Caches of the same shape are served by the same compiled code."""
+        ...
+
+
+def static_step(execution: str, step: Step, loaded: LoadedModel, cache: StaticCache) -> Callable[[Tensor], Tensor]:
     """`step` on this model and cache, for one token at a time. On a CUDA device it is replayed as a graph, compiled or
     not. Raises UsageError for an execution that the device does not have."""
     if execution == "cudagraph" and loaded.device.type != "cuda":
@@ -31,22 +41,32 @@ def static_step(execution: str, step: Step, loaded: LoadedModel, cache: Attentio
         )
     if execution == "compile":
         use_matrix_vector_products(loaded.model)
-        step = _compiled(step, loaded.device.type)
+        step = _compiled(step, loaded.device.type, id(loaded.model), cache.shape)
     if loaded.device.type == "cuda":
         return _GraphedStep(step, loaded, cache)
     return _CompiledStep(step, loaded, cache)
 
 
-@cache
-def _compiled(step: Step, device: str) -> Step:
-    """One compiled function for all decoders: a graph per shape, found again by the next decoder of that shape."""
+_SHAPES = 8
+"""Of which compiled code is kept for the next decoder, the least recently asked for is let go."""
+
+
+@lru_cache(_SHAPES)
+def _compiled(step: Step, device: str, model: int, shape: Hashable) -> Step:
+    """Compiled code for caches of one shape, its graphs included, which the next decoder of that shape finds again.
+
+    Dynamo files graphs under the code that they were compiled from, refuses to compile any code a ninth time
+    (`recompile_limit`) and forgets graphs when their code goes: so each shape has a copy of the code to itself."""
+    original = cast(FunctionType, step)
+    copy = FunctionType(original.__code__.replace(), original.__globals__, original.__name__, original.__defaults__)
     # Left to itself, inductor recomputes norms and activations inside every row of the products that read them.
     apart: dict[str, Any] = {
         "realize_opcount_threshold": 0,
         "realize_reads_threshold": 0,
         "realize_acc_reads_threshold": 0,
     }
-    return torch.compile(step, fullgraph=True, dynamic=False, options=apart if device == "cpu" else None)
+    compiled: Step = torch.compile(copy, fullgraph=True, dynamic=False, options=apart if device == "cpu" else None)
+    return compiled
 
 
 class _CompiledStep:

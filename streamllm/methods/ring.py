@@ -67,6 +67,11 @@ class RingCache(KVCache):
     def is_static(self) -> bool:
         return not self.grows and not self.new_sinks and self.masked != self.always_full
 
+    @property
+    def shape(self) -> tuple[int, int, bool, str]:
+        """What a step's code depends on."""
+        return self.slots, self.n_sink, self.always_full, self.backend.name
+
     def _visible(self, positions: Tensor, window: int) -> Tensor:
         """(new, slots): what each query sees. A window slot holds the newest position that belongs there."""
         newest = positions[-1]
