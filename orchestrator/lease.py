@@ -11,9 +11,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from streamllm.errors import UsageError
+
+if TYPE_CHECKING:
+    from streamllm.measurements import Leases
 
 _PATIENCE = 15.0
 """Seconds a claim waits for strangers: the workers of a killed sweep live on for 3 to 7."""
@@ -31,6 +34,14 @@ def computing_lease() -> Iterator[None]:
     """Any number of computations at a time, but none beside a timing: on a CPU they share caches, memory and clock."""
     with _node_lock("timing", fcntl.LOCK_SH):
         yield
+
+
+def leases_on(device: str) -> Leases:
+    """What a process of this node holds while it measures on that type of device: accelerators compute beside a timing
+    of another one."""
+    from streamllm.measurements import Leases
+
+    return Leases(timing_lease, computing_lease) if device == "cpu" else Leases(timing_lease)
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from streamllm.printing import say
 from streamllm.reference_time import with_times
 from streamllm.session import compare_quality
 
-from .lease import computing_lease, study_lease, timing_lease
+from .lease import leases_on, study_lease
 from .matrix_plan import Document, MatrixPlan, Planned, cost, describe, make_plan
 
 if TYPE_CHECKING:
@@ -248,18 +248,16 @@ def _streaming(measurements: Measurements, planned: Planned, baseline: Measured)
 def _evaluate(measurements: Measurements, planned: Planned, method: str, execution: str, policy: Any) -> Measured:
     """From the store, if it is there."""
     from streamllm.evaluation import identity
-    from streamllm.measurements import Leases
     from streamllm.progress import working
     from streamllm.session import baseline_size
 
-    protocol, on_cpu = planned.cell.protocol, measurements.loaded.device.type == "cpu"
-    leases = Leases(timing_lease, computing_lease) if on_cpu else Leases(timing_lease)
+    protocol = planned.cell.protocol
     size = baseline_size(measurements, "auto") if protocol == "fast" else None
     with working(method, "timing") as progress:
         measurement, fresh = measurements.whole(
             *(protocol, method, policy, planned.cell.attn_backend, execution),
             progress=progress,
-            leases=leases,
+            leases=leases_on(measurements.loaded.device.type),
             size=size,
         )
     assert measurement.losses is not None

@@ -9,14 +9,14 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from streamllm.errors import UsageError
 from streamllm.store import MeasurementStore
 
-from .lease import claim, computing_lease, timing_lease
+from .lease import claim, leases_on
 from .trial import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
 
 _VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR")
@@ -87,12 +87,12 @@ class Worker:
         from streamllm.evaluation import fast_record, identity
         from streamllm.sample import FixedSize
 
-        lease = computing_lease if self.loaded.device.type == "cpu" else nullcontext
+        leases = leases_on(self.loaded.device.type)
         quality, fresh_quality = self.measurements.quality(
-            spec.method, spec.policy, lease, size=FixedSize(spec.sampled_tokens)
+            spec.method, spec.policy, leases.computing, size=FixedSize(spec.sampled_tokens)
         )
         speed, fresh_speed = self.measurements.speed(
-            spec.method, spec.policy, spec.attn_backend, spec.execution, timing_lease
+            spec.method, spec.policy, spec.attn_backend, spec.execution, leases
         )
         assert quality.losses is not None
         record = identity(self.loaded, self.stream, spec.method, spec.policy, "fast", spec.execution)
@@ -104,8 +104,8 @@ class Worker:
     def _confirm(self, spec: TrialSpec) -> TrialMeasurement:
         from streamllm.evaluation import times_summary
 
-        with timing_lease():
-            times = self.measurements.times(spec.method, spec.policy, spec.attn_backend, spec.execution)
+        leases = leases_on(self.loaded.device.type)
+        times = self.measurements.times(spec.method, spec.policy, spec.attn_backend, spec.execution, leases)
         return TrialMeasurement(times_summary(times), None, False, True, times.ratios.tolist())
 
     def _check_same(self) -> None:

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-
 _FALLBACKS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-"""What CUDA runs where nothing else is asked for, the first that takes a call's shapes. Left to itself torch begins with
-cuDNN on Hopper, which builds a plan for every new length: in a cache that grows, for every token."""
+"""What CUDA runs where nothing else is asked for: the first that takes the call. Left to itself torch begins with
+cuDNN on Hopper, which builds a plan for every new length, in a cache that grows for every token."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,6 +12,8 @@ beforehand and fed through extra head dimensions in which sink keys are one-hot 
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -20,6 +22,7 @@ from torch import Tensor
 from .attention import attention
 from .backends import BACKENDS
 from .decoding import KVCache, Progress, negative_log_likelihood
+from .device import free_memory
 from .loaded import LoadedModel
 from .policy import EvictionPolicy, evicted_before
 
@@ -96,15 +99,31 @@ def _widen(x: Tensor, width: int) -> Tensor:
     return F.pad(x, (0, width - x.shape[-1]))
 
 
+def default_block(loaded: LoadedModel) -> int:
+    """Queries per forward pass: few where arithmetic is what takes time, as every block reads the window again and
+    masks half of what it computes of itself; on an accelerator, where small blocks wait for their launches, as many as
+    leave logits and their float64 copy within an eighth of its free memory."""
+    if loaded.device.type == "cpu":
+        return 256
+    fitting = free_memory(loaded.device) // (8 * _LOGIT_BYTES * loaded.vocabulary)
+    return max(128, min(1024, 2 ** int(math.log2(max(fitting, 1)))))
+
+
+_LOGIT_BYTES = 32
+"""Of one logit, as the model gives it, in float64, and in what the loss makes of that on the way."""
+
+
 @torch.inference_mode()
 def block_parallel_losses(
     loaded: LoadedModel,
     tokens: np.ndarray,
     policy: EvictionPolicy,
-    block: int = 256,
+    block: int | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """tokens (n) -> losses (n - 1), float64 nats; element i is the negative log-likelihood of token i + 1."""
+    """tokens (n) -> losses (n - 1), float64 nats; element i is the negative log-likelihood of token i + 1. `block`
+    queries at a time (`default_block`), on which losses do not depend."""
+    block = block or default_block(loaded)
     stream = torch.from_numpy(tokens).to(loaded.device)
     n_queries = len(tokens) - 1
     state = BlockState(loaded, policy, n_queries)

@@ -18,7 +18,7 @@ from .errors import UsageError
 from .loaded import LoadedModel
 from .methods import make_decoder
 from .policy import EvictionPolicy
-from .timing import attention_clock
+from .timing import attention_spans
 
 CONTINUATION_TOKENS = 32
 
@@ -69,13 +69,13 @@ def chunk_losses(
             f"lower --prefill-tokens or give a longer text"
         )
     stream = torch.from_numpy(tokens).to(loaded.device)
+    first = stream[: prefill + CONTINUATION_TOKENS + 1]
     with recorded_kernel(backend) as recorder:  # a first chunk that warms up and does not count
-        _chunk(loaded, stream[: prefill + CONTINUATION_TOKENS + 1], method, policy, backend, execution)
+        _chunk(loaded, first, method, policy, backend, execution)
     if execution == "compile" and fuses(backend, loaded.device):
         recorder.kernels.add("fused")
-    timed, clock = attention_clock(loaded)
-    _chunk(timed, stream[: prefill + CONTINUATION_TOKENS + 1], method, policy, backend, execution)
-    del clock.spans[: loaded.config.num_hidden_layers]  # the prefill's
+    spans = attention_spans(loaded, lambda timed: _chunk(timed, first, method, policy, backend, execution))
+    attn_ms = sum(spans[loaded.config.num_hidden_layers :])  # but for the prefill's
     losses, clocks = [], []
     pause()
     for start in starts:
@@ -95,7 +95,7 @@ def chunk_losses(
         prefill_sec=seconds[:, 0],
         continuation_sec=seconds[:, 1],
         continuation_tokens=CONTINUATION_TOKENS,
-        avg_attn_ms=clock.milliseconds() / CONTINUATION_TOKENS,
+        avg_attn_ms=attn_ms / CONTINUATION_TOKENS,
         peak_kv=max(prefill, kept + CONTINUATION_TOKENS),
         backend_used=recorder.used,
     )

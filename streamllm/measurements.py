@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 
+from .backends import Backend
 from .decoding import Progress
 from .device import foreign_processes
 from .evaluation import EVALUATORS, Quality, fast_record, identity, measure_quality, speed_summary
@@ -21,7 +22,7 @@ from .probing import resolve_backend
 from .sample import FixedSize, SampleSize, sample_batches
 from .store import Measurement, MeasurementStore, code_digest, entry_name
 from .text import TokenStream
-from .timing import Reference, measure_speed, measure_times
+from .timing import Reference, compile_step, measure_speed, measure_times
 
 Lease = Callable[[], AbstractContextManager[Any]]
 
@@ -32,6 +33,9 @@ class Leases:
 
     timing: Lease = nullcontext
     computing: Lease = nullcontext
+
+
+NO_LEASES = Leases()
 
 
 @dataclass(frozen=True)
@@ -121,7 +125,7 @@ class Measurements:
         policy: EvictionPolicy,
         attn_backend: str,
         execution: str = "eager",
-        lease: Lease = nullcontext,
+        leases: Leases = NO_LEASES,
         strict: bool = False,
         run: int = 0,
     ) -> tuple[Measurement, bool]:
@@ -129,19 +133,43 @@ class Measurements:
         had `foreign_processes` just after the timing."""
 
         def measure() -> Measurement:
-            backend = resolve_backend(attn_backend, self.loaded, policy.kept, strict)
-            speed = measure_speed(self.loaded, method, policy, backend, self.stream.tokens, self.reference, execution)
+            what = self._prepared(method, policy, attn_backend, execution, leases, strict)
+            with leases.timing():
+                speed = measure_speed(*what, self.reference, execution)
             foreign = foreign_processes(self.loaded.device)
             return Measurement(
                 speed_summary(speed, attn_backend) | ({"foreign_processes": "; ".join(foreign)} if foreign else {})
             )
 
-        return self._once(_of_run(self._speed_key(method, policy, attn_backend, execution), run), measure, lease)
+        return self._once(_of_run(self._speed_key(method, policy, attn_backend, execution), run), measure)
 
-    def times(self, method: str, policy: EvictionPolicy, attn_backend: str, execution: str = "eager") -> PairedTimes:
+    def times(
+        self,
+        method: str,
+        policy: EvictionPolicy,
+        attn_backend: str,
+        execution: str = "eager",
+        leases: Leases = NO_LEASES,
+    ) -> PairedTimes:
         """The times alone, taken now and not kept: a round of confirming is kept whole, or not at all."""
-        backend = resolve_backend(attn_backend, self.loaded, policy.kept)
-        return measure_times(self.loaded, method, policy, backend, self.stream.tokens, self.reference, execution)
+        what = self._prepared(method, policy, attn_backend, execution, leases)
+        with leases.timing():
+            return measure_times(*what, self.reference, execution)
+
+    def _prepared(
+        self,
+        method: str,
+        policy: EvictionPolicy,
+        attn_backend: str,
+        execution: str,
+        leases: Leases,
+        strict: bool = False,
+    ) -> tuple[LoadedModel, str, EvictionPolicy, Backend, np.ndarray]:
+        """What is to be timed, compiled beforehand: others may time meanwhile."""
+        with leases.computing():
+            backend = resolve_backend(attn_backend, self.loaded, policy.kept, strict)
+            compile_step(self.loaded, method, policy, backend, self.stream.tokens, execution)
+        return self.loaded, method, policy, backend, self.stream.tokens
 
     def whole(
         self,
@@ -153,14 +181,13 @@ class Measurements:
         strict: bool = False,
         progress: Progress | None = None,
         run: int = 0,
-        leases: Leases | None = None,
+        leases: Leases = NO_LEASES,
         size: SampleSize | None = None,
     ) -> tuple[Measurement, bool]:
         """Quality and speed by any protocol; they come from the same run in all but `fast`. Measured once per run."""
-        leases = leases or Leases()
         if protocol == "fast":
             quality, fresh = self.quality(method, policy, leases.computing, progress, size)
-            speed, fresh_too = self.speed(method, policy, attn_backend, execution, leases.timing, strict, run)
+            speed, fresh_too = self.speed(method, policy, attn_backend, execution, leases, strict, run)
             return _joined(quality, speed), fresh or fresh_too
 
         def measure() -> Measurement:

@@ -7,7 +7,6 @@ inside it would change what is compiled.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
-from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
+from torch.profiler import profile, record_function
 
 from . import attention
 from .backends import Backend
@@ -28,7 +27,7 @@ from .errors import UsageError
 from .loaded import LoadedModel
 from .methods import effective_policy
 from .policy import EvictionPolicy, peak_without_end
-from .timing import TimedDecoder, no_garbage_collection
+from .timing import TimedDecoder, kernel_profiler, no_garbage_collection, sees_kernels
 
 ATTENTION, MLP, CACHE, ENDS, OTHER = "attention", "MLP", "cache update", "head and embedding", "norms and other"
 STEP = "compiled step"
@@ -132,11 +131,9 @@ def profile_decoding(
 
 
 def _profiler(device: torch.device) -> profile:
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or its library writes its own news to stderr
-    activities = {ProfilerActivity.CPU} if device.type == "cpu" else supported_activities()
-    if device.type != "cpu" and activities == {ProfilerActivity.CPU}:
+    if device.type != "cpu" and not sees_kernels(device):
         raise UsageError(f"profile: torch's profiler does not see the kernels of {device.type}")
-    return profile(activities=activities)
+    return kernel_profiler(device)
 
 
 @contextmanager

@@ -48,7 +48,11 @@ class Int8Linear(nn.Module):
             rows = input.reshape(-1, self.in_features).to(torch.bfloat16)
             output = torch.ops.aten._weight_int8pack_mm(rows, self.weight, self.scale).to(input.dtype)
             return output.view(*input.shape[:-1], self.out_features)
-        return (input @ self.weight.to(input.dtype).T) * self.scale  # compiled, the conversion is part of the product
+        if torch.compiler.is_compiling() and input.numel() == self.in_features:
+            # For one token a sum of products, into which inductor puts the conversion: weights are read once, as bytes.
+            output = (self.weight.to(input.dtype) * input.reshape(-1)).sum(-1) * self.scale
+            return output.view(*input.shape[:-1], self.out_features)
+        return (input @ self.weight.to(input.dtype).T) * self.scale
 
     @classmethod
     def of(cls, layer: nn.Linear) -> tuple[Int8Linear, Weights]:

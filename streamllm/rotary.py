@@ -91,7 +91,8 @@ class Rotary:
 
     def by(self, distance: int) -> tuple[Tensor, Tensor]:
         """cos and sin (1, rotary size) that turn vectors on by `distance` positions, back if it is negative."""
-        return self.turn(torch.tensor([distance], device=self._frequencies.device))
+        # Filled in on the device: a tensor made of a Python number would wait for all that the device still has to do.
+        return self.turn(torch.full((1,), distance, device=self._frequencies.device))
 
     def rotate(self, vectors: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
         """vectors (..., n, head size) turned by the angles of `at`, `span`, `by` or `turn`; dims past the rotary size,

@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
+from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
 from .attention import AttentionState, fuses, recorded_kernel
 from .backends import BACKENDS, Backend
@@ -205,6 +208,19 @@ def measure_speed(
 
 
 @torch.inference_mode()
+def compile_step(
+    loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray, execution: str
+) -> None:
+    """What a decoder would otherwise compile while it is timed, and others may not be; it takes a minute or two for a
+    model of 32 layers, seconds once the compiler's cache on disk has it."""
+    if execution != "eager":
+        with backend.active():
+            run = TimedDecoder(loaded, method, effective_policy(method, policy), backend, tokens, execution)
+            run.prefill()
+            run.decode(run.growing + 1)
+
+
+@torch.inference_mode()
 def measure_times(
     loaded: LoadedModel,
     method: str,
@@ -282,58 +298,94 @@ def attention_ms(
 ) -> float:
     """Milliseconds per token, in the steady state, in the attention of all layers: taking the new key in, rotation on
     read, the kernel. Prunes are not in it."""
-    timed, clock = attention_clock(loaded)
-    run = TimedDecoder(timed, method, effective_policy(method, policy), backend, tokens)
-    run.prefill()
-    pace = run.decode(run.growing + run.period)
-    clock.spans.clear()
-    count = run.whole_cycles(min(WARMUP_TOKENS, max(_ATTENTION_SEC / pace, 1)))
-    run.decode(count)
-    return clock.milliseconds() / count
+    count = 0
+
+    def decode(timed: LoadedModel) -> None:
+        nonlocal count
+        run = TimedDecoder(timed, method, effective_policy(method, policy), backend, tokens)
+        run.prefill()
+        pace = run.decode(run.growing + run.period)
+        count = run.whole_cycles(min(WARMUP_TOKENS, max(_ATTENTION_SEC / pace, 1)))
+        run.decode(count)
+
+    spans = attention_spans(loaded, decode)
+    return sum(spans[-count * loaded.config.num_hidden_layers :]) / count
 
 
-def attention_clock(loaded: LoadedModel) -> tuple[LoadedModel, AttentionClock]:
-    """The same model, and a clock that takes down its time in attention, a span per layer and forward pass."""
-    clock = AttentionClock(loaded.device)
-    return _TimedModel(**vars(loaded), clock=clock), clock
+def attention_spans(loaded: LoadedModel, work: Callable[[LoadedModel], object]) -> list[float]:
+    """Milliseconds in attention of what `work` does with the model that it is given, a span per layer and forward pass.
+
+    Of a device whose kernels torch's profiler sees, their own time: between events there would be the gaps in which the
+    device waits for Python as well, more than the whole step takes as a graph."""
+    spans = _Spans(loaded.device, sees_kernels(loaded.device))
+    timed = _TimedModel(**vars(loaded), spans=spans)
+    if not spans.profiled:
+        work(timed)
+        return spans.milliseconds()
+    with kernel_profiler(loaded.device) as profiler:
+        work(timed)
+    events = (event for event in profiler.events() if event.name == _SPAN and event.device_type == DeviceType.CPU)
+    return [event.device_time_total / 1e3 for event in events]
+
+
+def sees_kernels(device: torch.device) -> bool:
+    """Whether torch's profiler does, of an accelerator."""
+    return device.type != "cpu" and supported_activities() != {ProfilerActivity.CPU}
+
+
+def kernel_profiler(device: torch.device) -> profile:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or its library writes its own news to stderr
+    return profile(activities=supported_activities() if device.type != "cpu" else {ProfilerActivity.CPU})
+
+
+_SPAN = "streamllm: attend"
 
 
 @dataclass
-class AttentionClock:
+class _Spans:
     device: torch.device
-    spans: list[tuple[Any, Any]] = field(default_factory=list)
+    profiled: bool
+    ends: list[tuple[Any, Any]] = field(default_factory=list)
 
-    def now(self) -> Any:
+    @contextmanager
+    def span(self) -> Iterator[None]:
+        if self.profiled:
+            with record_function(_SPAN):
+                yield
+            return
+        start = self._now()
+        yield
+        self.ends.append((start, self._now()))
+
+    def _now(self) -> Any:
         if self.device.type == "cpu":
             return time.perf_counter()
         event = torch.Event(self.device, enable_timing=True)
         event.record()
         return event
 
-    def milliseconds(self) -> float:
+    def milliseconds(self) -> list[float]:
         if self.device.type == "cpu":
-            return 1e3 * sum(stop - start for start, stop in self.spans)
-        return sum(start.elapsed_time(stop) for start, stop in self.spans)
+            return [1e3 * (stop - start) for start, stop in self.ends]
+        return [start.elapsed_time(stop) for start, stop in self.ends]
 
 
 @dataclass(frozen=True)
 class _TimedState:
     state: AttentionState
-    clock: AttentionClock
+    spans: _Spans
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        start = self.clock.now()
-        output = self.state.attend(layer, query, key, value, scaling)
-        self.clock.spans.append((start, self.clock.now()))
-        return output
+        with self.spans.span():
+            return self.state.attend(layer, query, key, value, scaling)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _TimedModel(LoadedModel):
-    clock: AttentionClock
+    spans: _Spans
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, state: AttentionState, logits_to_keep: int = 0) -> Any:
-        return super().forward(input_ids, position_ids, _TimedState(state, self.clock), logits_to_keep)
+        return super().forward(input_ids, position_ids, _TimedState(state, self.spans), logits_to_keep)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch.profiler import ProfilerActivity
 
 from orchestrator import dry_run, pool, worker
 from orchestrator.trial import WorkerSetup
-from streamllm import attention, device, profiling
+from streamllm import attention, device, profiling, timing
 from streamllm.backends import BACKENDS
 from streamllm.commands import backends
 from streamllm.device import others
@@ -21,7 +21,6 @@ from streamllm.errors import UsageError
 from streamllm.execution import static_step
 from streamllm.models import load_model
 from streamllm.text import TextSource
-from streamllm.timing import AttentionClock
 
 from .conftest import GOLDEN
 
@@ -214,9 +213,11 @@ def test_time_in_attention_is_taken_by_the_accelerator(monkeypatch):
             return 1.5
 
     monkeypatch.setattr(torch, "Event", Event)
-    clock = AttentionClock(XPU)
-    clock.spans = [(clock.now(), clock.now()), (clock.now(), clock.now())]
-    assert clock.milliseconds() == 3.0
+    spans = timing._Spans(XPU, profiled=False)
+    for _ in range(2):
+        with spans.span():
+            pass
+    assert spans.milliseconds() == [1.5, 1.5]
 
 
 def test_executions_that_the_device_does_not_have_are_refused(golden_model, accelerator):
@@ -227,7 +228,7 @@ def test_executions_that_the_device_does_not_have_are_refused(golden_model, acce
 
 
 def test_a_profile_without_kernels_is_refused(monkeypatch):
-    monkeypatch.setattr(profiling, "supported_activities", lambda: {ProfilerActivity.CPU})
+    monkeypatch.setattr(timing, "supported_activities", lambda: {ProfilerActivity.CPU})
     with pytest.raises(UsageError, match="does not see the kernels of mps"):
         profiling._profiler(MPS)
     profiling._profiler(torch.device("cpu"))
