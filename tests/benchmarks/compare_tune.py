@@ -32,7 +32,8 @@ from search_spaces import load_space
 from streamllm.store import MeasurementStore
 from streamllm.text import TextSource
 
-from .reporting import interleaved, machine, made_up_settings, summary
+from .made_up import made_up_settings
+from .reporting import interleaved, machine, summary
 
 CAP = 2048
 INTEGERS = {

@@ -17,7 +17,7 @@ from streamllm.policy import EvictionPolicy
 from streamllm.timing import bytes_per_token, no_garbage_collection
 
 from .peers import peer_variants
-from .reporting import interleaved, parser, random_model, report, steady, summary
+from .reporting import asked_for, interleaved, parser, report, steady, summary
 
 
 class Variant(NamedTuple):
@@ -59,7 +59,7 @@ def main() -> None:
     options = parser(str(__doc__))
     options.add_argument("--cache", type=int, default=2048, help="sinks and window (2048)")
     arguments = options.parse_args()
-    models = {quantization: random_model(arguments, quantization) for quantization in QUANTIZATIONS}
+    models = {quantization: asked_for(arguments, quantization) for quantization in QUANTIZATIONS}
     loaded = models["none"]
     chosen = VARIANTS + (GPU_VARIANTS if loaded.device.type == "cuda" else ())
     policies = {r: EvictionPolicy(n_sink=4, window_size=arguments.cache - 4, compress_every=r) for r in (1, 64)}

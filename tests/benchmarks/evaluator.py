@@ -19,19 +19,19 @@ from streamllm.loaded import LoadedModel
 from streamllm.methods.ours import RerotatedCache
 from streamllm.policy import EvictionPolicy
 
-from .reporting import interleaved, parser, random_model, report, steady, summary
+from .reporting import asked_for, interleaved, parser, report, steady, summary
 
 BLOCK = 256
 
 
-def plain_losses(loaded: LoadedModel, tokens: np.ndarray, cache: int) -> None:
-    """Causal forwards of BLOCK tokens over a cache cut to the last `cache` tokens, at wrong positions: only the work is
-    right. No policy's losses can be had from less."""
+def plain_losses(loaded: LoadedModel, tokens: np.ndarray, cache: int, block: int = BLOCK) -> None:
+    """Causal forwards of `block` tokens over a cache cut to the last `cache`, at wrong positions: only the work is right.
+    No policy's losses can be had from less."""
     stream = torch.from_numpy(tokens).to(loaded.device)
     state = RerotatedCache(loaded, BACKENDS["auto"])
     held = 0
-    for start in range(0, len(tokens) - 1, BLOCK):
-        stop = min(start + BLOCK, len(tokens) - 1)
+    for start in range(0, len(tokens) - 1, block):
+        stop = min(start + block, len(tokens) - 1)
         state.begin(held, stop - start)
         logits = loaded.forward(stream[None, start:stop], state.position_ids(stop - start), state).logits[0]
         negative_log_likelihood(logits, stream[start + 1 : stop + 1])
@@ -50,7 +50,7 @@ def main() -> None:
     options.add_argument("--cache", type=int, default=2048, help="sinks and window (2048)")
     options.add_argument("--tokens", type=int, default=4096, help="length of the text (4096)")
     arguments = options.parse_args()
-    loaded = random_model(arguments)
+    loaded = asked_for(arguments)
     tokens = np.random.default_rng(0).integers(loaded.vocabulary, size=arguments.tokens + 1)
 
     def per_token(work: Callable[[], object]) -> Callable[[], float]:

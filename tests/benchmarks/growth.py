@@ -16,7 +16,7 @@ from streamllm.loaded import LoadedModel
 from streamllm.policy import EvictionPolicy
 from streamllm.timing import no_garbage_collection
 
-from .reporting import interleaved, parser, random_model, report, steady, summary, warm
+from .reporting import asked_for, interleaved, parser, report, steady, summary, warm
 
 METHODS = ("mit", "ours", "ring")
 POLICIES = {
@@ -61,8 +61,8 @@ def main() -> None:
         "--stream", type=int, default=200_000, help="tokens of the long stream, on a tiny model (200000)"
     )
     arguments = options.parse_args()
-    loaded = random_model(arguments)
-    tiny = random_model(argparse.Namespace(**vars(arguments) | {"shape": "tiny"}))
+    loaded = asked_for(arguments)
+    tiny = asked_for(argparse.Namespace(**vars(arguments) | {"shape": "tiny"}))
     with no_garbage_collection():
         rows = policy_rows(loaded, arguments.rounds)
         stream = stream_rows(tiny, arguments.stream)

@@ -31,7 +31,7 @@ from streamllm.testbed import MODEL_FOLDER
 from streamllm.text import TextSource, load_tokens
 from streamllm.timing import no_garbage_collection
 
-from .reporting import environment, interleaved, parser, random_model, steady, summary
+from .reporting import asked_for, environment, interleaved, parser, steady, summary
 
 AS_IS = "torchao as it is, MLP only"
 VARIANTS: dict[str, tuple[str, str, str]] = {
@@ -108,8 +108,8 @@ def _percent(estimate: Estimate) -> str:
 
 
 def measure_speeds(arguments: Any) -> tuple[LoadedModel, Speeds]:
-    models = {quantization: random_model(arguments, quantization) for quantization in QUANTIZATIONS}
-    models[AS_IS] = random_model(arguments)
+    models = {quantization: asked_for(arguments, quantization) for quantization in QUANTIZATIONS}
+    models[AS_IS] = asked_for(arguments)
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     quantize_(

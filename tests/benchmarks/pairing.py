@@ -28,7 +28,7 @@ from streamllm.policy import EvictionPolicy, strict_policy
 from streamllm.quality import median_interval
 from streamllm.timing import SEGMENT_SEC, Reference, TimedDecoder, measure_times, no_garbage_collection
 
-from .reporting import SHAPES, busy_processes, random_model, report, segment_of, warm
+from .reporting import SHAPES, asked_for, busy_processes, report, segment_of, warm
 
 TOTAL = 256
 EMBEDDED = "testbed"
@@ -139,7 +139,7 @@ def main() -> None:
     if arguments.repetitions < 2:
         options.error("--repetitions: a spread needs 2 or more")
     limit_threads(arguments.threads)
-    loaded = load_model(EMBEDDED, arguments.dtype) if arguments.shape == EMBEDDED else random_model(arguments)
+    loaded = load_model(EMBEDDED, arguments.dtype) if arguments.shape == EMBEDDED else asked_for(arguments)
     before = load_average()
     with busy_processes(arguments.load):
         found = {of: repeat(loaded, of, arguments.repetitions) for of in CONFIGURATIONS}

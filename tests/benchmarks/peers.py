@@ -25,7 +25,7 @@ from streamllm.loaded import LoadedModel
 from streamllm.models import prepare
 from streamllm.policy import EvictionPolicy
 
-from .reporting import SHAPES, random_model, steady
+from .reporting import SHAPES, asked_for, steady
 
 N_SINK = 4
 CYCLES = (64, 1)
@@ -44,7 +44,7 @@ def peer_variants(cache: int, dtype: str, threads: int, shape: str = "pythia-70m
 
 
 def llama_cpp_variants(cache: int, dtype: str, threads: int, shape: str) -> dict[str, Callable[[], float]]:
-    loaded = random_model(Namespace(shape=shape, dtype=dtype, threads=threads))
+    loaded = asked_for(Namespace(shape=shape, dtype=dtype, threads=threads))
     variants = {}
     with tempfile.TemporaryDirectory() as folder:
         for weights in (GGUF_TYPES[dtype], "Q8_0"):

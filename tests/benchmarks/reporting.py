@@ -8,10 +8,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,6 @@ import numpy as np
 import torch
 import transformers
 
-from orchestrator.tracking import PARENT_PARAMS
-from search_spaces import OBJECTIVES, SearchSpace
 from streamllm.backends import BACKENDS
 from streamllm.device import copy_bandwidth, default_device, device_name, limit_threads, resolve_dtype
 from streamllm.loaded import LoadedModel
@@ -31,7 +28,6 @@ from streamllm.pairing import in_turn, load_average
 from streamllm.policy import EvictionPolicy
 from streamllm.quality import median_interval
 from streamllm.quantization import quantize
-from streamllm.text import TextSource
 from streamllm.timing import LONGEST_SEGMENT_SEC, TimedDecoder
 
 SHAPES = {  # Pythia's configurations; speed does not depend on the values of the weights
@@ -42,6 +38,7 @@ SHAPES = {  # Pythia's configurations; speed does not depend on the values of th
         "num_attention_heads": 32,
         "intermediate_size": 10240,
     },
+    "pythia-410m": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16, "intermediate_size": 4096},
     "tiny": {
         "hidden_size": 64,
         "num_hidden_layers": 2,
@@ -76,17 +73,22 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
-def random_model(arguments: argparse.Namespace, quantization: str = "none") -> LoadedModel:
-    limit_threads(arguments.threads)
+def random_model(shape: str, dtype: str = "auto", quantization: str = "none") -> LoadedModel:
     device = default_device()
     config = transformers.GPTNeoXConfig(
-        **{"vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25} | SHAPES[arguments.shape]
+        **{"vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25} | SHAPES[shape]
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = transformers.GPTNeoXForCausalLM._from_config(config, dtype=resolve_dtype(arguments.dtype, device))
+        model = transformers.GPTNeoXForCausalLM._from_config(config, dtype=resolve_dtype(dtype, device))
     quantize(model, quantization)
-    return prepare(model, f"{arguments.shape} (random weights)", "random")
+    return prepare(model, f"{shape} (random weights)", "random")
+
+
+def asked_for(arguments: argparse.Namespace, quantization: str = "none") -> LoadedModel:
+    """The model and the threads of the options that `parser` has."""
+    limit_threads(arguments.threads)
+    return random_model(arguments.shape, arguments.dtype, quantization)
 
 
 def steady(
@@ -129,17 +131,6 @@ def interleaved(variants: Mapping[str, Callable[[], float]], rounds: int) -> dic
     return results
 
 
-def made_up_settings(study_id: str, space: SearchSpace) -> dict[str, Any]:
-    """A `sweep.json` of a study whose workers measure nothing, with all that MLflow's projection reads of it."""
-    words = dict.fromkeys(("study", "model", "commit", "quantization", *PARENT_PARAMS), "none")
-    return words | {
-        "study_id": study_id,
-        "space": {"name": space.name},
-        "objectives": {name: OBJECTIVES[name] for name in space.objectives},
-        "source": asdict(TextSource()),
-    }
-
-
 @contextmanager
 def busy_processes(count: int) -> Iterator[None]:
     """So many processes beside this one, each of which wants a core for itself."""
@@ -165,11 +156,20 @@ def machine() -> dict[str, Any]:
     found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "machine": f"{device_name(torch.device('cpu'))}, {len(os.sched_getaffinity(0))} cores",
-        "versions": {name: version(name) for name in ("torch", "transformers", "optuna", "ray", "mlflow")},
+        "versions": _versions(),
         "commit": found.stdout.strip() or None,
         "date": datetime.now(UTC).date().isoformat(),
         "load_average": load_average(),
     }
+
+
+def _versions() -> dict[str, str]:
+    """Of what is there: a machine with a GPU may have the engine alone."""
+    found = {}
+    for name in ("torch", "transformers", "triton", "torchao", "optuna", "ray", "mlflow"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def environment(loaded: LoadedModel) -> dict[str, Any]:

@@ -38,7 +38,8 @@ from search_spaces import SearchSpace, load_space
 from streamllm.quality import perplexity
 from streamllm.store import Measurement, MeasurementStore
 
-from .reporting import machine, made_up_settings
+from .made_up import made_up_settings
+from .reporting import machine
 
 CAP = 2048
 SPACE = f"""

@@ -1,0 +1,118 @@
+"""What keys lose that every prune turns anew from what the prune before has left, as the source documents' `ours` does.
+
+python -m tests.benchmarks.drift --model smollm2 --text FILE [--tokens 4096] [--json FILE]
+
+In half precision each turn rounds, and a turn of a few ten-thousandths of a radian rounds away: after a thousand prunes
+a key is not where it should be. Beside it the same policy by `ours`, which turns keys as they came, and the evaluator.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from streamllm.backends import BACKENDS
+from streamllm.block_parallel import block_parallel_losses
+from streamllm.decoding import CachedDecoder, decode_loop, without
+from streamllm.loaded import LoadedModel
+from streamllm.methods import make_decoder
+from streamllm.methods.ours import RerotatedCache
+from streamllm.policy import EvictionPolicy
+from streamllm.progress import working
+
+from .reporting import machine, markdown_table
+
+
+class NaivelyRerotatedCache(RerotatedCache):
+    """Turns what it has by what is dropped now."""
+
+    def evict(self, n_sink: int, drop: int) -> None:
+        angles = self.rotary.by(-drop)
+        for layer, keys in enumerate(self.keys):
+            moved = self.rotary.rotate(keys[:, :, n_sink + drop :], angles)
+            self.keys[layer] = torch.cat((keys[:, :, :n_sink], moved), dim=2)
+            self.values[layer] = without(self.values[layer], n_sink, drop)
+
+
+def naive_losses(loaded: LoadedModel, policy: EvictionPolicy, tokens: np.ndarray) -> np.ndarray:
+    """Of a decode loop, float64 nats (n - 1)."""
+    backend = BACKENDS["auto"]
+    with torch.inference_mode(), backend.active():
+        decoder = CachedDecoder(loaded, policy, NaivelyRerotatedCache(loaded, backend))
+        return decode_loop(decoder, tokens, loaded.device).losses
+
+
+def loop_losses(loaded: LoadedModel, method: str, policy: EvictionPolicy, tokens: np.ndarray) -> np.ndarray:
+    backend = BACKENDS["auto"]
+    with torch.inference_mode(), backend.active():
+        return decode_loop(make_decoder(method, loaded, policy, backend), tokens, loaded.device).losses
+
+
+def key_error(loaded: LoadedModel, moves: int, cache: type[RerotatedCache]) -> float:
+    """Of a key that moved so many positions, one at a time: relative to where it should be, the rotated part only."""
+    generator = torch.Generator().manual_seed(0)
+    size = loaded.rotary.size
+    raw = torch.randn(1, 1, 1, size, generator=generator, dtype=torch.float64).to(loaded.device)
+
+    def at(position: int, vectors: Tensor) -> Tensor:
+        return loaded.rotary.rotate(vectors, loaded.rotary.by(position))
+
+    held = cache(loaded, BACKENDS["auto"])
+    filler = torch.zeros(1, 1, moves, size, dtype=loaded.dtype, device=loaded.device)
+    held.keys = [torch.cat((filler, at(moves, raw).to(loaded.dtype)), dim=2)]
+    held.values = [held.keys[0].clone()]
+    for _ in range(moves):
+        held.evict(0, 1)
+    return float((held.keys[0][:, :, 0].double() - raw[:, :, 0]).norm() / raw.norm())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="testbed")
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--total", type=int, default=512, help="sinks and window (512)")
+    parser.add_argument("--tokens", type=int, default=4096, help="of the text (4096)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    arguments = parser.parse_args()
+
+    from streamllm.models import load_model, load_tokenizer
+    from streamllm.text import TextSource, load_tokens
+
+    loaded = load_model(arguments.model, arguments.dtype)
+    source = TextSource(text=arguments.text, max_eval_tokens=arguments.tokens)
+    tokens = load_tokens(source, load_tokenizer(arguments.model), loaded.vocabulary).tokens
+    rows = []
+    for every in (1, 4, 16, 64):
+        policy = EvictionPolicy(n_sink=4, window_size=arguments.total - 4, compress_every=every)
+        expected = block_parallel_losses(loaded, tokens, policy)
+        past = np.arange(len(expected)) >= 2 * arguments.total  # where every key has moved through the window
+        row: dict[str, object] = {"R": every, "ppl": float(np.exp(expected[past].mean()))}
+        with working(f"R={every}"):
+            for name, losses in (
+                ("ours", loop_losses(loaded, "ours", policy, tokens)),
+                ("turned anew", naive_losses(loaded, policy, tokens)),
+            ):
+                difference = (losses - expected)[past]
+                row[f"{name}: % of ppl"] = 100 * float(np.expm1(difference.mean()))
+                row[f"{name}: +-"] = 196 * float(difference.std() / len(difference) ** 0.5)
+        rows.append(row)
+        print(markdown_table(rows[-1:]), flush=True)
+    errors = {
+        cache.__name__: key_error(loaded, arguments.total - 4, cache)
+        for cache in (RerotatedCache, NaivelyRerotatedCache)
+    }
+    facts = {"benchmark": "drift", "model": arguments.model, "dtype": arguments.dtype, "total": arguments.total,
+             "dataset": source.label, "n_tokens": len(tokens), **machine()}  # fmt: skip
+    print(markdown_table(rows), f"\nerror of the oldest key at R=1: {errors}")
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(facts | {"key_error": errors, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""However a step is run, and however long the stream: the same losses; and nothing in a step waits for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from streamllm.backends import BACKENDS
+from streamllm.block_parallel import block_parallel_losses
+from streamllm.loaded import LoadedModel
+from streamllm.methods import make_decoder
+from streamllm.methods.ours import RerotatedCache
+from streamllm.policy import EvictionPolicy
+from tests.benchmarks.drift import NaivelyRerotatedCache, key_error, naive_losses
+
+from .correctness import METHODS, VOCABULARY, loop, small_model
+from .scale import Result, Scale
+
+
+def executions(scale: Scale) -> Result:
+    """Eager, captured and compiled steps over three wraps of the ring."""
+    ways = ("cudagraph", "compile") if scale.device.type == "cuda" else ("compile",)
+    rows = []
+    for kv_heads in (8, 2):
+        for dtype, limit in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
+            loaded = small_model(kv_heads, dtype, scale.device)
+            for every in (1, 8):
+                policy = EvictionPolicy(n_sink=4, window_size=44, compress_every=every)
+                tokens = np.random.default_rng(0).integers(VOCABULARY, size=4 * 60)
+                expected = loop(loaded, "ring", policy, BACKENDS["auto"], tokens)
+                for way in ways:
+                    if way == "compile" and dtype == torch.bfloat16 and kv_heads == 8:
+                        continue  # a minute of compiling that would show nothing new
+                    found = loop(loaded, "ring", policy, BACKENDS["auto"], tokens, way)
+                    error = abs(found - expected)
+                    worst = error.max() if dtype == torch.float32 else error.mean()
+                    rows.append(
+                        {
+                            "heads": f"8/{kv_heads}x64",
+                            "dtype": str(dtype).removeprefix("torch."),
+                            "R": every,
+                            "execution": way,
+                            "largest": float(error.max()),
+                            "mean": float(error.mean()),
+                            "ok": bool(worst < limit),
+                        }
+                    )
+    return {"ok": all(row["ok"] for row in rows), "rows": rows}
+
+
+def synchronisation(scale: Scale) -> Result:
+    """Decode steps and prunes with every wait for the device an error."""
+    if scale.device.type != "cuda":
+        return {"ok": None, "rows": [], "skipped": "needs a CUDA device"}
+    rows = []
+    for kv_heads in (8, 2):
+        loaded = small_model(kv_heads, torch.bfloat16, scale.device)
+        for method in METHODS:
+            for every in (1, 8):
+                policy = EvictionPolicy(n_sink=4, window_size=44, compress_every=every)
+                for execution in ("eager", "cudagraph") if method == "ring" else ("eager",):
+                    row = {"heads": f"8/{kv_heads}x64", "method": method, "R": every, "execution": execution}
+                    rows.append(row | {"raised": _first_wait(loaded, method, policy, execution)})
+    return {"ok": not any(row["raised"] for row in rows), "rows": rows}
+
+
+@torch.inference_mode()
+def _first_wait(loaded: LoadedModel, method: str, policy: EvictionPolicy, execution: str) -> str:
+    """What raised, in forty tokens of a full cache; empty if nothing did."""
+    tokens = torch.arange(110, device=loaded.device).split(1)
+    with BACKENDS["auto"].active():
+        decoder = make_decoder(method, loaded, policy, BACKENDS["auto"], execution)
+        for token in tokens[:70]:
+            decoder.feed(token)
+        try:
+            with _waiting_is_an_error():
+                for token in tokens[70:]:
+                    decoder.feed(token)
+        except RuntimeError as error:
+            return str(error).splitlines()[0]
+    return ""
+
+
+@contextmanager
+def _waiting_is_an_error() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def long_streams(method: str, every: int, execution: str, far: bool = False) -> Callable[[Scale], Result]:
+    """At a real model's shape and dtype: a decode loop against the evaluator, once keys have moved through the window."""
+
+    def check(scale: Scale) -> Result:
+        way = "eager" if scale.device.type == "cpu" else execution
+        loaded = peaked(scale.model())
+        policy = EvictionPolicy(n_sink=4, window_size=scale.total - 4, compress_every=every)
+        tokens = scale.tokens(scale.far_tokens if far else scale.loop_tokens)
+        expected = block_parallel_losses(loaded, tokens, policy)
+        if method == "naive ours":
+            found = naive_losses(loaded, policy, tokens)
+        else:
+            found = loop(loaded, method, policy, BACKENDS["auto"], tokens, way)
+        error = (found - expected)[-scale.total // 2 :]
+        row = {
+            "method": method,
+            "R": every,
+            "execution": way,
+            "tokens": len(tokens),
+            "mean difference": float(error.mean()),
+            "mean |difference|": float(abs(error).mean()),
+            "largest": float(abs(error).max()),
+        }
+        if method.endswith("ours") and every == 1:
+            cache = RerotatedCache if method == "ours" else NaivelyRerotatedCache
+            row["error of the oldest key"] = key_error(loaded, scale.total - 4, cache)
+        # What is wrong by design is measured only.
+        return {"ok": None if method == "naive ours" else bool(abs(error).mean() < 0.05), "rows": [row]}
+
+    return check
+
+
+def peaked(loaded: LoadedModel) -> LoadedModel:
+    """With queries and keys of twice the size: random weights attend too evenly for a wrong position to show."""
+    size = loaded.head_size
+    with torch.no_grad():
+        for layer in loaded.model.gpt_neox.layers:
+            parameter = layer.attention.query_key_value.weight
+            parameter.view(-1, 3, size, parameter.shape[1])[:, :2].mul_(2)
+    return replace(loaded, name=f"{loaded.name}, peaked")
+
+
+CHECKS: dict[str, tuple[Callable[[Scale], Result], float]] = {
+    "executions": (executions, 300),
+    "synchronisation": (synchronisation, 120),
+    "ours R=1": (long_streams("ours", 1, "eager"), 300),
+    "ours R=64": (long_streams("ours", 64, "eager"), 300),
+    "mit R=1": (long_streams("mit", 1, "eager"), 300),
+    "ring R=1": (long_streams("ring", 1, "cudagraph"), 300),
+    "naive ours R=1": (long_streams("naive ours", 1, "eager"), 300),
+    "ring far into a stream": (long_streams("ring", 1, "cudagraph", far=True), 300),
+}

@@ -1,0 +1,141 @@
+"""Time per token of every method, execution and quantization in turn, beside the floor: bytes at copy bandwidth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+
+from streamllm.backends import BACKENDS
+from streamllm.device import copy_bandwidth
+from streamllm.loaded import LoadedModel
+from streamllm.policy import EvictionPolicy
+from streamllm.profiling import profile_decoding
+from streamllm.timing import bytes_per_token, compile_step, no_garbage_collection
+from tests.benchmarks.decode import Variant
+from tests.benchmarks.reporting import interleaved, segment_of, summary, warm
+
+from .scale import Result, Scale
+
+EAGER = (
+    Variant("recompute"),
+    Variant("mit"),
+    Variant("ours"),
+    Variant("ours", 64),
+    Variant("ring"),
+    Variant("ring", 64),
+)
+GRAPHED = (Variant("ring", execution="cudagraph"), Variant("ring", 64, "cudagraph"))
+COMPILED = (Variant("ring", execution="compile"), Variant("ring", 64, "compile"))
+QUANTIZED = (
+    Variant("ring", execution="cudagraph", quantization="int8_weight_only"),
+    Variant("ring", execution="compile", quantization="int8_weight_only"),
+    Variant("ring", execution="cudagraph", quantization="int4_weight_only"),
+    Variant("ring", execution="compile", quantization="int4_weight_only"),
+)
+REFERENCE = "ring R=1"
+
+
+def variants(scale: Scale) -> list[Variant]:
+    chosen = [*EAGER]
+    if scale.device.type == "cuda":
+        chosen += [*GRAPHED, *COMPILED, *(Variant("ring", 64, "cudagraph", backend=name) for name in ("triton",))]
+    if find_spec("torchao") and scale.device.type == "cuda":
+        chosen += QUANTIZED
+    return [variant for variant in chosen if variant.backend in BACKENDS]
+
+
+def policy_of(variant: Variant, scale: Scale) -> EvictionPolicy:
+    return EvictionPolicy(n_sink=4, window_size=scale.total - 4, compress_every=variant.compress_every)
+
+
+def compiling(variant: Variant) -> Callable[[Scale], Result]:
+    """Seconds until a step is compiled, in a process of its own; the time is that of a cold cache only the first time."""
+
+    def check(scale: Scale) -> Result:
+        if variant not in variants(scale):
+            return {"ok": None, "rows": [], "skipped": "needs a CUDA device, and torchao for what is quantized"}
+        loaded = scale.model(variant.quantization)
+        started = time.perf_counter()
+        policy = policy_of(variant, scale)
+        backend = BACKENDS[variant.backend]
+        compile_step(loaded, variant.method, policy, backend, scale.tokens(100), variant.execution)
+        row = {"variant": variant.name, "compile seconds": time.perf_counter() - started}
+        return {"ok": None, "rows": [row]}
+
+    return check
+
+
+@torch.inference_mode()
+def decode(scale: Scale) -> Result:
+    models: dict[str, LoadedModel] = {}
+    decoders, failed, seconds = {}, [], {}
+    with no_garbage_collection():
+        for variant in variants(scale):
+            started = time.perf_counter()
+            try:
+                if variant.quantization not in models:
+                    models[variant.quantization] = scale.model(variant.quantization)
+                what = models[variant.quantization], variant.method, policy_of(variant, scale)
+                decoders[variant.name] = warm(*what, variant.backend, variant.execution)
+            except Exception as error:  # what does not run must not take the others along
+                failed.append({"variant": variant.name, "failed": f"{type(error).__name__}: {error}"[:300]})
+            seconds[variant.name] = time.perf_counter() - started
+        times = interleaved({name: segment_of(d, scale.segment_sec) for name, d in decoders.items()}, scale.rounds)
+    bandwidth = copy_bandwidth(scale.device)
+    rows = []
+    for variant in variants(scale):
+        if variant.name not in times:
+            continue
+        needed = bytes_per_token(models[variant.quantization], policy_of(variant, scale))
+        floor = 1e3 * needed / bandwidth
+        own, reference, baseline = times[variant.name], times[REFERENCE], times["recompute"]
+        found = summary(own)
+        rows.append(
+            {
+                "variant": variant.name,
+                "ms/token": found["median"],
+                "low": found["low"],
+                "high": found["high"],
+                f"times as fast as {REFERENCE}": summary([r / t for r, t in zip(reference, own, strict=True)])[
+                    "median"
+                ],
+                "as recompute": summary([b / t for b, t in zip(baseline, own, strict=True)])["median"],
+                "MB/token": needed / 1e6,
+                "share of copy bandwidth": None if variant.method == "recompute" else floor / found["median"],
+                "seconds to warm up": seconds[variant.name],
+            }
+        )
+    return {"ok": not failed, "rows": rows + failed, "copy_gb_per_sec": bandwidth / 1e9}
+
+
+@torch.inference_mode()
+def kernels(scale: Scale) -> Result:
+    """Launches and kernel time per token, and where the time goes."""
+    loaded, rows = scale.model(), []
+    for variant in variants(scale):
+        if variant.quantization != "none" or variant.method == "recompute":
+            continue
+        what = loaded, variant.method, policy_of(variant, scale), BACKENDS[variant.backend], scale.tokens(4096)
+        found = profile_decoding(*what, variant.execution)
+        rows.append(
+            {
+                "variant": variant.name,
+                "launches": found.launches,
+                "kernel ms": sum(found.parts_ms.values()),
+                "idle ms": found.idle_ms,
+                "ms/token": found.tpot_ms,
+                **{f"{part} ms": ms for part, ms in found.parts_ms.items()},
+                "largest": [(k.name[:60], round(k.calls_per_token, 1), k.ms_per_token) for k in found.kernels[:6]],
+            }
+        )
+    return {"ok": None, "rows": rows}
+
+
+CHECKS: dict[str, tuple[Callable[[Scale], Result], float]] = {
+    **{f"compile {v.name}": (compiling(v), 400) for v in (*COMPILED, *QUANTIZED) if v.execution == "compile"},
+    "decode": (decode, 500),
+    "kernels": (kernels, 300),
+}
