@@ -16,8 +16,9 @@ class Backend:
     name: str
     kernel: str | None = None
     """Name in `torch.nn.attention.SDPBackend`; None leaves the choice to torch."""
-    library: Literal["sdpa", "eager", "flash_attn"] = "sdpa"
-    """torch's scaled_dot_product_attention, plain matrix products and a softmax, or the flash-attn package."""
+    library: Literal["sdpa", "eager", "flash_attn", "triton"] = "sdpa"
+    """torch's scaled_dot_product_attention, plain matrix products and a softmax, the flash-attn package, or our own
+    kernel for one new token (`triton_attention`; several are torch's)."""
     masks: bool = True
     """Whether its GPU kernel takes a mask. Masked calls (a ring that is not full) go to another kernel if not."""
 
@@ -43,6 +44,7 @@ BACKENDS = {
         Backend("flash", "FLASH_ATTENTION", masks=False),
         Backend("cudnn", "CUDNN_ATTENTION"),
         Backend("flash_attention_2", library="flash_attn", masks=False),
+        Backend("triton", library="triton"),
     )
 }
 
