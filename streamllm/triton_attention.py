@@ -255,8 +255,9 @@ def flash_decoding(
 
 @torch.library.custom_op("streamllm::flash_decoding", mutates_args=())
 def decode_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
-    """`flash_decoding` as an operator: compiled graphs call it as it is, and dispatch modes see it. Raises RuntimeError,
-    as torch's kernels do, for all that keeps it from running."""
+    """`flash_decoding` as an operator: compiled graphs call it as it is, and dispatch modes see it.
+
+    Raises RuntimeError, as torch's kernels do, for all that keeps it from running."""
     try:
         return flash_decoding(query, key, value, mask, scaling)
     except (triton.TritonError, SubprocessError, OSError) as failure:  # no C compiler, too little shared memory
