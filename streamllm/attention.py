@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import reduce
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -87,6 +88,8 @@ def attention(
     new, held = query.shape[-2], key.shape[-2]
     if new == 1 and torch.compiler.is_compiling() and fuses(backend, query.device):
         return fused_attention(query, key, value, scaling, mask)
+    if new == 1 and _takes_triton(backend, query.device, mask):
+        return _triton_attention(query, key, value, scaling, mask)
     if causal and new > 1 and backend.library != "flash_attn" and (new != held or backend.library == "eager"):
         mask = torch.ones(new, held, dtype=torch.bool, device=query.device).tril(held - new)
     if backend.library == "eager":
@@ -116,6 +119,22 @@ def _flash_attention_2(query: Tensor, key: Tensor, value: Tensor, scaling: float
 
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return flash_attn_func(query, key, value, softmax_scale=scaling, causal=causal).transpose(1, 2)
+
+
+AUTO_MASKED_TRITON = False
+"""Whether `auto` is the Triton kernel for one masked query on CUDA. Off: no GPU has shown it faster yet."""
+
+
+def _takes_triton(backend: Backend, device: torch.device, mask: Tensor | None) -> bool:
+    """Whether one new token's attention is our own kernel."""
+    masked = AUTO_MASKED_TRITON and backend.name == "auto" and mask is not None and device.type == "cuda"
+    return backend.library == "triton" or (masked and find_spec("triton") is not None)
+
+
+def _triton_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    from .triton_attention import decode_attention
+
+    return decode_attention(query, key, value, mask, scaling)
 
 
 def fuses(backend: Backend, device: torch.device) -> bool:
@@ -166,6 +185,7 @@ _KERNELS = {
     "aten::_scaled_dot_product_fused_attention_overrideable": "overrideable",  # xpu's
     "aten::_scaled_dot_product_attention_math_for_mps": "mps",
     "flash_attn::_flash_attn_forward": "flash_attention_2",
+    "streamllm::flash_decoding": "triton",
 }
 
 

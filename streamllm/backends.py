@@ -20,8 +20,9 @@ class Backend:
     name: str
     kernel: str | None = None
     """Name in `torch.nn.attention.SDPBackend`; None for `auto`, and for what is not torch's."""
-    library: Literal["sdpa", "eager", "flash_attn"] = "sdpa"
-    """torch's scaled_dot_product_attention, plain matrix products and a softmax, or the flash-attn package."""
+    library: Literal["sdpa", "eager", "flash_attn", "triton"] = "sdpa"
+    """torch's scaled_dot_product_attention, plain matrix products and a softmax, the flash-attn package, or our own
+    kernel for one new token (`triton_attention`; several are torch's)."""
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -57,6 +58,7 @@ BACKENDS = {
         Backend("flash", "FLASH_ATTENTION"),
         Backend("cudnn", "CUDNN_ATTENTION"),
         Backend("flash_attention_2", library="flash_attn"),
+        Backend("triton", library="triton"),
     )
 }
 

@@ -147,7 +147,7 @@ def _ranges(loaded: LoadedModel, decoder: Decoder, execution: str) -> Iterator[N
             for module, part in parts_of(loaded.model):
                 stack.enter_context(_range(module, "forward", part))
             # What `attend` does besides is the cache's. Torch's own kernels are told by the name of the operator.
-            for name in ("eager_attention", "_flash_attention_2"):
+            for name in ("eager_attention", "_flash_attention_2", "_triton_attention"):
                 stack.enter_context(_range(attention, name, ATTENTION))
         yield
 

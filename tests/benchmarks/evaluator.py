@@ -25,7 +25,7 @@ BLOCK = 256
 
 
 def plain_losses(loaded: LoadedModel, tokens: np.ndarray, cache: int, block: int = BLOCK) -> None:
-    """Causal forwards of `block` tokens over a cache cut to the last `cache`, at wrong positions: only the work is right.
+    """Causal forwards of `block` tokens over the last `cache` tokens, at wrong positions: only the work is right.
     No policy's losses can be had from less."""
     stream = torch.from_numpy(tokens).to(loaded.device)
     state = RerotatedCache(loaded, BACKENDS["auto"])

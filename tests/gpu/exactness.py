@@ -95,7 +95,7 @@ def _waiting_is_an_error() -> Iterator[None]:
 
 
 def long_streams(method: str, every: int, execution: str, far: bool = False) -> Callable[[Scale], Result]:
-    """At a real model's shape and dtype: a decode loop against the evaluator, once keys have moved through the window."""
+    """At a real model's shape and dtype: a decode loop against the evaluator, after a whole window of moves."""
 
     def check(scale: Scale) -> Result:
         way = "eager" if scale.device.type == "cpu" else execution

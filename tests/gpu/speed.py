@@ -52,7 +52,7 @@ def policy_of(variant: Variant, scale: Scale) -> EvictionPolicy:
 
 
 def compiling(variant: Variant) -> Callable[[Scale], Result]:
-    """Seconds until a step is compiled, in a process of its own; the time is that of a cold cache only the first time."""
+    """Seconds until a step is compiled, in a process of its own; of a cold cache only the first time."""
 
     def check(scale: Scale) -> Result:
         if variant not in variants(scale):
@@ -91,18 +91,19 @@ def decode(scale: Scale) -> Result:
             continue
         needed = bytes_per_token(models[variant.quantization], policy_of(variant, scale))
         floor = 1e3 * needed / bandwidth
-        own, reference, baseline = times[variant.name], times[REFERENCE], times["recompute"]
+        own = times[variant.name]
         found = summary(own)
+        ratios = {
+            other: summary([theirs / ours for theirs, ours in zip(times[other], own, strict=True)])["median"]
+            for other in (REFERENCE, "recompute")
+        }
         rows.append(
             {
                 "variant": variant.name,
                 "ms/token": found["median"],
                 "low": found["low"],
                 "high": found["high"],
-                f"times as fast as {REFERENCE}": summary([r / t for r, t in zip(reference, own, strict=True)])[
-                    "median"
-                ],
-                "as recompute": summary([b / t for b, t in zip(baseline, own, strict=True)])["median"],
+                **{f"times as fast as {other}": ratio for other, ratio in ratios.items()},
                 "MB/token": needed / 1e6,
                 "share of copy bandwidth": None if variant.method == "recompute" else floor / found["median"],
                 "seconds to warm up": seconds[variant.name],
