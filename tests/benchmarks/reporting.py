@@ -153,14 +153,23 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """Where, when and with what something was measured; the load is that at the end of it."""
-    found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
     return {
         "machine": f"{device_name(torch.device('cpu'))}, {len(os.sched_getaffinity(0))} cores",
         "versions": _versions(),
-        "commit": found.stdout.strip() or None,
+        "commit": _commit(),
         "date": datetime.now(UTC).date().isoformat(),
         "load_average": load_average(),
     }
+
+
+def _commit() -> str | None:
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(
+            command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        ).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
 
 
 def _versions() -> dict[str, str]:
