@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
-from .attention import AttentionState, fuses, recorded_kernel
+from .attention import AttentionState, fuses, recorded_kernel, replayed
 from .backends import BACKENDS, Backend
 from .decoding import Decoder
 from .device import copy_bandwidth, peak_memory, synchronize
@@ -283,6 +283,8 @@ def used_backend(
     eagerly; or `fused`, if the compiler makes one."""
     if execution == "compile" and fuses(backend, loaded.device):
         return "fused"
+    if execution != "eager":
+        backend = replayed(backend, loaded.device, loaded.head_size)
     with recorded_kernel(backend) as recorder:
         run = TimedDecoder(loaded, method, effective_policy(method, policy), backend, tokens)
         run.prefill()

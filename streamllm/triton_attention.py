@@ -169,8 +169,8 @@ class Configuration(NamedTuple):
 
 
 def configuration(group: int) -> Configuration:
-    """The default for so many query heads per KV head."""
-    return Configuration(32, 4, 1, 4) if group == 1 else Configuration(64, 4, 2, 4)
+    """For so many query heads per KV head: the fastest of those tried on an H100, at 2,048 and 8,192 keys."""
+    return Configuration(16, 2, 3, 4) if group == 1 else Configuration(32, 2, 2, 4)
 
 
 @cache

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import attention
+from ..attention import attention, replayed
 from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache
 from ..loaded import LoadedModel
@@ -113,4 +113,6 @@ EXECUTIONS = ("eager", "compile", "cudagraph")
 
 
 def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str = "eager") -> CachedDecoder:
+    if execution != "eager":
+        backend = replayed(backend, loaded.device, loaded.head_size)
     return CachedDecoder(loaded, policy, RingCache(loaded, policy, backend), execution)

@@ -1,7 +1,7 @@
 """An hour with any GPU turned into evidence; of torch, transformers, numpy and the engine only, without a network.
 
 python -m tests.gpu.acceptance --out DIR                       everything
-python -m tests.gpu.acceptance --out DIR --part exactness      correctness, exactness, speed, evaluator or lease
+python -m tests.gpu.acceptance --out DIR --part exactness      correctness, exactness, products, ...
 python -m tests.gpu.acceptance --out DIR --check "ours"        checks with that in their name
 python -m tests.gpu.acceptance --out DIR --scale quick         a first look: a smaller model, shorter streams
 python -m tests.gpu.acceptance --out DIR --report              the tables of what was measured, once more
@@ -26,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-TIMED = ("speed", "evaluator", "lease")
+TIMED = ("products", "speed", "evaluator", "lease")
 PARTS = ("correctness", "exactness", *TIMED)
 """Modules beside this one, each with its `CHECKS`."""
 
@@ -167,7 +167,7 @@ def report(results: dict[str, Any]) -> str:
     lines = [f"Measured on {facts.get('device')} with torch {torch_version}, {facts.get('date')}, scale "
              f"{facts.get('scale')}."]  # fmt: skip
     for name, result in sorted(results["checks"].items(), key=lambda item: PARTS.index(item[0].split(":")[0])):
-        more = {k: v for k, v in result.items() if k not in ("ok", "rows", "seconds", "scale", "failed")}
+        more = {k: v for k, v in result.items() if k not in ("ok", "rows", "seconds", "scale", "failed", "profiles")}
         lines += ["", f"### {name}: {_verdict(result)} ({result['seconds']:.0f} s)", ""]
         lines += [f"{key}: {value}" for key, value in more.items()]
         lines.append(f"```\n{result['failed']}\n```" if "failed" in result else markdown_table(_shown(result["rows"])))

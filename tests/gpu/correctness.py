@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import multiprocessing
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +14,7 @@ import transformers
 from streamllm.backends import BACKENDS, Backend
 from streamllm.block_parallel import block_parallel_losses
 from streamllm.decoding import decode_loop
-from streamllm.device import empty_cache, foreign_processes
+from streamllm.device import empty_cache
 from streamllm.loaded import LoadedModel
 from streamllm.methods import make_decoder
 from streamllm.models import prepare
@@ -167,29 +166,6 @@ def _compute(device: torch.device) -> None:
     torch.ones(4, device=device).sum().item()
 
 
-def foreign(scale: Scale) -> Result:
-    """Another process that computes on the GPU is seen, and gone when it has gone."""
-    if scale.device.type != "cuda":
-        return {"ok": None, "rows": [], "skipped": "needs a CUDA device"}
-    torch.ones(1, device=scale.device)
-    context = multiprocessing.get_context("spawn")
-    ready, over = context.Event(), context.Event()
-    other = context.Process(target=_occupy, args=(ready, over))
-    alone = foreign_processes(scale.device)
-    other.start()
-    ready.wait(60)
-    beside = foreign_processes(scale.device)
-    over.set()
-    other.join()
-    return {"ok": len(beside) == len(alone) + 1, "rows": [{"alone": alone, "beside another": beside}]}
-
-
-def _occupy(ready: Any, over: Any) -> None:
-    torch.ones(2**20, device="cuda").sum().item()
-    ready.set()
-    over.wait(60)
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
@@ -199,7 +175,6 @@ CHECKS: dict[str, tuple[Callable[[Scale], Result], float]] = {
     "losses": (losses, 300),
     "out_of_memory": (out_of_memory, 90),
     "device_assert": (device_assert, 90),
-    "foreign": (foreign, 90),
 }
 """Each with its deadline in seconds."""
 

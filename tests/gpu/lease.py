@@ -1,12 +1,16 @@
-"""Whether a time taken beside busy processes is that taken alone: seven, as the other workers of a node of eight."""
+"""Whether a time taken beside busy processes is that taken alone: seven, as the other workers of a node of eight. And
+whether another process on the GPU is seen."""
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
+from streamllm.device import foreign_processes
 from streamllm.policy import EvictionPolicy
 from streamllm.timing import no_garbage_collection
 from tests.benchmarks.reporting import busy_processes, interleaved, segment_of, warm
@@ -44,4 +48,30 @@ def beside_busy_processes(scale: Scale) -> Result:
     return {"ok": None, "rows": rows}
 
 
-CHECKS: dict[str, tuple[Callable[[Scale], Result], float]] = {"busy": (beside_busy_processes, 200)}
+def foreign(scale: Scale) -> Result:
+    """Another process that computes on the GPU is seen, and gone when it has gone."""
+    if scale.device.type != "cuda":
+        return {"ok": None, "rows": [], "skipped": "needs a CUDA device"}
+    torch.ones(1, device=scale.device)
+    context = multiprocessing.get_context("spawn")
+    ready, over = context.Event(), context.Event()
+    other = context.Process(target=_occupy, args=(ready, over))
+    alone = foreign_processes(scale.device)
+    other.start()
+    ready.wait(60)
+    beside = foreign_processes(scale.device)
+    over.set()
+    other.join()
+    return {"ok": len(beside) == len(alone) + 1, "rows": [{"alone": alone, "beside another": beside}]}
+
+
+def _occupy(ready: Any, over: Any) -> None:
+    torch.ones(2**20, device="cuda").sum().item()
+    ready.set()
+    over.wait(60)
+
+
+CHECKS: dict[str, tuple[Callable[[Scale], Result], float]] = {
+    "busy": (beside_busy_processes, 200),
+    "foreign": (foreign, 90),
+}

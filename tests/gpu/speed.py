@@ -27,8 +27,17 @@ EAGER = (
     Variant("ring"),
     Variant("ring", 64),
 )
-GRAPHED = (Variant("ring", execution="cudagraph"), Variant("ring", 64, "cudagraph"))
-COMPILED = (Variant("ring", execution="compile"), Variant("ring", 64, "compile"))
+GRAPHED = (
+    Variant("ring", execution="cudagraph"),
+    Variant("ring", 64, "cudagraph"),
+    Variant("ring", execution="cudagraph", backend="flash"),
+    Variant("ring", 64, "cudagraph", backend="efficient"),
+)
+COMPILED = (
+    Variant("ring", execution="compile"),
+    Variant("ring", 64, "compile"),
+    Variant("ring", execution="compile", backend="flash"),
+)
 QUANTIZED = (
     Variant("ring", execution="cudagraph", quantization="int8_weight_only"),
     Variant("ring", execution="compile", quantization="int8_weight_only"),
@@ -41,10 +50,10 @@ REFERENCE = "ring R=1"
 def variants(scale: Scale) -> list[Variant]:
     chosen = [*EAGER]
     if scale.device.type == "cuda":
-        chosen += [*GRAPHED, *COMPILED, *(Variant("ring", 64, "cudagraph", backend=name) for name in ("triton",))]
+        chosen += [*GRAPHED, *COMPILED]
     if find_spec("torchao") and scale.device.type == "cuda":
         chosen += QUANTIZED
-    return [variant for variant in chosen if variant.backend in BACKENDS]
+    return chosen
 
 
 def policy_of(variant: Variant, scale: Scale) -> EvictionPolicy:
@@ -109,34 +118,31 @@ def decode(scale: Scale) -> Result:
                 "seconds to warm up": seconds[variant.name],
             }
         )
-    return {"ok": not failed, "rows": rows + failed, "copy_gb_per_sec": bandwidth / 1e9}
+    del decoders
+    profiles = [
+        {"variant": variant.name, **_profiled(models[variant.quantization], variant, scale)}
+        for variant in variants(scale)
+        if variant.name in times and variant.method != "recompute"
+    ]
+    return {"ok": not failed, "rows": rows + failed, "copy_gb_per_sec": bandwidth / 1e9, "profiles": profiles}
 
 
-@torch.inference_mode()
-def kernels(scale: Scale) -> Result:
+def _profiled(loaded: LoadedModel, variant: Variant, scale: Scale) -> Result:
     """Launches and kernel time per token, and where the time goes."""
-    loaded, rows = scale.model(), []
-    for variant in variants(scale):
-        if variant.quantization != "none" or variant.method == "recompute":
-            continue
-        what = loaded, variant.method, policy_of(variant, scale), BACKENDS[variant.backend], scale.tokens(4096)
+    what = loaded, variant.method, policy_of(variant, scale), BACKENDS[variant.backend], scale.tokens(4096)
+    try:
         found = profile_decoding(*what, variant.execution)
-        rows.append(
-            {
-                "variant": variant.name,
-                "launches": found.launches,
-                "kernel ms": sum(found.parts_ms.values()),
-                "idle ms": found.idle_ms,
-                "ms/token": found.tpot_ms,
-                **{f"{part} ms": ms for part, ms in found.parts_ms.items()},
-                "largest": [(k.name[:60], round(k.calls_per_token, 1), k.ms_per_token) for k in found.kernels[:6]],
-            }
-        )
-    return {"ok": None, "rows": rows}
+    except Exception as error:
+        return {"profile failed": f"{type(error).__name__}: {error}"[:200]}
+    return {
+        "launches": found.launches,
+        "kernel ms": sum(found.parts_ms.values()),
+        **{f"{part} ms": ms for part, ms in found.parts_ms.items()},
+        "largest": [(k.name[:60], round(k.calls_per_token, 1), round(k.ms_per_token, 4)) for k in found.kernels[:8]],
+    }
 
 
 CHECKS: dict[str, tuple[Callable[[Scale], Result], float]] = {
     **{f"compile {v.name}": (compiling(v), 400) for v in (*COMPILED, *QUANTIZED) if v.execution == "compile"},
-    "decode": (decode, 500),
-    "kernels": (kernels, 300),
+    "decode": (decode, 560),
 }
