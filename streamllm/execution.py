@@ -59,14 +59,17 @@ def _compiled(step: Step, device: str, model: int, shape: Hashable) -> Step:
     (`recompile_limit`) and forgets graphs when their code goes: so each shape has a copy of the code to itself."""
     original = cast(FunctionType, step)
     copy = FunctionType(original.__code__.replace(), original.__globals__, original.__name__, original.__defaults__)
-    # Left to itself, inductor recomputes norms and activations inside every row of the products that read them.
-    apart: dict[str, Any] = {
-        "realize_opcount_threshold": 0,
-        "realize_reads_threshold": 0,
-        "realize_acc_reads_threshold": 0,
-    }
-    compiled: Step = torch.compile(copy, fullgraph=True, dynamic=False, options=apart if device == "cpu" else None)
+    compiled: Step = torch.compile(copy, fullgraph=True, dynamic=False, options=_OPTIONS.get(device))
     return compiled
+
+
+_OPTIONS: dict[str, dict[str, Any]] = {
+    # Left to itself, inductor recomputes norms and activations inside every row of the products that read them.
+    "cpu": {"realize_opcount_threshold": 0, "realize_reads_threshold": 0, "realize_acc_reads_threshold": 0},
+    # Tries blocks out: on an H100 products of int8 take 3 to 36% less time, the head's in bfloat16 26%, others the same.
+    "cuda": {"coordinate_descent_tuning": True},
+}
+"""Inductor's, by device."""
 
 
 class _CompiledStep:

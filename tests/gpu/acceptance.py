@@ -1,7 +1,7 @@
 """An hour with any GPU turned into evidence; of torch, transformers, numpy and the engine only, without a network.
 
 python -m tests.gpu.acceptance --out DIR                       everything
-python -m tests.gpu.acceptance --out DIR --part exactness      correctness, exactness, products, ...
+python -m tests.gpu.acceptance --out DIR --part exactness      correctness, exactness, speed, quantized, ...
 python -m tests.gpu.acceptance --out DIR --check "ours"        checks with that in their name
 python -m tests.gpu.acceptance --out DIR --scale quick         a first look: a smaller model, shorter streams
 python -m tests.gpu.acceptance --out DIR --report              the tables of what was measured, once more
@@ -26,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-TIMED = ("products", "speed", "evaluator", "lease")
+TIMED = ("speed", "quantized", "evaluator", "lease")
 PARTS = ("correctness", "exactness", *TIMED)
 """Modules beside this one, each with its `CHECKS`."""
 
@@ -41,7 +41,7 @@ class Check:
     @property
     def timed(self) -> bool:
         """Whether it must run alone."""
-        return self.part in TIMED and not self.name.startswith("compile")
+        return self.part in TIMED
 
 
 def main() -> int:
@@ -119,7 +119,7 @@ def _run(check: Check, scale: str, out: Path) -> dict[str, Any]:
         output, _ = process.communicate(timeout=check.deadline)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
-        output = process.communicate()[0] + f"\nkilled after {check.deadline:.0f} s"
+        output = process.communicate()[0] + f"\nkilled after {check.deadline:g} s"
     seconds = {"seconds": time.monotonic() - started, "scale": scale}
     if not found.exists():
         return {"ok": False, "rows": [], "failed": output[-1500:]} | seconds
@@ -166,12 +166,28 @@ def report(results: dict[str, Any]) -> str:
     torch_version = facts.get("versions", {}).get("torch", "?")
     lines = [f"Measured on {facts.get('device')} with torch {torch_version}, {facts.get('date')}, scale "
              f"{facts.get('scale')}."]  # fmt: skip
+    rows = [row for name, result in results["checks"].items() if name.startswith(("speed", "quantized"))
+            for row in result["rows"] if "ratio to ring eager" in row]  # fmt: skip
+    if rows:
+        lines += ["", "### Time per token", "", markdown_table(_compared(rows))]
     for name, result in sorted(results["checks"].items(), key=lambda item: PARTS.index(item[0].split(":")[0])):
-        more = {k: v for k, v in result.items() if k not in ("ok", "rows", "seconds", "scale", "failed", "profiles")}
         lines += ["", f"### {name}: {_verdict(result)} ({result['seconds']:.0f} s)", ""]
-        lines += [f"{key}: {value}" for key, value in more.items()]
+        lines += [f"{key}: {value}" for key, value in result.items() if key not in _FIELDS]
         lines.append(f"```\n{result['failed']}\n```" if "failed" in result else markdown_table(_shown(result["rows"])))
     return "\n".join(lines) + "\n"
+
+
+_FIELDS = ("ok", "rows", "seconds", "scale", "failed")
+
+
+def _compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """All variants in one table: what was timed beside the same reference compares by the ratios to it."""
+    baseline = next((row["ratio to ring eager"] for row in rows if row["variant"] == "recompute"), None)
+    return [
+        {name: value for name, value in row.items() if name not in ("parts", "largest", "ratio low", "ratio high")}
+        | ({"times as fast as recompute": baseline / row["ratio to ring eager"]} if baseline else {})
+        for row in rows
+    ]
 
 
 def _shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

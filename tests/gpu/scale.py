@@ -31,6 +31,7 @@ class Scale:
     rounds: int
     evaluated_tokens: int
     segment_sec: float
+    """Of a decoder, where it is not timed in pairs."""
 
     @cached_property
     def device(self) -> torch.device:

@@ -1,6 +1,5 @@
-"""A token's products, one row times the matrices of a layer, by every way to compute them: what of the floor is theirs.
-
-Each is a graph over copies of the weights, more than the L2 cache holds."""
+"""Quantized weights: time per token, and a token's products, one row times the matrices of a layer, by every way to
+compute them. Each of those is a graph over copies of the weights, more than the L2 cache holds."""
 
 from __future__ import annotations
 
@@ -14,8 +13,10 @@ from torch import Tensor
 
 from streamllm.device import copy_bandwidth, seconds_of
 from streamllm.quantization import GROUP
+from tests.benchmarks.decode import Variant
 
 from .scale import Result, Scale
+from .speed import timed
 
 SHAPES = ((7680, 2560), (10240, 2560), (2560, 10240), (50304, 2560))
 """(out, in) of Pythia-2.8B: queries, keys and values; MLP up and down; the head."""
@@ -112,4 +113,13 @@ def _weights(kind: str, out: int, size: int, device: torch.device) -> tuple[Tens
     return packed, torch.rand(size // GROUP, out, 2, device=device, dtype=bfloat16)
 
 
-CHECKS: dict[str, tuple[Callable[[Scale], Result], float]] = {"products": (products, 240)}
+VARIANTS = [
+    Variant("ring", execution=execution, quantization=quantization)
+    for execution in ("cudagraph", "compile")
+    for quantization in ("int8_weight_only", "int4_weight_only")
+]
+
+CHECKS: dict[str, tuple[Callable[[Scale], Result], float]] = {
+    "products": (products, 180),
+    **{variant.name: (timed(variant), 300) for variant in VARIANTS},
+}
