@@ -22,9 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 _LOG2_E = 1.4426950408889634
-_MOST_SPLITS = 128
+MOST_SPLITS = 128
 """The merge holds one row of each in registers."""
-_MERGED_COLUMNS = 16
+MERGED_COLUMNS = 16
 _FEWEST_ROWS = 16
 """Of `tl.dot`: smaller groups of heads are padded to it."""
 
@@ -168,22 +168,37 @@ class Configuration(NamedTuple):
     """Wanted per multiprocessor."""
 
 
-def configuration(group: int) -> Configuration:
-    """For so many query heads per KV head: the fastest of those tried on an H100, at 2,048 and 8,192 keys."""
-    return Configuration(16, 2, 3, 4) if group == 1 else Configuration(32, 2, 2, 4)
+def configuration(group: int, dtype: torch.dtype) -> Configuration:
+    """For so many query heads per KV head: in half precision the fastest of those tried on an H100, at 2,048 and 8,192
+    keys; groups in float32, whose products go without tensor cores and take registers, are chosen by those."""
+    if group == 1:
+        return Configuration(16, 2, 3, 4)
+    return Configuration(64, 8, 2, 4) if dtype == torch.float32 else Configuration(32, 2, 2, 4)
 
 
 @cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
-        return 8  # interpreted: enough to have several splits
+        return 2  # interpreted: every program takes a while
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def shapes(group: int, size: int, config: Configuration) -> dict[str, int]:
+    """What `attend_split` is compiled for, besides types."""
+    return {
+        "group": group,
+        "size": size,
+        "rows": max(_FEWEST_ROWS, triton.next_power_of_2(group)),
+        "columns": triton.next_power_of_2(size),
+        "block": config.block,
+        "stages": config.stages,
+    }
 
 
 def split_count(pairs: int, held: int, wanted: int, block: int) -> tuple[int, int]:
     """`wanted` programs over `pairs` of a batch row and a KV head -> splits, and the keys of each: a multiple of
     `block`, so that the last may have fewer."""
-    splits = max(1, min(wanted // pairs, _MOST_SPLITS))
+    splits = max(1, min(wanted // pairs, MOST_SPLITS))
     span = triton.cdiv(triton.cdiv(held, splits), block) * block
     return triton.cdiv(held, span), span
 
@@ -207,13 +222,13 @@ def flash_decoding(
         raise RuntimeError("Triton compiles for GPUs; on a CPU, TRITON_INTERPRET=1 runs its kernels for tests")
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise RuntimeError(f"the Triton kernel computes in float32: not for {query.dtype}")
-    if size % _MERGED_COLUMNS:
-        raise RuntimeError(f"the Triton kernel needs heads of a multiple of {_MERGED_COLUMNS}, not of {size}")
+    if size % MERGED_COLUMNS:
+        raise RuntimeError(f"the Triton kernel needs heads of a multiple of {MERGED_COLUMNS}, not of {size}")
     query = query.contiguous()
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     mask = None if mask is None else mask.contiguous()
     group, pairs = heads // kv_heads, batch * kv_heads
-    config = config or configuration(group)
+    config = config or configuration(group, query.dtype)
     splits, span = split_count(pairs, held, config.programs * _multiprocessors(query.device), config.block)
     outputs = torch.empty(batch * heads, splits, size, dtype=torch.float32, device=query.device)
     norms = torch.empty(batch * heads, splits, dtype=torch.float32, device=query.device)
@@ -232,22 +247,17 @@ def flash_decoding(
             kv_heads,
             *key.stride()[:3],
             *value.stride()[:3],
-            group=group,
-            size=size,
-            rows=max(_FEWEST_ROWS, triton.next_power_of_2(group)),
-            columns=triton.next_power_of_2(size),
-            block=config.block,
-            stages=config.stages,
+            **shapes(group, size, config),
             num_warps=config.warps,
         )
-        merge_splits[(batch * heads, size // _MERGED_COLUMNS)](
+        merge_splits[(batch * heads, size // MERGED_COLUMNS)](
             outputs,
             norms,
             merged,
             splits,
             size=size,
             rows=triton.next_power_of_2(splits),
-            columns=_MERGED_COLUMNS,
+            columns=MERGED_COLUMNS,
             num_warps=1,
         )
     return merged

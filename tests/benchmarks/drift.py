@@ -1,6 +1,6 @@
 """What keys lose that every prune turns anew from what the prune before has left, as the source documents' `ours` does.
 
-python -m tests.benchmarks.drift --model smollm2 --text FILE [--tokens 4096] [--json FILE]
+python -m tests.benchmarks.drift [--model smollm2 --text FILE] [--total 512] [--tokens 4096] [--json FILE]
 
 In half precision each turn rounds, and a turn of a few ten-thousandths of a radian rounds away: after a thousand prunes
 a key is not where it should be. Beside it the same policy by `ours`, which turns keys as they came, and the evaluator.
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--total", type=int, default=512, help="sinks and window (512)")
     parser.add_argument("--tokens", type=int, default=4096, help="of the text (4096)")
+    parser.add_argument("--every", type=int, nargs="+", default=[1, 4, 16, 64], metavar="R", help="(1 4 16 64)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
 
@@ -88,7 +89,7 @@ def main() -> None:
     source = TextSource(text=arguments.text, max_eval_tokens=arguments.tokens)
     tokens = load_tokens(source, load_tokenizer(arguments.model), loaded.vocabulary).tokens
     rows = []
-    for every in (1, 4, 16, 64):
+    for every in arguments.every:
         policy = EvictionPolicy(n_sink=4, window_size=arguments.total - 4, compress_every=every)
         expected = block_parallel_losses(loaded, tokens, policy)
         past = np.arange(len(expected)) >= 2 * arguments.total  # where every key has moved through the window
