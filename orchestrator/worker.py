@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import os
 import socket
+from collections.abc import Collection
 from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,17 @@ from typing import Any
 from streamllm.errors import UsageError
 from streamllm.store import MeasurementStore
 
+from .accelerators import own_accelerator
 from .lease import claim, computing_lease, timing_lease
 from .trial import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
 
-_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR")
-"""By which Ray gives a process its accelerator: NVIDIA's, AMD's, Intel's, and Intel's in earlier versions of Ray."""
-
 
 class Worker:
-    def __init__(self, setup: WorkerSetup, cores: int, owner: str) -> None:
-        """One of the workers of `owner`; it will own `cores` cores of its node."""
+    def __init__(self, setup: WorkerSetup, cores: int, owner: str, on_accelerator: bool = False) -> None:
+        """One of the workers of `owner`; it will own `cores` cores of its node, and the accelerator that it was given
+        if it was `on_accelerator`."""
         self.setup = setup
+        self._on_accelerator = on_accelerator
         self._count = cores
         self._owner = owner
 
@@ -38,8 +39,8 @@ class Worker:
         """Pins itself, loads model and text; says what this worker is, sees, and finds wrong (`warnings`).
 
         Raises UsageError for input it cannot use, or that is not what the driver has under that name."""
-        visible = next((ids for name in _VISIBLE if (ids := os.environ.get(name))), "")
-        warnings = self._claim(visible)
+        accelerator = own_accelerator(self._on_accelerator)
+        warnings = self._claim(accelerator.name, accelerator.near) if accelerator else self._claim()
 
         from streamllm.device import device_name, limit_threads, unverified
         from streamllm.measurements import Measurements
@@ -58,12 +59,12 @@ class Worker:
         self.measurements = Measurements(MeasurementStore(setup.store), self.loaded, self.stream, setup.total)
         return self.place() | {
             "device": device_name(self.loaded.device),
-            "visible_devices": visible,
+            "visible_devices": accelerator.visible if accelerator else "",
             "cores": self.cores,
             "model_digest": self.loaded.digest,
             "text_digest": self.stream.digest,
             "n_tokens": len(self.stream.tokens),
-            "warnings": [*warnings, *_mismatches(self.cores, visible), *filter(None, [unverified(self.loaded.device)])],
+            "warnings": [*warnings, *_mismatches(self.cores), *filter(None, [unverified(self.loaded.device)])],
         }
 
     def measure(self, spec: TrialSpec) -> TrialMeasurement:
@@ -123,17 +124,19 @@ class Worker:
                     f"({found!s:.12}..., not {expected:.12}...); give a path that all nodes share"
                 )
 
-    def _claim(self, visible: str) -> list[str]:
-        """Makes cores and accelerator its own, and says with whom it has to share them."""
+    def _claim(self, accelerator: str = "", near: Collection[int] = ()) -> list[str]:
+        """Makes the accelerator of that name and cores its own, those `near` it first, and says with whom it has to
+        share them."""
         self._claims = []
         self.cores: list[int] = []
         if hasattr(os, "sched_setaffinity"):
-            cores = claim([f"core-{core}" for core in sorted(os.sched_getaffinity(0))], self._count, self._owner)
+            allowed = sorted(os.sched_getaffinity(0), key=lambda core: (core not in near, core))
+            cores = claim([f"core-{core}" for core in allowed], self._count, self._owner)
             self._claims.append(cores)
             self.cores = sorted(int(name.removeprefix("core-")) for name in cores.names)
             _pin(self.cores)
-        if visible:
-            self._claims.append(claim([f"accelerator-{visible}"], 1, self._owner))
+        if accelerator:
+            self._claims.append(claim([f"accelerator-{accelerator}"], 1, self._owner))
         return [f"{' '.join(c.names)}: also used by {c.shared_with}" for c in self._claims if c.shared_with]
 
 
@@ -144,7 +147,7 @@ def _pin(cores: list[int]) -> None:
             os.sched_setaffinity(int(thread.name), cores)
 
 
-def _mismatches(cores: list[int], visible: str) -> list[str]:
+def _mismatches(cores: list[int]) -> list[str]:
     """What the system and torch give this process, where that is not what was asked for."""
     import torch
 
@@ -153,6 +156,4 @@ def _mismatches(cores: list[int], visible: str) -> list[str]:
         found.append(f"asked for cores {cores}, runs on {sorted(os.sched_getaffinity(0))}")
     if cores and torch.get_num_threads() != len(cores):
         found.append(f"{len(cores)} cores, but torch runs {torch.get_num_threads()} threads")
-    if visible and torch.accelerator.device_count() != 1:
-        found.append(f"was given accelerator {visible}, torch sees {torch.accelerator.device_count()}")
     return found
