@@ -94,7 +94,7 @@ class WorkerPool:
         self._ray = ray
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
-            _init_ray(address)
+            init_ray(address)
         self._setup = setup
         self._count = count
         self._trial_timeout = trial_timeout
@@ -325,7 +325,8 @@ def _enter(worker: _Worker, state: Literal["pending", "loading", "idle", "measur
     return took
 
 
-def _init_ray(address: str | None) -> None:
+def init_ray(address: str | None) -> None:
+    """Joins the cluster at that address, or at Ray's own variable for it, or starts one here. Raises UsageError."""
     import ray
     import torch
 

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -176,7 +177,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     cap = _cap(arguments.cap, space.cap, trained)
     space = space.under(cap)
     check_cap(space, cap)
-    return SweepConfiguration(
+    configuration = SweepConfiguration(
         study=study,
         output=arguments.output or Path("sweeps") / study,
         model=arguments.model,
@@ -195,6 +196,18 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         model_digest=weights_digest(arguments.model),
         text_file_digest=file_digest(source),
     )
+    on_cuda = load_space(arguments.space, {"cuda"}).under(cap)
+    if on_cuda == space or configuration.goes_on() or not _has_cuda(arguments):  # a study keeps the space it began with
+        return configuration
+    trials = arguments.trials or (16 if time_budget is None else on_cuda.size)
+    return replace(configuration, space=on_cuda, trials=trials)
+
+
+def _has_cuda(arguments: argparse.Namespace) -> bool:
+    """Whether workers will be on CUDA devices; a dry run does not join a cluster to ask, and takes it for granted."""
+    from .device_kinds import device_kinds
+
+    return (arguments.dry_run and arguments.address is not None) or "cuda" in device_kinds(arguments.address)
 
 
 def _cap(given: int | None, cap: int, trained: int | None) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import yaml
 
@@ -34,13 +35,22 @@ _ACCOUNTINGS: tuple[CapAccounting, ...] = ("nominal", "peak")
 _RELATION = re.compile(r"(\w+)\s*(<=|>=)\s*(-?\d+(?:\.\d+)?)")
 
 
-def load_space(name: str) -> SearchSpace:
-    """A shipped space by name, or a YAML file by path. Raises SpaceError."""
+def load_space(name: str, devices: Collection[str] = ()) -> SearchSpace:
+    """A shipped space by name, or a YAML file by path, as it is for workers on such kinds of device. Raises SpaceError,
+    whatever the kinds, for what is wrong with any part of it."""
     path, node = compose(name)
-    return _SpaceReader(path).space(node)
+    whole = _SpaceReader(path, on_cuda=True).space(node)
+    return whole if "cuda" in devices else _SpaceReader(path, on_cuda=False).space(node)
 
 
 class _SpaceReader(Reader):
+    """Of one file, once. Without CUDA, `cuda_only` fills with the choices that are left out."""
+
+    def __init__(self, path: Path, on_cuda: bool) -> None:
+        super().__init__(path)
+        self.on_cuda = on_cuda
+        self.cuda_only: dict[str, tuple[Value, ...]] = {}
+
     def space(self, node: yaml.Node | None) -> SearchSpace:
         if node is None:
             raise SpaceError(f"{self.path}: empty; a space needs at least 'parameters'")
@@ -56,6 +66,9 @@ class _SpaceReader(Reader):
         if (most := max(int(value) for value in parameters["total_kv"])) > cap:
             raise self.fail(given["total_kv"], f"total_kv {most}: must not be above the cap {cap}")
         when = {name: self.conditions(name, node, parameters) for name, node in self.conditional(given).items()}
+        for name in [name for name in when if self.is_never_chosen(name, parameters[name], when[name], defaults)]:
+            parameters[name] = (defaults[name],)
+            del when[name]
         for name, condition in when.items():
             if other := next((other for other in condition if other in when), None):
                 raise self.fail(given[name], f"{name}: depends on {other}, which is conditional itself")
@@ -72,7 +85,7 @@ class _SpaceReader(Reader):
             constraints=self.constraints(entries.get("constraints")),
         )
         known = self.sequence(entries["known"], "known") if "known" in entries else []
-        return replace(space, known=tuple(self.known(entry, space) for entry in known))
+        return replace(space, known=tuple(self.known(entry, space) for entry in known if not self.is_of_cuda(entry)))
 
     def objectives(self, node: yaml.Node | None) -> tuple[str, ...]:
         if node is None:
@@ -99,20 +112,46 @@ class _SpaceReader(Reader):
 
     def choices(self, name: str, node: yaml.Node) -> tuple[Value, ...]:
         """Of a list, a single value, or a mapping of either or of a range."""
-        if isinstance(node, yaml.MappingNode):
-            allowed = ("choices", "when") if name in _WORDS else ("choices", "low", "high", "step", "log", "when")
-            keys = self.mapping(node, name, allowed)
-            if "choices" not in keys:
-                return self.range(name, node, keys)
-            if extra := keys.keys() - {"choices", "when"}:
-                raise self.fail(node, f"{name}: has choices, so {', '.join(sorted(extra))} cannot be meant")
-            node = keys["choices"]
-        if not isinstance(node, yaml.SequenceNode):
-            return (self.value(name, node),)
-        values = tuple(self.value(name, entry) for entry in self.sequence(node, name))
+        if not isinstance(node, yaml.MappingNode):
+            return self.distinct(name, [node])
+        allowed = ("choices", "cuda", "when") if name in _WORDS else ("choices", "low", "high", "step", "log", "when")
+        keys = self.mapping(node, name, allowed)
+        if "choices" not in keys:
+            return self.range(name, node, keys)
+        if extra := keys.keys() - {"choices", "cuda", "when"}:
+            raise self.fail(node, f"{name}: has choices, so {', '.join(sorted(extra))} cannot be meant")
+        everywhere = self.distinct(name, [keys["choices"]])
+        if "cuda" not in keys:
+            return everywhere
+        on_cuda = self.distinct(name, [keys["choices"], keys["cuda"]])
+        if self.on_cuda:
+            return on_cuda
+        self.cuda_only[name] = on_cuda[len(everywhere) :]
+        return everywhere
+
+    def distinct(self, name: str, nodes: Sequence[yaml.Node]) -> tuple[Value, ...]:
+        """The values of such lists or single values together."""
+        entries = [e for node in nodes for e in (self.sequence(node, name) if _is_list(node) else [node])]
+        values = tuple(self.value(name, entry) for entry in entries)
         if len(set(values)) < len(values):
-            raise self.fail(node, f"{name}: a choice is given twice")
+            raise self.fail(nodes[-1], f"{name}: a choice is given twice")
         return values
+
+    def is_of_cuda(self, known: yaml.Node) -> bool:
+        """Whether a known configuration says something that is left out here."""
+        given = self.mapping(known, "a known configuration", _PARAMETERS)
+        return any(self.value(name, given[name]) in only for name, only in self.cuda_only.items() if name in given)
+
+    def is_never_chosen(
+        self,
+        name: str,
+        choices: tuple[Value, ...],
+        conditions: Mapping[str, tuple[Value, ...]],
+        defaults: Mapping[str, Value],
+    ) -> bool:
+        """Whether nothing is left to choose of a conditional parameter: it is fixed then, as if it were not there."""
+        only_default = name in self.cuda_only and choices == (defaults[name],)
+        return only_default or not all(conditions.values())
 
     def range(self, name: str, node: yaml.Node, keys: dict[str, yaml.Node]) -> tuple[int, ...]:
         if not {"low", "high"} <= keys.keys():
@@ -155,7 +194,9 @@ class _SpaceReader(Reader):
             raise self.fail(mapping, f"when of {name}: give a value or a list of values")
         conditions = {other: self.choices(other, values) for other, values in others.items()}
         for other, values in conditions.items():
-            self.check_among(f"{name} when {other}", values, parameters[other], others[other])
+            here = tuple(value for value in values if value not in self.cuda_only.get(other, ()))
+            self.check_among(f"{name} when {other}", here, parameters[other], others[other])
+            conditions[other] = here
         return conditions
 
     def check_among(self, what: str, values: tuple[Value, ...], choices: tuple[Value, ...], node: yaml.Node) -> None:
@@ -172,3 +213,7 @@ class _SpaceReader(Reader):
             allowed = space.parameters[name] if space.active(name, known) else (space.defaults[name],)
             self.check_among(f"known {name}", (value,), allowed, given[name])
         return known
+
+
+def _is_list(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.SequenceNode)

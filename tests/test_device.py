@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from orchestrator import accelerators, dry_run, pool, worker
+from orchestrator.device_kinds import built_for, device_kinds
 from orchestrator.lease import claim
 from orchestrator.trial import WorkerSetup
 from streamllm import attention, device, profiling
@@ -267,10 +268,10 @@ def test_ray_is_told_of_accelerators_that_it_may_not_know(kind, told, accelerato
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     given = {}
     monkeypatch.setattr("ray.init", lambda **options: given.update(options))
-    pool._init_ray(None)
+    pool.init_ray(None)
     assert given.get("num_gpus") == told
     given.clear()
-    pool._init_ray("10.0.0.1:6379")
+    pool.init_ray("10.0.0.1:6379")
     assert "num_gpus" not in given, "a cluster knows its own"
 
 
@@ -278,6 +279,13 @@ def test_a_dry_run_names_the_accelerators(accelerator, monkeypatch):
     accelerator(XPU, 2)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda _: "Arc B580")
     assert dry_run._layout(0, 0, None).words == "2, each with one of 2 x Arc B580"
+
+
+@pytest.mark.parametrize(("kind", "told"), [(torch.device("cuda"), "cuda"), (MPS, "mps"), (None, "cpu")])
+def test_kinds_of_device(kind, told, accelerator, monkeypatch):
+    accelerator(kind)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert device_kinds(None) == {told} == {built_for()}
 
 
 def test_names(accelerator):

@@ -13,6 +13,7 @@ import ray
 import torch
 
 from orchestrator import pool as pool_module
+from orchestrator.device_kinds import device_kinds
 from orchestrator.driver import Driver
 from orchestrator.pool import SweepError, WorkerPool
 from orchestrator.study import Study
@@ -290,6 +291,13 @@ def test_gpus_that_torch_cannot_use_are_no_sweep_on_the_cpu(sweep, faked_gpus):
     faked_gpus()
     with pytest.raises(UsageError, match=r"Ray gave a worker accelerator 9[67] .*, but torch .* can use none: "):
         sweep([0]).run(Worker, count=0)
+
+
+def test_a_cluster_is_asked_what_it_is_made_of(cluster, faked_gpus, monkeypatch):
+    assert device_kinds(cluster.address) == {"cpu"}, "it has no accelerators"
+    faked_gpus()
+    monkeypatch.setattr("orchestrator.device_kinds.built_for", lambda: "cuda")  # of a torch built for CPUs
+    assert device_kinds(cluster.address) == {"cuda"}
 
 
 def test_workers_see_no_accelerator_of_this_machine():

@@ -198,6 +198,36 @@ def test_books_have_studies_of_their_own_and_older_studies_go_on(tmp_path, monke
         resolved("--book", "3", "--study", whole.study).check()
 
 
+ON_CUDA = """
+parameters:
+  method: [ring, ours]
+  execution: {choices: [eager], cuda: [cudagraph], when: {method: ring}}
+"""
+
+
+def test_a_study_keeps_the_choices_of_the_devices_it_began_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("ring.yaml").write_text(ON_CUDA)
+
+    def resolved(kind, *more):
+        monkeypatch.setattr("orchestrator.device_kinds.device_kinds", lambda address: {kind})
+        return resolve(parser().parse_args(["--space", "ring.yaml", "--time-budget", "1h", *more]))
+
+    on_cpu, on_gpu = resolved("cpu"), resolved("cuda", "--study", "gpu")
+    assert on_cpu.space.parameters["execution"] == ("eager",) and on_cpu.trials == 2
+    assert on_gpu.space.parameters["execution"] == ("eager", "cudagraph") and on_gpu.trials == 3
+    for configuration in (on_cpu, on_gpu):
+        configuration.output.mkdir(parents=True)
+        configuration.claim()
+    assert resolved("cuda").space == on_cpu.space
+    assert resolved("cuda", "--study", "gpu").space == on_gpu.space
+    with pytest.raises(UsageError, match=r"exists with other settings .space\.parameters: "):
+        resolved("cpu", "--study", "gpu").check()
+    monkeypatch.setattr("orchestrator.device_kinds.device_kinds", lambda address: pytest.fail("asked a cluster"))
+    dry = ["--space", "ring.yaml", "--study", "new", "--address", "10.0.0.1:6379", "--dry-run"]
+    assert resolve(parser().parse_args(dry)).space == on_gpu.space
+
+
 def test_files_changed_under_a_study_are_seen_and_threads_stay(folder):
     shutil.copytree(GOLDEN / "neox-tiny", folder / "m")
     (folder / "ids.json").write_text((GOLDEN / "tokens.json").read_text())
