@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,8 @@ from streamllm.printing import say
 from .options import SAMPLERS
 
 if TYPE_CHECKING:
+    from search_spaces import SearchSpace
+
     from .configuration import SweepConfiguration
     from .display import Display
     from .driver import Driver, Observer
@@ -173,6 +176,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
 
     for method in space.parameters.get("method", ()):
         check_protocol(str(method), "fast")
+    _check_quantizations(space, arguments.quantization)
     trained = trained_length(arguments.model)
     cap = _cap(arguments.cap, space.cap, trained)
     space = space.under(cap)
@@ -201,6 +205,18 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         return configuration
     trials = arguments.trials or (16 if time_budget is None else on_cuda.size)
     return replace(configuration, space=on_cuda, trials=trials)
+
+
+def _check_quantizations(space: SearchSpace, given: str) -> None:
+    """Raises UsageError for one beside those that the space has, or without the library that makes them."""
+    wanted = space.parameters.get("quantization")
+    if wanted is None:
+        return
+    if given != "none":
+        own = ", ".join(map(str, wanted))
+        raise UsageError(f"quantization {given!r}: the space {space.name!r} has its own ({own}); leave it out")
+    if set(wanted) != {"none"} and find_spec("torchao") is None:
+        raise UsageError(f"quantization {str(wanted[-1])!r}: needs torchao; pip install -e '.[quant]'")
 
 
 def _has_cuda(arguments: argparse.Namespace) -> bool:

@@ -9,10 +9,12 @@ from __future__ import annotations
 import gc
 import os
 import socket
-from collections.abc import Collection
-from contextlib import nullcontext, suppress
+from collections import OrderedDict
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamllm.errors import UsageError
 from streamllm.store import MeasurementStore
@@ -20,6 +22,9 @@ from streamllm.store import MeasurementStore
 from .accelerators import own_accelerator
 from .lease import claim, computing_lease, timing_lease
 from .trial import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
+
+if TYPE_CHECKING:
+    from streamllm.measurements import Measurements
 
 
 class Worker:
@@ -56,7 +61,11 @@ class Worker:
         self._check_same()
         tokenizer = None if setup.source.token_ids is not None else load_tokenizer(setup.model)
         self.stream = load_tokens(setup.source, tokenizer, self.loaded.vocabulary)
-        self.measurements = Measurements(MeasurementStore(setup.store), self.loaded, self.stream, setup.total)
+        neighbours = partial(self._megabytes_beside, setup.quantization)
+        self.measurements = Measurements(
+            MeasurementStore(setup.store), self.loaded, self.stream, setup.total, neighbours=neighbours
+        )
+        self._models = OrderedDict({setup.quantization: self.measurements})
         return self.place() | {
             "device": device_name(self.loaded.device),
             "visible_devices": accelerator.visible if accelerator else "",
@@ -68,36 +77,43 @@ class Worker:
         }
 
     def measure(self, spec: TrialSpec) -> TrialMeasurement:
-        """Measures what the store does not have. Raises MemoryError, NonFiniteLossError, WorkerUnusableError if nothing
-        can be measured here any more, and whatever torch raises."""
+        """Measures what the store does not have; where memory is short, once more without the models it can spare.
+
+        Raises MemoryError, NonFiniteLossError, WorkerUnusableError if nothing can be measured here any more, UsageError
+        for a quantization that is not to be had here, and whatever torch raises."""
         import torch
 
         from streamllm.device import empty_cache
 
-        try:
-            return self._confirm(spec) if spec.round else self._measure(spec)
-        except torch.OutOfMemoryError as error:
-            reason = f"out of accelerator memory: {error}"
-        except torch.AcceleratorError as error:
-            raise WorkerUnusableError(f"AcceleratorError: {error}") from None
-        gc.collect()  # only here are the frames gone that held the memory
-        empty_cache()
-        raise MemoryError(reason)
+        while True:
+            try:
+                return self._confirm(spec) if spec.round else self._measure(spec)
+            except torch.OutOfMemoryError as error:
+                reason = f"out of accelerator memory: {error}"
+            except torch.AcceleratorError as error:
+                raise WorkerUnusableError(f"AcceleratorError: {error}") from None
+            spared = self._spare_model(spec)
+            gc.collect()  # only here are the frames gone that held the memory
+            empty_cache()
+            if not spared:
+                raise MemoryError(reason)
 
     def _measure(self, spec: TrialSpec) -> TrialMeasurement:
         from streamllm.evaluation import fast_record, identity
         from streamllm.sample import FixedSize
 
-        lease = computing_lease if self.loaded.device.type == "cpu" else nullcontext
-        quality, fresh_quality = self.measurements.quality(
-            spec.method, spec.policy, lease, size=FixedSize(spec.sampled_tokens)
+        measurements = self._measurements_of(spec)
+        quality, fresh_quality = measurements.quality(
+            spec.method, spec.policy, self._computing(), size=FixedSize(spec.sampled_tokens)
         )
-        speed, fresh_speed = self.measurements.speed(
+        speed, fresh_speed = measurements.speed(
             spec.method, spec.policy, spec.attn_backend, spec.execution, timing_lease
         )
         assert quality.losses is not None
-        record = identity(self.loaded, self.stream, spec.method, spec.policy, "fast", spec.execution)
+        record = identity(measurements.loaded, self.stream, spec.method, spec.policy, "fast", spec.execution)
         record["reference_total"] = self.setup.total
+        if spec.quantization is not None:
+            record |= {"quantization": spec.quantization, "reference_digest": self.loaded.digest}
         return TrialMeasurement(
             record | fast_record(quality.record, speed.record), quality.losses, fresh_quality, fresh_speed
         )
@@ -105,9 +121,46 @@ class Worker:
     def _confirm(self, spec: TrialSpec) -> TrialMeasurement:
         from streamllm.evaluation import times_summary
 
+        measurements = self._measurements_of(spec)
         with timing_lease():
-            times = self.measurements.times(spec.method, spec.policy, spec.attn_backend, spec.execution)
+            times = measurements.times(spec.method, spec.policy, spec.attn_backend, spec.execution)
         return TrialMeasurement(times_summary(times), None, False, True, times.ratios.tolist())
+
+    def _measurements_of(self, spec: TrialSpec) -> Measurements:
+        """Of the model quantized as the trial wants it, which is loaded the first time and then kept. All are timed
+        beside one reference, by the model as the sweep has it: that one always stays."""
+        from streamllm.measurements import Measurements
+        from streamllm.models import load_model
+
+        name = spec.quantization or self.setup.quantization
+        if name not in self._models:
+            with self._computing()():
+                loaded = load_model(self.setup.model, self.setup.dtype, quantization=name)
+            base = self.measurements
+            neighbours = partial(self._megabytes_beside, name)
+            self._models[name] = Measurements(
+                base.store, loaded, self.stream, base.total, beside=base, neighbours=neighbours
+            )
+        self._models.move_to_end(name)
+        return self._models[name]
+
+    def _spare_model(self, spec: TrialSpec) -> bool:
+        """Lets go of the model that was not used for longest, but for the trial's and the reference's. Returns whether
+        there was one."""
+        needed = {self.setup.quantization, spec.quantization}
+        name = next((name for name in self._models if name not in needed), None)
+        if name is not None:
+            del self._models[name]
+        return name is not None
+
+    def _megabytes_beside(self, name: str) -> float:
+        """MiB of the weights of all models but that one."""
+        others = [of.loaded.model for other, of in self._models.items() if other != name]
+        return sum(p.nbytes for model in others for p in (*model.parameters(), *model.buffers())) / 2**20
+
+    def _computing(self) -> Callable[[], AbstractContextManager[Any]]:
+        """The lease of what is computed and not timed."""
+        return computing_lease if self.loaded.device.type == "cpu" else nullcontext
 
     def _check_same(self) -> None:
         """That weights and text are those that the driver has under the same names. Raises UsageError."""

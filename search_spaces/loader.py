@@ -11,25 +11,33 @@ import yaml
 
 from streamllm.backends import BACKENDS
 from streamllm.methods import METHODS
-from streamllm.options import EXECUTIONS
+from streamllm.options import EXECUTIONS, QUANTIZATIONS
 from streamllm.policy import CapAccounting
 
 from .reader import Reader, SpaceError, compose
 from .space import OBJECTIVES, Constraint, SearchSpace, Value
 
 # Parameter -> the words it may be, or the least whole number; and what it is where a space does not say.
-_WORDS: dict[str, tuple[str, ...]] = {"method": METHODS, "attn_backend": tuple(BACKENDS), "execution": EXECUTIONS}
+_WORDS: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "attn_backend": tuple(BACKENDS),
+    "execution": EXECUTIONS,
+    "quantization": QUANTIZATIONS,
+}
 _LEAST = {"total_kv": 1, "n_sink": 0, "compress_every": 0, "cache_slack": 0, "max_drop": 0}
 _DEFAULTS: dict[str, Value] = {
     "method": "ours",
     "attn_backend": "auto",
     "execution": "eager",
+    "quantization": "none",
     "n_sink": 4,
     "compress_every": 1,
     "cache_slack": 0,
     "max_drop": 0,
 }  # and total_kv: the cap
 _PARAMETERS = (*_WORDS, *_LEAST)
+_OF_THE_SWEEP = ("quantization",)
+"""Parameters that a space which does not name them leaves to the command line."""
 _KEYS = ("description", "cap", "cap_accounting", "objectives", "constraints", "parameters", "known")
 _ACCOUNTINGS: tuple[CapAccounting, ...] = ("nominal", "peak")
 _RELATION = re.compile(r"(\w+)\s*(<=|>=)\s*(-?\d+(?:\.\d+)?)")
@@ -61,7 +69,9 @@ class _SpaceReader(Reader):
         given = self.mapping(entries["parameters"], "parameters", _PARAMETERS)
         defaults = _DEFAULTS | {"total_kv": cap}
         parameters = {
-            name: self.choices(name, given[name]) if name in given else (defaults[name],) for name in _PARAMETERS
+            name: self.choices(name, given[name]) if name in given else (defaults[name],)
+            for name in _PARAMETERS
+            if name in given or name not in _OF_THE_SWEEP
         }
         if (most := max(int(value) for value in parameters["total_kv"])) > cap:
             raise self.fail(given["total_kv"], f"total_kv {most}: must not be above the cap {cap}")
@@ -187,7 +197,7 @@ class _SpaceReader(Reader):
     def conditions(
         self, name: str, node: yaml.Node, parameters: Mapping[str, tuple[Value, ...]]
     ) -> dict[str, tuple[Value, ...]]:
-        others = self.mapping(node, f"when of {name}", [other for other in _PARAMETERS if other != name])
+        others = self.mapping(node, f"when of {name}", [other for other in parameters if other != name])
         if not others:
             raise self.fail(node, f"{name}: when needs at least one other parameter with its values")
         if mapping := next((value for value in others.values() if isinstance(value, yaml.MappingNode)), None):
@@ -206,7 +216,7 @@ class _SpaceReader(Reader):
 
     def known(self, node: yaml.Node, space: SearchSpace) -> dict[str, Value]:
         """A configuration; what it does not say is a parameter's first choice."""
-        given = self.mapping(node, "a known configuration", _PARAMETERS)
+        given = self.mapping(node, "a known configuration", tuple(space.parameters))
         values = {name: self.value(name, entry) for name, entry in given.items()}
         known = space.draw(lambda name, choices: values.get(name, choices[0]))
         for name, value in values.items():

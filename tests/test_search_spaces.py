@@ -109,6 +109,27 @@ def test_what_wants_cuda_is_checked_without_it(old, new, message, tmp_path):
         space_of(tmp_path, CUDA.replace(old, new))
 
 
+def test_quantization_is_a_parameter_of_the_spaces_that_name_it(tmp_path):
+    """Other spaces leave it to the command line, and their studies are what they were."""
+    plain = space_of(tmp_path, GOOD)
+    assert "quantization" not in plain.parameters
+    assert spec_of(next(iter(plain.points())), plain, 64).quantization is None
+    text = "parameters:\n  method: [ring, ours]\n"
+    text += "  quantization: {choices: [none, int8_weight_only], when: {method: ring}}\n"
+    space = space_of(tmp_path, text + "known: [{method: ring, quantization: int8_weight_only}]\n")
+    specs = [spec_of(params, space, 64) for params in space.points()]
+    assert [spec.quantization for spec in specs] == ["none", "int8_weight_only", "none"]
+    assert spec_of(dict(space.known[0]), space, 64).quantization == "int8_weight_only"
+    unnamed = "parameters: {n_sink: {choices: [0, 1], when: {quantization: none}}}"
+    for bad, message in (
+        (text.replace("int8_w", "int9_w"), "line 3: quantization 'int9_weight_only': must be one of none, int8"),
+        (GOOD + "known: [{quantization: none}]\n", "line 2: unknown key 'quantization' in a known configuration"),
+        (unnamed, "unknown key 'quantization' in when of n_sink"),
+    ):
+        with pytest.raises(SpaceError, match=message):
+            space_of(tmp_path, bad)
+
+
 def test_lists_ranges_fixed_values_and_defaults(tmp_path):
     space = space_of(tmp_path, GOOD)
     assert space.parameters["n_sink"] == (0, 4)
