@@ -13,7 +13,7 @@ from orchestrator.rounds import _spec as round_spec
 from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.worker import Worker
 from search_spaces import load_space
-from streamllm import models
+from streamllm import measurements, models
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy
 from streamllm.reference_time import ReferencePool, kind
@@ -94,13 +94,17 @@ def test_timings_beside_another_models_reference_are_kept_apart(worker_of):
     assert searched._speed_key(*what) == fixed._speed_key(*what) | {"reference_digest": searched.beside.loaded.digest}
 
 
-def test_memory_of_the_other_models_does_not_count(worker_of):
+def test_memory_of_the_other_models_does_not_count(worker_of, monkeypatch):
     pytest.importorskip("torchao")
     worker = worker_of()
     size = sum(p.nbytes for p in worker.loaded.model.parameters()) / 2**20
     assert worker._megabytes_beside("none") == 0
     worker._measurements_of(spec("int8_weight_only"))
     assert worker._models["int8_weight_only"].neighbours() >= size > worker.measurements.neighbours() > 0
+    monkeypatch.setattr(measurements, "measure_speed", lambda *_: None)
+    monkeypatch.setattr(measurements, "speed_summary", lambda *_: {"peak_memory_mb": 100.0})
+    measured, _ = worker.measurements.speed("ring", POLICY, "math")
+    assert measured.record["peak_memory_mb"] == 100.0 - worker.measurements.neighbours()
 
 
 class Small(Worker):
@@ -162,9 +166,8 @@ def test_a_study_goes_on_whose_first_row_is_quantized(tmp_path):
 
 def test_a_round_confirms_what_was_measured():
     row = {"method": "ring", "backend_requested": "math", "execution": "compile", **asdict(POLICY)}
-    assert round_spec(row | {"quantization": "int8_weight_only"}, 2) == spec(
-        "int8_weight_only", execution="compile", round=2
-    )
+    again = round_spec(row | {"quantization": "int8_weight_only"}, 2)
+    assert again == spec("int8_weight_only", execution="compile", round=2)
     assert round_spec(row, 1).quantization is None
 
 
