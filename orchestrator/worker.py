@@ -33,6 +33,8 @@ class Worker:
         if it was `on_accelerator`."""
         self.setup = setup
         self._on_accelerator = on_accelerator
+        self._models: OrderedDict[str, Measurements] = OrderedDict()
+        """By quantization, the one used last at the end."""
         self._count = cores
         self._owner = owner
 
@@ -65,7 +67,7 @@ class Worker:
         self.measurements = Measurements(
             MeasurementStore(setup.store), self.loaded, self.stream, setup.total, neighbours=neighbours
         )
-        self._models = OrderedDict({setup.quantization: self.measurements})
+        self._models[setup.quantization] = self.measurements
         return self.place() | {
             "device": device_name(self.loaded.device),
             "visible_devices": accelerator.visible if accelerator else "",

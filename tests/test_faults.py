@@ -114,7 +114,7 @@ def test_files_that_are_not_the_drivers_are_refused(tmp_path, monkeypatch, chang
     source = TextSource(token_ids=Path("ids.json"))
     right = WorkerSetup("./m", source, "float32", "none", tmp_path / "store", 48, tmp_path,
                         weights_digest("./m"), file_digest(source))  # fmt: skip
-    monkeypatch.setattr(Worker, "_claim", lambda self, visible: setattr(self, "cores", []) or [])
+    monkeypatch.setattr(Worker, "_claim", lambda self: setattr(self, "cores", []) or [])
     assert Worker(right, 1, "me").load()["n_tokens"] == 3
     with pytest.raises(UsageError, match=message):
         Worker(replace(right, **changed), 1, "me").load()
