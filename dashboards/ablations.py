@@ -68,7 +68,7 @@ def _untold(lines: Sequence[Sequence[Row]], metric: str) -> str:
 
 
 def _others(row: Row, knob: str) -> tuple[Any, ...]:
-    names = ("model", "dataset", "protocol", "method", "backend", "execution", *KNOBS)
+    names = ("model", "dataset", "protocol", "method", "backend", "execution", "quantization", *KNOBS)
     total = row["n_sink"] + row["window_size"] + row.get("cache_slack", 0) if knob != "window_size" else None
     return total, *(row.get(name) for name in names if name not in (knob, "window_size"))
 
@@ -80,8 +80,8 @@ def _complete(row: Row) -> bool:
 
 def _label(row: Row, knob: str) -> str:
     knobs = [f"{LETTERS[name]}={row[name]}" for name in KNOBS if name not in (knob, "window_size")]
-    execution = row.get("execution", "eager")
-    how = [str(row[name]) for name in ("method", "backend") if name in row] + [execution] * (execution != "eager")
+    how = [str(row[name]) for name in ("method", "backend") if name in row]
+    how += [str(row[name]) for name in ("execution", "quantization") if row.get(name) not in ("eager", "none", None)]
     return " ".join([*how, *knobs])
 
 

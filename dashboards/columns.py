@@ -52,6 +52,7 @@ COLUMNS = (
     Column("backend", "backend", words=True),
     Column("backend_requested", "backend asked for", words=True),
     Column("execution", "execution", words=True),
+    Column("quantization", "quantization", words=True),
     Column("n_sink", "sinks", "tokens"),
     Column("window_size", "window", "tokens"),
     Column("compress_every", "prune every", "tokens"),
@@ -87,12 +88,14 @@ _WHERE_THERE = {
 
 
 def shown_columns(rows: Sequence[Row], objectives: Collection[str] = ()) -> tuple[Column, ...]:
-    """All but those that say nothing: the execution where every row's is eager, the backend asked for where it is the
-    one that ran, memory where it is no objective, the rounds of confirming where they are the same in every row."""
+    """All but those that say nothing: execution or quantization where no row has any, the backend asked for where it is
+    the one that ran, memory where it is no objective, the rounds of confirming where they are the same in every row."""
     present = {key for row in rows for key in _WHERE_THERE if row.get(key) is not None}
     needless = _WHERE_THERE - present
     if all(row.get("execution", "eager") == "eager" for row in rows):
         needless.add("execution")
+    if all(row.get("quantization", "none") == "none" for row in rows):
+        needless.add("quantization")
     if all(row.get("backend_requested") in (row.get("backend"), None) or "backend" not in row for row in rows):
         needless.add("backend_requested")
     if "peak_memory_mb" not in objectives:

@@ -31,6 +31,7 @@ class Series:
     method: str
     backend: str
     execution: str = "eager"
+    quantization: str = "none"
     name: str = ""
     """Instead of one made of the others."""
 
@@ -40,14 +41,15 @@ class Series:
             return self.name
         if self.method == BASELINE:
             return _NAMES[BASELINE]
-        how = ", ".join(word for word in (self.backend, self.execution) if word not in ("", "eager"))
+        words = (self.backend, self.execution, self.quantization)
+        how = ", ".join(word for word in words if word not in ("", "eager", "none"))
         how = how or self.backend
         return f"{_NAMES.get(self.method, self.method)}{f' ({how})' if how else ''}"
 
     @property
     def order(self) -> tuple[Any, ...]:
         place = _ORDER.index(self.method) if self.method in _ORDER else len(_ORDER)
-        return place, self.method, self.execution, self.backend == "flash", self.backend
+        return place, self.method, self.execution, self.quantization, self.backend == "flash", self.backend
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,8 @@ def _at_shared_policy(rows: Sequence[Row]) -> tuple[dict[Series, Row], str]:
     always: dict[Series, Row] = {}
     recommended = ""
     for row in rows:
-        series = Series(str(row.get("method", "")), str(row.get("backend", "")), str(row.get("execution", "eager")))
+        how = (("method", ""), ("backend", ""), ("execution", "eager"), ("quantization", "none"))
+        series = Series(*(str(row.get(name, usual)) for name, usual in how))
         if series.method == BASELINE:
             always[Series(BASELINE, "")] = row
             continue
@@ -188,7 +191,7 @@ def backends(rows: Sequence[Row]) -> Figure:
     pairs: dict[tuple[Any, ...], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if _sound(row) and row.get("backend") in ("math", "flash") and _number(row.get("tpot_ms")):
-            names = ("model", "dataset", "protocol", "method", "execution", *_KNOBS)
+            names = ("model", "dataset", "protocol", "method", "execution", "quantization", *_KNOBS)
             pairs[tuple(row.get(name) for name in names)][row["backend"]] = row
     both = [pair for pair in pairs.values() if len(pair) == 2 and pair["math"]["method"] != BASELINE][:_PAIRS]
     if not both:

@@ -16,7 +16,17 @@ from .style import BLUE, LABELS, ORANGE, PURPLE, NoDataError, new_figure
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_KNOBS = ("method", "backend", "execution", "n_sink", "compress_every", "cache_slack", "max_drop", "total_kv")
+_KNOBS = (
+    "method",
+    "backend",
+    "execution",
+    "quantization",
+    "n_sink",
+    "compress_every",
+    "cache_slack",
+    "max_drop",
+    "total_kv",
+)
 _FEWEST = 12
 """Trials: of fewer, chance alone explains as much as a knob."""
 

@@ -103,7 +103,7 @@ def reproduce_command(study: StudyResults, row: Row) -> str:
     given = {
         "model": study.configuration["model"],
         "dtype": row.get("dtype"),
-        "quantization": study.configuration["quantization"],
+        "quantization": row.get("quantization", study.configuration["quantization"]),
         "text": source["text"],
         "token-ids": source["token_ids"],
         "dataset-name": source["dataset_name"],

@@ -162,11 +162,13 @@ def _data(study: StudyResults, front: Sequence[Row], recommended: Row | None) ->
 
 
 def _needless(rows: Sequence[Row]) -> set[str]:
-    """What says nothing: an execution or a state that is every row's, a backend asked for that is the one that ran."""
+    """What says nothing: an execution, a quantization or a state that is every row's, a backend asked for that is the
+    one that ran."""
     eager = all(row.get("execution", "eager") == "eager" for row in rows)
+    whole = all(row.get("quantization", "none") == "none" for row in rows)
     granted = all(row.get("backend", row.get("backend_requested")) == row.get("backend_requested") for row in rows)
     complete = all(row["state"] == "complete" for row in rows)
-    needless = {"execution": eager, "backend_requested": granted, "state": complete}
+    needless = {"execution": eager, "quantization": whole, "backend_requested": granted, "state": complete}
     return {key for key, says_nothing in needless.items() if says_nothing}
 
 

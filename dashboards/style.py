@@ -57,6 +57,7 @@ LABELS = {
     "method": "method",
     "backend": "backend",
     "execution": "execution",
+    "quantization": "quantization",
 }
 
 

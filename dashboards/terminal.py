@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _HEADINGS = ("study", "place")
 """Columns whose values become lines above the rows that have them."""
-_WORDS = ("method", "backend", "execution")
+_WORDS = ("method", "backend", "execution", "quantization")
 """Columns that share one, a line each, where room is scarce."""
 _SETTINGS = (*_WORDS, "backend_requested", "n_sink", "window_size", "compress_every", "cache_slack", "max_drop")
 _LETTERS = {

@@ -109,6 +109,13 @@ class SweepConfiguration:
             )
         return study_id
 
+    def goes_on(self) -> bool:
+        """Whether there is a study, and of this very sweep."""
+        try:
+            return self.check() is not None
+        except UsageError:
+            return False
+
     def claim(self) -> str:
         """Writes `sweep.json`, or checks that the one there is of the same sweep. Returns the study's id.
 

@@ -260,6 +260,7 @@ def _outcome(row: dict[str, Any]) -> str:
         f"{row['method']:4} {row['backend_requested']:5} S={row['n_sink']:<3} W={row['window_size']:<4} "
         f"R={row['compress_every']:<3} slack={row['cache_slack']:<2} drop={row['max_drop']:<2}"
         f"{'' if row.get('execution', 'eager') == 'eager' else ' ' + row['execution']}"
+        f"{'' if row.get('quantization', 'none') == 'none' else ' ' + row['quantization']}"
     )
     if row["state"] == "failed":
         return f"{what} failed: {row['reason']}"

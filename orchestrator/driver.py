@@ -83,9 +83,12 @@ class Driver:
         self._started: dict[int, float] = {}
         """Worker -> when it was given what it measures, by the monotonic clock."""
         self._digests: dict[str, str] = {
-            name: row[name] for row in study.rows[:1] for name in ("model_digest", "text_digest") if name in row
+            name: _unquantized(row[name])
+            for row in study.rows[:1]
+            for name in ("model_digest", "text_digest")
+            if name in row
         }
-        """Of weights and tokens; of a new study, the first worker's."""
+        """Of weights, whatever became of them, and tokens; of a new study, the first worker's."""
         self._unpaired: list[tuple[OpenTrial, TrialMeasurement, int]] = []
         """Measured before what they are compared with."""
 
@@ -186,6 +189,7 @@ class Driver:
             found = description.get(f"{what}_digest")
             if found is None:
                 continue
+            found = _unquantized(found)
             known = self._digests.setdefault(f"{what}_digest", found)
             if found != known:
                 raise UsageError(
@@ -266,6 +270,11 @@ class Driver:
 
 def _limited(space: SearchSpace) -> list[str]:
     return [constraint.metric for constraint in space.constraints]
+
+
+def _unquantized(digest: str) -> str:
+    """Of a model in memory, the digest of the weights that were loaded, which its quantization follows."""
+    return digest.partition(" ")[0]
 
 
 @contextmanager

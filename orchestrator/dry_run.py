@@ -84,8 +84,9 @@ def _known(params: Any, configuration: SweepConfiguration) -> str:
     except UsageError as error:
         return f"left out: {error}"
     policy = spec.policy
+    quantization = f" {spec.quantization}" if spec.quantization is not None else ""
     return (
-        f"{spec.method} {spec.attn_backend} {spec.execution} S={policy.n_sink} W={policy.window_size} "
+        f"{spec.method} {spec.attn_backend} {spec.execution}{quantization} S={policy.n_sink} W={policy.window_size} "
         f"R={policy.compress_every} slack={policy.cache_slack} drop={policy.max_drop}"
     )
 

@@ -21,6 +21,7 @@ from typing import Any, Literal
 from streamllm.errors import UsageError
 from streamllm.store import StoreError
 
+from .accelerators import ONE_EACH
 from .lease import this_process
 from .trial import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
 from .worker import Worker
@@ -93,7 +94,7 @@ class WorkerPool:
         self._ray = ray
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
-            _init_ray(address)
+            init_ray(address)
         self._setup = setup
         self._count = count
         self._trial_timeout = trial_timeout
@@ -184,9 +185,9 @@ class WorkerPool:
             num_gpus=1 if self._on_accelerators else 0,
             num_cpus=0 if self._on_accelerators else self._cores,
             name=None,
-            runtime_env={"env_vars": _settings() | {"OMP_NUM_THREADS": str(self._cores)}},
+            runtime_env={"env_vars": _settings() | ONE_EACH | {"OMP_NUM_THREADS": str(self._cores)}},
         )
-        handle = actor.remote(self._setup, self._cores, this_process())
+        handle = actor.remote(self._setup, self._cores, this_process(), self._on_accelerators)
         self._workers[index] = _Worker(handle, "pending", 0.0, -1, deaths)
         self._call(index, "pending", "place")
 
@@ -231,8 +232,9 @@ class WorkerPool:
         if worker.state != "measuring" and not isinstance(cause, UsageError):
             return self._died(index, _one_line(cause))
         worker.deaths = 0
+        is_loading = worker.state == "loading"  # what is wrong then ends the sweep, and is said in full
         _enter(worker, "idle")
-        return Finished(index, error=_one_line(cause))
+        return Finished(index, error=str(cause) if is_loading else _one_line(cause))
 
     def _died(self, index: int, reason: str) -> Finished:
         """Starts another in its place, unless it keeps dying. Raises SweepError if no worker is left."""
@@ -323,7 +325,8 @@ def _enter(worker: _Worker, state: Literal["pending", "loading", "idle", "measur
     return took
 
 
-def _init_ray(address: str | None) -> None:
+def init_ray(address: str | None) -> None:
+    """Joins the cluster at that address, or at Ray's own variable for it, or starts one here. Raises UsageError."""
     import ray
     import torch
 
@@ -331,6 +334,7 @@ def _init_ray(address: str | None) -> None:
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # idle processes, which none of ours can be
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: beside a busy process they get a thirtieth
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = address or os.environ.get("RAY_ADDRESS")

@@ -110,6 +110,7 @@ def failed_row(trial: OpenTrial, reason: str, worker: int) -> dict[str, Any]:
         "method": spec.method,
         "backend_requested": spec.attn_backend,
         "execution": spec.execution,
+        **({"quantization": spec.quantization} if spec.quantization is not None else {}),
         **asdict(spec.policy),
         "feasible": False,
         "worker": worker,

@@ -116,7 +116,8 @@ def _append(folder: Path, one: Round) -> None:
 
 def _spec(row: Row, number: int) -> TrialSpec:
     policy = EvictionPolicy(**{field.name: row[field.name] for field in fields(EvictionPolicy)})
-    return TrialSpec(row["method"], row["backend_requested"], policy, row.get("execution", "eager"), number)
+    how = {"execution": row.get("execution", "eager"), "quantization": row.get("quantization")}
+    return TrialSpec(row["method"], row["backend_requested"], policy, round=number, **how)
 
 
 class _Turns:

@@ -245,7 +245,8 @@ def spec_of(params: dict[str, Any], space: SearchSpace, cap: int) -> TrialSpec:
     knobs = {name: params[name] for name in ("n_sink", "compress_every", "cache_slack", "max_drop")}
     policy = with_derived_window(EvictionPolicy(**knobs), min(params["total_kv"], cap), space.cap_accounting)
     check_execution(params["method"], params["execution"])
-    return TrialSpec(params["method"], params["attn_backend"], policy, params["execution"])
+    how = {"execution": params["execution"], "quantization": params.get("quantization")}
+    return TrialSpec(params["method"], params["attn_backend"], policy, **how)
 
 
 def check_cap(space: SearchSpace, cap: int) -> None:

@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,6 +26,8 @@ from streamllm.printing import say
 from .options import SAMPLERS
 
 if TYPE_CHECKING:
+    from search_spaces import SearchSpace
+
     from .configuration import SweepConfiguration
     from .display import Display
     from .driver import Driver, Observer
@@ -172,11 +176,12 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
 
     for method in space.parameters.get("method", ()):
         check_protocol(str(method), "fast")
+    _check_quantizations(space, arguments.quantization)
     trained = trained_length(arguments.model)
     cap = _cap(arguments.cap, space.cap, trained)
     space = space.under(cap)
     check_cap(space, cap)
-    return SweepConfiguration(
+    configuration = SweepConfiguration(
         study=study,
         output=arguments.output or Path("sweeps") / study,
         model=arguments.model,
@@ -195,6 +200,30 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         model_digest=weights_digest(arguments.model),
         text_file_digest=file_digest(source),
     )
+    on_cuda = load_space(arguments.space, {"cuda"}).under(cap)
+    if on_cuda == space or configuration.goes_on() or not _has_cuda(arguments):  # a study keeps the space it began with
+        return configuration
+    trials = arguments.trials or (16 if time_budget is None else on_cuda.size)
+    return replace(configuration, space=on_cuda, trials=trials)
+
+
+def _check_quantizations(space: SearchSpace, given: str) -> None:
+    """Raises UsageError for one beside those that the space has, or without the library that makes them."""
+    wanted = space.parameters.get("quantization")
+    if wanted is None:
+        return
+    if given != "none":
+        own = ", ".join(map(str, wanted))
+        raise UsageError(f"quantization {given!r}: the space {space.name!r} has its own ({own}); leave it out")
+    if set(wanted) != {"none"} and find_spec("torchao") is None:
+        raise UsageError(f"quantization {str(wanted[-1])!r}: needs torchao; pip install -e '.[quant]'")
+
+
+def _has_cuda(arguments: argparse.Namespace) -> bool:
+    """Whether workers will be on CUDA devices; a dry run does not join a cluster to ask, and takes it for granted."""
+    from .device_kinds import device_kinds
+
+    return (arguments.dry_run and arguments.address is not None) or "cuda" in device_kinds(arguments.address)
 
 
 def _cap(given: int | None, cap: int, trained: int | None) -> int:

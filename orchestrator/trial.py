@@ -44,6 +44,8 @@ class TrialSpec:
     """0: of the search. A round of confirming, from 1 on, takes the times alone, anew."""
     sampled_tokens: int = 64
     """At least as many losses of a method whose quality is sampled."""
+    quantization: str | None = None
+    """None: the sweep's, which it does not search."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,24 +9,32 @@ from __future__ import annotations
 import gc
 import os
 import socket
+from collections import OrderedDict
+from collections.abc import Collection
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamllm.errors import UsageError
 from streamllm.store import MeasurementStore
 
+from .accelerators import own_accelerator
 from .lease import claim, leases_on
 from .trial import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
 
-_VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR")
-"""By which Ray gives a process its accelerator: NVIDIA's, AMD's, Intel's, and Intel's in earlier versions of Ray."""
+if TYPE_CHECKING:
+    from streamllm.measurements import Measurements
 
 
 class Worker:
-    def __init__(self, setup: WorkerSetup, cores: int, owner: str) -> None:
-        """One of the workers of `owner`; it will own `cores` cores of its node."""
+    def __init__(self, setup: WorkerSetup, cores: int, owner: str, on_accelerator: bool = False) -> None:
+        """One of the workers of `owner`; it will own `cores` cores of its node, and the accelerator that it was given
+        if it was `on_accelerator`."""
         self.setup = setup
+        self._on_accelerator = on_accelerator
+        self._models: OrderedDict[str, Measurements] = OrderedDict()
+        """By quantization, the one used last at the end."""
         self._count = cores
         self._owner = owner
 
@@ -38,8 +46,8 @@ class Worker:
         """Pins itself, loads model and text; says what this worker is, sees, and finds wrong (`warnings`).
 
         Raises UsageError for input it cannot use, or that is not what the driver has under that name."""
-        visible = next((ids for name in _VISIBLE if (ids := os.environ.get(name))), "")
-        warnings = self._claim(visible)
+        accelerator = own_accelerator(self._on_accelerator)
+        warnings = self._claim(accelerator.name, accelerator.near) if accelerator else self._claim()
 
         from streamllm.device import device_name, limit_threads, unverified
         from streamllm.measurements import Measurements
@@ -55,48 +63,57 @@ class Worker:
         self._check_same()
         tokenizer = None if setup.source.token_ids is not None else load_tokenizer(setup.model)
         self.stream = load_tokens(setup.source, tokenizer, self.loaded.vocabulary)
-        self.measurements = Measurements(MeasurementStore(setup.store), self.loaded, self.stream, setup.total)
+        neighbours = partial(self._megabytes_beside, setup.quantization)
+        self.measurements = Measurements(
+            MeasurementStore(setup.store), self.loaded, self.stream, setup.total, neighbours=neighbours
+        )
+        self._models[setup.quantization] = self.measurements
         return self.place() | {
             "device": device_name(self.loaded.device),
-            "visible_devices": visible,
+            "visible_devices": accelerator.visible if accelerator else "",
             "cores": self.cores,
             "model_digest": self.loaded.digest,
             "text_digest": self.stream.digest,
             "n_tokens": len(self.stream.tokens),
-            "warnings": [*warnings, *_mismatches(self.cores, visible), *filter(None, [unverified(self.loaded.device)])],
+            "warnings": [*warnings, *_mismatches(self.cores), *filter(None, [unverified(self.loaded.device)])],
         }
 
     def measure(self, spec: TrialSpec) -> TrialMeasurement:
-        """Measures what the store does not have. Raises MemoryError, NonFiniteLossError, WorkerUnusableError if nothing
-        can be measured here any more, and whatever torch raises."""
+        """Measures what the store does not have; where memory is short, once more without the models it can spare.
+
+        Raises MemoryError, NonFiniteLossError, WorkerUnusableError if nothing can be measured here any more, UsageError
+        for a quantization that is not to be had here, and whatever torch raises."""
         import torch
 
         from streamllm.device import empty_cache
 
-        try:
-            return self._confirm(spec) if spec.round else self._measure(spec)
-        except torch.OutOfMemoryError as error:
-            reason = f"out of accelerator memory: {error}"
-        except torch.AcceleratorError as error:
-            raise WorkerUnusableError(f"AcceleratorError: {error}") from None
-        gc.collect()  # only here are the frames gone that held the memory
-        empty_cache()
-        raise MemoryError(reason)
+        while True:
+            try:
+                return self._confirm(spec) if spec.round else self._measure(spec)
+            except torch.OutOfMemoryError as error:
+                reason = f"out of accelerator memory: {error}"
+            except torch.AcceleratorError as error:
+                raise WorkerUnusableError(f"AcceleratorError: {error}") from None
+            spared = self._spare_model(spec)
+            gc.collect()  # only here are the frames gone that held the memory
+            empty_cache()
+            if not spared:
+                raise MemoryError(reason)
 
     def _measure(self, spec: TrialSpec) -> TrialMeasurement:
         from streamllm.evaluation import fast_record, identity
         from streamllm.sample import FixedSize
 
-        leases = leases_on(self.loaded.device.type)
-        quality, fresh_quality = self.measurements.quality(
+        measurements, leases = self._measurements_of(spec), leases_on(self.loaded.device.type)
+        quality, fresh_quality = measurements.quality(
             spec.method, spec.policy, leases.computing, size=FixedSize(spec.sampled_tokens)
         )
-        speed, fresh_speed = self.measurements.speed(
-            spec.method, spec.policy, spec.attn_backend, spec.execution, leases
-        )
+        speed, fresh_speed = measurements.speed(spec.method, spec.policy, spec.attn_backend, spec.execution, leases)
         assert quality.losses is not None
-        record = identity(self.loaded, self.stream, spec.method, spec.policy, "fast", spec.execution)
+        record = identity(measurements.loaded, self.stream, spec.method, spec.policy, "fast", spec.execution)
         record["reference_total"] = self.setup.total
+        if spec.quantization is not None:
+            record |= {"quantization": spec.quantization, "reference_digest": self.loaded.digest}
         return TrialMeasurement(
             record | fast_record(quality.record, speed.record), quality.losses, fresh_quality, fresh_speed
         )
@@ -104,9 +121,41 @@ class Worker:
     def _confirm(self, spec: TrialSpec) -> TrialMeasurement:
         from streamllm.evaluation import times_summary
 
-        leases = leases_on(self.loaded.device.type)
-        times = self.measurements.times(spec.method, spec.policy, spec.attn_backend, spec.execution, leases)
+        measurements, leases = self._measurements_of(spec), leases_on(self.loaded.device.type)
+        times = measurements.times(spec.method, spec.policy, spec.attn_backend, spec.execution, leases)
         return TrialMeasurement(times_summary(times), None, False, True, times.ratios.tolist())
+
+    def _measurements_of(self, spec: TrialSpec) -> Measurements:
+        """Of the model quantized as the trial wants it, which is loaded the first time and then kept. All are timed
+        beside one reference, by the model as the sweep has it: that one always stays."""
+        from streamllm.measurements import Measurements
+        from streamllm.models import load_model
+
+        name = spec.quantization or self.setup.quantization
+        if name not in self._models:
+            with leases_on(self.loaded.device.type).computing():
+                loaded = load_model(self.setup.model, self.setup.dtype, quantization=name)
+            base = self.measurements
+            neighbours = partial(self._megabytes_beside, name)
+            self._models[name] = Measurements(
+                base.store, loaded, self.stream, base.total, beside=base, neighbours=neighbours
+            )
+        self._models.move_to_end(name)
+        return self._models[name]
+
+    def _spare_model(self, spec: TrialSpec) -> bool:
+        """Lets go of the model that was not used for longest, but for the trial's and the reference's. Returns whether
+        there was one."""
+        needed = {self.setup.quantization, spec.quantization}
+        name = next((name for name in self._models if name not in needed), None)
+        if name is not None:
+            del self._models[name]
+        return name is not None
+
+    def _megabytes_beside(self, name: str) -> float:
+        """MiB of the weights of all models but that one."""
+        others = [of.loaded.model for other, of in self._models.items() if other != name]
+        return sum(p.nbytes for model in others for p in (*model.parameters(), *model.buffers())) / 2**20
 
     def _check_same(self) -> None:
         """That weights and text are those that the driver has under the same names. Raises UsageError."""
@@ -123,17 +172,19 @@ class Worker:
                     f"({found!s:.12}..., not {expected:.12}...); give a path that all nodes share"
                 )
 
-    def _claim(self, visible: str) -> list[str]:
-        """Makes cores and accelerator its own, and says with whom it has to share them."""
+    def _claim(self, accelerator: str = "", near: Collection[int] = ()) -> list[str]:
+        """Makes the accelerator of that name and cores its own, those `near` it first, and says with whom it has to
+        share them."""
         self._claims = []
         self.cores: list[int] = []
         if hasattr(os, "sched_setaffinity"):
-            cores = claim([f"core-{core}" for core in sorted(os.sched_getaffinity(0))], self._count, self._owner)
+            allowed = sorted(os.sched_getaffinity(0), key=lambda core: (core not in near, core))
+            cores = claim([f"core-{core}" for core in allowed], self._count, self._owner)
             self._claims.append(cores)
             self.cores = sorted(int(name.removeprefix("core-")) for name in cores.names)
             _pin(self.cores)
-        if visible:
-            self._claims.append(claim([f"accelerator-{visible}"], 1, self._owner))
+        if accelerator:
+            self._claims.append(claim([f"accelerator-{accelerator}"], 1, self._owner))
         return [f"{' '.join(c.names)}: also used by {c.shared_with}" for c in self._claims if c.shared_with]
 
 
@@ -144,7 +195,7 @@ def _pin(cores: list[int]) -> None:
             os.sched_setaffinity(int(thread.name), cores)
 
 
-def _mismatches(cores: list[int], visible: str) -> list[str]:
+def _mismatches(cores: list[int]) -> list[str]:
     """What the system and torch give this process, where that is not what was asked for."""
     import torch
 
@@ -153,6 +204,4 @@ def _mismatches(cores: list[int], visible: str) -> list[str]:
         found.append(f"asked for cores {cores}, runs on {sorted(os.sched_getaffinity(0))}")
     if cores and torch.get_num_threads() != len(cores):
         found.append(f"{len(cores)} cores, but torch runs {torch.get_num_threads()} threads")
-    if visible and torch.accelerator.device_count() != 1:
-        found.append(f"was given accelerator {visible}, torch sees {torch.accelerator.device_count()}")
     return found

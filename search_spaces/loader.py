@@ -3,44 +3,62 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import yaml
 
 from streamllm.backends import BACKENDS
 from streamllm.methods import METHODS
-from streamllm.options import EXECUTIONS
+from streamllm.options import EXECUTIONS, QUANTIZATIONS
 from streamllm.policy import CapAccounting
 
 from .reader import Reader, SpaceError, compose
 from .space import OBJECTIVES, Constraint, SearchSpace, Value
 
 # Parameter -> the words it may be, or the least whole number; and what it is where a space does not say.
-_WORDS: dict[str, tuple[str, ...]] = {"method": METHODS, "attn_backend": tuple(BACKENDS), "execution": EXECUTIONS}
+_WORDS: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "attn_backend": tuple(BACKENDS),
+    "execution": EXECUTIONS,
+    "quantization": QUANTIZATIONS,
+}
 _LEAST = {"total_kv": 1, "n_sink": 0, "compress_every": 0, "cache_slack": 0, "max_drop": 0}
 _DEFAULTS: dict[str, Value] = {
     "method": "ours",
     "attn_backend": "auto",
     "execution": "eager",
+    "quantization": "none",
     "n_sink": 4,
     "compress_every": 1,
     "cache_slack": 0,
     "max_drop": 0,
 }  # and total_kv: the cap
 _PARAMETERS = (*_WORDS, *_LEAST)
+_OF_THE_SWEEP = ("quantization",)
+"""Parameters that a space which does not name them leaves to the command line."""
 _KEYS = ("description", "cap", "cap_accounting", "objectives", "constraints", "parameters", "known")
 _ACCOUNTINGS: tuple[CapAccounting, ...] = ("nominal", "peak")
 _RELATION = re.compile(r"(\w+)\s*(<=|>=)\s*(-?\d+(?:\.\d+)?)")
 
 
-def load_space(name: str) -> SearchSpace:
-    """A shipped space by name, or a YAML file by path. Raises SpaceError."""
+def load_space(name: str, devices: Collection[str] = ()) -> SearchSpace:
+    """A shipped space by name, or a YAML file by path, as it is for workers on such kinds of device. Raises SpaceError,
+    whatever the kinds, for what is wrong with any part of it."""
     path, node = compose(name)
-    return _SpaceReader(path).space(node)
+    whole = _SpaceReader(path, on_cuda=True).space(node)
+    return whole if "cuda" in devices else _SpaceReader(path, on_cuda=False).space(node)
 
 
 class _SpaceReader(Reader):
+    """Of one file, once. Without CUDA, `cuda_only` fills with the choices that are left out."""
+
+    def __init__(self, path: Path, on_cuda: bool) -> None:
+        super().__init__(path)
+        self.on_cuda = on_cuda
+        self.cuda_only: dict[str, tuple[Value, ...]] = {}
+
     def space(self, node: yaml.Node | None) -> SearchSpace:
         if node is None:
             raise SpaceError(f"{self.path}: empty; a space needs at least 'parameters'")
@@ -51,11 +69,16 @@ class _SpaceReader(Reader):
         given = self.mapping(entries["parameters"], "parameters", _PARAMETERS)
         defaults = _DEFAULTS | {"total_kv": cap}
         parameters = {
-            name: self.choices(name, given[name]) if name in given else (defaults[name],) for name in _PARAMETERS
+            name: self.choices(name, given[name]) if name in given else (defaults[name],)
+            for name in _PARAMETERS
+            if name in given or name not in _OF_THE_SWEEP
         }
         if (most := max(int(value) for value in parameters["total_kv"])) > cap:
             raise self.fail(given["total_kv"], f"total_kv {most}: must not be above the cap {cap}")
         when = {name: self.conditions(name, node, parameters) for name, node in self.conditional(given).items()}
+        for name in [name for name in when if self.is_never_chosen(name, parameters[name], when[name], defaults)]:
+            parameters[name] = (defaults[name],)
+            del when[name]
         for name, condition in when.items():
             if other := next((other for other in condition if other in when), None):
                 raise self.fail(given[name], f"{name}: depends on {other}, which is conditional itself")
@@ -72,7 +95,7 @@ class _SpaceReader(Reader):
             constraints=self.constraints(entries.get("constraints")),
         )
         known = self.sequence(entries["known"], "known") if "known" in entries else []
-        return replace(space, known=tuple(self.known(entry, space) for entry in known))
+        return replace(space, known=tuple(self.known(entry, space) for entry in known if not self.is_of_cuda(entry)))
 
     def objectives(self, node: yaml.Node | None) -> tuple[str, ...]:
         if node is None:
@@ -99,20 +122,46 @@ class _SpaceReader(Reader):
 
     def choices(self, name: str, node: yaml.Node) -> tuple[Value, ...]:
         """Of a list, a single value, or a mapping of either or of a range."""
-        if isinstance(node, yaml.MappingNode):
-            allowed = ("choices", "when") if name in _WORDS else ("choices", "low", "high", "step", "log", "when")
-            keys = self.mapping(node, name, allowed)
-            if "choices" not in keys:
-                return self.range(name, node, keys)
-            if extra := keys.keys() - {"choices", "when"}:
-                raise self.fail(node, f"{name}: has choices, so {', '.join(sorted(extra))} cannot be meant")
-            node = keys["choices"]
-        if not isinstance(node, yaml.SequenceNode):
-            return (self.value(name, node),)
-        values = tuple(self.value(name, entry) for entry in self.sequence(node, name))
+        if not isinstance(node, yaml.MappingNode):
+            return self.distinct(name, [node])
+        allowed = ("choices", "cuda", "when") if name in _WORDS else ("choices", "low", "high", "step", "log", "when")
+        keys = self.mapping(node, name, allowed)
+        if "choices" not in keys:
+            return self.range(name, node, keys)
+        if extra := keys.keys() - {"choices", "cuda", "when"}:
+            raise self.fail(node, f"{name}: has choices, so {', '.join(sorted(extra))} cannot be meant")
+        everywhere = self.distinct(name, [keys["choices"]])
+        if "cuda" not in keys:
+            return everywhere
+        on_cuda = self.distinct(name, [keys["choices"], keys["cuda"]])
+        if self.on_cuda:
+            return on_cuda
+        self.cuda_only[name] = on_cuda[len(everywhere) :]
+        return everywhere
+
+    def distinct(self, name: str, nodes: Sequence[yaml.Node]) -> tuple[Value, ...]:
+        """The values of such lists or single values together."""
+        entries = [e for node in nodes for e in (self.sequence(node, name) if _is_list(node) else [node])]
+        values = tuple(self.value(name, entry) for entry in entries)
         if len(set(values)) < len(values):
-            raise self.fail(node, f"{name}: a choice is given twice")
+            raise self.fail(nodes[-1], f"{name}: a choice is given twice")
         return values
+
+    def is_of_cuda(self, known: yaml.Node) -> bool:
+        """Whether a known configuration says something that is left out here."""
+        given = self.mapping(known, "a known configuration", _PARAMETERS)
+        return any(self.value(name, given[name]) in only for name, only in self.cuda_only.items() if name in given)
+
+    def is_never_chosen(
+        self,
+        name: str,
+        choices: tuple[Value, ...],
+        conditions: Mapping[str, tuple[Value, ...]],
+        defaults: Mapping[str, Value],
+    ) -> bool:
+        """Whether nothing is left to choose of a conditional parameter: it is fixed then, as if it were not there."""
+        only_default = name in self.cuda_only and choices == (defaults[name],)
+        return only_default or not all(conditions.values())
 
     def range(self, name: str, node: yaml.Node, keys: dict[str, yaml.Node]) -> tuple[int, ...]:
         if not {"low", "high"} <= keys.keys():
@@ -148,14 +197,16 @@ class _SpaceReader(Reader):
     def conditions(
         self, name: str, node: yaml.Node, parameters: Mapping[str, tuple[Value, ...]]
     ) -> dict[str, tuple[Value, ...]]:
-        others = self.mapping(node, f"when of {name}", [other for other in _PARAMETERS if other != name])
+        others = self.mapping(node, f"when of {name}", [other for other in parameters if other != name])
         if not others:
             raise self.fail(node, f"{name}: when needs at least one other parameter with its values")
         if mapping := next((value for value in others.values() if isinstance(value, yaml.MappingNode)), None):
             raise self.fail(mapping, f"when of {name}: give a value or a list of values")
         conditions = {other: self.choices(other, values) for other, values in others.items()}
         for other, values in conditions.items():
-            self.check_among(f"{name} when {other}", values, parameters[other], others[other])
+            here = tuple(value for value in values if value not in self.cuda_only.get(other, ()))
+            self.check_among(f"{name} when {other}", here, parameters[other], others[other])
+            conditions[other] = here
         return conditions
 
     def check_among(self, what: str, values: tuple[Value, ...], choices: tuple[Value, ...], node: yaml.Node) -> None:
@@ -165,10 +216,14 @@ class _SpaceReader(Reader):
 
     def known(self, node: yaml.Node, space: SearchSpace) -> dict[str, Value]:
         """A configuration; what it does not say is a parameter's first choice."""
-        given = self.mapping(node, "a known configuration", _PARAMETERS)
+        given = self.mapping(node, "a known configuration", tuple(space.parameters))
         values = {name: self.value(name, entry) for name, entry in given.items()}
         known = space.draw(lambda name, choices: values.get(name, choices[0]))
         for name, value in values.items():
             allowed = space.parameters[name] if space.active(name, known) else (space.defaults[name],)
             self.check_among(f"known {name}", (value,), allowed, given[name])
         return known
+
+
+def _is_list(node: yaml.Node) -> bool:
+    return isinstance(node, yaml.SequenceNode)

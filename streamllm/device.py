@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -212,3 +213,41 @@ def _cpuinfo(name: str) -> str:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.is_file() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+
+
+def why_no_accelerator() -> str:
+    """Why torch can use no accelerator here, in its own words where it has any: an old driver, a build for CPUs."""
+    kind = torch.accelerator.current_accelerator()  # that it was built for, be there one or not
+    if kind is None:
+        return "it was built for CPUs alone"
+    initialise = getattr(torch.get_device_module(kind), "init", None)  # torch.mps has none
+    try:
+        if initialise is not None:
+            initialise()
+    except Exception as error:  # what a driver says arrives as RuntimeError, AssertionError or torch's own
+        return str(error).split(". ")[0].strip().rstrip(".")
+    return f"it was built for {kind.type} and finds none"
+
+
+def accelerator_uuid(device: torch.device) -> str | None:
+    """The accelerator's own name, the same in every process however few each sees; None where torch does not know."""
+    uuid = getattr(_properties(device), "uuid", None)
+    return None if uuid is None else str(uuid)
+
+
+def near_cores(device: torch.device, pci: Path = Path("/sys/bus/pci/devices")) -> set[int]:
+    """The cores of the NUMA node that the accelerator hangs on, be they ours or not; none where the system does not
+    tell."""
+    found = _properties(device)
+    try:
+        place = f"{found.pci_domain_id:04x}:{found.pci_bus_id:02x}:{found.pci_device_id:02x}.0"
+        ranges = (pci / place / "local_cpulist").read_text().strip().split(",")
+    except (AttributeError, OSError):
+        return set()
+    ends = [part.split("-") for part in ranges if part]
+    return {core for first, *last in ends for core in range(int(first), int((last or [first])[0]) + 1)}
+
+
+def _properties(device: torch.device) -> Any:
+    of = getattr(torch.get_device_module(device), "get_device_properties", None)  # torch.mps has none
+    return of(device) if of is not None else None

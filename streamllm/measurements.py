@@ -48,10 +48,16 @@ class Measurements:
     stream: TokenStream
     total: int
     _reference: list[Reference] = field(default_factory=list, repr=False)
+    beside: Measurements | None = None
+    """Whose reference everything is timed beside: of another model in this process; None: one by this model."""
+    neighbours: Callable[[], float] = lambda: 0.0
+    """MiB of other models' weights in this process, which do not count as memory of what is measured."""
 
     @property
     def reference(self) -> Reference:
         """What everything is timed beside; kept warm once it was asked for."""
+        if self.beside is not None:
+            return self.beside.reference
         if not self._reference:
             self._reference.append(Reference.start(self.loaded, self.total, self.stream.tokens))
         return self._reference[0]
@@ -136,10 +142,11 @@ class Measurements:
             what = self._prepared(method, policy, attn_backend, execution, leases, strict)
             with leases.timing():
                 speed = measure_speed(*what, self.reference, execution)
-            foreign = foreign_processes(self.loaded.device)
-            return Measurement(
-                speed_summary(speed, attn_backend) | ({"foreign_processes": "; ".join(foreign)} if foreign else {})
-            )
+            record = speed_summary(speed, attn_backend)
+            record["peak_memory_mb"] -= self.neighbours()
+            if foreign := foreign_processes(self.loaded.device):
+                record["foreign_processes"] = "; ".join(foreign)
+            return Measurement(record)
 
         return self._once(_of_run(self._speed_key(method, policy, attn_backend, execution), run), measure)
 
@@ -234,6 +241,8 @@ class Measurements:
     def _speed_key(self, method: str, policy: EvictionPolicy, attn_backend: str, execution: str) -> dict[str, Any]:
         names = ("model_digest", "protocol", "dtype", "method", "device", "threads", "cpu_capability")
         key = {"kind": "speed", "attn_backend": attn_backend, "execution": execution, "reference_total": self.total}
+        if self.beside is not None:
+            key["reference_digest"] = self.beside.loaded.digest
         return key | self._identity(method, policy, "fast", names)
 
     def _whole_key(

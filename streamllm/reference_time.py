@@ -43,7 +43,9 @@ class ReferenceTime:
 
 
 def kind(row: Row) -> Kind:
-    """What a row was timed on."""
+    """What a row was timed beside: the reference's weights are its own, unless it says whose."""
+    if "reference_digest" in row:
+        row = {**row, "model_digest": row["reference_digest"], "quantization": None}
     return tuple(row.get(name) for name in _KIND)
 
 

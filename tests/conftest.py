@@ -1,18 +1,20 @@
-"""Models and a Ray cluster shared by all tests, loaded and started once."""
+"""Models and a Ray cluster shared by all tests, loaded and started once. Accelerators are hidden from all tests but
+those marked `gpu`; torch and Ray, which look for them, are imported late."""
+
+from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
-import torch
 
-from streamllm.loaded import LoadedModel
-from streamllm.models import load_model
+if TYPE_CHECKING:
+    from streamllm.loaded import LoadedModel
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("neox-tiny", "llama-tiny")
@@ -20,18 +22,45 @@ FAMILIES = ("neox-tiny", "llama-tiny")
 
 SWEEPS = ("test_faults", "test_interrupted", "test_lease", "test_printing", "test_smollm2", "test_sweep")
 """Modules whose workers claim all cores of the machine: one after another."""
+HIDDEN = {
+    "CUDA_VISIBLE_DEVICES": "",
+    "HIP_VISIBLE_DEVICES": "",
+    "ZE_AFFINITY_MASK": "",
+    "ONEAPI_DEVICE_SELECTOR": "*:cpu",
+}
+"""What hides NVIDIA's, AMD's and Intel's accelerators from torch and from Ray (which would count the usual -1 as one).
+Apple's cannot be hidden."""
+
+
+def is_gpu_session(markers: str) -> bool:
+    """Whether `-m` asks for the tests that want a GPU."""
+    return "gpu" in markers.split() and "not gpu" not in markers
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The processes that tests start, Ray's workers among them, inherit it."""
+    if not is_gpu_session(config.option.markexpr):
+        os.environ.update(HIDDEN)
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What runs in one process: a module, and all those that sweep."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What runs in one process: a module, all those that sweep, and all that want a GPU, if there is one."""
+    in_gpu_session = is_gpu_session(config.option.markexpr)
     for item in items:
         module = item.path.stem
-        item.add_marker(pytest.mark.xdist_group("sweeps" if module in SWEEPS else module))
+        group = "gpu" if in_gpu_session else "sweeps" if module in SWEEPS else module
+        item.add_marker(pytest.mark.xdist_group(group))
+        if in_gpu_session:
+            import torch
+
+            item.add_marker(pytest.mark.skipif(not torch.cuda.is_available(), reason="torch has no CUDA device here"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> None:
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -42,7 +71,12 @@ def golden_tokens() -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def golden_model() -> Callable[..., LoadedModel]:
-    return cache(lambda family, dtype="float32": load_model(str(GOLDEN / family), dtype))
+    """On the CPU, where the golden losses were computed."""
+    import torch
+
+    from streamllm.models import load_model
+
+    return cache(lambda family, dtype="float32": load_model(str(GOLDEN / family), dtype, torch.device("cpu")))
 
 
 @pytest.fixture(scope="session")

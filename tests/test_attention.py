@@ -95,7 +95,7 @@ def test_flash_sdpa_in_the_environment(value, backend, monkeypatch):
     assert default_backend() == backend
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("method", ["mit", "ours", "ring"])
 @pytest.mark.parametrize("name", [name for name in BACKENDS if name != "auto"])
 def test_gpu_backends_agree_with_the_cpu(name, method, golden_model, golden_tokens):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from argparse import Namespace
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity
 
-from orchestrator import dry_run, pool, worker
+from orchestrator import accelerators, dry_run, pool, worker
+from orchestrator.device_kinds import built_for, device_kinds
+from orchestrator.lease import claim
 from orchestrator.trial import WorkerSetup
 from streamllm import attention, device, profiling, timing
 from streamllm.backends import BACKENDS
@@ -113,27 +116,149 @@ def test_the_list_of_backends_warns(monkeypatch, capsys):
     assert capsys.readouterr().err == f"warning: {DOUBT}\n"
 
 
-def test_a_worker_warns(monkeypatch, tmp_path):
-    monkeypatch.setattr(device, "unverified", lambda _: DOUBT)
-    monkeypatch.setattr(worker.Worker, "_claim", lambda self, visible: [f"claims {visible}"])
-    for name in worker._VISIBLE:
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ZE_AFFINITY_MASK", "3")
+@pytest.fixture
+def setup_of_a_worker(tmp_path):
     text = tmp_path / "text.json"
     text.write_text(json.dumps(list(range(50))))
-    source = TextSource(token_ids=text)
-    one = worker.Worker(WorkerSetup(str(GOLDEN / "llama-tiny"), source, "float32", "none", tmp_path, 48), 1, "")
+    return WorkerSetup(str(GOLDEN / "llama-tiny"), TextSource(token_ids=text), "float32", "none", tmp_path, 48)
+
+
+def test_a_worker_warns(monkeypatch, setup_of_a_worker):
+    monkeypatch.setattr(device, "unverified", lambda _: DOUBT)
+    monkeypatch.setattr(worker.Worker, "_claim", lambda self, *of: ["claims ", *of])
+    one = worker.Worker(setup_of_a_worker, 1, "")
     one.cores = []
     description = one.load()
-    assert description["visible_devices"] == "3"
-    assert description["warnings"] == ["claims 3", "was given accelerator 3, torch sees 0", DOUBT]
+    assert description["visible_devices"] == ""
+    assert description["warnings"] == ["claims ", DOUBT]
 
 
-def test_a_worker_sees_its_own_accelerator_of_any_kind(accelerator):
+def visible(monkeypatch, **given):
+    for name in accelerators.VISIBLE:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_a_worker_owns_an_accelerator_of_any_kind(accelerator, monkeypatch):
     accelerator(XPU)
-    assert worker._mismatches([], "3") == []
-    accelerator(XPU, 4)
-    assert worker._mismatches([], "3") == ["was given accelerator 3, torch sees 4"]
+    monkeypatch.setattr(torch.xpu, "get_device_properties", lambda _: SimpleNamespace(uuid="ab-1"))
+    visible(monkeypatch, ZE_AFFINITY_MASK="3")
+    assert accelerators.own_accelerator(True) == accelerators.Accelerator("3", "ab-1", set())
+    accelerator(MPS)
+    visible(monkeypatch)
+    assert accelerators.own_accelerator(True) == accelerators.Accelerator("", "mps", set())
+
+
+@pytest.mark.parametrize(("kind", "count"), [(XPU, 4), (torch.device("cuda"), 2)])
+def test_a_worker_that_sees_more_than_its_own_accelerator_is_refused(kind, count, accelerator, monkeypatch):
+    accelerator(kind, count)
+    visible(monkeypatch, CUDA_VISIBLE_DEVICES="3")
+    with pytest.raises(UsageError, match=rf"accelerator 3 of .*, but torch sees {count}: .* RAY_EXPERIMENTAL_NOSET"):
+        accelerators.own_accelerator(True)
+
+
+def test_no_setting_of_ray_has_workers_share_the_first(monkeypatch):
+    """Of each kind that has a variable: as a worker's process has it once the pool's settings are there."""
+    from ray._private.accelerators import get_all_accelerator_managers
+
+    gpus = [manager for manager in get_all_accelerator_managers() if manager.get_resource_name() == "GPU"]
+    names = {manager.get_visible_accelerator_ids_env_var() for manager in gpus} & set(accelerators.VISIBLE)
+    assert names >= {"CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"}
+    for settings, seen in (({}, ""), (accelerators.ONE_EACH, "5")):
+        for manager in gpus:
+            name = manager.get_visible_accelerator_ids_env_var()
+            if name not in names:
+                continue
+            visible(monkeypatch)
+            monkeypatch.setenv(f"RAY_EXPERIMENTAL_NOSET_{name}", "1")
+            for setting, value in settings.items():
+                monkeypatch.setenv(setting, value)
+            manager.set_current_process_visible_accelerator_ids(["5"])
+            assert accelerators.visible_devices() == seen, name
+
+
+def test_accelerators_that_ray_does_not_see_are_refused(accelerator):
+    assert accelerators.own_accelerator(False) is None
+    accelerator(torch.device("cuda"), 2)
+    with pytest.raises(UsageError, match=r"torch sees 2 x cuda on .*, Ray none: .* start Ray with --num-gpus 2"):
+        accelerators.own_accelerator(False)
+
+
+OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver by downloading"
+
+
+@pytest.mark.parametrize(
+    ("built_for", "raised", "reason"),
+    [
+        (None, None, "it was built for CPUs alone"),
+        (torch.device("cuda"), RuntimeError(OLD), "The NVIDIA driver on your system is too old (found version 11040)"),
+        (torch.device("cuda"), None, "it was built for cuda and finds none"),
+        (MPS, None, "it was built for mps and finds none"),
+    ],
+)
+def test_accelerators_that_torch_cannot_use_are_refused(built_for, raised, reason, monkeypatch):
+    def init():
+        if raised is not None:
+            raise raised
+
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available=False: built_for)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    visible(monkeypatch, CUDA_VISIBLE_DEVICES="GPU-51ab")
+    with pytest.raises(UsageError) as error:
+        accelerators.own_accelerator(True)
+    message = str(error.value)
+    assert message.startswith("Ray gave a worker accelerator GPU-51ab of ")
+    assert f"but torch {torch.__version__} there can use none: {reason}; install a torch" in message
+
+
+def test_one_gpu_is_claimed_once_under_whatever_name(accelerator, monkeypatch, tmp_path, setup_of_a_worker):
+    """By its number, and by its name."""
+    accelerator(torch.device("cuda"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(worker, "_pin", lambda _: None)
+    monkeypatch.setattr(worker, "claim", partial(claim, patience=0.0))
+    monkeypatch.setattr(worker.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    gpus = {"0": "51ab", "GPU-51ab": "51ab", "1": "77cd"}
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda _: SimpleNamespace(uuid=gpus[accelerators.visible_devices()]),
+    )
+    kept, said = [], []
+    for name in gpus:
+        visible(monkeypatch, CUDA_VISIBLE_DEVICES=name)
+        own = accelerators.own_accelerator(True)
+        kept.append(worker.Worker(setup_of_a_worker, 1, f"sweep on {name}", True))
+        said.append(kept[-1]._claim(own.name, own.near))
+    assert said == [[], ["accelerator-51ab: also used by sweep on 0"], []]
+
+
+@pytest.mark.parametrize(
+    ("place", "listed", "near"),
+    [
+        ((0, 0x3B, 0), "2-3,6-7\n", [2, 3]),
+        ((0x10, 0xDC, 1), "4\n", [4, 0]),
+        ((0, 0, 0), "", [0, 1]),
+        (None, "6-7", [0, 1]),
+    ],
+)
+def test_the_cores_near_a_gpu_are_claimed_first(place, listed, near, monkeypatch, tmp_path, setup_of_a_worker):
+    properties = SimpleNamespace(uuid="51ab")
+    if place is not None:
+        properties.pci_domain_id, properties.pci_bus_id, properties.pci_device_id = place
+        folder = tmp_path / "pci" / "{:04x}:{:02x}:{:02x}.0".format(*place)
+        folder.mkdir(parents=True)
+        (folder / "local_cpulist").write_text(listed)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(worker.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4}, raising=False)
+    pinned = []
+    monkeypatch.setattr(worker, "_pin", pinned.append)
+    one = worker.Worker(setup_of_a_worker, 2, "me", True)
+    one._claim("51ab", device.near_cores(torch.device("cuda"), tmp_path / "pci"))
+    assert pinned == [sorted(near)]
 
 
 @pytest.mark.parametrize(("kind", "told"), [(MPS, 2), (XPU, 2), (torch.device("cuda"), None)])
@@ -142,10 +267,10 @@ def test_ray_is_told_of_accelerators_that_it_may_not_know(kind, told, accelerato
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     given = {}
     monkeypatch.setattr("ray.init", lambda **options: given.update(options))
-    pool._init_ray(None)
+    pool.init_ray(None)
     assert given.get("num_gpus") == told
     given.clear()
-    pool._init_ray("10.0.0.1:6379")
+    pool.init_ray("10.0.0.1:6379")
     assert "num_gpus" not in given, "a cluster knows its own"
 
 
@@ -153,6 +278,13 @@ def test_a_dry_run_names_the_accelerators(accelerator, monkeypatch):
     accelerator(XPU, 2)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda _: "Arc B580")
     assert dry_run._layout(0, 0, None).words == "2, each with one of 2 x Arc B580"
+
+
+@pytest.mark.parametrize(("kind", "told"), [(torch.device("cuda"), "cuda"), (MPS, "mps"), (None, "cpu")])
+def test_kinds_of_device(kind, told, accelerator, monkeypatch):
+    accelerator(kind)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert device_kinds(None) == {told} == {built_for()}
 
 
 def test_names(accelerator):

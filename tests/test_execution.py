@@ -103,7 +103,7 @@ def test_a_graph_needs_a_gpu_and_a_growing_ring_is_not_compiled(tokens, graphs):
     assert graphs() == 0
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 @pytest.mark.parametrize("execution", ["compile", "cudagraph"])
 def test_graphs_replayed_on_a_gpu(execution, tokens):
     cpu = tiny_model("Llama", torch.float32)

@@ -3,6 +3,7 @@
 After each, the same study goes on, and every finished trial is there exactly once.
 """
 
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import ray
 import torch
 
 from orchestrator import pool as pool_module
+from orchestrator.device_kinds import device_kinds
 from orchestrator.driver import Driver
 from orchestrator.pool import SweepError, WorkerPool
 from orchestrator.study import Study
@@ -23,7 +25,7 @@ from streamllm.models import weights_digest
 from streamllm.policy import EvictionPolicy
 from streamllm.text import TextSource, file_digest
 
-from .conftest import GOLDEN
+from .conftest import GOLDEN, HIDDEN
 from .faulty_workers import (
     FAULTS,
     Faulty,
@@ -112,7 +114,7 @@ def test_files_that_are_not_the_drivers_are_refused(tmp_path, monkeypatch, chang
     source = TextSource(token_ids=Path("ids.json"))
     right = WorkerSetup("./m", source, "float32", "none", tmp_path / "store", 48, tmp_path,
                         weights_digest("./m"), file_digest(source))  # fmt: skip
-    monkeypatch.setattr(Worker, "_claim", lambda self, visible: setattr(self, "cores", []) or [])
+    monkeypatch.setattr(Worker, "_claim", lambda self: setattr(self, "cores", []) or [])
     assert Worker(right, 1, "me").load()["n_tokens"] == 3
     with pytest.raises(UsageError, match=message):
         Worker(replace(right, **changed), 1, "me").load()
@@ -256,15 +258,51 @@ def test_more_than_the_cluster_has_is_refused(sweep, count, options, message):
         sweep([0]).pool(count, WithoutModel, **options)
 
 
-def test_each_worker_sees_its_own_accelerator(sweep, cluster):
-    node = cluster.add_node(num_cpus=4, num_gpus=4)
+@pytest.fixture
+def faked_gpus(cluster, monkeypatch):
+    """Ray on a node of its own believes in two GPUs whose numbers no machine has, so that torch never finds them;
+    settings of that node's Ray are passed to it."""
+    nodes = []
+
+    def add(**settings):
+        with monkeypatch.context() as faked:
+            for name, value in (dict.fromkeys(HIDDEN, "") | {"CUDA_VISIBLE_DEVICES": "96,97"} | settings).items():
+                faked.setenv(name, value)
+            nodes.append(cluster.add_node(num_cpus=2, num_gpus=2))
+
+    yield add
+    for node in nodes:
+        cluster.remove_node(node)
+
+
+@pytest.mark.parametrize("setting", ["", "1"])
+def test_each_worker_sees_its_own_accelerator(setting, sweep, faked_gpus):
+    """Even where Ray was told to let all of them see all."""
+    faked_gpus(RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=setting)
     pool = sweep([0]).pool(0, WithoutModel)
     ready = {}
-    while len(ready) < 4:
+    while len(ready) < 2:
         ready |= {finished.worker: finished.description for finished in pool.wait(0.1)}
     pool.shutdown()
-    cluster.remove_node(node)
-    assert sorted(description["visible_devices"] for description in ready.values()) == ["0", "1", "2", "3"]
+    assert sorted(description["visible_devices"] for description in ready.values()) == ["96", "97"]
+
+
+def test_gpus_that_torch_cannot_use_are_no_sweep_on_the_cpu(sweep, faked_gpus):
+    faked_gpus()
+    with pytest.raises(UsageError, match=r"Ray gave a worker accelerator 9[67] .*, but torch .* can use none: "):
+        sweep([0]).run(Worker, count=0)
+
+
+def test_a_cluster_is_asked_what_it_is_made_of(cluster, faked_gpus, monkeypatch):
+    assert device_kinds(cluster.address) == {"cpu"}, "it has no accelerators"
+    faked_gpus()
+    monkeypatch.setattr("orchestrator.device_kinds.built_for", lambda: "cuda")  # of a torch built for CPUs
+    assert device_kinds(cluster.address) == {"cuda"}
+
+
+def test_workers_see_no_accelerator_of_this_machine():
+    environment = ray.get(ray.remote(lambda: dict(os.environ)).options(num_cpus=0).remote())
+    assert {name: environment.get(name) for name in HIDDEN} == HIDDEN
 
 
 class Nodes(Log):

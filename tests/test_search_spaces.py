@@ -42,6 +42,94 @@ def test_shipped_spaces_can_be_tried_on_the_embedded_model(name, capsys, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("devices", [(), {"cpu"}, {"mps"}])
+def test_without_cuda_the_default_space_is_what_it_always_was(devices):
+    """Studies of it go on."""
+    space = load_space("default", devices)
+    assert (space.size, space.when, space.defaults) == (4032, {}, {})
+    assert space.parameters["execution"] == ("eager",)
+    assert [params["method"] for params in space.known] == ["mit", "ours", "ring", *["ours"] * 5]
+
+
+def test_on_cuda_the_default_space_has_the_fastest_ring_from_the_start():
+    space = load_space("default", {"cuda"})
+    assert space.size == 4032 // 3 * 5
+    assert space.parameters["execution"] == ("eager", "compile", "cudagraph")
+    rings = [params["execution"] for params in space.known if params["method"] == "ring"]
+    assert rings == ["eager", "compile", "cudagraph"]
+    for params in space.known:
+        spec_of(dict(params), space, space.cap)
+    assert {params["execution"] for params in space.points() if params["method"] != "ring"} == {"eager"}
+    assert load_space("methods", {"cuda"}).parameters["execution"] == ("eager", "compile", "cudagraph")
+    assert load_space("methods").parameters["execution"] == ("eager", "compile")
+
+
+CUDA = """parameters:
+  method: [ring, ours]
+  attn_backend: {choices: [math], cuda: [flash, cudnn]}
+  execution: {choices: [eager], cuda: cudagraph, when: {method: ring}}
+  n_sink: {choices: [0, 2], when: {attn_backend: [cudnn]}}
+  compress_every: {choices: [1, 8], when: {attn_backend: [math, flash]}}
+known:
+  - {method: ring, execution: cudagraph, attn_backend: flash}
+  - {method: ring}
+"""
+
+
+def test_choices_that_want_cuda_and_what_depends_on_them(tmp_path):
+    here = space_of(tmp_path, CUDA)
+    assert here.parameters["attn_backend"] == ("math",) and here.parameters["execution"] == ("eager",)
+    assert here.parameters["n_sink"] == (4,) and here.parameters["compress_every"] == (1, 8)
+    assert here.when == {"compress_every": {"attn_backend": ("math",)}} and here.size == 4
+    assert [params["execution"] for params in here.known] == ["eager"]
+    there = load_space(str(tmp_path / "mine.yaml"), {"cuda"})
+    assert there.parameters["attn_backend"] == ("math", "flash", "cudnn") and set(there.when) == {
+        "execution", "n_sink", "compress_every"
+    }  # fmt: skip
+    assert [params["execution"] for params in there.known] == ["cudagraph", "eager"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("[flash, cudnn]", "[flash, cudn]", "line 3: attn_backend 'cudn': must be one of"),
+        ("[flash, cudnn]", "[flash, math]", "line 3: attn_backend: a choice is given twice"),
+        ("[cudnn]", "[efficient]", "line 5: n_sink when attn_backend 'efficient' is not among its choices"),
+        ("attn_backend: flash}", "attn_backend: flash, n_sink: 9}", "line 8: known n_sink 9 is not among"),
+        (
+            "choices: [1, 8]",
+            "low: 1, high: 8, cuda: [9]",
+            "line 6: unknown key 'cuda' in compress_every",
+        ),
+    ],
+)
+def test_what_wants_cuda_is_checked_without_it(old, new, message, tmp_path):
+    assert old in CUDA
+    with pytest.raises(SpaceError, match=message):
+        space_of(tmp_path, CUDA.replace(old, new))
+
+
+def test_quantization_is_a_parameter_of_the_spaces_that_name_it(tmp_path):
+    """Other spaces leave it to the command line, and their studies are what they were."""
+    plain = space_of(tmp_path, GOOD)
+    assert "quantization" not in plain.parameters
+    assert spec_of(next(iter(plain.points())), plain, 64).quantization is None
+    text = "parameters:\n  method: [ring, ours]\n"
+    text += "  quantization: {choices: [none, int8_weight_only], when: {method: ring}}\n"
+    space = space_of(tmp_path, text + "known: [{method: ring, quantization: int8_weight_only}]\n")
+    specs = [spec_of(params, space, 64) for params in space.points()]
+    assert [spec.quantization for spec in specs] == ["none", "int8_weight_only", "none"]
+    assert spec_of(dict(space.known[0]), space, 64).quantization == "int8_weight_only"
+    unnamed = "parameters: {n_sink: {choices: [0, 1], when: {quantization: none}}}"
+    for bad, message in (
+        (text.replace("int8_w", "int9_w"), "line 3: quantization 'int9_weight_only': must be one of none, int8"),
+        (GOOD + "known: [{quantization: none}]\n", "line 2: unknown key 'quantization' in a known configuration"),
+        (unnamed, "unknown key 'quantization' in when of n_sink"),
+    ):
+        with pytest.raises(SpaceError, match=message):
+            space_of(tmp_path, bad)
+
+
 def test_lists_ranges_fixed_values_and_defaults(tmp_path):
     space = space_of(tmp_path, GOOD)
     assert space.parameters["n_sink"] == (0, 4)
@@ -71,7 +159,10 @@ def test_lists_ranges_fixed_values_and_defaults(tmp_path):
         ("parameters:\n  n_sink: {low: 1, high: 8, log: 3}\n", "line 2: log 3: must be one of True, False"),
         ("parameters:\n  n_sink: {low: 1}\n", "line 2: n_sink: needs choices, or low and high"),
         ("parameters:\n  n_sink: {choices: [1], step: 2}\n", "line 2: n_sink: has choices, so step cannot be meant"),
-        ("parameters:\n  method: {low: 1, high: 2}\n", "line 2: unknown key 'low' in method; allowed: choices, when"),
+        (
+            "parameters:\n  method: {low: 1, high: 2}\n",
+            "line 2: unknown key 'low' in method; allowed: choices, cuda, when",
+        ),
         ("cap: 64\nparameters:\n  total_kv: [32, 128]\n", "line 3: total_kv 128: must not be above the cap 64"),
         (GOOD + "constraints: [joy <= 3]\n", "line 2: constraint 'joy <= 3': must be METRIC <= NUMBER"),
         (GOOD + "constraints: [speedup < 3]\n", "line 2: constraint 'speedup < 3': must be METRIC <= NUMBER"),

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
+from dashboards.columns import shown_columns
 from orchestrator.sweep import parser, resolve
 from streamllm.errors import UsageError
 
@@ -196,6 +197,75 @@ def test_books_have_studies_of_their_own_and_older_studies_go_on(tmp_path, monke
     assert whole.check() == study
     with pytest.raises(UsageError, match=r"source\.book: None then, '3' now"):
         resolved("--book", "3", "--study", whole.study).check()
+
+
+ON_CUDA = """
+parameters:
+  method: [ring, ours]
+  execution: {choices: [eager], cuda: [cudagraph], when: {method: ring}}
+"""
+
+
+def test_a_study_keeps_the_choices_of_the_devices_it_began_on(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("ring.yaml").write_text(ON_CUDA)
+
+    def resolved(kind, *more):
+        monkeypatch.setattr("orchestrator.device_kinds.device_kinds", lambda address: {kind})
+        return resolve(parser().parse_args(["--space", "ring.yaml", "--time-budget", "1h", *more]))
+
+    on_cpu, on_gpu = resolved("cpu"), resolved("cuda", "--study", "gpu")
+    assert on_cpu.space.parameters["execution"] == ("eager",) and on_cpu.trials == 2
+    assert on_gpu.space.parameters["execution"] == ("eager", "cudagraph") and on_gpu.trials == 3
+    for configuration in (on_cpu, on_gpu):
+        configuration.output.mkdir(parents=True)
+        configuration.claim()
+    assert resolved("cuda").space == on_cpu.space
+    assert resolved("cuda", "--study", "gpu").space == on_gpu.space
+    with pytest.raises(UsageError, match=r"exists with other settings .space\.parameters: "):
+        resolved("cpu", "--study", "gpu").check()
+    monkeypatch.setattr("orchestrator.device_kinds.device_kinds", lambda address: pytest.fail("asked a cluster"))
+    dry = ["--space", "ring.yaml", "--study", "new", "--address", "10.0.0.1:6379", "--dry-run"]
+    assert resolve(parser().parse_args(dry)).space == on_gpu.space
+
+
+QUANTIZED = """
+cap: 48
+parameters: {quantization: [none, int8_weight_only], method: ours, attn_backend: math}
+"""
+
+
+def test_quantization_is_a_knob(folder):
+    pytest.importorskip("torchao")
+    (folder / "space.yaml").write_text(QUANTIZED)
+    done = sweep(folder, "--trials", "4", "--workers", "1", "--confirm", "1")
+    assert done.returncode == 0, done.stderr
+    strict, baseline, *trials = rows_of(folder)
+    assert not {"quantization", "reference_digest"} & {*strict, *baseline}
+    by_name = {row["quantization"]: row for row in trials}
+    assert set(by_name) == {"none", "int8_weight_only"} and len(trials) == 2
+    assert {row["reference_digest"] for row in trials} == {strict["model_digest"]}
+    assert by_name["int8_weight_only"]["model_digest"] == f"{strict['model_digest']} int8_weight_only"
+    assert by_name["int8_weight_only"]["perplexity"] != by_name["none"]["perplexity"]
+    runs = {run.data.tags.get("trial"): run.data.tags.get("quantization") for run in runs_of(folder)}
+    assert {str(row["trial"]): row["quantization"] for row in trials}.items() <= runs.items()
+    assert runs["strict"] == "none"
+    assert "quantization" in {column.key for column in shown_columns(trials)}
+    output = folder / "sweeps/s"
+    assert {str(row["trial"]) for row in json_lines(output / "confirmed.jsonl")} - {"baseline"}
+    recommended = json.loads((output / "sweep.json").read_text())["recommendation"]
+    name = {str(row["trial"]): row["quantization"] for row in trials}[str(recommended["trial"])]
+    assert ("--quantization int8_weight_only" in recommended["command"]) == (name != "none")
+
+
+def test_quantization_is_asked_for_in_one_place(folder, monkeypatch):
+    (folder / "space.yaml").write_text(QUANTIZED)
+    monkeypatch.chdir(folder)
+    with pytest.raises(UsageError, match=r"quantization 'int4_weight_only': the space 'space' has its own \(none, "):
+        resolve(parser().parse_args(arguments("--quantization", "int4_weight_only")))
+    monkeypatch.setattr("orchestrator.sweep.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="quantization 'int8_weight_only': needs torchao; pip install"):
+        resolve(parser().parse_args(arguments()))
 
 
 def test_files_changed_under_a_study_are_seen_and_threads_stay(folder):
