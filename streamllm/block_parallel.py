@@ -128,12 +128,13 @@ def block_parallel_losses(
     n_queries = len(tokens) - 1
     state = BlockState(loaded, policy, n_queries)
     losses = []
-    for start in range(0, n_queries, block):
-        stop = min(start + block, n_queries)
-        state.begin_block(start, stop)
-        raw = torch.zeros(stop - start, dtype=torch.long, device=loaded.device)
-        logits = loaded.forward(stream[None, start:stop], raw, state).logits[0]
-        losses.append(negative_log_likelihood(logits, stream[start + 1 : stop + 1]))
-        if progress is not None:
-            progress(stop, n_queries)
+    with state.backend.active():
+        for start in range(0, n_queries, block):
+            stop = min(start + block, n_queries)
+            state.begin_block(start, stop)
+            raw = torch.zeros(stop - start, dtype=torch.long, device=loaded.device)
+            logits = loaded.forward(stream[None, start:stop], raw, state).logits[0]
+            losses.append(negative_log_likelihood(logits, stream[start + 1 : stop + 1]))
+            if progress is not None:
+                progress(stop, n_queries)
     return torch.cat(losses).cpu().numpy()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Hashable
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, Protocol, cast
+from weakref import finalize
 
 import torch
 from torch import Tensor, nn
@@ -55,10 +56,14 @@ _SHAPES = 8
 def _compiled(step: Step, device: str, model: int, shape: Hashable) -> Step:
     """Compiled code for caches of one shape, its graphs included, which the next decoder of that shape finds again.
 
-    Dynamo files graphs under the code that they were compiled from, refuses to compile any code a ninth time
-    (`recompile_limit`) and forgets graphs when their code goes: so each shape has a copy of the code to itself."""
+    Dynamo files graphs under the code that they were compiled from and refuses to compile any code a ninth time
+    (`recompile_limit`): so each shape has a copy of the code to itself. Its books keep that code, and the graphs with
+    it, for good: they are told when the copy goes."""
+    from torch._dynamo import reset_code  # type: ignore[attr-defined]
+
     original = cast(FunctionType, step)
     copy = FunctionType(original.__code__.replace(), original.__globals__, original.__name__, original.__defaults__)
+    finalize(copy, reset_code, copy.__code__).atexit = False
     compiled: Step = torch.compile(copy, fullgraph=True, dynamic=False, options=_OPTIONS.get(device))
     return compiled
 

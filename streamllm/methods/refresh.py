@@ -34,7 +34,8 @@ class RefreshingCache(RawKeyCache):
         refreshed = [older[i] for i in thinned([stream[place] for place in older], drop)]
         at_tail = self.policy.refresh_position == "tail"
         order = [*range(n_sink), *(window + refreshed if at_tail else refreshed + window)]
-        places = torch.tensor(order, device=self.device)
+        # The host need not wait until the list is there; on mps it must (pytorch issue 189690).
+        places = torch.tensor(order).to(self.device, non_blocking=self.device.type != "mps")
         self.keys = [keys.index_select(2, places) for keys in self.keys]
         self.values = [values.index_select(2, places) for values in self.values]
         self.held = [stream[place] for place in order]
