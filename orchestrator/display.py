@@ -120,8 +120,11 @@ class Display:
                 self._round = spec.round
                 self.note(f"confirming: round {spec.round}")
             self._doing = dict.fromkeys(self._doing, "idle")  # in rounds one works at a time
+        way = "" if spec.execution == "eager" else f" {spec.execution}"
+        if spec.quantization is not None:
+            way += f" {spec.quantization}"
         self._doing[worker] = (
-            f"{spec.method} {spec.attn_backend} S={policy.n_sink} R={policy.compress_every} "
+            f"{spec.method} {spec.attn_backend}{way} S={policy.n_sink} R={policy.compress_every} "
             f"slack={policy.cache_slack} drop={policy.max_drop}{f', round {spec.round}' if spec.round else ''}"
         )
 

@@ -192,7 +192,8 @@ def _measure_streaming(
     from ..probing import resolve_backend
 
     loaded, stream, protocol = measurements.loaded, measurements.stream, arguments.protocol
-    with working(method, "timing") as progress:
+    then = "compiling and timing" if arguments.execution == "compile" else "timing"
+    with working(method, then) as progress:
         if protocol == "fast" and sampled_losses(method) is not None:
             size = baseline_size(measurements, arguments.baseline_tokens)
             what = (protocol, method, policy, arguments.attn_backend, arguments.execution, arguments.strict)
