@@ -92,8 +92,7 @@ def test_a_prompt_and_a_second_piece_of_text(family, method):
     loaded, policy = tiny_model(family, torch.float32), EvictionPolicy(n_sink=2, window_size=20, compress_every=0)
     pieces = torch.from_numpy(TOKENS[:20]).split([7, 5, 8])
     with torch.inference_mode():
-        here = make_decoder(method, loaded, policy, BACKENDS["auto"])
-        expected = torch.cat([here.feed(piece, 0) for piece in pieces])
+        expected = make_decoder(method, loaded, policy, BACKENDS["auto"]).feed(torch.cat(pieces), 0)
         with pretended_cuda(loaded) as (there, pretended), BACKENDS["auto"].active():
             decoder = make_decoder(method, there, policy, BACKENDS["auto"])
             found = torch.cat([decoder.feed(piece, 0) for piece in pieces])
