@@ -97,8 +97,8 @@ def attention(
     causal = causal and mask is None and new > 1
     if backend.library == "flash_attn" and mask is None:
         return _flash_attention_2(query, key, value, scaling, causal)
-    if mask is not None and query.device.type == "cuda":
-        # No fused kernel of CUDA's takes both a mask and grouped queries (torch <= 2.13).
+    if query.device.type == "cuda" and (mask is not None or query.dtype.itemsize > 2):
+        # Flash takes half precision only and no mask; no other kernel of CUDA's takes grouped queries (torch <= 2.13).
         key, value = (_for_each_head(x, query.shape[1]) for x in (key, value))
     grouped = query.shape[1] != key.shape[1]
     # A compiled graph is bound to the kernel that it was traced with, and has to know which: enter it inside.

@@ -16,7 +16,7 @@ from orchestrator import accelerators, dry_run, pool, worker
 from orchestrator.device_kinds import built_for, device_kinds
 from orchestrator.lease import claim
 from orchestrator.trial import WorkerSetup
-from streamllm import attention, device, profiling, timing
+from streamllm import attention, block_parallel, device, profiling, timing
 from streamllm.backends import BACKENDS
 from streamllm.commands import backends
 from streamllm.device import others
@@ -333,23 +333,43 @@ def test_memory_that_torch_does_not_count_is_not_made_up(accelerator, monkeypatc
     assert math.isnan(device.used_memory(MPS)) and math.isnan(memory.megabytes)
 
 
+class FakeEvent:
+    """Of a device on which whatever lies between two events takes 1.5 ms."""
+
+    def __init__(self, device, enable_timing):
+        assert device == XPU and enable_timing
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1.5
+
+
 def test_time_in_attention_is_taken_by_the_accelerator(monkeypatch):
-    class Event:
-        def __init__(self, device, enable_timing):
-            assert device == XPU and enable_timing
-
-        def record(self):
-            pass
-
-        def elapsed_time(self, end):
-            return 1.5
-
-    monkeypatch.setattr(torch, "Event", Event)
+    monkeypatch.setattr(torch, "Event", FakeEvent)
     spans = timing._Spans(XPU, profiled=False)
     for _ in range(2):
         with spans.span():
             pass
     assert spans.milliseconds() == [1.5, 1.5]
+
+
+def test_work_is_timed_by_the_accelerators_own_clock(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch, "Event", FakeEvent)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda of: done.append("waited"))
+    assert device.seconds_of(lambda: done.append("worked"), XPU) == 1.5e-3
+    assert done == ["waited", "worked", "waited"]
+
+
+@pytest.mark.parametrize(("free", "block"), [(80e9, 1024), (2e9, 128), (8e9, 512), (1e6, 128)])
+def test_blocks_are_as_large_as_an_accelerators_memory_allows(free, block, golden_model, monkeypatch):
+    """By a vocabulary of 50,304."""
+    monkeypatch.setattr(block_parallel, "free_memory", lambda of: int(free))
+    monkeypatch.setattr(type(golden_model("llama-tiny")), "vocabulary", 50304)
+    assert block_parallel.default_block(replace(golden_model("llama-tiny"), device=XPU)) == block
+    assert block_parallel.default_block(golden_model("llama-tiny")) == 256
 
 
 def test_executions_that_the_device_does_not_have_are_refused(golden_model, accelerator):

@@ -1,14 +1,19 @@
 import math
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 import torch
 
-from streamllm import pairing, timing
+from streamllm import execution, measurements, pairing, timing
 from streamllm.backends import BACKENDS
+from streamllm.measurements import Leases, Measurements
 from streamllm.pairing import between_references, in_turn, take_pairs
 from streamllm.policy import EvictionPolicy, strict_policy
 from streamllm.reference_time import ReferencePool, speedup, with_times
+from streamllm.store import MeasurementStore
+from streamllm.text import TokenStream
+from streamllm.timing import measure_speed
 
 
 class Clock:
@@ -114,3 +119,26 @@ def test_compiled_and_eager_are_timed_beside_the_same_reference(golden_model, go
     assert reference.decoder is before, "it is kept warm"
     assert speed.backend_used == "math" and len(speed.times.ms) == len(speed.times.reference_ms)
     assert torch.isfinite(torch.tensor(speed.times.ms)).all()
+
+
+def test_compiling_keeps_nobody_from_timing(golden_model, golden_tokens, monkeypatch, tmp_path):
+    """What is compiled is, before the lease of what is timed is asked for; with the same shape found again."""
+    held, compiled, timed = [], [], []
+
+    @contextmanager
+    def lease(name):
+        held.append(name)
+        yield
+        held.remove(name)
+
+    monkeypatch.setattr(timing, "SEGMENT_SEC", 1e-3)
+    monkeypatch.setattr(pairing, "_ENOUGH_SEC", 0.1)
+    monkeypatch.setattr(torch, "compile", lambda step, **_: compiled.append([*held]) or step)
+    monkeypatch.setattr(measurements, "measure_speed", lambda *_: timed.append([*held]) or measure_speed(*_))
+    execution._compiled.cache_clear()
+    stream = TokenStream(golden_tokens[:100], "golden", "digest")
+    measured = Measurements(MeasurementStore(tmp_path), golden_model("llama-tiny"), stream, 32)
+    leases = Leases(lambda: lease("timing"), lambda: lease("computing"))
+    measured.speed("ring", EvictionPolicy(n_sink=2, window_size=30), "auto", "compile", leases)
+    assert compiled == [["computing"]] and timed == [["timing"]] and not held
+    execution._compiled.cache_clear()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
-from streamllm.decoding import CachedDecoder, decode_loop, without
+from streamllm.decoding import CachedDecoder, Decoder, negative_log_likelihood, without
 from streamllm.loaded import LoadedModel
 from streamllm.methods import make_decoder
 from streamllm.methods.ours import RerotatedCache
@@ -39,18 +39,28 @@ class NaivelyRerotatedCache(RerotatedCache):
             self.values[layer] = without(self.values[layer], n_sink, drop)
 
 
-def naive_losses(loaded: LoadedModel, policy: EvictionPolicy, tokens: np.ndarray) -> np.ndarray:
-    """Of a decode loop, float64 nats (n - 1)."""
-    backend = BACKENDS["auto"]
-    with torch.inference_mode(), backend.active():
-        decoder = CachedDecoder(loaded, policy, NaivelyRerotatedCache(loaded, backend))
-        return decode_loop(decoder, tokens, loaded.device).losses
+def naive_losses(loaded: LoadedModel, policy: EvictionPolicy, tokens: np.ndarray, prefilled: int = 1) -> np.ndarray:
+    return _losses(
+        loaded, CachedDecoder(loaded, policy, NaivelyRerotatedCache(loaded, BACKENDS["auto"])), tokens, prefilled
+    )
 
 
-def loop_losses(loaded: LoadedModel, method: str, policy: EvictionPolicy, tokens: np.ndarray) -> np.ndarray:
-    backend = BACKENDS["auto"]
-    with torch.inference_mode(), backend.active():
-        return decode_loop(make_decoder(method, loaded, policy, backend), tokens, loaded.device).losses
+def loop_losses(
+    loaded: LoadedModel, method: str, policy: EvictionPolicy, tokens: np.ndarray, prefilled: int = 1
+) -> np.ndarray:
+    return _losses(loaded, make_decoder(method, loaded, policy, BACKENDS["auto"]), tokens, prefilled)
+
+
+@torch.inference_mode()
+def _losses(loaded: LoadedModel, decoder: Decoder, tokens: np.ndarray, prefilled: int) -> np.ndarray:
+    """Of a decode loop, float64 nats (n - 1), the first tokens fed at once: no more than the cache holds."""
+    stream = torch.from_numpy(tokens).to(loaded.device)
+    with BACKENDS["auto"].active():
+        logits = decoder.feed(stream[:prefilled], logits_to_keep=0)
+        losses = [negative_log_likelihood(logits, stream[1 : prefilled + 1])]
+        for at in range(prefilled, len(tokens) - 1):
+            losses.append(negative_log_likelihood(decoder.feed(stream[at : at + 1]), stream[at + 1 : at + 2]))
+    return torch.cat(losses).cpu().numpy()
 
 
 def key_error(loaded: LoadedModel, moves: int, cache: type[RerotatedCache]) -> float:
