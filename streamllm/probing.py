@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -54,9 +56,22 @@ def probe_backend(
         if not error < 0.02:
             return Probe(backend, None, f"wrong by {error:.2g}")
     except (RuntimeError, ImportError) as failure:
-        causes = [str(reason.message) for reason in reasons if "not" in str(reason.message)]
-        return Probe(backend, None, (causes[-1] if causes else str(failure)).splitlines()[0])
+        said = why_not(backend.name, [str(reason.message) for reason in reasons])
+        return Probe(backend, None, (said or str(failure)).splitlines()[0])
     return Probe(backend, recorder.used)
+
+
+_HEADINGS = {"flash": "flash attention", "efficient": "memory efficient", "cudnn": "cudnn attention"}
+"""How torch begins what it says of a kernel; the reason is the warning after it."""
+
+
+def why_not(name: str, warned: Sequence[str]) -> str | None:
+    """Torch's reason for not taking that kernel, among all it says of all kernels."""
+    texts = [text.split(" (Triggered internally")[0] for text in warned]
+    for heading, reason in pairwise(texts):
+        if heading.lower().startswith(_HEADINGS.get(name, name)) and heading.rstrip().endswith("because:"):
+            return reason
+    return next((text for text in reversed(texts) if "not" in text and not text.rstrip().endswith("because:")), None)
 
 
 def resolve_backend(name: str, loaded: LoadedModel, held: int, strict: bool = False) -> Backend:

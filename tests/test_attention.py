@@ -11,7 +11,7 @@ from streamllm.decoding import decode_loop
 from streamllm.methods import make_decoder
 from streamllm.models import load_model
 from streamllm.policy import EvictionPolicy
-from streamllm.probing import BackendError, probe_backend, resolve_backend
+from streamllm.probing import BackendError, probe_backend, resolve_backend, why_not
 from streamllm.timing import Reference, measure_speed
 
 from .conftest import FAMILIES, GOLDEN
@@ -74,6 +74,22 @@ def test_a_probe_says_what_runs_and_why_the_rest_does_not():
     }
     assert all(probe.error for probe in probes.values() if probe.kernel is None)
     assert "flash_attn" in probes["flash_attention_2"].error
+
+
+def test_torchs_reason_is_found_among_all_it_says():
+    """As on an H100."""
+    place = " (Triggered internally at sdp_utils.cpp:1.)"
+    said = [
+        f"Memory efficient kernel not used because:{place}",
+        f"Memory Efficient attention has been runtime disabled.{place}",
+        f"Flash attention kernel not used because:{place}",
+        f"Expected query, key and value to all be of dtype: {{Half, BFloat16}}. Got Query dtype: float{place}",
+        f"cuDNN attention kernel not used because:{place}",
+    ]
+    assert why_not("flash", said).startswith("Expected query, key and value to all be of dtype")
+    assert why_not("efficient", said) == "Memory Efficient attention has been runtime disabled."
+    assert why_not("cudnn", said) is None
+    assert why_not("flash", ["flash does not fit"]) == "flash does not fit"
 
 
 def test_a_backend_that_does_not_run_falls_back_with_a_warning_or_is_an_error():
