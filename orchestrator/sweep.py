@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 import shutil
 import signal
@@ -223,7 +224,8 @@ def _has_cuda(arguments: argparse.Namespace) -> bool:
     """Whether workers will be on CUDA devices; a dry run does not join a cluster to ask, and takes it for granted."""
     from .device_kinds import device_kinds
 
-    return (arguments.dry_run and arguments.address is not None) or "cuda" in device_kinds(arguments.address)
+    joins = arguments.address is not None or bool(os.environ.get("RAY_ADDRESS"))
+    return (arguments.dry_run and joins) or "cuda" in device_kinds(arguments.address)
 
 
 def _cap(given: int | None, cap: int, trained: int | None) -> int:

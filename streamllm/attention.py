@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import reduce
-from importlib.util import find_spec
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .backends import BACKENDS, Backend
+from .backends import Backend
 from .errors import UnsupportedModelError
 
 ATTENTION_NAME = "streamllm"
@@ -119,14 +118,6 @@ def _flash_attention_2(query: Tensor, key: Tensor, value: Tensor, scaling: float
 
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return flash_attn_func(query, key, value, softmax_scale=scaling, causal=causal).transpose(1, 2)
-
-
-def replayed(backend: Backend, device: torch.device, head_size: int) -> Backend:
-    """What `auto` is in a step that is captured as a graph: there our own kernel's launches cost nothing (150 us each
-    from Python), and it reads keys at 1.5 TB/s on an H100, masked or not, where flash has 1.2 and no kernel of torch's
-    takes a mask at more than 0.25."""
-    ours = backend.name == "auto" and device.type == "cuda" and head_size % 16 == 0 and find_spec("triton")
-    return BACKENDS["triton"] if ours else backend
 
 
 def _triton_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:

@@ -74,8 +74,12 @@ def chunk_losses(
         _chunk(loaded, first, method, policy, backend, execution)
     if execution == "compile" and fuses(backend, loaded.device):
         recorder.kernels.add("fused")
-    spans = attention_spans(loaded, lambda timed: _chunk(timed, first, method, policy, backend, execution))
-    attn_ms = sum(spans[loaded.config.num_hidden_layers :])  # but for the prefill's
+
+    def timed_chunk(timed: LoadedModel, begin: Callable[[], object]) -> None:
+        begin()
+        _chunk(timed, first, method, policy, backend, execution)
+
+    attn_ms = sum(attention_spans(loaded, timed_chunk)[loaded.config.num_hidden_layers :])  # but for the prefill's
     losses, clocks = [], []
     pause()
     for start in starts:

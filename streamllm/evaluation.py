@@ -159,7 +159,7 @@ def evaluate_decode_loop(
         decoder = make_decoder(method, loaded, policy, backend, execution)
         run = decode_loop(decoder, stream.tokens, loaded.device, progress, [1, *marks], pause)
     with backend.active():
-        attn_ms = attention_ms(loaded, method, policy, backend, stream.tokens)
+        attn_ms = attention_ms(loaded, method, policy, backend, stream.tokens, execution)
         used = used_backend(loaded, method, policy, backend, stream.tokens, execution)
     check_finite(run.losses, str(loaded.dtype))
     warning = _warning(loaded, policy, run.peak_kv, n_losses)

@@ -198,14 +198,16 @@ class Measurements:
             return _joined(quality, speed), fresh or fresh_too
 
         def measure() -> Measurement:
-            backend = resolve_backend(attn_backend, self.loaded, policy.kept, strict)
-            quality, record = EVALUATORS[protocol](
-                self.loaded, self.stream, method, policy, backend, self.reference, execution, progress
-            )
+            ahead = execution if protocol == "decode-loop" else "eager"  # chunks have one that does not count
+            *_, backend, _ = self._prepared(method, policy, attn_backend, ahead, leases, strict)
+            with leases.timing():
+                quality, record = EVALUATORS[protocol](
+                    self.loaded, self.stream, method, policy, backend, self.reference, execution, progress
+                )
             return Measurement(record | {"backend_requested": attn_backend}, quality.table)
 
         key = self._whole_key(protocol, method, policy, attn_backend, execution)
-        return self._once(_of_run(key, run), measure, leases.timing)
+        return self._once(_of_run(key, run), measure)
 
     def find(
         self,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
 from itertools import pairwise
+from typing import Any
 
 import torch
 
@@ -61,6 +64,27 @@ def probe_backend(
     return Probe(backend, recorder.used)
 
 
+def replayed(backend: Backend, loaded: LoadedModel, held: int) -> Backend:
+    """What `auto` is in a step that is captured as a graph: our own kernel, where it runs. There its launches cost
+    nothing (from Python, 150 us each). On an H100 it reads keys faster than flash, and takes a mask, under which torch's
+    kernels but cuDNN's, which plans for every length, are several times slower."""
+    if backend.name != "auto" or loaded.device.type != "cuda" or find_spec("triton") is None:
+        return backend
+    ours = BACKENDS["triton"]
+    return ours if _probed(ours, loaded.device, loaded.dtype, loaded.head_size, *_heads(loaded), held) else backend
+
+
+@cache
+def _probed(backend: Backend, *what: Any) -> bool:
+    return probe_backend(backend, *what).available
+
+
+def _heads(loaded: LoadedModel) -> tuple[int, int]:
+    """Of queries, and of keys and values."""
+    heads = loaded.config.num_attention_heads
+    return heads, getattr(loaded.config, "num_key_value_heads", None) or heads
+
+
 _HEADINGS = {"flash": "flash attention", "efficient": "memory efficient", "cudnn": "cudnn attention"}
 """How torch begins what it says of a kernel; the reason is the warning after it."""
 
@@ -77,10 +101,7 @@ def why_not(name: str, warned: Sequence[str]) -> str | None:
 def resolve_backend(name: str, loaded: LoadedModel, held: int, strict: bool = False) -> Backend:
     """The backend of that name, probed on the model's device, dtype and heads for one query and `held` keys; `auto`
     with a warning where it does not run, or, if `strict`, BackendError."""
-    config = loaded.config
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    probe = probe_backend(BACKENDS[name], loaded.device, loaded.dtype, loaded.head_size, heads, kv_heads, held)
+    probe = probe_backend(BACKENDS[name], loaded.device, loaded.dtype, loaded.head_size, *_heads(loaded), held)
     if probe.available:
         return probe.backend
     where = f"{loaded.device.type} in {str(loaded.dtype).removeprefix('torch.')}"

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import cycle, islice
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
-from .attention import AttentionState, fuses, recorded_kernel, replayed
+from .attention import AttentionState, fuses, recorded_kernel
 from .backends import BACKENDS, Backend
 from .decoding import Decoder
 from .device import copy_bandwidth, peak_memory, synchronize
@@ -27,6 +27,7 @@ from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder
 from .pairing import LONGEST_REFERENCE_SEC, PairedTimes, take_pairs
 from .policy import EvictionPolicy, steady_state, strict_policy
+from .probing import replayed
 from .quality import Estimate, median_interval
 
 SEGMENT_TOKENS = 8
@@ -190,7 +191,7 @@ def measure_speed(
             run, filled, first_token, warm_up = _started(loaded, method, policy, backend, tokens, execution)
     times = time_beside(run, reference)
     with backend.active():
-        attn_ms = attention_ms(loaded, method, policy, backend, tokens)
+        attn_ms = attention_ms(loaded, method, policy, backend, tokens, execution)
     needed = bytes_per_token(loaded, policy)
     return Speed(
         times=times,
@@ -213,7 +214,7 @@ def compile_step(
 ) -> None:
     """What a decoder would otherwise compile while it is timed, and others may not be; it takes a minute or two for a
     model of 32 layers, seconds once the compiler's cache on disk has it."""
-    if execution != "eager":
+    if execution != "eager" or backend.library == "triton":
         with backend.active():
             run = TimedDecoder(loaded, method, effective_policy(method, policy), backend, tokens, execution)
             run.prefill()
@@ -284,7 +285,7 @@ def used_backend(
     if execution == "compile" and fuses(backend, loaded.device):
         return "fused"
     if execution != "eager":
-        backend = replayed(backend, loaded.device, loaded.head_size)
+        backend = replayed(backend, loaded, policy.kept)
     with recorded_kernel(backend) as recorder:
         run = TimedDecoder(loaded, method, effective_policy(method, policy), backend, tokens)
         run.prefill()
@@ -296,36 +297,45 @@ def used_backend(
 
 @torch.inference_mode()
 def attention_ms(
-    loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray
+    loaded: LoadedModel,
+    method: str,
+    policy: EvictionPolicy,
+    backend: Backend,
+    tokens: np.ndarray,
+    execution: str = "eager",
 ) -> float:
     """Milliseconds per token, in the steady state, in the attention of all layers: taking the new key in, rotation on
-    read, the kernel. Prunes are not in it."""
+    read, the kernel. Prunes are not in it. By eager steps, with the kernel that `execution` has."""
+    if execution != "eager":
+        backend = replayed(backend, loaded, policy.kept)
     count = 0
 
-    def decode(timed: LoadedModel) -> None:
+    def decode(timed: LoadedModel, begin: Callable[[], object]) -> None:
         nonlocal count
         run = TimedDecoder(timed, method, effective_policy(method, policy), backend, tokens)
         run.prefill()
         pace = run.decode(run.growing + run.period)
         count = run.whole_cycles(min(WARMUP_TOKENS, max(_ATTENTION_SEC / pace, 1)))
+        begin()
         run.decode(count)
 
-    spans = attention_spans(loaded, decode)
-    return sum(spans[-count * loaded.config.num_hidden_layers :]) / count
+    return sum(attention_spans(loaded, decode)) / count
 
 
-def attention_spans(loaded: LoadedModel, work: Callable[[LoadedModel], object]) -> list[float]:
-    """Milliseconds in attention of what `work` does with the model that it is given, a span per layer and forward pass.
+def attention_spans(loaded: LoadedModel, work: Callable[[LoadedModel, Callable[[], object]], object]) -> list[float]:
+    """Milliseconds in attention of what `work` does with the model that it is given, from when it calls the function
+    that it is given too; a span per layer and forward pass.
 
     Of a device whose kernels torch's profiler sees, their own time: between events there would be the gaps in which the
     device waits for Python as well, more than the whole step takes as a graph."""
     spans = _Spans(loaded.device, sees_kernels(loaded.device))
     timed = _TimedModel(**vars(loaded), spans=spans)
     if not spans.profiled:
-        work(timed)
+        work(timed, spans.ends.clear)
         return spans.milliseconds()
-    with kernel_profiler(loaded.device) as profiler:
-        work(timed)
+    profiler = kernel_profiler(loaded.device)
+    with ExitStack() as stack:
+        work(timed, lambda: stack.enter_context(profiler))
     events = (event for event in profiler.events() if event.name == _SPAN and event.device_type == DeviceType.CPU)
     return [event.device_time_total / 1e3 for event in events]
 

@@ -2,8 +2,8 @@
 
 A single query gives a GPU one program per head, far fewer than it has multiprocessors. Here the keys are cut into
 splits; a program reads those of one split and one KV head once, for all query heads of its group, and leaves a
-normalised output and the logarithm of its softmax's denominator; a second kernel merges the splits. torch's kernels
-that split over keys take no mask. Imported only where it is used: Triton is optional.
+normalised output and the logarithm of its softmax's denominator; a second kernel merges the splits. Flash in torch
+splits too, and takes no mask. Imported only where it is used: Triton is optional.
 """
 
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
@@ -169,8 +169,8 @@ class Configuration(NamedTuple):
 
 
 def configuration(group: int, dtype: torch.dtype) -> Configuration:
-    """For so many query heads per KV head: in half precision the fastest of those tried on an H100, at 2,048 and 8,192
-    keys; groups in float32, whose products go without tensor cores and take registers, are chosen by those."""
+    """For so many query heads per KV head: in half precision the fastest of those tried on an H100 at 2,048 and 8,192
+    keys, or within 1% of it; groups in float32 go without tensor cores, and by the registers that they take."""
     if group == 1:
         return Configuration(16, 2, 3, 4)
     return Configuration(64, 8, 2, 4) if dtype == torch.float32 else Configuration(32, 2, 2, 4)

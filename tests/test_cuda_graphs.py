@@ -2,6 +2,9 @@
 
 On a pretended CUDA device: whatever Python decides per token is recorded once, and wrong from the second token on."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -36,6 +39,21 @@ def test_replayed_is_eager_over_many_wraps(policy, family):
         replayed = decode_loop(decoder, TOKENS, there.device).losses
     assert decoder._static_step.graph.steps, "nothing was recorded"
     np.testing.assert_allclose(replayed, eager, rtol=0, atol=1e-4)
+
+
+def test_a_captured_decoder_goes_with_its_cache_and_graph():
+    """At once: what garbage collection finds later would count as the next one's memory."""
+    loaded, policy = tiny_model("Llama", torch.float32), EvictionPolicy(n_sink=3, window_size=20)
+    with torch.inference_mode(), pretended_cuda(loaded) as (there, _):
+        decoder = make_decoder("ring", there, policy, BACKENDS["auto"], "cudagraph")
+        for token in torch.from_numpy(TOKENS[:30]).split(1):
+            decoder.feed(token)
+        cache = weakref.ref(decoder.cache)
+        gc.disable()
+        del decoder
+        gone = cache() is None
+        gc.enable()
+    assert gone
 
 
 def test_logits_are_the_callers():

@@ -225,7 +225,9 @@ def test_a_study_keeps_the_choices_of_the_devices_it_began_on(tmp_path, monkeypa
     with pytest.raises(UsageError, match=r"exists with other settings .space\.parameters: "):
         resolved("cpu", "--study", "gpu").check()
     monkeypatch.setattr("orchestrator.device_kinds.device_kinds", lambda address: pytest.fail("asked a cluster"))
-    dry = ["--space", "ring.yaml", "--study", "new", "--address", "10.0.0.1:6379", "--dry-run"]
+    dry = ["--space", "ring.yaml", "--study", "new", "--dry-run"]
+    assert resolve(parser().parse_args([*dry, "--address", "10.0.0.1:6379"])).space == on_gpu.space
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert resolve(parser().parse_args(dry)).space == on_gpu.space
 
 

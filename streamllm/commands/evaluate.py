@@ -190,6 +190,7 @@ def _measure_streaming(
     from ..evaluation import EVALUATORS, identity
     from ..methods import sampled_losses
     from ..probing import resolve_backend
+    from ..timing import compile_step
 
     loaded, stream, protocol = measurements.loaded, measurements.stream, arguments.protocol
     then = "compiling and timing" if arguments.execution == "compile" else "timing"
@@ -202,6 +203,8 @@ def _measure_streaming(
             assert table is not None
         else:
             backend = resolve_backend(arguments.attn_backend, loaded, policy.kept, arguments.strict)
+            if protocol == "decode-loop":
+                compile_step(loaded, method, policy, backend, stream.tokens, arguments.execution)
             quality, measured = EVALUATORS[protocol](
                 loaded, stream, method, policy, backend, measurements.reference, arguments.execution, progress
             )

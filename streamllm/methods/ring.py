@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..attention import attention, replayed
+from ..attention import attention
 from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache
 from ..loaded import LoadedModel
 from ..policy import EvictionPolicy, steady_state
+from ..probing import replayed
 
 
 class RingCache(KVCache):
@@ -114,5 +115,5 @@ EXECUTIONS = ("eager", "compile", "cudagraph")
 
 def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str = "eager") -> CachedDecoder:
     if execution != "eager":
-        backend = replayed(backend, loaded.device, loaded.head_size)
+        backend = replayed(backend, loaded, policy.kept)
     return CachedDecoder(loaded, policy, RingCache(loaded, policy, backend), execution)

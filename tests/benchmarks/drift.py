@@ -24,6 +24,7 @@ from streamllm.methods import make_decoder
 from streamllm.methods.ours import RerotatedCache
 from streamllm.policy import EvictionPolicy
 from streamllm.progress import working
+from streamllm.quality import paired_increase
 
 from .reporting import machine, markdown_table
 
@@ -81,6 +82,11 @@ def key_error(loaded: LoadedModel, moves: int, cache: type[RerotatedCache]) -> f
     return float((held.keys[0][:, :, 0].double() - raw[:, :, 0]).norm() / raw.norm())
 
 
+def _table(losses: np.ndarray) -> np.ndarray:
+    """(n, 2): position, nats."""
+    return np.column_stack((np.arange(len(losses)), losses))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="testbed")
@@ -109,9 +115,8 @@ def main() -> None:
                 ("ours", loop_losses(loaded, "ours", policy, tokens)),
                 ("turned anew", naive_losses(loaded, policy, tokens)),
             ):
-                difference = (losses - expected)[past]
-                row[f"{name}: % of ppl"] = 100 * float(np.expm1(difference.mean()))
-                row[f"{name}: +-"] = 196 * float(difference.std() / len(difference) ** 0.5)
+                increase = paired_increase(_table(losses)[past], _table(expected))
+                row |= increase.flat(f"{name}: % of ppl")
         rows.append(row)
         print(markdown_table(rows[-1:]), flush=True)
     errors = {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ def timed(variant: Variant) -> Callable[[Scale], Result]:
     def check(scale: Scale) -> Result:
         if variant.execution != "eager" and scale.device.type != "cuda":
             return {"ok": None, "rows": [], "skipped": "needs a CUDA device"}
+        if variant.quantization != "none" and find_spec("torchao") is None:
+            return {"ok": None, "rows": [], "skipped": "needs torchao"}
         plain = scale.model()
         loaded = plain if variant.quantization == "none" else scale.model(variant.quantization)
         policy = EvictionPolicy(n_sink=4, window_size=scale.total - 4, compress_every=variant.compress_every)
@@ -52,6 +55,8 @@ def timed(variant: Variant) -> Callable[[Scale], Result]:
         with no_garbage_collection():
             decoder = warm(loaded, variant.method, policy, variant.backend, variant.execution)
         times = time_beside(decoder, reference)
+        with backend.active():
+            kernel = used_backend(loaded, variant.method, policy, backend, tokens, variant.execution)
         del decoder
         milliseconds, bandwidth = summary(list(times.ms)), copy_bandwidth(scale.device)
         needed = bytes_per_token(loaded, policy)
@@ -63,7 +68,7 @@ def timed(variant: Variant) -> Callable[[Scale], Result]:
             "ratio to ring eager": times.ratio.value,
             "ratio low": times.ratio.low,
             "ratio high": times.ratio.high,
-            "kernel": used_backend(loaded, variant.method, policy, backend, tokens, variant.execution),
+            "kernel": kernel,
         }
         if variant.execution != "eager":
             row["compile or capture s"] = compiled
