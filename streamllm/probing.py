@@ -66,8 +66,8 @@ def probe_backend(
 
 def replayed(backend: Backend, loaded: LoadedModel, held: int) -> Backend:
     """What `auto` is in a step that is captured as a graph: our own kernel, where it runs. There its launches cost
-    nothing (from Python, 150 us each). On an H100 it reads keys faster than flash, and takes a mask, under which torch's
-    kernels but cuDNN's, which plans for every length, are several times slower."""
+    nothing (from Python, 150 us each). On an H100 it reads keys faster than flash, and takes a mask, under which
+    torch's kernels but cuDNN's, which plans for every length, are several times slower."""
     if backend.name != "auto" or loaded.device.type != "cuda" or find_spec("triton") is None:
         return backend
     ours = BACKENDS["triton"]
