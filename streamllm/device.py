@@ -77,7 +77,7 @@ _COPIES = 8
 @cache
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written, of the fastest of some copies; measured once per process. They are of 256 MiB
-    on a CPU, and of up to 4 GiB on an accelerator, by its own clock: launching takes as long as copying 100 MB."""
+    on a CPU, and of up to 4 GiB on an accelerator, by its own clock: of a short copy, launching would be timed."""
     count = 2**26 if device.type == "cpu" else min(2**30, free_memory(device) // 32)
     source = torch.ones(count, device=device)
     target = torch.empty_like(source)

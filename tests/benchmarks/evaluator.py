@@ -24,13 +24,8 @@ from .reporting import asked_for, interleaved, parser, report, steady, summary
 BLOCK = 256
 
 
+@BACKENDS["auto"].active()  # the kernels that the evaluator is held to
 def plain_losses(loaded: LoadedModel, tokens: np.ndarray, cache: int, block: int = BLOCK) -> None:
-    """By the kernels that the evaluator is held to."""
-    with BACKENDS["auto"].active():
-        _plain_losses(loaded, tokens, cache, block)
-
-
-def _plain_losses(loaded: LoadedModel, tokens: np.ndarray, cache: int, block: int) -> None:
     """Causal forwards of `block` tokens over the last `cache` tokens, at wrong positions: only the work is right.
     No policy's losses can be had from less."""
     stream = torch.from_numpy(tokens).to(loaded.device)
