@@ -34,6 +34,14 @@ _MAY_CHANGE = {
 """What a study may be continued with a different value of."""
 
 
+def total_kv(given: int | None, cap: int, trained: int | None) -> int:
+    """What is given, or the space's cap, but no more than the trained length. Raises UsageError."""
+    most = min(cap, trained or cap)
+    if given is not None and not 1 <= given <= most:
+        raise UsageError(f"cap {given}: must be 1 to {most}, what the space and the model's trained length allow")
+    return given or most
+
+
 @dataclass(frozen=True, slots=True)
 class SweepConfiguration:
     study: str

@@ -16,6 +16,8 @@ from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy, for_chunks, with_derived_window
 from streamllm.text import TextSource
 
+from .configuration import total_kv
+
 Document = dict[str, Any]
 """A cell's file: `settings`, `state`; if that is complete the objects `baseline` and, but for the baseline's own cell,
 `streaming`; else the `reason`."""
@@ -47,7 +49,7 @@ class MatrixPlan:
     folder: Path
     matrix: Matrix
     cap: int
-    """Total KV: the matrix', or the model's trained length where that is shorter."""
+    """Total KV, in tokens."""
     cells: Sequence[Planned]
     """In the order of the table."""
     threads: int | None
@@ -80,12 +82,13 @@ def make_plan(arguments: argparse.Namespace) -> MatrixPlan:
 
     from streamllm.models import trained_length
 
-    cap = min(matrix.cap, trained_length(arguments.model) or matrix.cap)
+    cap = total_kv(arguments.cap, matrix.cap, trained_length(arguments.model))
     named = given or "dataset" not in load_matrix(arguments.space).axes
     if not named and source.label != source.name:  # STREAMLLM_DATASET, which the matrix' own data sets replace
         raise UsageError("book, split and join: of one data set, and the matrix has several; give --dataset-name too")
     label = Path(arguments.model).name or arguments.model
-    name = arguments.study or "-".join([label, *([source.label] if named else []), matrix.name])
+    of_cap = [] if arguments.cap is None else [str(arguments.cap)]
+    name = arguments.study or "-".join([label, *([source.label] if named else []), matrix.name, *of_cap])
     folder = arguments.output or Path("sweeps") / name
     cells = []
     for cell in matrix.cells():

@@ -55,7 +55,6 @@ _OF_SEARCHES = (
     "workers",
     "trial_timeout",
     "load_timeout",
-    "cap",
     "confirm",
     "baseline_tokens",
     "seed",
@@ -172,14 +171,13 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     from streamllm.models import trained_length, weights_digest
     from streamllm.text import file_digest
 
-    from .configuration import SweepConfiguration
+    from .configuration import SweepConfiguration, total_kv
     from .study import check_cap
 
     for method in space.parameters.get("method", ()):
         check_protocol(str(method), "fast")
     _check_quantizations(space, arguments.quantization)
-    trained = trained_length(arguments.model)
-    cap = _cap(arguments.cap, space.cap, trained)
+    cap = total_kv(arguments.cap, space.cap, trained_length(arguments.model))
     space = space.under(cap)
     check_cap(space, cap)
     configuration = SweepConfiguration(
@@ -226,14 +224,6 @@ def _has_cuda(arguments: argparse.Namespace) -> bool:
 
     joins = arguments.address is not None or bool(os.environ.get("RAY_ADDRESS"))
     return (arguments.dry_run and joins) or "cuda" in device_kinds(arguments.address)
-
-
-def _cap(given: int | None, cap: int, trained: int | None) -> int:
-    """Total KV: of the space, or what is given, but no more than the trained length. Raises UsageError."""
-    most = min(cap, trained or cap)
-    if given is not None and not 1 <= given <= most:
-        raise UsageError(f"cap {given}: must be 1 to {most}, what the space and the model's trained length allow")
-    return given or most
 
 
 def seconds(text: str) -> float:

@@ -115,6 +115,14 @@ def test_cells_are_the_grid_times_the_configurations(tmp_path):
     assert matrix.shown("fast") != matrix.shown("decode-loop") and set(matrix.shown("decode-loop")) < set(MEASURES)
 
 
+def test_a_cap_names_the_matrix_and_is_every_cells_total(tmp_path):
+    plan = make_plan(parser().parse_args(["--space", "comprehensive", "--cap", "64"]))
+    assert plan.name == "testbed-comprehensive-64" and plan.cap == 64
+    assert {planned.policy.kept for planned in plan.cells if planned.cell.protocol != "chunked"} == {64}
+    with pytest.raises(UsageError, match="cap 257: must be 1 to 256"):
+        make_plan(parser().parse_args(["--space", "comprehensive", "--cap", "257"]))
+
+
 def test_a_book_names_the_matrix_and_its_cells_and_needs_a_data_set(monkeypatch):
     plan = make_plan(parser().parse_args(["--space", "backends", "--dataset-name", "pg19", "--book", "Dragon's blood"]))
     assert plan.name == "testbed-pg19-dragons-blood-backends"
