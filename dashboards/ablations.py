@@ -7,14 +7,16 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from streamllm.results.schema import POLICY_KNOBS
+
 from .front import Row
 from .style import CYCLE, LABELS, MARKERS, NoDataError, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KNOBS = ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop")
-LETTERS = dict(zip(KNOBS, "SWRσδ", strict=True))
+LETTERS = {field.name: field.symbol for field in POLICY_KNOBS}
+KNOBS = tuple(LETTERS)
 _QUALITIES = ("ppl_vs_strict_percent", "ppl_increase_percent")
 """The first that the rows have is shown."""
 _LINES = 4

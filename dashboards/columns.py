@@ -6,6 +6,8 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from streamllm.results.schema import FIELDS, POLICY_KNOBS
+
 from .front import Row
 
 
@@ -20,6 +22,12 @@ class Column:
     interval: bool = False
     """Whether rows may have `KEY_low` and `KEY_high`."""
     words: bool = False
+
+    @classmethod
+    def of(cls, name: str) -> Column:
+        """The column of a knob, measure or fact."""
+        field = FIELDS[name]
+        return cls(name, field.header or name, field.unit, field.decimals, field.interval, field.words)
 
     @property
     def title(self) -> str:
@@ -44,32 +52,20 @@ class Column:
         return f"{_fixed(value, decimals)} [{_fixed(low, decimals)}, {_fixed(high, decimals)}]"
 
 
-COLUMNS = (
-    Column("study", "study", words=True),
-    Column("trial", "#"),
-    Column("recommended", "recommended", words=True),
-    Column("method", "method", words=True),
-    Column("backend", "backend", words=True),
-    Column("backend_requested", "backend asked for", words=True),
-    Column("execution", "execution", words=True),
-    Column("quantization", "quantization", words=True),
-    Column("n_sink", "sinks", "tokens"),
-    Column("window_size", "window", "tokens"),
-    Column("compress_every", "prune every", "tokens"),
-    Column("cache_slack", "slack", "tokens"),
-    Column("max_drop", "max drop", "tokens"),
-    Column("peak_kv", "peak KV", "tokens"),
-    Column("peak_memory_mb", "peak memory", "MiB", 0),
-    Column("tpot_ms", "ms/token", "", 2, interval=True),
-    Column("speedup", "speedup", "×", 1, interval=True),
-    Column("rounds", "rounds"),
-    Column("front_probability", "P(front)", "", 2),
-    Column("perplexity", "PPL", "", 2),
-    Column("ppl_vs_strict_percent", "PPL vs strict %", "", 1, interval=True),
-    Column("ppl_increase_percent", "PPL increase %", "", 1, interval=True),
+_PLACED = (
     Column("place", "place", words=True),
     Column("dominated_by", "dominated by"),
     Column("no_better_than", "no better than", words=True),
+)
+COLUMNS = (
+    Column("study", "study", words=True),
+    Column.of("trial"),
+    Column("recommended", "recommended", words=True),
+    *map(Column.of, ("method", "backend", "backend_requested", "execution", "quantization")),
+    *map(Column.of, (field.name for field in POLICY_KNOBS)),
+    *map(Column.of, ("peak_kv", "peak_memory_mb", "tpot_ms", "speedup", "rounds", "front_probability")),
+    *map(Column.of, ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent")),
+    *_PLACED,
 )
 """Of a study's table, in order. The last three are of `pareto_table`, the others of rows."""
 

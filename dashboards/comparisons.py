@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from streamllm.results.schema import FIELDS, POLICY_KNOBS, knobs_in_short
+
 from .columns import interval_decimals
 from .front import Row
 from .style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PURPLE, SKY, VERMILLION, NoDataError, new_figure
@@ -21,7 +23,7 @@ _COLORS = {BASELINE: GREY, "ours": BLUE, "streaming": BLUE, "mit": ORANGE, "kvpr
 _COLORS |= {"window": PURPLE, "dense": SKY, "recommended": BLACK}
 _HATCHES = {"math": "///", "eager": "xxx", "efficient": "...", "cudnn": "\\\\\\", "flash_attention_2": "---"}
 _ORDER = [BASELINE, "mit", "kvpress", "ours", "streaming", "ring", "window", "dense", "recommended"]
-_KNOBS = ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop")
+_KNOBS = tuple(field.name for field in POLICY_KNOBS)
 _TIMED_AS_ONE = ("fast", "chunked", None)
 """Protocols of the `fixed_eval` figures, the first of which there are results."""
 
@@ -130,10 +132,9 @@ def _at_shared_policy(rows: Sequence[Row]) -> tuple[dict[Series, Row], str]:
 
 
 def _policy(row: Row) -> str:
-    letters = zip("SWRσδ", (row.get(knob) for knob in _KNOBS), strict=True)
-    return " ".join(
-        f"{letter}={value}" for letter, value in letters if value is not None and (value or letter in "SWR")
-    )
+    """Slack and max drop where they are not 0."""
+    said = {knob: row.get(knob) for knob in _KNOBS if row.get(knob) or FIELDS[knob].usual != 0}
+    return knobs_in_short(said, symbols=True)
 
 
 def bars(

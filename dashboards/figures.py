@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamllm.errors import UsageError
 from streamllm.printing import say
+from streamllm.results.schema import knobs_in_short
 
 from .ablations import KNOBS, ablation
 from .columns import BY_KEY
@@ -294,10 +295,7 @@ def _finite(row: Row, name: str) -> bool:
 
 def _describe(row: Row, objectives: Sequence[str]) -> str:
     values = ", ".join(f"{BY_KEY[name].title} {BY_KEY[name].text(row)}" for name in objectives)
-    return (
-        f"{row['trial']:>3}  {row['method']} {row['backend']}  S={row['n_sink']} W={row['window_size']} "
-        f"R={row['compress_every']} σ={row['cache_slack']} δ={row['max_drop']}\n     {values}"
-    )
+    return f"{row['trial']:>3}  {row['method']} {row['backend']}  {knobs_in_short(row, symbols=True)}\n     {values}"
 
 
 if __name__ == "__main__":

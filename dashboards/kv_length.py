@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from streamllm.policy import EvictionPolicy, evicted_before
+from streamllm.results.schema import knobs_in_short
 
 from .front import Row
 from .study import StudyResults
@@ -55,6 +56,4 @@ def _policy(row: Row) -> EvictionPolicy:
 
 
 def _label(policy: EvictionPolicy) -> str:
-    return (
-        f"S={policy.n_sink} W={policy.window_size} R={policy.compress_every} σ={policy.cache_slack} δ={policy.max_drop}"
-    )
+    return knobs_in_short(asdict(policy), symbols=True)

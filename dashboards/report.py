@@ -20,6 +20,7 @@ from typing import Any
 
 from streamllm.errors import UsageError
 from streamllm.printing import say
+from streamllm.results.schema import FIELDS, OBJECTIVES
 
 from .columns import COLUMNS, Column, shown_columns
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
@@ -28,19 +29,10 @@ from .front import Row
 from .study import StudyResults, load_study, read_outcome
 
 _PAGE = Path(__file__).parent / "page"
-_AXES = (
-    "tpot_ms",
-    "ppl_vs_strict_percent",
-    "ppl_increase_percent",
-    "speedup",
-    "perplexity",
-    "peak_kv",
-    "peak_memory_mb",
-)
+_AXES = ("tpot_ms", "ppl_vs_strict_percent", "ppl_increase_percent", *OBJECTIVES)
+"""Offered in this order, each once."""
 _LABELS = {column.key: column.header if column.unit == "tokens" else column.title for column in COLUMNS} | {
-    "perplexity": "perplexity",
-    "ppl_vs_strict_percent": "perplexity increase over strict StreamingLLM, %",
-    "ppl_increase_percent": "perplexity increase over re-computing, %",
+    name: FIELDS[name].label for name in ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent")
 }
 _DECIMALS = {column.key: column.decimals for column in COLUMNS if column.decimals is not None}
 _NOT_OF_A_TRIAL = {"study", "trial", "recommended", "place", "dominated_by", "no_better_than"}

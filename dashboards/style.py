@@ -17,6 +17,7 @@ from streamllm.figure_style import (
     save,
     style,
 )
+from streamllm.results.schema import FIELDS
 
 __all__ = [
     "BLACK",
@@ -36,29 +37,8 @@ __all__ = [
     "style",
 ]
 
-LABELS = {
-    "tpot_ms": "time per output token, ms",
-    "speedup": "speedup over re-computation, ×",
-    "perplexity": "perplexity",
-    "ppl_vs_strict_percent": "perplexity increase over strict StreamingLLM, %",
-    "ppl_increase_percent": "perplexity increase over re-computation, %",
-    "peak_kv": "largest number of keys attended to",
-    "peak_memory_mb": "peak memory, MiB",
-    "runtime_sec": "runtime over the whole text, s",
-    "decode_toks_per_sec": "decoding, tokens per second",
-    "avg_attn_ms": "attention per token, ms",
-    "first_token_latency_sec": "first token latency, s",
-    "n_sink": "sinks S, tokens",
-    "window_size": "window W, tokens",
-    "compress_every": "pruned every R tokens",
-    "cache_slack": "slack σ, tokens",
-    "max_drop": "max drop δ, tokens (0: no limit)",
-    "total_kv": "total KV S + W + σ, tokens",
-    "method": "method",
-    "backend": "backend",
-    "execution": "execution",
-    "quantization": "quantization",
-}
+LABELS = {field.name: field.label for field in FIELDS.values() if field.label}
+"""Of axes."""
 
 
 class NoDataError(Exception):

@@ -11,6 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from streamllm.results.schema import FIELDS, POLICY_KNOBS
+
 from .columns import Column
 from .formats import Table
 from .front import Row
@@ -24,15 +26,9 @@ _HEADINGS = ("study", "place")
 """Columns whose values become lines above the rows that have them."""
 _WORDS = ("method", "backend", "execution", "quantization")
 """Columns that share one, a line each, where room is scarce."""
-_SETTINGS = (*_WORDS, "backend_requested", "n_sink", "window_size", "compress_every", "cache_slack", "max_drop")
-_LETTERS = {
-    "n_sink": "S",
-    "window_size": "W",
-    "compress_every": "R",
-    "max_drop": "drop",
-    "peak_kv": "KV",
-    "front_probability": "P",
-    "dominated_by": "by",
+_SETTINGS = (*_WORDS, "backend_requested", *(field.name for field in POLICY_KNOBS))
+_LETTERS = {field.name: field.short for field in FIELDS.values() if field.short not in ("", field.header)} | {
+    "dominated_by": "by"
 }
 _LINES_OF_A_BASELINE = 3
 
@@ -247,8 +243,7 @@ def _baseline_words(row: Row) -> str:
     whose = f"{row['trial']} of {row['study']}" if "study" in row else str(row["trial"])
     if row.get("method") == "recompute":
         return f"{whose}: recompute, the last {row['n_sink'] + row['window_size']} tokens"
-    knobs = {"S": "n_sink", "W": "window_size", "R": "compress_every", "slack": "cache_slack", "drop": "max_drop"}
-    policy = " ".join(f"{letter}={row[key]}" for letter, key in knobs.items() if row.get(key))
+    policy = " ".join(f"{field.short}={row[field.name]}" for field in POLICY_KNOBS if row.get(field.name))
     return f"{whose}: {row.get('method', '')} {row.get('backend', '')} {policy}"
 
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import streamllm
-from search_spaces import OBJECTIVES, SearchSpace
+from search_spaces import SearchSpace
 from streamllm.errors import UsageError
+from streamllm.results.schema import OBJECTIVES
 from streamllm.text import TextSource
 
 _FORMAT = 2

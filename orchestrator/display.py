@@ -16,10 +16,10 @@ from rich.text import Text
 
 from dashboards.front import Row, hypervolume, pareto_front
 from dashboards.pareto import rich_table
-from search_spaces import OBJECTIVES, told_name
 from streamllm.printing import discard
 from streamllm.progress import LINE_SEC, regularly, spoken
 from streamllm.reference_time import ReferencePool
+from streamllm.results.schema import OBJECTIVES, told_name
 
 from .plot import Plot
 from .results import BASELINE, STRICT
@@ -112,7 +112,6 @@ class Display:
         self.note(f"worker {worker}: {where}{description['device']}, cores {cores}, {description['n_tokens']} tokens")
 
     def trial_started(self, worker: int, spec: TrialSpec) -> None:
-        policy = spec.policy
         if self._confirming is not None:
             total, started = self._confirming
             self._confirming = total, started + 1
@@ -124,8 +123,7 @@ class Display:
         if spec.quantization is not None:
             way += f" {spec.quantization}"
         self._doing[worker] = (
-            f"{spec.method} {spec.attn_backend}{way} S={policy.n_sink} R={policy.compress_every} "
-            f"slack={policy.cache_slack} drop={policy.max_drop}{f', round {spec.round}' if spec.round else ''}"
+            f"{spec.method} {spec.attn_backend}{way} {spec.policy}{f', round {spec.round}' if spec.round else ''}"
         )
 
     def trial_finished(self, row: dict[str, Any]) -> None:

@@ -10,8 +10,9 @@ from contextlib import contextmanager
 from statistics import median
 from typing import TYPE_CHECKING, Any, Protocol
 
-from search_spaces import SearchSpace, told_name
+from search_spaces import SearchSpace
 from streamllm.errors import UsageError
+from streamllm.results.schema import told_name
 
 from .pool import Finished, SweepError, WorkerPool
 from .results import BASELINE, STRICT, failed_row, fixed_row, fixed_spec, increases, trial_row

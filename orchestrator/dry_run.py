@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from search_spaces import OBJECTIVES, SearchSpace
+from search_spaces import SearchSpace
 from streamllm.errors import UsageError
 from streamllm.progress import spoken, working
+from streamllm.results.schema import OBJECTIVES
 
 from .configuration import SweepConfiguration
 from .estimate import estimate
@@ -83,12 +84,8 @@ def _known(params: Any, configuration: SweepConfiguration) -> str:
         spec = spec_of(dict(params), configuration.space, configuration.cap)
     except UsageError as error:
         return f"left out: {error}"
-    policy = spec.policy
     quantization = f" {spec.quantization}" if spec.quantization is not None else ""
-    return (
-        f"{spec.method} {spec.attn_backend} {spec.execution}{quantization} S={policy.n_sink} W={policy.window_size} "
-        f"R={policy.compress_every} slack={policy.cache_slack} drop={policy.max_drop}"
-    )
+    return f"{spec.method} {spec.attn_backend} {spec.execution}{quantization} {spec.policy}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -128,8 +128,7 @@ def describe(plan: MatrixPlan) -> str:
         execution = "" if cell.execution == "eager" else f" {cell.execution}"
         lines.append(
             f"  {documents.get(planned.file, {}).get('state', 'open'):12}{planned.file.stem:36} {cell.protocol:11} "
-            f"{cell.method} {cell.attn_backend}{execution} {cell.dtype} S={policy.n_sink} W={policy.window_size} "
-            f"R={policy.compress_every} slack={policy.cache_slack} drop={policy.max_drop}, "
+            f"{cell.method} {cell.attn_backend}{execution} {cell.dtype} {policy}, "
             f"{'all' if most is None else most} tokens of {planned.source.label}"
         )
     left = [planned for planned in plan.cells if documents.get(planned.file, {}).get("state") != "complete"]

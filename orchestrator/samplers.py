@@ -17,7 +17,8 @@ from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState, create_trial
 
 from dashboards.front import pareto_front
-from search_spaces import OBJECTIVES, SearchSpace, Value, told_name
+from search_spaces import SearchSpace, Value
+from streamllm.results.schema import OBJECTIVES, told_name
 
 from .options import AUTO_TPE_TRIALS
 

@@ -24,11 +24,12 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
-from search_spaces import OBJECTIVES, SearchSpace, Value, judged, told_name
+from search_spaces import SearchSpace, Value, judged
 from streamllm.errors import UsageError
 from streamllm.methods import check_execution
 from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
 from streamllm.reference_time import ReferencePool
+from streamllm.results.schema import OBJECTIVES, told_name
 
 from .samplers import Result, Sampler, Suggestion
 from .trial import TrialSpec

@@ -22,82 +22,19 @@ from dashboards.findings import Findings, findings
 from dashboards.front import Row
 from dashboards.recommendation import recommended, record
 from dashboards.study import EXPERIMENT, VIEW, StudyResults, read_outcome, view_of
-from search_spaces import told_name
+from streamllm.results.schema import FIELDS, KNOBS, knobs_in_short, told_name
 from streamllm.store import MeasurementStore
 
 from .results import BASELINE, STRICT
 
-_PARAMS = (
-    "n_sink",
-    "window_size",
-    "compress_every",
-    "cache_slack",
-    "max_drop",
-    "method",
-    "backend_requested",
-    "execution",
-    "dtype",
-)
-_TAGS = {
-    "method": "method",
-    "protocol": "protocol",
-    "dataset": "dataset",
-    "device": "device",
-    "dtype": "dtype",
-    "quantization": "quantization",
-    "execution": "execution",
-    "model": "model",
-    "feasible": "feasible",
-    "state": "state",
-    "reason": "reason",
-    "warning": "warning",
-    "foreign_processes": "foreign_processes",
-    "commit": "commit",
-    "trial": "trial",
-    "backend": "backend.used",
-    "backend_requested": "backend.requested",
-}
+_PARAMS = (*(field.name for field in KNOBS), "dtype")
+_TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if field.mlflow == "tag"}
 """Name in a row -> tag."""
-_METRICS = (
-    "time_ratio",
-    "measured_tpot_ms",
-    "reference_tpot_ms",
-    "load",
-    "speedup",
-    "perplexity",
-    "ppl_vs_strict_percent",
-    "ppl_increase_percent",
-    "peak_kv",
-    "peak_memory_mb",
-    "bandwidth_utilization",
-    "avg_attn_ms",
-    "prefill_sec",
-    "first_token_latency_sec",
-    "runtime_sec",
-    "quality_sec",
-    "speed_sec",
-    "evaluated_tokens",
-)
-_AT_THE_END = (
-    "tpot_ms",
-    "decode_toks_per_sec",
-    "time_ratio",
-    "measured_tpot_ms",
-    "reference_tpot_ms",
-    "speedup",
-    "ppl_increase_percent",
-    "rounds",
-    "front_probability",
-)
-"""Metrics that hang on all trials, or on what was confirmed: brought up to date each time a sweep ends."""
+_METRICS = tuple(field.name for field in FIELDS.values() if field.mlflow == "metric")
+_AT_THE_END = tuple(field.name for field in FIELDS.values() if field.final)
 PARENT_PARAMS = ("model", "dtype", "quantization", "cap", "seed")
-_COLUMNS = (
-    *(f"tags.`{name}`" for name in ("pareto", "method", "backend.used")),
-    *(f"metrics.`{name}`" for name in ("tpot_ms", "speedup", "ppl_vs_strict_percent", "perplexity", "peak_kv")),
-    *(f"metrics.`{name}`" for name in ("rounds", "front_probability")),
-    *(f"params.`{name}`" for name in ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop")),
-    *(f"tags.`{name}`" for name in ("dataset", "device", "feasible", "reason")),
-)
+_VIEWED = sorted((field for field in FIELDS.values() if field.viewed), key=lambda field: field.mlflow != "metric")
+_COLUMNS = ("tags.`pareto`", *(f"{field.mlflow}s.`{field.tag or field.name}`" for field in _VIEWED))
 """Of the table of runs that MLflow's UI shows at a study's own address, in this order."""
 _LONGEST_NOTE = 8000
 """Characters of a tag's value that MLflow keeps."""
@@ -369,7 +306,4 @@ def one_line(error: Exception) -> str:
 def _run_name(row: Row) -> str:
     if row["trial"] in (STRICT, BASELINE):
         return str(row["trial"])
-    return (
-        f"{row['trial']:03d} {row['method']} S={row['n_sink']} W={row['window_size']} R={row['compress_every']} "
-        f"slack={row['cache_slack']} drop={row['max_drop']} {row['backend_requested']}"
-    )
+    return f"{row['trial']:03d} {row['method']} {knobs_in_short(row)} {row['backend_requested']}"

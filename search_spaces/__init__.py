@@ -4,11 +4,10 @@ syntax of the one, `comprehensive.yaml` with that of the other."""
 from .loader import load_space
 from .matrix import MEASURES, Cell, Matrix, is_matrix, load_matrix
 from .reader import SHIPPED, SpaceError
-from .space import OBJECTIVES, Constraint, SearchSpace, Value, judged, told_name
+from .space import Constraint, SearchSpace, Value, judged
 
 __all__ = [
     "MEASURES",
-    "OBJECTIVES",
     "SHIPPED",
     "Cell",
     "Constraint",
@@ -20,5 +19,4 @@ __all__ = [
     "judged",
     "load_matrix",
     "load_space",
-    "told_name",
 ]

@@ -9,33 +9,15 @@ from pathlib import Path
 
 import yaml
 
-from streamllm.backends import BACKENDS
-from streamllm.methods import METHODS
-from streamllm.options import EXECUTIONS, QUANTIZATIONS
 from streamllm.policy import CapAccounting
+from streamllm.results.schema import OBJECTIVES
 
+from .knobs import LEAST, USUAL, WORDS
 from .reader import Reader, SpaceError, compose
-from .space import OBJECTIVES, Constraint, SearchSpace, Value
+from .space import Constraint, SearchSpace, Value
 
-# Parameter -> the words it may be, or the least whole number; and what it is where a space does not say.
-_WORDS: dict[str, tuple[str, ...]] = {
-    "method": METHODS,
-    "attn_backend": tuple(BACKENDS),
-    "execution": EXECUTIONS,
-    "quantization": QUANTIZATIONS,
-}
-_LEAST = {"total_kv": 1, "n_sink": 0, "compress_every": 0, "cache_slack": 0, "max_drop": 0}
-_DEFAULTS: dict[str, Value] = {
-    "method": "ours",
-    "attn_backend": "auto",
-    "execution": "eager",
-    "quantization": "none",
-    "n_sink": 4,
-    "compress_every": 1,
-    "cache_slack": 0,
-    "max_drop": 0,
-}  # and total_kv: the cap
-_PARAMETERS = (*_WORDS, *_LEAST)
+_PARAMETERS = (*WORDS, *(name for name in LEAST if name != "window_size"))
+"""The window is what the total leaves."""
 _OF_THE_SWEEP = ("quantization",)
 """Parameters that a space which does not name them leaves to the command line."""
 _KEYS = ("description", "cap", "cap_accounting", "objectives", "constraints", "parameters", "known")
@@ -67,7 +49,7 @@ class _SpaceReader(Reader):
             raise self.fail(node, "key 'parameters' is missing")
         cap = self.whole(entries["cap"], "cap", 1) if "cap" in entries else 2048
         given = self.mapping(entries["parameters"], "parameters", _PARAMETERS)
-        defaults = _DEFAULTS | {"total_kv": cap}
+        defaults = {name: USUAL.get(name, cap) for name in _PARAMETERS}
         parameters = {
             name: self.choices(name, given[name]) if name in given else (defaults[name],)
             for name in _PARAMETERS
@@ -124,7 +106,7 @@ class _SpaceReader(Reader):
         """Of a list, a single value, or a mapping of either or of a range."""
         if not isinstance(node, yaml.MappingNode):
             return self.distinct(name, [node])
-        allowed = ("choices", "cuda", "when") if name in _WORDS else ("choices", "low", "high", "step", "log", "when")
+        allowed = ("choices", "cuda", "when") if name in WORDS else ("choices", "low", "high", "step", "log", "when")
         keys = self.mapping(node, name, allowed)
         if "choices" not in keys:
             return self.range(name, node, keys)
@@ -167,7 +149,7 @@ class _SpaceReader(Reader):
         if not {"low", "high"} <= keys.keys():
             raise self.fail(node, f"{name}: needs choices, or low and high")
         log = self.word(keys, "log", (True, False), False)
-        least = max(_LEAST[name], 1 if log else 0)
+        least = max(LEAST[name], 1 if log else 0)
         low, high = (self.whole(keys[end], f"{name} {end}", least) for end in ("low", "high"))
         if low > high:
             raise self.fail(node, f"{name}: low {low} is above high {high}")
@@ -180,9 +162,9 @@ class _SpaceReader(Reader):
         return tuple(values)
 
     def value(self, name: str, node: yaml.Node) -> Value:
-        if name in _LEAST:
-            return self.whole(node, name, _LEAST[name])
-        return str(self.word({name: node}, name, _WORDS[name], None))
+        if name in LEAST:
+            return self.whole(node, name, LEAST[name])
+        return str(self.word({name: node}, name, WORDS[name], None))
 
     def conditional(self, given: dict[str, yaml.Node]) -> dict[str, yaml.Node]:
         """Parameter -> its `when`."""

@@ -15,27 +15,14 @@ from typing import Any
 
 import yaml
 
-from streamllm.backends import BACKENDS
-from streamllm.methods import METHODS
-from streamllm.options import DTYPES, EXECUTIONS, PROTOCOLS, QUANTIZATIONS
+from streamllm.options import DTYPES, PROTOCOLS
+from streamllm.results.schema import FIELDS
 
+from .knobs import LEAST, WORDS
 from .reader import Reader, SpaceError, compose
 from .space import Value
 
-MEASURES = (
-    "perplexity",
-    "ppl_increase_percent",
-    "tpot_ms",
-    "speedup",
-    "decode_toks_per_sec",
-    "runtime_sec",
-    "runtime_change_percent",
-    "decode_sec",
-    "prefill_sec",
-    "first_token_latency_sec",
-    "avg_attn_ms",
-    "peak_memory_mb",
-)
+MEASURES = tuple(field.name for field in FIELDS.values() if field.decimals is not None and not field.of_study)
 """What a matrix' table can show."""
 _TIMED = ("perplexity", "ppl_increase_percent", "runtime_sec", "runtime_change_percent", "tpot_ms", "speedup")
 _COLUMNS = {
@@ -46,16 +33,8 @@ _COLUMNS = {
 """By protocol, where a matrix does not say."""
 
 _BASELINES = ("recompute", "dense")
-_WORDS: dict[str, tuple[str, ...]] = {
-    "method": METHODS,
-    "protocol": PROTOCOLS,
-    "attn_backend": tuple(BACKENDS),
-    "execution": EXECUTIONS,
-    "dtype": DTYPES,
-    "quantization": QUANTIZATIONS,
-}
-_LEAST = {"total_kv": 1, "n_sink": 0, "window_size": 1, "compress_every": 0, "cache_slack": 0, "max_drop": 0}
-_AXES = ("dataset", *_WORDS, *_LEAST)
+_WORDS = {**WORDS, "protocol": PROTOCOLS, "dtype": DTYPES}
+_AXES = ("dataset", *_WORDS, *LEAST)
 _KEYS = (
     "description", "cap", "baseline", "max_eval_tokens", "file", "names", "columns", "configurations", "matrix",
 )  # fmt: skip
@@ -138,7 +117,7 @@ class Matrix:
         parts = ["{configuration}"] if self.configurations else []
         for axis, values in self.axes.items():
             if len(values) > 1:
-                parts.append(f"{axis}-{{{axis}}}" if axis in _LEAST else f"{{{axis}}}")
+                parts.append(f"{axis}-{{{axis}}}" if axis in LEAST else f"{{{axis}}}")
         return "_".join(parts) or "{method}"
 
 
@@ -189,8 +168,8 @@ class _MatrixReader(Reader):
         return values
 
     def value(self, name: str, node: yaml.Node) -> Value:
-        if name in _LEAST:
-            return self.whole(node, name, _LEAST[name])
+        if name in LEAST:
+            return self.whole(node, name, LEAST[name])
         if name in _WORDS:
             return str(self.word({name: node}, name, _WORDS[name], None))
         return str(self.scalar(node))

@@ -12,23 +12,6 @@ from streamllm.policy import CapAccounting
 
 Value = str | int
 
-OBJECTIVES = {
-    "tpot_ms": "minimize",
-    "speedup": "maximize",
-    "perplexity": "minimize",
-    "ppl_vs_strict_percent": "minimize",
-    "ppl_increase_percent": "minimize",
-    "peak_memory_mb": "minimize",
-    "peak_kv": "minimize",
-}
-"""What a sweep can optimise, and which way; constraints are on the same metrics."""
-
-
-def told_name(objective: str) -> str:
-    """What a search is told of an objective: what is known at once, and does not move when the reference's own time or
-    the baseline's quality becomes better known. It is in the same order."""
-    return {"tpot_ms": "time_ratio", "ppl_increase_percent": "ppl_vs_strict_percent"}.get(objective, objective)
-
 
 @dataclass(frozen=True, slots=True)
 class Constraint:

@@ -11,6 +11,7 @@ from .environment import default_dataset, default_model
 from .errors import UsageError
 from .options import DTYPES, PROTOCOLS, QUANTIZATIONS
 from .policy import EvictionPolicy, for_chunks, with_derived_window
+from .results.schema import POLICY_KNOBS
 from .tables import JOINS
 from .text import TextSource
 
@@ -72,24 +73,15 @@ def add_text_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def add_policy_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--n-sink", type=int, default=4, metavar="S", help="first tokens never evicted (4)")
-    group.add_argument(
-        "--window-size",
-        type=int,
-        metavar="W",
-        help=f"recent tokens kept by a prune (what {TOTAL_KV_CAP} or the trained length leaves)",
-    )
-    group.add_argument(
-        "--compress-every",
-        type=int,
-        default=1,
-        metavar="R",
-        help="prune only when R divides the token count; 0 never (1)",
-    )
-    group.add_argument("--cache-slack", type=int, default=0, metavar="X", help="prune only above S + W + X tokens (0)")
-    group.add_argument(
-        "--max-drop", type=int, default=0, metavar="D", help="evict at most D tokens after a token; 0 no limit (0)"
-    )
+    for knob in POLICY_KNOBS:
+        usual = knob.usual if knob.usual is not None else f"what {TOTAL_KV_CAP} or the trained length leaves"
+        group.add_argument(
+            f"--{knob.name.replace('_', '-')}",
+            type=int,
+            default=knob.usual,
+            metavar=knob.short.upper(),
+            help=f"{knob.about} ({usual})",
+        )
 
 
 def add_measuring_arguments(group: argparse._ArgumentGroup) -> None:

@@ -27,6 +27,7 @@ from ..arguments import (
 from ..policy import EvictionPolicy
 from ..printing import say
 from ..progress import working
+from ..results.schema import knobs_in_short
 from ..session import make_room, messages_on_stderr, open_measurements
 
 if TYPE_CHECKING:
@@ -138,10 +139,8 @@ def _record(
 
 
 def _title(record: dict[str, Any]) -> str:
-    knobs = (("S", "n_sink"), ("W", "window_size"), ("R", "compress_every"), ("slack", "cache_slack"))
-    policy = " ".join(f"{short}={record[name]}" for short, name in (*knobs, ("drop", "max_drop")))
     return (
-        f"{record['model']} on {record['dataset']}, {record['dtype']}: {policy}; "
+        f"{record['model']} on {record['dataset']}, {record['dtype']}: {knobs_in_short(record)}; "
         f"reference: S={record['n_sink']} W={record['reference_total'] - record['n_sink']} R=1"
     )
 

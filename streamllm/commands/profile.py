@@ -32,6 +32,7 @@ from ..options import EXECUTIONS
 from ..policy import EvictionPolicy
 from ..printing import say
 from ..progress import working
+from ..results.schema import knobs_in_short
 from ..session import load_model_and_text, make_room, messages_on_stderr
 
 if TYPE_CHECKING:
@@ -168,7 +169,7 @@ def _interval(profiled: "Profile", policy: EvictionPolicy) -> dict[str, Any]:
 
 def _report(result: dict[str, Any], file: Path) -> str:
     on_gpu = result["threads"] is None
-    knobs = "S={n_sink} W={window_size} R={compress_every} slack={cache_slack} drop={max_drop}".format(**result)
+    knobs = knobs_in_short(result)
     threads = "" if on_gpu else f", threads {result['threads']}"
     lines = [
         f"{result['model']}, {result['dtype']}, {result['device']}{threads}",

@@ -1,0 +1,20 @@
+"""The knobs of spaces and matrices: words by the registries that own them, numbers and usual values by the schema."""
+
+from __future__ import annotations
+
+from streamllm.backends import BACKENDS
+from streamllm.methods import METHODS
+from streamllm.options import EXECUTIONS, QUANTIZATIONS
+from streamllm.results.schema import KNOBS
+
+from .space import Value
+
+WORDS: dict[str, tuple[str, ...]] = {
+    "method": METHODS,
+    "attn_backend": tuple(BACKENDS),
+    "execution": EXECUTIONS,
+    "quantization": QUANTIZATIONS,
+}
+LEAST = {field.parameter: field.least for field in KNOBS if field.least is not None}
+USUAL: dict[str, Value] = {field.parameter: field.usual for field in KNOBS if field.usual is not None}
+"""What a knob is where a space does not say; the window is what the total leaves."""

@@ -1,0 +1,1 @@
+"""Results: the schema of their rows, which all that measures and all that shows share."""

@@ -1,0 +1,313 @@
+"""The schema: every knob and every measure, defined once, and the record that has them.
+
+Command-line options, search spaces, table columns, axis labels, MLflow's params, metrics and tags, and the report are
+made of these fields. A new measure is a line in `Row`, and the place that computes it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Self
+
+from ..errors import UsageError
+
+Direction = Literal["minimize", "maximize"]
+FORMAT = 3
+"""Version of the rows' own format. 1: times were no ratios; 2: rows could have any keys."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Field:
+    """What is known of a knob, a measure or a fact, whoever shows it."""
+
+    name: str = ""
+    """Key of a row; of most exports too."""
+    parameter: str = ""
+    """Of a knob, its name in spaces and on command lines."""
+    header: str = ""
+    """Of a column."""
+    unit: str = ""
+    """Empty where the header says it, or there is none."""
+    label: str = ""
+    """Of an axis."""
+    short: str = ""
+    """Where there is no room for the header."""
+    symbol: str = ""
+    """As the papers write it."""
+    decimals: int | None = None
+    """Where no interval says how many; None for words and whole numbers."""
+    interval: bool = False
+    """Whether rows may have `NAME_low` and `NAME_high`, a 95% interval."""
+    words: bool = False
+    knob: bool = False
+    least: int | None = None
+    """Of a knob that is a whole number."""
+    usual: str | int | None = None
+    """What a knob is where nobody says."""
+    objective: Direction | None = None
+    """Which way a sweep may optimise it; constraints are on the same measures."""
+    told: str = ""
+    """What a search is told in its place: what is known at once, and does not move when the reference's own time or the
+    baseline's quality becomes better known. It is in the same order."""
+    mlflow: Literal["param", "metric", "tag"] | None = None
+    tag: str = ""
+    """Its name in MLflow, where that is another."""
+    final: bool = False
+    """Whether it hangs on all trials, or on what was confirmed: MLflow's is brought up to date when a sweep ends."""
+    of_study: bool = False
+    """Whether trials of studies alone have it."""
+    viewed: bool = False
+    """Whether MLflow's table of runs shows it."""
+    about: str = ""
+    """A line of help."""
+
+
+def _field(header: str = "", **more: Any) -> Any:
+    return dataclasses.field(default=None, metadata={"field": Field(header=header, **more)})
+
+
+def _fact(header: str = "", **more: Any) -> Any:
+    """What a row says about itself, in words or a number."""
+    return _field(header, **more)
+
+
+def _word(header: str, usual: str, **more: Any) -> Any:
+    return _field(header, words=True, knob=True, usual=usual, label=header, mlflow="tag", **more)
+
+
+def _tokens(header: str, symbol: str, least: int, usual: int | None, label: str, about: str, **more: Any) -> Any:
+    """A knob that is a number of tokens."""
+    return _field(
+        header, symbol=symbol, unit="tokens", label=label, knob=True, least=least, usual=usual, about=about,
+        **{"short": symbol, "mlflow": "param", "viewed": True} | more,
+    )  # fmt: skip
+
+
+def _measure(header: str, unit: str = "", decimals: int | None = 2, **more: Any) -> Any:
+    return _field(header, unit=unit, decimals=decimals, mlflow="metric", **more)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Row(Mapping[str, Any]):
+    """One measured configuration, flat, as a line of `trials.jsonl` or an object of an evaluation's JSON has it.
+
+    What it lacks is None as an attribute, and missing as a key. Ends of intervals are keys alone."""
+
+    # What was measured.
+    trial: int | str | None = _fact("#", mlflow="tag")
+    state: str | None = _fact("state", words=True, mlflow="tag", about="complete or failed")
+    model: str | None = _fact("model", words=True, mlflow="tag")
+    model_digest: str | None = _fact()
+    weights: str | None = _fact(about="how a GGUF file had quantised them")
+    dataset: str | None = _fact("data set", words=True, mlflow="tag", viewed=True)
+    text_digest: str | None = _fact()
+    n_tokens: int | None = _fact("text", unit="tokens")
+    bos: bool | None = _fact(about="whether a BOS is the text's first token")
+    protocol: str | None = _fact("protocol", words=True, mlflow="tag")
+    dtype: str | None = _fact("dtype", words=True, mlflow="tag")
+    version: str | None = _fact(about="of streamllm")
+
+    # Knobs.
+    method: str | None = _word("method", "ours", viewed=True)
+    backend: str | None = _fact("backend", words=True, label="backend", mlflow="tag", tag="backend.used", viewed=True,
+                                about="the attention kernel that ran")  # fmt: skip
+    backend_requested: str | None = _fact(
+        "backend asked for",
+        words=True,
+        mlflow="tag",
+        tag="backend.requested",
+        knob=True,
+        parameter="attn_backend",
+        usual="auto",
+    )
+    execution: str | None = _word("execution", "eager")
+    quantization: str | None = _word("quantization", "none")
+    total_kv: int | None = _tokens("total KV", "", 1, None, "total KV S + W + σ, tokens", "sinks, window, slack",
+                                   mlflow=None, viewed=False)  # fmt: skip
+    n_sink: int | None = _tokens("sinks", "S", 0, 4, "sinks S, tokens", "first tokens never evicted")
+    window_size: int | None = _tokens("window", "W", 1, None, "window W, tokens", "recent tokens kept by a prune")
+    compress_every: int | None = _tokens("prune every", "R", 0, 1, "pruned every R tokens",
+                                         "prune only when R divides the token count; 0 never")  # fmt: skip
+    cache_slack: int | None = _tokens("slack", "σ", 0, 0, "slack σ, tokens", "prune only above S + W + slack tokens",
+                                      short="slack")  # fmt: skip
+    max_drop: int | None = _tokens("max drop", "δ", 0, 0, "max drop δ, tokens (0: no limit)",
+                                   "evict at most so many tokens after a token; 0 no limit", short="drop")  # fmt: skip
+    refresh_budget: int | None = _fact(about="tokens that method refresh puts back")
+    refresh_position: str | None = _fact()
+    overlap: int | None = _fact()
+    same_policy_as: str | None = _fact()
+
+    # Where.
+    device: str | None = _fact("device", words=True, mlflow="tag", viewed=True)
+    threads: int | None = _fact("threads", about="of a CPU")
+    cpu_capability: str | None = _fact(about="torch's CPU kernels")
+    worker: int | None = _fact()
+    foreign_processes: str | None = _fact(
+        words=True, mlflow="tag", about="others on the accelerator, just after the timing"
+    )
+
+    # Speed.
+    tpot_ms: float | None = _measure("ms/token", interval=True, final=True, label="time per output token, ms",
+                                     objective="minimize", told="time_ratio", viewed=True)  # fmt: skip
+    speedup: float | None = _measure("speedup", "×", 1, interval=True, final=True, viewed=True,
+                                     label="speedup over re-computation, ×", objective="maximize")  # fmt: skip
+    time_ratio: float | None = _measure("time / strict's", interval=True, final=True, decimals=3,
+                                        about="time per token over strict StreamingLLM's, timed in turn")  # fmt: skip
+    measured_tpot_ms: float | None = _measure(
+        "measured ms/token", interval=True, final=True, about="by the clock, in that minute"
+    )
+    reference_tpot_ms: float | None = _measure("strict's ms/token", final=True, about="by the clock, in that minute")
+    decode_toks_per_sec: float | None = _measure(
+        "decoding", "tokens/s", 1, final=True, label="decoding, tokens per second"
+    )
+    runtime_sec: float | None = _measure("runtime", "s", label="runtime over the whole text, s")
+    runtime_change_percent: float | None = _measure("runtime change %", "", 1)
+    decode_sec: float | None = _measure("total time", "s")
+    prefill_sec: float | None = _measure("prefill", "s", 3)
+    first_token_latency_sec: float | None = _measure("first token", "s", 3, label="first token latency, s")
+    avg_attn_ms: float | None = _measure("attention", "ms/token", label="attention per token, ms")
+    bytes_per_token: int | None = _fact(about="read for a token: weights and cache")
+    bandwidth_utilization: float | None = _measure("share of bandwidth", decimals=2)
+    load: float | None = _measure(
+        "load", decimals=1, about="processes that ran or waited for a core, in the minute before"
+    )
+    pairs: int | None = _fact(about="segments that were timed in turn with the reference's")
+    timed_at: float | None = _fact(about="seconds since 1970")
+    tokens_per_segment: int | None = _fact()
+    warmup_tokens: int | None = _fact()
+    speed_sec: float | None = _measure("timing", "s", 1, about="that the timing took")
+    reference_total: int | None = _fact(about="total KV of strict StreamingLLM beside it")
+    reference_digest: str | None = _fact(about="its weights, where they are others")
+
+    # Confirmed.
+    rounds: int | None = _measure("rounds", decimals=None, final=True, of_study=True, viewed=True)
+    front_probability: float | None = _measure("P(front)", short="P", final=True, of_study=True, viewed=True)
+    not_told_from: Sequence[int] | None = _fact(about="trials that it is better than in no objective for certain")
+
+    # Quality.
+    perplexity: float | None = _measure("PPL", label="perplexity", objective="minimize", viewed=True)
+    ppl_vs_strict_percent: float | None = _measure(
+        "PPL vs strict %", decimals=1, interval=True, label="perplexity increase over strict StreamingLLM, %",
+        objective="minimize", viewed=True,
+    )  # fmt: skip
+    ppl_increase_percent: float | None = _measure(
+        "PPL increase %", decimals=1, interval=True, label="perplexity increase over re-computation, %",
+        objective="minimize", told="ppl_vs_strict_percent", final=True,
+    )  # fmt: skip
+    evaluated_tokens: int | None = _measure("evaluated", "tokens", None)
+    sampled_tokens: int | None = _fact(about="tokens that a sampled method was evaluated at")
+    quality_sec: float | None = _measure("evaluating", "s", 1, about="that the losses took")
+    quality_entry: str | None = _fact(about="of the store, with the losses")
+    chunks: int | None = _fact()
+    prefill_tokens: int | None = _fact()
+    continuation_tokens: int | None = _fact()
+
+    # Memory.
+    peak_kv: int | None = _measure("peak KV", "tokens", None, short="KV", label="largest number of keys attended to",
+                                   objective="minimize", viewed=True)  # fmt: skip
+    peak_memory_mb: float | None = _measure("peak memory", "MiB", 0, label="peak memory, MiB", objective="minimize")
+
+    # What became of it.
+    feasible: bool | None = _fact(mlflow="tag", viewed=True)
+    violated: str | None = _fact("violated", words=True)
+    reason: str | None = _fact("reason", words=True, mlflow="tag", viewed=True)
+    warning: str | None = _fact("warning", words=True, mlflow="tag")
+    reused: bool | None = _fact(about="whether all of it was in the store")
+    runs: int | None = _fact(about="that were averaged")
+    finished_at: float | None = _fact(about="seconds since 1970")
+    commit: str | None = _fact(mlflow="tag")
+
+    ends: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """`NAME_low`, `NAME_high`, and of several runs `NAME_std`."""
+
+    def __getitem__(self, key: str) -> Any:
+        value = getattr(self, key) if key in FIELDS else self.ends.get(key)
+        if value is None:
+            raise KeyError(key)
+        return value
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (name for name in FIELDS if getattr(self, name) is not None)
+        yield from self.ends
+
+    def __repr__(self) -> str:
+        return f"Row.of({dict(self)})"
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+    def __or__(self, values: Mapping[str, Any]) -> Row:
+        """The row with these values; None takes one away. Raises ValueError for keys that are none of a row's."""
+        fields, ends = _sorted(values)
+        kept = {key: end for key, end in (self.ends | ends).items() if end is not None}
+        return replace(self, **fields, ends=kept)
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> Self:
+        """Raises ValueError for keys that are none of a row's."""
+        fields, ends = _sorted(values)
+        return cls(**fields, ends={key: end for key, end in ends.items() if end is not None})
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], where: str) -> Self:
+        """`where`: for the message. Raises UsageError for a row of a later version, or with keys that are none of a
+        row's. Older rows might have any: those that mean nothing any more are left out."""
+        written = values.get("format", 2)
+        values = {key: value for key, value in values.items() if key != "format"}
+        if written > FORMAT:
+            raise UsageError(f"{where}: has rows of format {written}, this version reads {FORMAT}; use a newer one")
+        if written < FORMAT:
+            values = {key: value for key, value in values.items() if _is_key(key)}
+        try:
+            return cls.of(values)
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **self}
+
+
+def _named(field: Field, name: str) -> Field:
+    return replace(field, name=name, parameter=field.parameter or name)
+
+
+AnyRow = Mapping[str, Any]
+"""A row, or one with what a table adds to it."""
+
+FIELDS: dict[str, Field] = {
+    field.name: _named(field.metadata["field"], field.name)
+    for field in dataclasses.fields(Row)
+    if "field" in field.metadata
+}
+KNOBS = tuple(field for field in FIELDS.values() if field.knob)
+POLICY_KNOBS = tuple(field for field in KNOBS if field.symbol)
+"""Those of an `EvictionPolicy`."""
+OBJECTIVES: dict[str, Direction] = {field.name: field.objective for field in FIELDS.values() if field.objective}
+"""What a sweep can optimise, and which way; constraints are on the same measures."""
+_ENDS = ("_low", "_high", "_std")
+
+
+def told_name(objective: str) -> str:
+    """What a search is told of it."""
+    return FIELDS[objective].told or objective
+
+
+def knobs_in_short(row: AnyRow, symbols: bool = False) -> str:
+    """`S=4 W=252 R=1 slack=0 drop=0`, of those that it has."""
+    named = [(field.symbol if symbols else field.short, row.get(field.name)) for field in POLICY_KNOBS]
+    return " ".join(f"{letter}={value}" for letter, value in named if value is not None)
+
+
+def _sorted(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields, and ends of intervals. Raises ValueError."""
+    fields = {key: value for key, value in values.items() if key in FIELDS}
+    ends = {key: value for key, value in values.items() if key not in FIELDS}
+    if unknown := [key for key in ends if not _is_key(key)]:
+        raise ValueError(f"key {unknown[0]!r}: no knob, measure or fact of a row")
+    return fields, ends
+
+
+def _is_key(key: str) -> bool:
+    return key in FIELDS or any(key.endswith(end) and key.removesuffix(end) in FIELDS for end in _ENDS)
