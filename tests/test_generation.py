@@ -135,9 +135,9 @@ def test_generate_is_the_policy(golden_model):
     np.testing.assert_allclose(replayed, expected, rtol=0, atol=2e-5)
 
 
-def test_the_example_in_the_readme():
+def test_the_example_in_the_docs():
     root = GOLDEN.parents[1]
-    example = re.search(r"```python\n(.*?)```", (root / "README.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    example = re.search(r"```python\n(.*?)```", (root / "docs/generate.md").read_text(encoding="utf-8"), re.DOTALL)[1]
     assert "10_000" in example
     code = example.replace("10_000", "300")
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
