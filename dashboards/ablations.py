@@ -7,9 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from streamllm.results.schema import POLICY_KNOBS
+from streamllm.results.schema import POLICY_KNOBS, AnyRow
 
-from .front import Row
 from .style import CYCLE, LABELS, MARKERS, NoDataError, new_figure
 
 if TYPE_CHECKING:
@@ -23,7 +22,7 @@ _LINES = 4
 """Shown at most: those with the most values."""
 
 
-def ablation(rows: Sequence[Row], knob: str) -> Figure:
+def ablation(rows: Sequence[AnyRow], knob: str) -> Figure:
     """Time and perplexity over the knob's values, a line for each setting of the others. Raises NoDataError."""
     lines = ablation_lines(rows, knob)
     if not lines:
@@ -47,10 +46,10 @@ def ablation(rows: Sequence[Row], knob: str) -> Figure:
     return figure
 
 
-def ablation_lines(rows: Sequence[Row], knob: str) -> list[tuple[str, list[Row]]]:
+def ablation_lines(rows: Sequence[AnyRow], knob: str) -> list[tuple[str, list[AnyRow]]]:
     """The longest lines with their labels, each in the knob's order. The window is no setting of its own but what the
     others leave of the total, unless it is the knob."""
-    settings: dict[tuple[Any, ...], dict[int, Row]] = defaultdict(dict)
+    settings: dict[tuple[Any, ...], dict[int, AnyRow]] = defaultdict(dict)
     for row in rows:
         if _complete(row) and row.get("method") != "recompute":
             settings[_others(row, knob)][row[knob]] = row
@@ -58,10 +57,10 @@ def ablation_lines(rows: Sequence[Row], knob: str) -> list[tuple[str, list[Row]]
     return [(_label(next(iter(line.values())), knob), [line[value] for value in sorted(line)]) for line in longest]
 
 
-def _untold(lines: Sequence[Sequence[Row]], metric: str) -> str:
+def _untold(lines: Sequence[Sequence[AnyRow]], metric: str) -> str:
     """Says so where no two points of any line can be told apart: their intervals share a value."""
 
-    def told(line: Sequence[Row]) -> bool:
+    def told(line: Sequence[AnyRow]) -> bool:
         known = [row for row in line if isinstance(row.get(metric), int | float)]
         lows, highs = ([row.get(f"{metric}_{end}", row[metric]) for row in known] for end in ("low", "high"))
         return bool(known) and max(lows) > min(highs)
@@ -69,25 +68,25 @@ def _untold(lines: Sequence[Sequence[Row]], metric: str) -> str:
     return "" if any(told(line) for line in lines) else "\nno difference beyond the intervals"
 
 
-def _others(row: Row, knob: str) -> tuple[Any, ...]:
+def _others(row: AnyRow, knob: str) -> tuple[Any, ...]:
     names = ("model", "dataset", "protocol", "method", "backend", "execution", "quantization", *KNOBS)
     total = row["n_sink"] + row["window_size"] + row.get("cache_slack", 0) if knob != "window_size" else None
     return total, *(row.get(name) for name in names if name not in (knob, "window_size"))
 
 
-def _complete(row: Row) -> bool:
+def _complete(row: AnyRow) -> bool:
     numbers = [row.get(name) for name in (*KNOBS, "tpot_ms")]
     return row.get("state") == "complete" and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
 
 
-def _label(row: Row, knob: str) -> str:
+def _label(row: AnyRow, knob: str) -> str:
     knobs = [f"{LETTERS[name]}={row[name]}" for name in KNOBS if name not in (knob, "window_size")]
     how = [str(row[name]) for name in ("method", "backend") if name in row]
     how += [str(row[name]) for name in ("execution", "quantization") if row.get(name) not in ("eager", "none", None)]
     return " ".join([*how, *knobs])
 
 
-def _draw(axes: Any, line: Sequence[Row], knob: str, metric: str, color: str, marker: str, label: str) -> None:
+def _draw(axes: Any, line: Sequence[AnyRow], knob: str, metric: str, color: str, marker: str, label: str) -> None:
     line = [row for row in line if isinstance(row.get(metric), int | float)]
     values = [row[metric] for row in line]
     errors = [

@@ -6,9 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from streamllm.results.schema import FIELDS, POLICY_KNOBS
-
-from .front import Row
+from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +36,7 @@ class Column:
         """Of a row, with those of the interval."""
         return (self.key, f"{self.key}_low", f"{self.key}_high") if self.interval else (self.key,)
 
-    def text(self, row: Row) -> str:
+    def text(self, row: AnyRow) -> str:
         """The value, to the digit where its interval begins to matter, and the interval; empty if there is none."""
         value = row.get(self.key)
         if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -83,7 +81,7 @@ _WHERE_THERE = {
 """Columns that only rows with such a value have."""
 
 
-def shown_columns(rows: Sequence[Row], objectives: Collection[str] = ()) -> tuple[Column, ...]:
+def shown_columns(rows: Sequence[AnyRow], objectives: Collection[str] = ()) -> tuple[Column, ...]:
     """All but those that say nothing: execution or quantization where no row has any, the backend asked for where it is
     the one that ran, memory where it is no objective, the rounds of confirming where they are the same in every row."""
     present = {key for row in rows for key in _WHERE_THERE if row.get(key) is not None}

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from streamllm.results.schema import FIELDS, POLICY_KNOBS, knobs_in_short
+from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow, knobs_in_short
 
 from .columns import interval_decimals
-from .front import Row
 from .style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PURPLE, SKY, VERMILLION, NoDataError, new_figure
 
 if TYPE_CHECKING:
@@ -59,10 +58,12 @@ class Group:
     """What stands side by side."""
 
     title: str
-    rows: dict[Series, Row]
+    rows: dict[Series, AnyRow]
 
 
-def comparison(rows: Sequence[Row], metrics: Sequence[str], protocols: Sequence[str | None] = _TIMED_AS_ONE) -> Figure:
+def comparison(
+    rows: Sequence[AnyRow], metrics: Sequence[str], protocols: Sequence[str | None] = _TIMED_AS_ONE
+) -> Figure:
     """A panel per metric. Raises NoDataError if nothing but a baseline has the first of them."""
     groups = comparable(rows, protocols, metrics[0])
     kinds = sorted({series for group in groups for series in group.rows}, key=lambda series: series.order)
@@ -85,11 +86,11 @@ def comparison(rows: Sequence[Row], metrics: Sequence[str], protocols: Sequence[
     return figure
 
 
-def comparable(rows: Sequence[Row], protocols: Sequence[str | None], metric: str) -> list[Group]:
+def comparable(rows: Sequence[AnyRow], protocols: Sequence[str | None], metric: str) -> list[Group]:
     """Per model and data set what was measured by the first protocol there is, at the policy that most series share,
     and the recommended trial. Raises NoDataError."""
     having = [row for row in rows if _sound(row) and _number(row.get(metric))]
-    places: dict[tuple[str, str], list[Row]] = defaultdict(list)
+    places: dict[tuple[str, str], list[AnyRow]] = defaultdict(list)
     for row in having:
         if row.get("protocol") in protocols:
             places[str(row.get("model", "")), str(row.get("dataset", ""))].append(row)
@@ -109,10 +110,10 @@ def comparable(rows: Sequence[Row], protocols: Sequence[str | None], metric: str
     return groups
 
 
-def _at_shared_policy(rows: Sequence[Row]) -> tuple[dict[Series, Row], str]:
+def _at_shared_policy(rows: Sequence[AnyRow]) -> tuple[dict[Series, AnyRow], str]:
     """Of several trials of a series at that policy, the last."""
-    policies: dict[tuple[Any, ...], dict[Series, Row]] = defaultdict(dict)
-    always: dict[Series, Row] = {}
+    policies: dict[tuple[Any, ...], dict[Series, AnyRow]] = defaultdict(dict)
+    always: dict[Series, AnyRow] = {}
     recommended = ""
     for row in rows:
         how = (("method", ""), ("backend", ""), ("execution", "eager"), ("quantization", "none"))
@@ -131,7 +132,7 @@ def _at_shared_policy(rows: Sequence[Row]) -> tuple[dict[Series, Row], str]:
     return always | policies[policy], _policy(dict(zip(_KNOBS, policy, strict=True))) + recommended
 
 
-def _policy(row: Row) -> str:
+def _policy(row: AnyRow) -> str:
     """Slack and max drop where they are not 0."""
     said = {knob: row.get(knob) for knob in _KNOBS if row.get(knob) or FIELDS[knob].usual != 0}
     return knobs_in_short(said, symbols=True)
@@ -179,7 +180,7 @@ def bars(
     axes.set_title(LABELS[metric])
 
 
-def runtime(rows: Sequence[Row]) -> Figure:
+def runtime(rows: Sequence[AnyRow]) -> Figure:
     """The time per token; where results have none, as the source documents', the runtime. Raises NoDataError."""
     try:
         return comparison(rows, ("tpot_ms",))
@@ -187,9 +188,9 @@ def runtime(rows: Sequence[Row]) -> Figure:
         return comparison(rows, ("runtime_sec",), protocols=("chunked", None))
 
 
-def backends(rows: Sequence[Row]) -> Figure:
+def backends(rows: Sequence[AnyRow]) -> Figure:
     """Time per token of the trials that differ in nothing but math or flash. Raises NoDataError."""
-    pairs: dict[tuple[Any, ...], dict[str, Row]] = defaultdict(dict)
+    pairs: dict[tuple[Any, ...], dict[str, AnyRow]] = defaultdict(dict)
     for row in rows:
         if _sound(row) and row.get("backend") in ("math", "flash") and _number(row.get("tpot_ms")):
             names = ("model", "dataset", "protocol", "method", "execution", "quantization", *_KNOBS)
@@ -218,7 +219,7 @@ def backends(rows: Sequence[Row]) -> Figure:
 _PAIRS = 10
 
 
-def _sound(row: Row) -> bool:
+def _sound(row: AnyRow) -> bool:
     """Whether it is complete, and nothing that it measured is not finite."""
     measures = (row.get(name, 0.0) for name in ("perplexity", "tpot_ms", "ppl_increase_percent"))
     return row.get("state") == "complete" and all(_number(value) is not None for value in measures)

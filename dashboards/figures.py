@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from streamllm.errors import UsageError
 from streamllm.printing import say
-from streamllm.results.schema import knobs_in_short
+from streamllm.results.front import hypervolume
+from streamllm.results.schema import AnyRow, knobs_in_short
+from streamllm.results.study import StudyResults, is_study, load_study
 
 from .ablations import KNOBS, ablation
 from .columns import BY_KEY
 from .comparisons import backends, comparison, runtime
 from .evaluations import read_results
-from .front import Row, hypervolume
 from .importance import importance
 from .kv_length import kv_length
 from .recommendation import recommended
-from .study import StudyResults, is_study, load_study
 from .style import BLUE, GREY, LABELS, VERMILLION, NoDataError, new_figure, save, style
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ STUDY_FIGURES: dict[str, Callable[[StudyResults], Figure]] = {
 }
 """Of one study, by file name."""
 
-ROW_FIGURES: dict[str, Callable[[Sequence[Row]], Figure]] = {
+ROW_FIGURES: dict[str, Callable[[Sequence[AnyRow]], Figure]] = {
     "main_comparison": partial(comparison, metrics=("speedup", "perplexity")),
     "results_summary": partial(comparison, metrics=("speedup", "tpot_ms", "perplexity", "ppl_increase_percent")),
     "fixed_eval_speedup": partial(comparison, metrics=("speedup",)),
@@ -130,7 +130,7 @@ def write_figures(
     studies: Sequence[StudyResults],
     folder: Path,
     suffixes: Sequence[str] = ("png", "pdf"),
-    evaluations: Sequence[Row] = (),
+    evaluations: Sequence[AnyRow] = (),
     only: Collection[str] | None = None,
 ) -> Written:
     """Writes the figures that there is data for. Of several studies, each has those of a study under its own name.
@@ -193,7 +193,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _rows(study: StudyResults) -> list[Row]:
+def _rows(study: StudyResults) -> list[AnyRow]:
     """The study's as the search measured them, all alike, the recommended one marked."""
     found = recommended(study, study.front)
     best, mark = found.row, {"recommended": found.kind}
@@ -202,7 +202,7 @@ def _rows(study: StudyResults) -> list[Row]:
 
 def _scatter(
     axes: Any,
-    rows: Sequence[Row],
+    rows: Sequence[AnyRow],
     x: str,
     y: str,
     color: str,
@@ -228,7 +228,7 @@ def _scatter(
         )
 
 
-def _number(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
+def _number(axes: Any, rows: Sequence[AnyRow], x: str, y: str) -> None:
     """Trial numbers beside the points; of points so close that they would cover each other, the first one's."""
     said: list[Any] = []
     for row in rows:
@@ -256,7 +256,7 @@ def _mark_baselines(axes: Any, study: StudyResults, y: str) -> None:
             axes.axhline(row[y], color="0.3", linewidth=1, linestyle=line, label=label)
 
 
-def _volume(study: StudyResults, rows: Sequence[Row]) -> str:
+def _volume(study: StudyResults, rows: Sequence[AnyRow]) -> str:
     worst = {
         name: (min if direction == "maximize" else max)(row[name] for row in rows if _finite(row, name))
         for name, direction in study.objectives.items()
@@ -264,7 +264,7 @@ def _volume(study: StudyResults, rows: Sequence[Row]) -> str:
     return f"hypervolume up to the worst trial {hypervolume(study.front, study.objectives, worst):.4g}"
 
 
-def _limit(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
+def _limit(axes: Any, rows: Sequence[AnyRow], x: str, y: str) -> None:
     """The axes span the points, not the widest interval; far points bend the axis instead of flattening it."""
     for values, set_limits in (([row[x] for row in rows], axes.set_xlim), ([row[y] for row in rows], axes.set_ylim)):
         margin = 0.08 * (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
@@ -279,7 +279,7 @@ def _limit(axes: Any, rows: Sequence[Row], x: str, y: str) -> None:
         axes.yaxis.set_major_formatter(ScalarFormatter())
 
 
-def _errors(rows: Sequence[Row], name: str) -> list[list[float]] | None:
+def _errors(rows: Sequence[AnyRow], name: str) -> list[list[float]] | None:
     if not any(f"{name}_low" in row for row in rows):
         return None
     return [
@@ -288,12 +288,12 @@ def _errors(rows: Sequence[Row], name: str) -> list[list[float]] | None:
     ]
 
 
-def _finite(row: Row, name: str) -> bool:
+def _finite(row: AnyRow, name: str) -> bool:
     value = row.get(name)
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _describe(row: Row, objectives: Sequence[str]) -> str:
+def _describe(row: AnyRow, objectives: Sequence[str]) -> str:
     values = ", ".join(f"{BY_KEY[name].title} {BY_KEY[name].text(row)}" for name in objectives)
     return f"{row['trial']:>3}  {row['method']} {row['backend']}  {knobs_in_short(row, symbols=True)}\n     {values}"
 

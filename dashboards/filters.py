@@ -7,17 +7,19 @@ import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
 from itertools import chain
+from typing import TypeVar
 
 from streamllm.errors import UsageError
+from streamllm.results.schema import AnyRow
 
-from .front import Row
+R = TypeVar("R", bound=AnyRow)
 
 _ALIASES = {"backend.used": "backend", "backend.requested": "backend_requested"}
 _NAME = re.compile(r"""('(?:[^']|'')*')|("(?:[^"]|"")*")|(?:(?:tags|metrics|params)\.)?(`[^`]+`|[A-Za-z_][\w.]*)""")
 """A text in single or in double quotes, or a name, with or without MLflow's prefix and quotes."""
 
 
-def select(rows: Sequence[Row], where: str) -> list[Row]:
+def select(rows: Sequence[R], where: str) -> list[R]:
     """The rows for which the condition is true: SQL (SQLite's) over their values, a missing or NaN one being NULL.
 
     Nothing of it is run as Python, and there is nothing but the rows for it to read. Raises UsageError."""
@@ -39,7 +41,7 @@ def select(rows: Sequence[Row], where: str) -> list[Row]:
     return [rows[number] for (number,) in found]
 
 
-def _columns(rows: Sequence[Row]) -> list[str]:
+def _columns(rows: Sequence[AnyRow]) -> list[str]:
     """Whatever some row has; names that differ by case only are one to SQL."""
     names = {name.lower(): name for name in dict.fromkeys(chain.from_iterable(rows))}
     return [name for name in names.values() if re.fullmatch(r"\w+", name) and name.lower() != "number"]

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from streamllm.results.schema import AnyRow
+from streamllm.results.study import StudyResults
+
 from .columns import interval_decimals
-from .front import Row
 from .recommendation import recommended
-from .study import StudyResults, read_outcome
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
     asked: str
     found: tuple[str, ...]
-    recommended: Row | None
+    recommended: AnyRow | None
     """Of the front."""
     why: str
     certainty: tuple[str, ...]
@@ -25,7 +26,7 @@ class Findings:
         return tuple(text for text in (self.asked, *self.found, self.why, *self.certainty) if text)
 
 
-def findings(study: StudyResults, front: Sequence[Row]) -> Findings:
+def findings(study: StudyResults, front: Sequence[AnyRow]) -> Findings:
     """front: the study's, which is computed only once."""
     found = recommended(study, front)
     chosen = found.row
@@ -38,7 +39,7 @@ def findings(study: StudyResults, front: Sequence[Row]) -> Findings:
     )
 
 
-def costs_nothing(row: Row) -> bool:
+def costs_nothing(row: AnyRow) -> bool:
     """Whether the interval of the row's perplexity increase, over strict StreamingLLM where that is known, reaches down
     to none."""
     name = _cost_name(row)
@@ -46,11 +47,11 @@ def costs_nothing(row: Row) -> bool:
     return low is not None and low <= 0
 
 
-def _cost_name(row: Row) -> str:
+def _cost_name(row: AnyRow) -> str:
     return "ppl_vs_strict_percent" if "ppl_vs_strict_percent" in row else "ppl_increase_percent"
 
 
-def configuration_words(row: Row) -> str:
+def configuration_words(row: AnyRow) -> str:
     """For people who know the knobs."""
     return (
         f"trial {row['trial']}: {row['method']}, {row.get('backend', row['backend_requested'])} attention, "
@@ -69,7 +70,7 @@ def _asked(study: StudyResults) -> str:
     )
 
 
-def _found(points: Sequence[Row]) -> tuple[str, ...]:
+def _found(points: Sequence[AnyRow]) -> tuple[str, ...]:
     if not all("speedup" in point and "ppl_increase_percent" in point for point in points):
         return (f"{len(points)} configurations are on the front: no other beats one of them in every objective.",)
     fastest = max(points, key=lambda row: row["speedup"])
@@ -83,11 +84,11 @@ def _found(points: Sequence[Row]) -> tuple[str, ...]:
     return tuple(said)
 
 
-def _speed(row: Row) -> str:
+def _speed(row: AnyRow) -> str:
     return f"{row['speedup']:.1f} times as fast as re-computing"
 
 
-def _cost(row: Row) -> str:
+def _cost(row: AnyRow) -> str:
     name = _cost_name(row)
     value = row[name]
     low, high = row.get(f"{name}_low", value), row.get(f"{name}_high", value)
@@ -102,7 +103,7 @@ def _cost(row: Row) -> str:
     return f"for {value:.{places}f}% more perplexity{interval}{than}"
 
 
-def _certainty(study: StudyResults, chosen: Row | None) -> tuple[str, ...]:
+def _certainty(study: StudyResults, chosen: AnyRow | None) -> tuple[str, ...]:
     said = []
     if chosen is not None and chosen.get("rounds"):
         said.append(_confirmed_words(chosen))
@@ -118,14 +119,14 @@ def _certainty(study: StudyResults, chosen: Row | None) -> tuple[str, ...]:
     failed = sum(row["state"] != "complete" for row in study.trials)
     if failed:
         said.append(f"{failed} of {len(study.trials)} configurations failed; the reasons are at the end.")
-    status, _ = read_outcome(study.folder)
+    status, _ = study.files.read_outcome()
     if status != "FINISHED":
         words = {None: "has not finished", "KILLED": "was interrupted", "FAILED": "ended with an error"}
         said.append(f"The sweep {words[status]}: what it would have found is not in here.")
     return tuple(said)
 
 
-def _confirmed_words(chosen: Row) -> str:
+def _confirmed_words(chosen: AnyRow) -> str:
     text = f"After the search its speed was measured again, {chosen['rounds']} times, in turn with the other candidates"
     if "speedup_low" in chosen:
         text += f": between {chosen['speedup_low']:.1f} and {chosen['speedup_high']:.1f} times re-computing, with 95% "

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from streamllm.results.schema import AnyRow
+
 from .columns import Column
-from .front import Row
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,8 +30,8 @@ class Table:
     summary: tuple[str, ...]
     """Lines above the table."""
     columns: tuple[Column, ...]
-    rows: Sequence[Row]
-    baselines: Sequence[Row] = ()
+    rows: Sequence[AnyRow]
+    baselines: Sequence[AnyRow] = ()
     """Shown below the rows; no rows of the data formats."""
     notes: tuple[str, ...] = ()
     """Lines below the table."""

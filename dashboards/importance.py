@@ -9,8 +9,9 @@ from itertools import islice
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from .front import Row
-from .study import StudyResults
+from streamllm.results.schema import AnyRow
+from streamllm.results.study import StudyResults
+
 from .style import BLUE, LABELS, ORANGE, PURPLE, NoDataError, new_figure
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def importance(study: StudyResults) -> Figure:
     return figure
 
 
-def main_effects(rows: Sequence[Row], objective: str) -> dict[str, float]:
+def main_effects(rows: Sequence[AnyRow], objective: str) -> dict[str, float]:
     """For each knob with several values, the share of the objective's variance between its values: epsilon squared
     (Kelley 1935), which is 0 on average for a knob without effect. Of logarithms, since effects are factors.
 
@@ -88,7 +89,7 @@ def main_effects(rows: Sequence[Row], objective: str) -> dict[str, float]:
     return {knob: share for knob, share in shares.items() if share is not None}
 
 
-def chance_effects(rows: Sequence[Row], objective: str, shuffles: int = 200) -> dict[str, float]:
+def chance_effects(rows: Sequence[AnyRow], objective: str, shuffles: int = 200) -> dict[str, float]:
     """What `main_effects` finds in 5% of cases where the knob has no effect: with the objective's values shuffled."""
     found = {}
     for knob, groups in _groups(rows, objective).items():
@@ -103,7 +104,7 @@ def chance_effects(rows: Sequence[Row], objective: str, shuffles: int = 200) -> 
     return found
 
 
-def _groups(rows: Sequence[Row], objective: str) -> dict[str, dict[Any, list[float]]]:
+def _groups(rows: Sequence[AnyRow], objective: str) -> dict[str, dict[Any, list[float]]]:
     """Knob -> value -> the objective's logarithms; of knobs with several values, where there are trials enough."""
     values = {row["trial"]: v for row in rows if (v := _logarithm(row, objective)) is not None}
     if len(values) < _FEWEST:
@@ -117,7 +118,7 @@ def _groups(rows: Sequence[Row], objective: str) -> dict[str, dict[Any, list[flo
     return {knob: groups for knob, groups in by_knob.items() if len(groups) > 1}
 
 
-def _logarithm(row: Row, objective: str) -> float | None:
+def _logarithm(row: AnyRow, objective: str) -> float | None:
     value = row.get(objective)
     if row.get("state") != "complete" or not isinstance(value, int | float) or not math.isfinite(value):
         return None

@@ -6,10 +6,9 @@ from dataclasses import asdict, fields
 from typing import TYPE_CHECKING
 
 from streamllm.policy import EvictionPolicy, evicted_before
-from streamllm.results.schema import knobs_in_short
+from streamllm.results.schema import AnyRow, knobs_in_short
+from streamllm.results.study import StudyResults
 
-from .front import Row
-from .study import StudyResults
 from .style import CYCLE, NoDataError, new_figure
 
 if TYPE_CHECKING:
@@ -51,7 +50,7 @@ def keys_attended(policy: EvictionPolicy, n_tokens: int) -> tuple[range, list[in
     return range(1, n_tokens + 1), [t + 1 - gone for t, gone in enumerate(evicted_before(policy, n_tokens))]
 
 
-def _policy(row: Row) -> EvictionPolicy:
+def _policy(row: AnyRow) -> EvictionPolicy:
     return EvictionPolicy(**{field.name: row[field.name] for field in fields(EvictionPolicy)})
 
 

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamllm.reference_time import with_times
+from streamllm.reference_time import ReferencePool
+from streamllm.results.schema import AnyRow, Row
 
 from .ablations import LETTERS
 from .columns import BY_KEY, Column
 from .comparisons import Group, Series, bars
 from .formats import Table
-from .front import Row
 from .style import CYCLE, new_figure, save, style
 from .summarize import EVALUATION_COLUMNS
 
@@ -69,25 +69,26 @@ _ABOUT = {
 }
 
 
-def matrix_rows(documents: Sequence[Mapping[str, Any]]) -> list[Row]:
+def matrix_rows(documents: Sequence[Mapping[str, Any]]) -> list[AnyRow]:
     """A row per measurement: a baseline once, before the first that is compared with it; cells without a result too."""
-    rows: list[Row] = []
+    found: list[tuple[AnyRow, dict[str, Any]]] = []
     baselines = set()
     for document in documents:
         settings = document["settings"]
         shared = {name: settings[name] for name in ("configuration", "quantization")}
         if document["state"] != "complete":
             more = {name: document[name] for name in ("state", "reason")}
-            rows.append({**settings, "backend_requested": settings["attn_backend"], **more})
+            found.append((settings, {"backend_requested": settings["attn_backend"], **more}))
             continue
-        baseline = _measured(document["baseline"], document["baseline"])
+        baseline = Row.from_json(document["baseline"], document["cell"])
         identity = tuple(str(baseline[name]) for name in _IDENTITY)
         if identity not in baselines:
             baselines.add(identity)
-            rows.append({**baseline, **shared, "configuration": "", "baseline": True})
+            found.append((_measured(baseline, baseline), {**shared, "configuration": "", "baseline": True}))
         if "streaming" in document:
-            rows.append({**_measured(document["streaming"], document["baseline"]), **shared})
-    return list(with_times(rows))
+            found.append((_measured(Row.from_json(document["streaming"], document["cell"]), baseline), shared))
+    pool = ReferencePool(row for row, _ in found)
+    return [{**(pool.with_time(row) if isinstance(row, Row) else row), **more} for row, more in found]
 
 
 _IDENTITY = (
@@ -96,14 +97,10 @@ _IDENTITY = (
 )  # fmt: skip
 
 
-def _measured(record: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
-    change = 100 * (record["runtime_sec"] / baseline["runtime_sec"] - 1)
-    return {
-        **record,
-        "state": "complete",
-        "decode_sec": record["runtime_sec"] - record["prefill_sec"],
-        "runtime_change_percent": change,
-    }
+def _measured(row: Row, baseline: Row) -> Row:
+    change = 100 * (row["runtime_sec"] / baseline["runtime_sec"] - 1)
+    decoding = row["runtime_sec"] - row["prefill_sec"]
+    return row | {"state": "complete", "decode_sec": decoding, "runtime_change_percent": change}
 
 
 def matrix_tables(
@@ -120,7 +117,7 @@ def matrix_tables(
     return tables
 
 
-def _table(title: str, description: str, rows: Sequence[Row], measures: Sequence[str]) -> Table:
+def _table(title: str, description: str, rows: Sequence[AnyRow], measures: Sequence[str]) -> Table:
     protocol = str(rows[0]["protocol"])
     compared = [row for row in rows if not row.get("baseline")] or rows
     told = _ALWAYS | {column.key for column in _SETTINGS if len({row.get(column.key) for row in compared}) > 1}
@@ -145,7 +142,7 @@ def _table(title: str, description: str, rows: Sequence[Row], measures: Sequence
     )
 
 
-def _noted(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
+def _noted(rows: Sequence[AnyRow]) -> tuple[list[AnyRow], list[str]]:
     """The rows, those without a result with a `note` that says where to read why; and the reasons."""
     reasons = list(dict.fromkeys(str(row["reason"]) for row in rows if row["state"] != "complete"))
     noted = [
@@ -155,12 +152,12 @@ def _noted(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     return noted, [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
 
 
-def _warnings(rows: Sequence[Row]) -> list[str]:
+def _warnings(rows: Sequence[AnyRow]) -> list[str]:
     warned = [row for row in rows if "warning" in row]
     return list(dict.fromkeys(f"Warning, {row['configuration'] or row['method']}: {row['warning']}." for row in warned))
 
 
-def _data_columns(rows: Sequence[Row]) -> tuple[Column, ...]:
+def _data_columns(rows: Sequence[AnyRow]) -> tuple[Column, ...]:
     names = ("protocol", "model", "device", "n_tokens", "evaluated_tokens", "state", "reason")
     every = [*_SETTINGS, *(Column(name, name) for name in names), BY_KEY["peak_kv"], *_MEASURES.values()]
     columns = {column.key: column for column in every if any(column.key in row for row in rows)}
@@ -183,7 +180,7 @@ def matrix_figures(
     return paths
 
 
-def _figure(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
+def _figure(rows: Sequence[AnyRow], measures: Sequence[str]) -> Figure:
     """A panel per measure, a group per data set and number format, a bar per cell."""
     compared = [row for row in rows if not row.get("baseline")] or rows
     varying = [column.key for column in _SETTINGS if len({row.get(column.key) for row in compared}) > 1]
@@ -195,7 +192,7 @@ def _figure(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
     colors = None  # methods and attention have theirs
     if set(told) - {"method", "backend_requested"}:
         colors = {kind: CYCLE[index % len(CYCLE)] for index, kind in enumerate(kinds)}
-    grouped: dict[str, dict[Series, Row]] = {}
+    grouped: dict[str, dict[Series, AnyRow]] = {}
     for row in rows:
         grouped.setdefault("\n".join(str(row[key]) for key in apart), {})[_series(row, told)] = row
     groups = [Group(title, own) for title, own in grouped.items()]
@@ -209,7 +206,7 @@ def _figure(rows: Sequence[Row], measures: Sequence[str]) -> Figure:
     return figure
 
 
-def _series(row: Row, told: Sequence[str]) -> Series:
+def _series(row: AnyRow, told: Sequence[str]) -> Series:
     words = [str(row[key]) for key in told if key not in LETTERS and row.get(key)]
     knobs = [f"{LETTERS[key]}={row[key]}" for key in told if key in LETTERS and not row.get("baseline")]
     return Series(str(row["method"]), str(row["backend_requested"]), name=", ".join([*words, *knobs]))

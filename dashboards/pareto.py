@@ -11,12 +11,12 @@ from pathlib import Path
 
 from streamllm.errors import UsageError
 from streamllm.printing import say
+from streamllm.results.schema import AnyRow
+from streamllm.results.study import StudyResults, load_study
 
 from .columns import shown_columns
 from .formats import FORMATS, Table
-from .front import Row
 from .recommendation import percent
-from .study import StudyResults, load_study
 from .table import dispensable, pareto_table
 from .terminal import Line, View, lines, wrapped
 
@@ -57,7 +57,7 @@ def print_table(study: StudyResults, everything: bool = False) -> None:
     show(table, what, table.notes)
 
 
-def rich_table(rows: Sequence[Row], title: str, objectives: Collection[str] = ()) -> View:
+def rich_table(rows: Sequence[AnyRow], title: str, objectives: Collection[str] = ()) -> View:
     """For a live view."""
     return View(Table(title, (), shown_columns(rows, objectives), rows, dispensable=dispensable(objectives)))
 

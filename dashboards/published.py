@@ -10,12 +10,12 @@ from pathlib import Path
 
 from streamllm.errors import UsageError
 from streamllm.printing import say
+from streamllm.results.schema import AnyRow
+from streamllm.results.study import StudyResults, load_study
 
 from .columns import BY_KEY, Column
 from .formats import FORMATS, Table
-from .front import Row
 from .pareto import parse_formats, show, write
-from .study import StudyResults, load_study
 
 _COLUMNS = (
     Column("label", "method", words=True),
@@ -81,7 +81,7 @@ def write_published(
     return write(published_table(study), formats, folder or study.folder, "published")
 
 
-def _row(study: StudyResults, entry: Entry, dataset: str) -> Row:
+def _row(study: StudyResults, entry: Entry, dataset: str) -> AnyRow:
     """With flash attention, if the study has that, as theirs."""
     speedup, increase = entry.figures.get(dataset, ("", ""))
     common = {"label": entry.label, **entry.knobs, "published_speedup": speedup, "published_increase": increase}

@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from streamllm.errors import UsageError
+from streamllm.results.front import objective_values
+from streamllm.results.schema import AnyRow
+from streamllm.results.study import StudyResults
 
 from .columns import BY_KEY, Column
-from .front import Row, objective_values
-from .study import StudyResults
 
 MEASURED_BY = "Measured again by: "
 """Begins a line with a command."""
@@ -35,7 +36,7 @@ _SUPERLATIVES = dict.fromkeys(_SPEED, "fastest") | {"peak_kv": "smallest", "peak
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    row: Row | None
+    row: AnyRow | None
     """None where the front is empty."""
     kind: str
     """knee; no cost (in quality, of the fastest); least cost, where all have one; quality unknown; only (of the front);
@@ -45,7 +46,7 @@ class Recommendation:
 
 
 def recommend(
-    front: Sequence[Row], objectives: Mapping[str, str], max_ppl_increase: float | None = None
+    front: Sequence[AnyRow], objectives: Mapping[str, str], max_ppl_increase: float | None = None
 ) -> Recommendation:
     """Of every front that is not empty a row.
 
@@ -61,7 +62,7 @@ def recommend(
     return _within(front, objectives, max_ppl_increase)
 
 
-def recommended(study: StudyResults, front: Sequence[Row], max_ppl_increase: float | None = None) -> Recommendation:
+def recommended(study: StudyResults, front: Sequence[AnyRow], max_ppl_increase: float | None = None) -> Recommendation:
     """Of a study's front, which is computed only once; within the limit the sweep was given, unless another is."""
     limit = study.configuration.get("max_ppl_increase") if max_ppl_increase is None else max_ppl_increase
     return recommend(front, study.objectives, limit)
@@ -96,10 +97,10 @@ def percent(text: str) -> float:
     return value
 
 
-def reproduce_command(study: StudyResults, row: Row) -> str:
+def reproduce_command(study: StudyResults, row: AnyRow) -> str:
     """What to type to measure that trial again, beside its baseline."""
     source = study.configuration["source"]
-    store = study.folder.parent / ".store"
+    store = study.files.store
     given = {
         "model": study.configuration["model"],
         "dtype": row.get("dtype"),
@@ -133,7 +134,7 @@ def reproduce_command(study: StudyResults, row: Row) -> str:
     return " ".join(("python -m streamllm evaluate --mode both", *flags))
 
 
-def _balanced(front: Sequence[Row], objectives: Mapping[str, str]) -> Recommendation:
+def _balanced(front: Sequence[AnyRow], objectives: Mapping[str, str]) -> Recommendation:
     if len(front) == 1:
         shown = _with(front[0], (*objectives, _cost_of(front[0]), "front_probability"))
         return _of(front[0], "only", f"it alone is on the front, no other trial beats it in anything, {shown}")
@@ -145,7 +146,7 @@ def _balanced(front: Sequence[Row], objectives: Mapping[str, str]) -> Recommenda
     return Recommendation(row, "knee", _why_knee(row, front, objectives, deepest))
 
 
-def _bends(front: Sequence[Row], objectives: Mapping[str, str]) -> tuple[list[float], str]:
+def _bends(front: Sequence[AnyRow], objectives: Mapping[str, str]) -> tuple[list[float], str]:
     """How far each row lies from the straight line between the front's ends towards the ideal, each objective
     normalised to 0 at the front's best and 1 at its worst (Das 1999, "On characterizing the knee of the Pareto curve");
     with three objectives, from the plane through the corners that are worst in one of them and best in the others.
@@ -165,7 +166,7 @@ def _bends(front: Sequence[Row], objectives: Mapping[str, str]) -> tuple[list[fl
     return bends, straight if max(bends) < _LEAST_BEND else ""
 
 
-def _cheapest(front: Sequence[Row], objectives: Mapping[str, str], no_knee: str) -> Recommendation:
+def _cheapest(front: Sequence[AnyRow], objectives: Mapping[str, str], no_knee: str) -> Recommendation:
     """Of a front without a knee."""
     priced = [row for row in front if _cost_of(row)]
     free = [row for row in priced if _low(row) <= 0]
@@ -187,7 +188,7 @@ def _cheapest(front: Sequence[Row], objectives: Mapping[str, str], no_knee: str)
     return _of(row, kind, f"{why}, {shown}; the front has no knee, as {no_knee}", more)
 
 
-def _within(front: Sequence[Row], objectives: Mapping[str, str], limit: float) -> Recommendation:
+def _within(front: Sequence[AnyRow], objectives: Mapping[str, str], limit: float) -> Recommendation:
     known = [row for row in front if _is_number(row.get("ppl_increase_percent"))]
     inside = [row for row in known if row["ppl_increase_percent"] <= limit]
     goal = _Goal.of(objectives)
@@ -221,20 +222,20 @@ class _Goal:
     def superlative(self) -> str:
         return _SUPERLATIVES.get(self.name, "best")
 
-    def value(self, row: Row) -> float:
+    def value(self, row: AnyRow) -> float:
         """The less the better."""
         return (objective_values(row, {self.name: self.direction}) or (math.inf,))[0]
 
-    def best(self, rows: Sequence[Row]) -> Row:
+    def best(self, rows: Sequence[AnyRow]) -> AnyRow:
         return min(rows, key=self.value)
 
 
-def _likely(rows: Sequence[Row]) -> Sequence[Row]:
+def _likely(rows: Sequence[AnyRow]) -> Sequence[AnyRow]:
     """Those that are on the front in at least half of the draws, if any is."""
     return [row for row in rows if row.get("front_probability", 1.0) >= _LIKELY] or rows
 
 
-def _passed_over(front: Sequence[Row], chosen: Row, goal: _Goal) -> str:
+def _passed_over(front: Sequence[AnyRow], chosen: AnyRow, goal: _Goal) -> str:
     """A sentence about the best in what is wanted, where another was chosen."""
     best = goal.best(front)
     if goal.value(best) >= goal.value(chosen):
@@ -243,12 +244,12 @@ def _passed_over(front: Sequence[Row], chosen: Row, goal: _Goal) -> str:
     return f"Trial {best['trial']} is the {goal.superlative}, but {reason}, {_with(best, (goal.name, name))}."
 
 
-def _cost_of(row: Row) -> str:
+def _cost_of(row: AnyRow) -> str:
     """The measure of what the row costs in quality; empty if it has none."""
     return next((name for name in _COSTS if _is_number(row.get(name))), "")
 
 
-def _low(row: Row) -> float:
+def _low(row: AnyRow) -> float:
     """The least that the row may cost in quality; NaN if that is unknown."""
     name = _cost_of(row)
     return float(row.get(f"{name}_low", row[name])) if name else math.nan
@@ -258,11 +259,11 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _of(row: Row, kind: str, why: str, more: str = "") -> Recommendation:
+def _of(row: AnyRow, kind: str, why: str, more: str = "") -> Recommendation:
     return Recommendation(row, kind, f"Trial {row['trial']} is recommended: {why}.{f' {more}' if more else ''}")
 
 
-def _with(row: Row, names: Sequence[str]) -> str:
+def _with(row: AnyRow, names: Sequence[str]) -> str:
     """The row's values, with intervals, of those that it has."""
     shown = [(_column(name), row) for name in dict.fromkeys(names) if name]
     values = [f"{column.title} {text}" for column, row in shown if (text := column.text(row))]
@@ -273,7 +274,7 @@ def _column(name: str) -> Column:
     return BY_KEY.get(name, Column(name, name, "", 2, interval=True))
 
 
-def _why_knee(row: Row, front: Sequence[Row], objectives: Mapping[str, str], bend: float) -> str:
+def _why_knee(row: AnyRow, front: Sequence[AnyRow], objectives: Mapping[str, str], bend: float) -> str:
     shown = []
     for name, direction in objectives.items():
         column, best = _column(name), (max if direction == "maximize" else min)(front, key=lambda one: one[name])

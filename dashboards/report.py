@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from streamllm.errors import UsageError
+from streamllm.files import write_atomically
 from streamllm.printing import say
-from streamllm.results.schema import FIELDS, OBJECTIVES
+from streamllm.results.schema import FIELDS, OBJECTIVES, AnyRow
+from streamllm.results.study import StudyResults, load_study
 
 from .columns import COLUMNS, Column, shown_columns
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
 from .findings import Findings, findings
-from .front import Row
-from .study import StudyResults, load_study, read_outcome
 
 _PAGE = Path(__file__).parent / "page"
 _AXES = ("tpot_ms", "ppl_vs_strict_percent", "ppl_increase_percent", *OBJECTIVES)
@@ -53,9 +53,7 @@ def write_report(study: StudyResults, path: Path | None = None, figures: Sequenc
     figures: PNGs of `FIGURES` that are there already; without them they are drawn."""
     path = path or study.folder / "report.html"
     text = report(study, figures)
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_atomically(path, text)
     return path
 
 
@@ -85,7 +83,7 @@ def report(study: StudyResults, figures: Sequence[Path] | None = None) -> str:
 def _as_of(study: StudyResults) -> str:
     """When the study ended, or its last trial did: the same study makes the same page, whenever it is written."""
     times = [row["finished_at"] for row in study.trials if "finished_at" in row]
-    at = read_outcome(study.folder)[1] or max(times, default=None)
+    at = study.files.read_outcome()[1] or max(times, default=None)
     return "" if at is None else f" As of {time.strftime('%Y-%m-%d %H:%M', time.localtime(at))}."
 
 
@@ -96,7 +94,7 @@ def _summary(found: Findings) -> str:
     return f"<p>{escape(found.asked)}</p><ul>{points}</ul>{why}{sure}"
 
 
-def _front_table(study: StudyResults, front: Sequence[Row], recommended: Row | None) -> str:
+def _front_table(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | None) -> str:
     fixed = [row for row in (study.strict, study.baseline) if row is not None]
     rows = [*front, *fixed]
     columns = shown_columns(front, study.objectives)
@@ -114,7 +112,7 @@ def _alignment(column: Column) -> str:
     return "" if column.words or column.key == "trial" else "number"
 
 
-def _front_note(front: Sequence[Row]) -> str:
+def _front_note(front: Sequence[AnyRow]) -> str:
     text = (
         "Intervals are 95%. The increase over strict StreamingLLM is over every token, that over re-computing rests on "
         "the tokens it was sampled at. The last rows are what everything is compared with."
@@ -127,7 +125,7 @@ def _front_note(front: Sequence[Row]) -> str:
     return escape(text)
 
 
-def _data(study: StudyResults, front: Sequence[Row], recommended: Row | None) -> str:
+def _data(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | None) -> str:
     """What the script draws and sorts, as JSON that cannot end its element: no `<` is left in it."""
     rows = list(study.trials)
     index = {row["trial"]: place for place, row in enumerate(rows)}
@@ -153,7 +151,7 @@ def _data(study: StudyResults, front: Sequence[Row], recommended: Row | None) ->
     return json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
 
 
-def _needless(rows: Sequence[Row]) -> set[str]:
+def _needless(rows: Sequence[AnyRow]) -> set[str]:
     """What says nothing: an execution, a quantization or a state that is every row's, a backend asked for that is the
     one that ran."""
     eager = all(row.get("execution", "eager") == "eager" for row in rows)
@@ -232,7 +230,7 @@ def _measured(study: StudyResults) -> str:
     return "".join(f"<p>{escape(text)}</p>" for text in said)
 
 
-def _count(row: Row, key: str) -> str:
+def _count(row: AnyRow, key: str) -> str:
     return f"{row[key]:,}" if key in row else "some"
 
 
@@ -250,8 +248,8 @@ def _failures(study: StudyResults) -> str:
     return "".join(parts) or "<p>Nothing failed, and no constraint was broken.</p>"
 
 
-def _reasons(rows: Sequence[Row], key: str) -> str:
-    def kind(row: Row) -> str:
+def _reasons(rows: Sequence[AnyRow], key: str) -> str:
+    def kind(row: AnyRow) -> str:
         return re.sub(r"\d+(\.\d+)?", "0", str(row[key]))
 
     lines = []
@@ -270,7 +268,7 @@ def _environment(study: StudyResults) -> str:
     settings, rows = study.configuration, [*study.trials, *([study.baseline] if study.baseline is not None else [])]
     space = settings["space"]
     facts = {
-        "study": f"{study.name} ({read_outcome(study.folder)[0] or 'running, or killed'})",
+        "study": f"{study.name} ({study.files.read_outcome()[0] or 'running, or killed'})",
         "finished": _times(rows),
         "model": _values(settings, rows, "model", "model_digest"),
         "text": _values({}, rows, "dataset", "text_digest"),
@@ -291,7 +289,7 @@ def _environment(study: StudyResults) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def _values(settings: dict[str, Any], rows: Sequence[Row], key: str, digest: str = "") -> str:
+def _values(settings: dict[str, Any], rows: Sequence[AnyRow], key: str, digest: str = "") -> str:
     """The different values that the rows have, with the first digits of the digest that goes with them."""
     found = dict.fromkeys(
         f"{row[key]}" + (f" ({str(row[digest])[:12]})" if digest in row else "") for row in rows if row.get(key)
@@ -299,7 +297,7 @@ def _values(settings: dict[str, Any], rows: Sequence[Row], key: str, digest: str
     return ", ".join(found) or str(settings.get(key, ""))
 
 
-def _times(rows: Sequence[Row]) -> str:
+def _times(rows: Sequence[AnyRow]) -> str:
     times = [row["finished_at"] for row in rows if "finished_at" in row]
     if not times:
         return ""

@@ -26,8 +26,8 @@ from urllib.parse import quote, unquote, urlsplit
 from urllib.request import urlopen
 
 from streamllm.errors import UsageError
-
-from .study import EXPERIMENT, VIEW, StudyResults, load_study, view_of
+from streamllm.results.study import EXPERIMENT, VIEW, StudyResults, load_study, view_of
+from streamllm.results.study_folder import StudyFolder
 
 _HOST = "127.0.0.1"
 _PORTS = 100
@@ -40,7 +40,6 @@ ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
 os.execv(sys.argv[1], sys.argv[1:])
 """
 """Run before a command, so that the kernel ends it where we are killed and cannot."""
-_INPUTS = ("trials.jsonl", "confirmed.jsonl", "outcome.json", "sweep.json")
 """What a report is made of."""
 
 
@@ -126,7 +125,8 @@ def up_to_date_report(folder: Path) -> Path:
     from .report import write_report
 
     path = folder / "report.html"
-    inputs = [folder / name for name in _INPUTS]
+    files = StudyFolder(folder)
+    inputs = [files.trials, files.increases, files.confirmed, files.outcome, files.configuration]
     newest = max(file.stat().st_mtime_ns for file in inputs if file.is_file())
     if path.is_file() and path.stat().st_mtime_ns > newest:
         return path
@@ -171,7 +171,7 @@ def commands(studies: Sequence[StudyResults]) -> tuple[list[tuple[str, list[str]
     else:
         command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--host", _HOST]
         start.append(("MLflow", [*command, "--backend-store-uri", uri or "sqlite:///mlflow.db"]))
-    journal = studies[0].folder / "journal.log"
+    journal = studies[0].files.journal
     if importlib.util.find_spec("optuna_dashboard") is None:
         said.append("optuna-dashboard  not started: not installed; pip install 'streamllm-sweep[dashboard]' brings it")
     elif not journal.is_file():

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from streamllm.errors import UsageError
+from streamllm.results.front import dominators, objective_values
+from streamllm.results.schema import AnyRow
+from streamllm.results.study import StudyResults
 
 from .columns import COLUMNS, shown_columns
 from .filters import select
 from .formats import Table
-from .front import Row, dominators, objective_values
 from .recommendation import advice, recommended
-from .study import StudyResults
 
 _PLACES = ("front", "tied", "no better", "dominated", "unconfirmed", "not finite", "infeasible", "failed")
 """In the order in which they are listed. tied: confirmed, and neither it nor one of the front is better than the other
@@ -77,16 +78,16 @@ def filtered(study: StudyResults, where: str | None) -> StudyResults:
     if where is None:
         return study
     trials = select(study.trials, where)
-    return StudyResults(study.name, study.folder, study.configuration, study.baseline, trials)
+    return StudyResults(study.name, study.folder, study.configuration, study.baseline, trials)  # no strict: not its own
 
 
-def _placed(study: StudyResults, front: Sequence[Row]) -> list[Row]:
+def _placed(study: StudyResults, front: Sequence[AnyRow]) -> list[AnyRow]:
     """All trials, each with its `place` and, where there is one, what it is `dominated_by`; the best first."""
     objectives = study.objectives
     on_front = {row["trial"] for row in front}
     others = [row for row in study.trials if row["trial"] not in on_front]
-    placed: list[Row] = [{**row, "place": "front"} for row in front]
-    ranked: list[tuple[int, tuple[float, ...], int, Row]] = []
+    placed: list[AnyRow] = [{**row, "place": "front"} for row in front]
+    ranked: list[tuple[int, tuple[float, ...], int, AnyRow]] = []
     confirmed = [row for row in others if row.get("rounds")]
     by_front, by_confirmed = (dominators(others, rows, objectives) for rows in (front, confirmed))
     for row, member, candidate in zip(others, by_front, by_confirmed, strict=True):
@@ -100,7 +101,7 @@ def _placed(study: StudyResults, front: Sequence[Row]) -> list[Row]:
     return [*placed, *(row for *_, row in sorted(ranked, key=lambda entry: entry[:3]))]
 
 
-def _place(row: Row, values: tuple[float, ...], front: Sequence[Row]) -> str:
+def _place(row: AnyRow, values: tuple[float, ...], front: Sequence[AnyRow]) -> str:
     """Of a row that nothing dominates and that is not on the front."""
     if row.get("state") != "complete":
         return "failed"
@@ -123,12 +124,12 @@ def _names(studies: Sequence[StudyResults]) -> list[str]:
     return [study.name if distinct else str(study.folder) for study in studies]
 
 
-def _summary(whole: StudyResults, study: StudyResults, front: Sequence[Row], where: str | None) -> str:
+def _summary(whole: StudyResults, study: StudyResults, front: Sequence[AnyRow], where: str | None) -> str:
     few = f"; of its {len(whole.trials)} trials only the {len(study.trials)} where {where}" if where else ""
     return f"{study.configuration['summary']}: {len(front)} of {len(study.trials)} trials are on the front{few}"
 
 
-def _notes(rows: Sequence[Row], studies: Sequence[StudyResults]) -> list[str]:
+def _notes(rows: Sequence[AnyRow], studies: Sequence[StudyResults]) -> list[str]:
     notes = ["Intervals are 95%. PPL vs strict % is the increase over strict StreamingLLM, at every token of the text;"
              " PPL increase % that over re-computation, which is known at a sample."]  # fmt: skip
     for study in studies:
@@ -168,7 +169,7 @@ def _stand_ins(study: StudyResults, several: bool) -> list[str]:
     return said
 
 
-def _reasons(rows: Sequence[Row]) -> list[str]:
+def _reasons(rows: Sequence[AnyRow]) -> list[str]:
     """Why trials failed or are infeasible, each reason once; of a listing of all trials."""
     lines: dict[str, list[str]] = {}
     for row in rows:
@@ -181,7 +182,7 @@ def _reasons(rows: Sequence[Row]) -> list[str]:
     return [f"{text[0].upper()}{text[1:]}" for text in said[:_REASONS]] + more
 
 
-def _trial(row: Row) -> str:
+def _trial(row: AnyRow) -> str:
     return f"{row['study']} {row['trial']}" if "study" in row else str(row["trial"])
 
 

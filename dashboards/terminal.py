@@ -11,11 +11,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from streamllm.results.schema import FIELDS, POLICY_KNOBS
+from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow
 
 from .columns import Column
 from .formats import Table
-from .front import Row
 from .recommendation import MEASURED_BY
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ def _ever_more(columns: Sequence[Column], dispensable: Sequence[str]) -> Iterato
     return (order[:count] for count in range(len(order) + 1))
 
 
-def _text(column: Column, row: Row) -> str:
+def _text(column: Column, row: AnyRow) -> str:
     if column.key == "trial" and row.get("recommended"):
         return f"*{column.text(row)}"
     if column.key == "backend" and row.get("backend") is None:  # it failed: what was asked for
@@ -159,7 +158,7 @@ def _block(parts: Sequence[_Block]) -> _Block:
     return _Block(keys, head, cells, parts[0].left, max(part.width for part in parts))
 
 
-def _column_block(column: Column, rows: Sequence[Row], count: int, form: _Form) -> _Block:
+def _column_block(column: Column, rows: Sequence[AnyRow], count: int, form: _Form) -> _Block:
     """count: of the rows; the others are baselines, whose settings are said in words."""
     cells = []
     for number, row in enumerate(rows):
@@ -184,7 +183,7 @@ def _broken(title: str, width: int) -> list[str]:
     return next((lines for lines in narrower if len(lines) == len(head)), head)
 
 
-def _cell(column: Column, row: Row, form: _Form) -> list[str]:
+def _cell(column: Column, row: AnyRow, form: _Form) -> list[str]:
     text = _text(column, row)
     if not column.interval or form.intervals == "beside":
         return [text]
@@ -213,7 +212,7 @@ def _grid(table: Table, blocks: Sequence[_Block], form: _Form) -> Iterator[Line]
         yield from _baseline(row, blocks, [block.cells[number] for block in blocks], gap)
 
 
-def _heading(table: Table, row: Row) -> str:
+def _heading(table: Table, row: AnyRow) -> str:
     shown = {column.key for column in table.columns}
     return ": ".join(str(row[key]) for key in _HEADINGS if key in shown and key in row)
 
@@ -226,7 +225,7 @@ def _row(blocks: Sequence[_Block], cells: Sequence[Sequence[str]], gap: str, sty
         yield Line(gap.join(texts).rstrip(), style)
 
 
-def _baseline(row: Row, blocks: Sequence[_Block], cells: Sequence[Sequence[str]], gap: str) -> Iterator[Line]:
+def _baseline(row: AnyRow, blocks: Sequence[_Block], cells: Sequence[Sequence[str]], gap: str) -> Iterator[Line]:
     """In words, over the columns of settings, where they have room for that; else above its values."""
     about = [block for block in blocks if block.keys[0] in (*_SETTINGS, "trial")]
     values = blocks[len(about) :]
@@ -239,7 +238,7 @@ def _baseline(row: Row, blocks: Sequence[_Block], cells: Sequence[Sequence[str]]
     yield from _row([span, *values], [text, *cells[len(about) :]], gap)
 
 
-def _baseline_words(row: Row) -> str:
+def _baseline_words(row: AnyRow) -> str:
     whose = f"{row['trial']} of {row['study']}" if "study" in row else str(row["trial"])
     if row.get("method") == "recompute":
         return f"{whose}: recompute, the last {row['n_sink'] + row['window_size']} tokens"

@@ -14,6 +14,7 @@ import streamllm
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
 from streamllm.results.schema import OBJECTIVES
+from streamllm.results.study_folder import StudyFolder
 from streamllm.text import TextSource
 
 _FORMAT = 2
@@ -71,13 +72,16 @@ class SweepConfiguration:
     """Of the file that the text is read from; None if it is none."""
 
     @property
+    def folder(self) -> StudyFolder:
+        return StudyFolder(self.output)
+
+    @property
     def journal(self) -> Path:
-        return self.output / "journal.log"
+        return self.folder.journal
 
     @property
     def store(self) -> Path:
-        """Shared by all studies next to this one: what one has measured, none measures again."""
-        return self.output.parent / ".store"
+        return self.folder.store
 
     @property
     def summary(self) -> str:
@@ -104,10 +108,9 @@ class SweepConfiguration:
         """The id of the study that is there already; None if there is none.
 
         Raises UsageError that shows the difference if that one is of another sweep."""
-        path = self.output / "sweep.json"
-        if not path.exists():
+        if not self.folder.configuration.exists():
             return None
-        before = json.loads(path.read_text())
+        before = self.folder.read_configuration()
         before["source"] = asdict(TextSource()) | before["source"]  # an older study has what it lacks as by default
         study_id = str(before["study_id"])
         changed = _differences(before, self.to_dict(study_id))
@@ -129,11 +132,8 @@ class SweepConfiguration:
         """Writes `sweep.json`, or checks that the one there is of the same sweep. Returns the study's id.
 
         Raises UsageError that shows the difference."""
-        path = self.output / "sweep.json"
         study_id = self.check() or uuid.uuid4().hex
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(self.to_dict(study_id), indent=2) + "\n")
-        temporary.replace(path)
+        self.folder.write_configuration(self.to_dict(study_id))
         return study_id
 
 

@@ -10,9 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from dashboards.front import Row, dominators, objective_values, pareto_front
 from streamllm.certainty import front_probabilities, not_told_from, time_draws
 from streamllm.quality import QualityComparison
+from streamllm.results.front import dominators, objective_values, pareto_front
+from streamllm.results.schema import AnyRow, Row
 
 from .rounds import Round
 
@@ -29,8 +30,8 @@ _PAIRED = {
 
 
 def candidates(
-    rows: Sequence[Row], objectives: Mapping[str, str], earlier: Collection[str] = (), others: int = OTHERS
-) -> list[Row]:
+    rows: Sequence[AnyRow], objectives: Mapping[str, str], earlier: Collection[str] = (), others: int = OTHERS
+) -> list[AnyRow]:
     """The front; the `earlier` candidates, so that none leaves the front unmeasured; and the `others` nearest to it
     among the trials that no row of the front beats for certain: in some objective, the two intervals overlap."""
     paired = dict(_PAIRED.get(name, (name, direction)) for name, direction in objectives.items())
@@ -43,7 +44,7 @@ def candidates(
     return [*front, *near, *kept]
 
 
-def unconfirmed_better(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row]:
+def unconfirmed_better(rows: Sequence[AnyRow], objectives: Mapping[str, str]) -> list[AnyRow]:
     """Trials that were not confirmed, and that no confirmed one dominates: they are to be confirmed too."""
     confirmed = [row for row in rows if row.get("rounds")]
     others = [row for row in rows if not row.get("rounds") and objective_values(row, objectives) is not None]
@@ -54,18 +55,18 @@ def unconfirmed_better(rows: Sequence[Row], objectives: Mapping[str, str]) -> li
 
 def confirmed_rows(
     rounds: Sequence[Round],
-    rows: Sequence[Row],
-    baseline: Row,
+    rows: Sequence[AnyRow],
+    baseline: AnyRow,
     comparison: QualityComparison,
-    losses_of: Callable[[Row], np.ndarray],
+    losses_of: Callable[[AnyRow], np.ndarray],
     objectives: Mapping[str, str],
-) -> list[dict[str, Any]]:
+) -> list[Row]:
     """What takes the place of the search's values in the rows of the baseline and of the candidates: time and speedup
     with their intervals; of candidates the probability of being on the front, and which others they cannot be told from
     (`not_told_from`: those that they are better than in no objective for certain)."""
     names = [str(row["trial"]) for row in (baseline, *rows)]
     logs, draws = time_draws([np.array(_equally_long([one.ratios[name] for one in rounds])) for name in names])
-    added = [
+    added: list[dict[str, Any]] = [
         {
             "trial": row["trial"],
             "rounds": len(rounds),
@@ -91,16 +92,16 @@ def confirmed_rows(
         for values, probability, others in zip(added[1:], front_probabilities(points), told, strict=True):
             values["front_probability"] = float(probability)
             values["not_told_from"] = [rows[other]["trial"] for other in others]
-    return added
+    return [Row.of(values) for values in added]
 
 
 def _objective_draws(
     name: str,
     direction: str,
-    rows: Sequence[Row],
+    rows: Sequence[AnyRow],
     times: np.ndarray,
     comparison: QualityComparison,
-    losses_of: Callable[[Row], np.ndarray],
+    losses_of: Callable[[AnyRow], np.ndarray],
 ) -> np.ndarray:
     """(draws, rows), to be minimised. times: (draws, rows), log ratios."""
     paired, _ = _PAIRED.get(name, (name, direction))
@@ -138,7 +139,7 @@ def _estimate(name: str, log: float, draws: np.ndarray) -> dict[str, float]:
     return dict(zip((name, f"{name}_low", f"{name}_high"), map(float, values), strict=True))
 
 
-def _reach(row: Row, better: Row, objectives: Mapping[str, str]) -> float:
+def _reach(row: AnyRow, better: AnyRow, objectives: Mapping[str, str]) -> float:
     """How much of their intervals' half-widths the row is from being as good as `better` in some objective: 0 if it is,
     up to 1 if intervals overlap."""
     needed = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Any, Protocol
 
@@ -14,15 +15,15 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from dashboards.front import Row, hypervolume, pareto_front
 from dashboards.pareto import rich_table
 from streamllm.printing import discard
 from streamllm.progress import LINE_SEC, regularly, spoken
 from streamllm.reference_time import ReferencePool
-from streamllm.results.schema import OBJECTIVES, told_name
+from streamllm.results.front import hypervolume, pareto_front
+from streamllm.results.schema import OBJECTIVES, Row, told_name
 
 from .plot import Plot
-from .results import BASELINE, STRICT
+from .rows import BASELINE, STRICT
 from .trial import TrialSpec
 
 _FRONT_ROWS = 5
@@ -54,7 +55,7 @@ class Display:
     def __init__(
         self,
         trials: int,
-        rows: list[dict[str, Any]],
+        rows: Sequence[Row],
         objectives: tuple[str, ...],
         tracking: Backlog,
         console: Console | None = None,
@@ -126,7 +127,7 @@ class Display:
             f"{spec.method} {spec.attn_backend}{way} {spec.policy}{f', round {spec.round}' if spec.round else ''}"
         )
 
-    def trial_finished(self, row: dict[str, Any]) -> None:
+    def trial_finished(self, row: Row) -> None:
         if row["trial"] in _FIXED:
             self._times.add(row)
             row = self._times.with_time(row)
@@ -256,7 +257,7 @@ _LABELS = {
 }
 
 
-def _outcome(row: dict[str, Any]) -> str:
+def _outcome(row: Row) -> str:
     what = (
         f"{row['method']:4} {row['backend_requested']:5} S={row['n_sink']:<3} W={row['window_size']:<4} "
         f"R={row['compress_every']:<3} slack={row['cache_slack']:<2} drop={row['max_drop']:<2}"

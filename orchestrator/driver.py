@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
-from streamllm.results.schema import told_name
+from streamllm.results.schema import Row, told_name
 
 from .pool import Finished, SweepError, WorkerPool
-from .results import BASELINE, STRICT, failed_row, fixed_row, fixed_spec, increases, trial_row
+from .rows import BASELINE, STRICT, failed_row, fixed_row, fixed_spec, increases, trial_row
 from .sampling import BaselineSample
 from .study import OpenTrial, Study
 from .trial import TrialMeasurement, TrialSpec
@@ -42,7 +42,7 @@ class Observer(Protocol):
 
     def trial_started(self, worker: int, spec: TrialSpec) -> None: ...
 
-    def trial_finished(self, row: dict[str, Any]) -> None: ...
+    def trial_finished(self, row: Row) -> None: ...
 
 
 class Driver:
@@ -106,12 +106,12 @@ class Driver:
                 self._assign()
         self._announce_fixed(BASELINE)
 
-    def increases(self, losses_of: Callable[[str], np.ndarray]) -> list[dict[str, Any]]:
+    def increases(self, losses_of: Callable[[str], np.ndarray]) -> list[Row]:
         """What the finished trials and the reference cost beside the baseline, as well as that is known by now. See
-        `results.increases`."""
+        `rows.increases`."""
         if self.comparison is None or BASELINE not in self.fixed:
             return []
-        strict = {"trial": STRICT, "state": "complete", **self.fixed[STRICT].record}
+        strict = self.fixed[STRICT].record | {"trial": STRICT, "state": "complete"}
         return increases([strict, *self.study.rows], self.comparison, losses_of)
 
     def _is_short(self) -> bool:
@@ -259,12 +259,12 @@ class Driver:
         with _writing():
             return self.study.ask()
 
-    def _tell(self, trial: OpenTrial, row: dict[str, Any]) -> None:
+    def _tell(self, trial: OpenTrial, row: Row) -> None:
         with _writing():
             judged = self.study.tell(trial.number, row)
         self._announce(judged)
 
-    def _announce(self, row: dict[str, Any]) -> None:
+    def _announce(self, row: Row) -> None:
         for observer in self.observers:
             observer.trial_finished(row)
 

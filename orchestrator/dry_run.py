@@ -3,7 +3,6 @@ of the model's shape are run, with random ones, for the cost."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
@@ -13,7 +12,8 @@ from typing import Any
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
 from streamllm.progress import spoken, working
-from streamllm.results.schema import OBJECTIVES
+from streamllm.results.schema import OBJECTIVES, Row
+from streamllm.results.study_folder import StudyFolder, read_rows
 
 from .configuration import SweepConfiguration
 from .estimate import estimate
@@ -154,13 +154,13 @@ def _length(configuration: SweepConfiguration) -> int:
     return len(load_tokens(source, tokenizer, sys.maxsize).tokens)
 
 
-def _like(path: Path, configuration: SweepConfiguration) -> list[dict[str, Any]]:
+def _like(path: Path, configuration: SweepConfiguration) -> list[Row]:
     now = configuration.to_dict("")
     try:
-        before = json.loads((path.parent / "sweep.json").read_text())
-        rows = [json.loads(line) for line in path.read_text().splitlines()]
-    except (OSError, ValueError):
+        before = StudyFolder(path.parent).read_configuration()
+        rows = read_rows(path)
+    except (OSError, ValueError, UsageError):
         return []
     if any(before.get(name) != now[name] for name in ("model", "source", "dtype", "quantization")):
         return []
-    return [row for row in rows if isinstance(row["trial"], int) and row["state"] == "complete"]
+    return [row for row in rows if isinstance(row.trial, int) and row.state == "complete"]

@@ -7,12 +7,13 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean, median
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from streamllm.errors import UsageError
 from streamllm.pairing import seconds_of_pairs
 from streamllm.policy import EvictionPolicy, steady_state, strict_policy
 from streamllm.progress import spoken
+from streamllm.results.schema import Row
 from streamllm.sample import LEAST_TOKENS, MOST_TOKENS
 from streamllm.timing import WARMUP_TOKENS, segment_tokens
 
@@ -67,7 +68,7 @@ def estimate(
     configuration: SweepConfiguration,
     workers: int,
     rounds: int,
-    like: Sequence[dict[str, Any]],
+    like: Sequence[Row],
 ) -> Estimate:
     """like: trials that were measured alike, which are believed more than the pace is."""
     trials = configuration.trials

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from streamllm.errors import UsageError
+from streamllm.results.study_folder import StudyFolder
 
 if TYPE_CHECKING:
     from streamllm.measurements import Leases
@@ -117,14 +118,15 @@ def _take(names: Sequence[str], count: int, layer: int, owner: str) -> tuple[lis
 
 
 @contextmanager
-def study_lease(folder: Path) -> Iterator[None]:
+def study_lease(folder: StudyFolder) -> Iterator[None]:
     """One driver at a time per study. Raises UsageError that names the one already there."""
-    with (folder / "driver.lock").open("a+") as file:
+    with folder.lock.open("a+") as file:
         try:
             _lock_as(file, this_process())
         except BlockingIOError:
             raise UsageError(
-                f"study {folder.name!r} is being run by {_holder(file)}; wait for it, stop it, or give another --study"
+                f"study {folder.path.name!r} is being run by {_holder(file)}; wait for it, stop it, or give another "
+                "--study"
             ) from None
         yield
 

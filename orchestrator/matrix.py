@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from streamllm.baseline import AS_BASELINE, baseline_policy, compared, sampled
 from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
+from streamllm.files import write_atomically
 from streamllm.printing import say
 from streamllm.reference_time import with_times
+from streamllm.results.schema import Row
+from streamllm.results.study_folder import StudyFolder
 from streamllm.session import compare_quality
 
 from .lease import leases_on, study_lease
@@ -49,7 +52,7 @@ def run_matrix(arguments: argparse.Namespace) -> int:
         say(describe(plan))
         return 0
     plan.folder.mkdir(parents=True, exist_ok=True)
-    with study_lease(plan.folder):
+    with study_lease(StudyFolder(plan.folder)):
         code = _measure_all(plan, plan.documents())
         documents = plan.documents()
         _conclude(plan, [documents[planned.file] for planned in plan.cells if planned.file in documents])
@@ -149,13 +152,13 @@ class _Bench:
         _info(f"  baseline {_numbers(baseline[0])}")
         common = {"backend": baseline[0]["backend"], "dataset": planned.source.label, "protocol": cell.protocol}
         if cell.method == planned.baseline:
-            return {**common, "baseline": with_times([baseline[0]])[0]}
+            return {**common, "baseline": with_times([baseline[0]])[0].to_json()}
         _info(f"  evaluating {_method(cell.method)}...")
         streaming = _streaming(measurements, planned, baseline)
         _info(f"  {_method(cell.method)} {_numbers(streaming)}")
         common |= {"backend": streaming["backend"], "speedup": streaming["speedup"]}
         both = with_times([baseline[0], streaming])
-        return {**common, "baseline": both[0], "streaming": both[1]}
+        return {**common, "baseline": both[0].to_json(), "streaming": both[1].to_json()}
 
     def _measurements(self, planned: Planned) -> Measurements:
         from streamllm.measurements import Measurements
@@ -221,7 +224,7 @@ def _check_same(planned: Planned, measurements: Measurements, documents: dict[Pa
         if document["state"] != "complete" or any(settings.get(name) != value for name, value in alike.items()):
             continue
         for name, value in now.items():
-            if (before := document["baseline"][name]) != value:
+            if (before := document["baseline"].get(name)) != value:
                 raise _OtherMachineError(
                     f"{file} has {name} {before!r}, now it is {value!r}: one table is of one model, text, device "
                     f"and number of threads; give another --study, or remove the file"
@@ -239,7 +242,7 @@ def _baseline(measurements: Measurements, planned: Planned) -> Measured:
     return record | AS_BASELINE, losses
 
 
-def _streaming(measurements: Measurements, planned: Planned, baseline: Measured) -> dict[str, Any]:
+def _streaming(measurements: Measurements, planned: Planned, baseline: Measured) -> Row:
     record, losses = _evaluate(measurements, planned, planned.cell.method, planned.cell.execution, planned.policy)
     comparison = compare_quality(measurements, planned.cell.protocol, baseline[1])
     return record | compared(record, losses, baseline, comparison)
@@ -263,16 +266,14 @@ def _evaluate(measurements: Measurements, planned: Planned, method: str, executi
     assert measurement.losses is not None
     record = identity(measurements.loaded, measurements.stream, method, policy, protocol, execution)
     more = {"reused": not fresh, "reference_total": measurements.total}
-    return record | measurement.record | more, measurement.losses
+    return Row.of(record | measurement.record | more), measurement.losses
 
 
 def _write(file: Path, document: Document) -> None:
     """Atomically. Raises UsageError if it cannot be written."""
-    temporary = file.with_name(f".{file.name}.new")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(document, indent=2) + "\n")
-        temporary.replace(file)
+        write_atomically(file, json.dumps(document, indent=2) + "\n")
     except OSError as error:
         raise UsageError(f"{file}: cannot be written ({error.strerror}); the same command goes on from here") from error
 
@@ -324,7 +325,7 @@ def _title(plan: MatrixPlan, planned: Planned) -> str:
     return f"{_TITLES.get(label, label)}" + (f" ({', '.join(values)})" if values else "")
 
 
-def _numbers(record: dict[str, Any]) -> str:
+def _numbers(record: Row) -> str:
     time_of = f"{record['measured_tpot_ms']:.2f} ms/token"
     if record["protocol"] != "fast":  # whose runtime is that of measuring
         time_of = f"Runtime: {record['runtime_sec']:.4g}s"

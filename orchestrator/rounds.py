@@ -12,17 +12,16 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any, Protocol
 
-from dashboards.front import Row
 from streamllm.policy import EvictionPolicy
+from streamllm.results.schema import AnyRow
+from streamllm.results.study_folder import StudyFolder, append_line, whole_lines
 from streamllm.store import code_digest
 
 from .pool import Finished, SweepError
 from .trial import TrialMeasurement, TrialSpec
 
-FILE = "rounds.jsonl"
 _ATTEMPTS = 2
 
 
@@ -50,18 +49,16 @@ class Round:
         return {*self.ratios, *self.failed}
 
 
-def read_rounds(folder: Path) -> list[Round]:
+def read_rounds(folder: StudyFolder) -> list[Round]:
     """All whole rounds of a study, the oldest first; a line that was torn by a kill is none."""
-    path = folder / FILE
-    whole, _, _ = path.read_text().rpartition("\n") if path.is_file() else ("", "", "")
-    return [Round(**json.loads(line)) for line in whole.splitlines()]
+    return [Round(**json.loads(line)) for line in whole_lines(folder.rounds)]
 
 
 def take_rounds(
-    folder: Path,
+    folder: StudyFolder,
     pool: Pool,
     workers: Sequence[int],
-    rows: Sequence[Row],
+    rows: Sequence[AnyRow],
     count: int,
     announce: Callable[[int, TrialSpec], None],
     until: float = math.inf,
@@ -83,13 +80,13 @@ def take_rounds(
         turns.next_worker()
         one = _take(turns, rows, number, failed)
         failed |= one.failed
-        _append(folder, one)
+        append_line(folder.rounds, json.dumps(asdict(one)))
         found.append(one)
         took = time.monotonic() - started
     return found
 
 
-def _take(turns: _Turns, rows: Sequence[Row], number: int, failed: dict[str, str]) -> Round:
+def _take(turns: _Turns, rows: Sequence[AnyRow], number: int, failed: dict[str, str]) -> Round:
     """What failed in an earlier round is not tried again."""
     one = Round({}, {}, dict(failed), code_digest())
     for row in rows:
@@ -100,21 +97,11 @@ def _take(turns: _Turns, rows: Sequence[Row], number: int, failed: dict[str, str
         if isinstance(result, str):
             one.failed[trial] = result
         else:
-            one.ratios[trial], one.times[trial] = list(result.ratios), result.record
+            one.ratios[trial], one.times[trial] = list(result.ratios), dict(result.record)
     return one
 
 
-def _append(folder: Path, one: Round) -> None:
-    path = folder / FILE
-    if path.is_file():  # a kill may have torn the last line
-        content = path.read_bytes()
-        if not content.endswith(b"\n"):
-            path.write_bytes(content[: content.rfind(b"\n") + 1])
-    with path.open("a") as file:
-        file.write(json.dumps(asdict(one)) + "\n")
-
-
-def _spec(row: Row, number: int) -> TrialSpec:
+def _spec(row: AnyRow, number: int) -> TrialSpec:
     policy = EvictionPolicy(**{field.name: row[field.name] for field in fields(EvictionPolicy)})
     how = {"execution": row.get("execution", "eager"), "quantization": row.get("quantization")}
     return TrialSpec(row["method"], row["backend_requested"], policy, round=number, **how)

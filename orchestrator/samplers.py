@@ -9,23 +9,20 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import Trial, TrialState, create_trial
 
-from dashboards.front import pareto_front
 from search_spaces import SearchSpace, Value
-from streamllm.results.schema import OBJECTIVES, told_name
+from streamllm.results.front import pareto_front
+from streamllm.results.schema import OBJECTIVES, Row, told_name
 
 from .options import AUTO_TPE_TRIALS
 
 _POPULATION = 50
 _HISTORY = 200
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)

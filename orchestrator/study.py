@@ -29,7 +29,7 @@ from streamllm.errors import UsageError
 from streamllm.methods import check_execution
 from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
 from streamllm.reference_time import ReferencePool
-from streamllm.results.schema import OBJECTIVES, told_name
+from streamllm.results.schema import OBJECTIVES, Row, told_name
 
 from .samplers import Result, Sampler, Suggestion
 from .trial import TrialSpec
@@ -75,19 +75,19 @@ class Study:
                 warnings.simplefilter("ignore")  # of what is experimental in Optuna
                 self._study.set_metric_names([told_name(objective) for objective in space.objectives])
         trials = self._study.get_trials(deepcopy=False)
-        self._times = ReferencePool(trial.user_attrs[_ROW] for trial in trials if _ROW in trial.user_attrs)
+        self._times = ReferencePool(_row(trial) for trial in trials if _ROW in trial.user_attrs)
         for trial in trials:
             if trial.state == TrialState.RUNNING and _ROW in trial.user_attrs:  # killed in the middle of tell
-                self._finish(self._reopened(trial), trial.user_attrs[_ROW])
+                self._finish(self._reopened(trial), _row(trial))
         settled = [trial for trial in trials if trial.user_attrs.keys() & {_ROW, _SKIPPED}]
-        self.rows: list[dict[str, Any]] = [trial.user_attrs[_ROW] for trial in settled if _ROW in trial.user_attrs]
+        self.rows = [_row(trial) for trial in settled if _ROW in trial.user_attrs]
         """The finished trials. Milliseconds are not in them: what those are in is known when all are measured."""
         self._seen = {self._identity(space.complete(trial.params)) for trial in settled}
         self._interrupted = deque(t for t in trials if t.state == TrialState.RUNNING and _ROW not in t.user_attrs)
         self._known = deque(space.known)
         self._points = space.points()
         self._open: dict[int, tuple[Trial, OpenTrial, Suggestion]] = {}
-        past = [self._result(space.complete(t.params), t.user_attrs[_ROW]) for t in settled if _ROW in t.user_attrs]
+        past = [self._result(space.complete(t.params), _row(t)) for t in settled if _ROW in t.user_attrs]
         self._sampler = Sampler(sampler, space, seed, [result for result in past if result.row["state"] == "complete"])
 
     @property
@@ -126,23 +126,23 @@ class Study:
         trial.set_user_attr(_DEATHS, deaths)
         return deaths
 
-    def tell(self, number: int, row: dict[str, Any]) -> dict[str, Any]:
+    def tell(self, number: int, row: Row) -> Row:
         """Finishes a trial with its table row. Returns the row as it is kept: `feasible` by the space's constraints,
         `violated` naming those it breaks, and failed if an objective is not a finite number."""
         trial, open_trial, suggestion = self._open.pop(number)
         row = self._judged(row)
         with self._backend.together():
-            trial.set_user_attr(_ROW, row)
+            trial.set_user_attr(_ROW, row.to_json())
             self._finish(trial, row)
         self.rows.append(row)
         complete = row["state"] == "complete"
         self._sampler.learn(suggestion, self._result(open_trial.params, row) if complete else None)
         return row
 
-    def _result(self, params: dict[str, Value], row: dict[str, Any]) -> Result:
+    def _result(self, params: dict[str, Value], row: Row) -> Result:
         return Result(params, self._times.with_time(row))
 
-    def _judged(self, row: dict[str, Any]) -> dict[str, Any]:
+    def _judged(self, row: Row) -> Row:
         if row["state"] != "complete":
             return row
         for objective in map(told_name, self.space.objectives):
@@ -152,7 +152,7 @@ class Study:
         self._times.add(row)
         return row | judged(self._times.with_time(row), self.space.constraints)
 
-    def _finish(self, trial: Trial, row: dict[str, Any]) -> None:
+    def _finish(self, trial: Trial, row: Row) -> None:
         if row["state"] != "complete":
             self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
             return
@@ -239,6 +239,10 @@ class Study:
 
     def _identity(self, params: dict[str, Value]) -> tuple[Value, ...]:
         return tuple(params[name] for name in self.space.parameters)
+
+
+def _row(trial: FrozenTrial) -> Row:
+    return Row.from_json(trial.user_attrs[_ROW], f"trial {trial.number} of the journal")
 
 
 def spec_of(params: dict[str, Any], space: SearchSpace, cap: int) -> TrialSpec:

@@ -24,14 +24,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    from dashboards.study import load_study
+    from streamllm.results.study import load_study
 
     from .lease import study_lease
 
     try:
-        folder = load_study(arguments.study).folder
+        folder = load_study(arguments.study).files
         with study_lease(folder):
-            return _sync(str(folder), arguments.tracking_uri)
+            return _sync(str(folder.path), arguments.tracking_uri)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,20 +44,21 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     from rich.console import Console
     from rich.progress import track
 
-    from dashboards.study import load_study, read_rows
+    from streamllm.results.study import load_study
+    from streamllm.results.study_folder import read_rows
     from streamllm.store import MeasurementStore
 
-    from .folder import write_report
+    from .conclusion import write_report
     from .tracking import Projection, one_line
 
     results = load_study(folder)
-    rows = read_rows(results.folder / "trials.jsonl")  # as the sweep logs them: what was confirmed comes with the close
-    projection = Projection(results.configuration, MeasurementStore(results.folder.parent / ".store"), tracking_uri)
+    rows = read_rows(results.files.trials)  # as the sweep logs them: what was confirmed comes with the close
+    projection = Projection(results.configuration, MeasurementStore(results.files.store), tracking_uri)
     try:
         projection.open()
         for row in track(rows, "MLflow", console=Console(stderr=True), transient=True):
             projection.log(row)
-        projection.close(results, [*write_report(results), results.folder / "sweep.json"])
+        projection.close(results, [*write_report(results), results.files.configuration])
     except Exception as error:  # MLflow raises anything
         print(f"error: MLflow cannot be brought up to date: {one_line(error)}", file=sys.stderr)
         return 1

@@ -17,12 +17,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-from dashboards.front import Row
-from dashboards.study import load_study
+from streamllm.results.schema import Row
+from streamllm.results.study import load_study
 
-from .folder import TrialsFile
 from .tracking import Projection, one_line
 from .trial import TrialSpec
+from .trials_file import TrialsFile
 
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 1.0, 60.0
 _NICENESS = 15
@@ -179,4 +179,4 @@ def _whole_lines(file: IO[str]) -> Iterator[Row]:
         if not line.endswith("\n"):
             file.seek(position)
             return
-        yield json.loads(line)
+        yield Row.from_json(json.loads(line), file.name)

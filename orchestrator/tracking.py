@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from dashboards.findings import Findings, findings
-from dashboards.front import Row
 from dashboards.recommendation import recommended, record
-from dashboards.study import EXPERIMENT, VIEW, StudyResults, read_outcome, view_of
-from streamllm.results.schema import FIELDS, KNOBS, knobs_in_short, told_name
+from streamllm.results.schema import FIELDS, KNOBS, AnyRow, knobs_in_short, told_name
+from streamllm.results.study import EXPERIMENT, VIEW, StudyResults, view_of
 from streamllm.store import MeasurementStore
 
-from .results import BASELINE, STRICT
+from .rows import BASELINE, STRICT
 
 _PARAMS = (*(field.name for field in KNOBS), "dtype")
 _TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if field.mlflow == "tag"}
@@ -89,7 +88,7 @@ class Projection:
         """Marks the study as running."""
         self._client.update_run(self._runs[""], status="RUNNING")
 
-    def log(self, row: Row) -> None:
+    def log(self, row: AnyRow) -> None:
         """Makes the child run of a finished trial. What MLflow will never take, `refused` says why."""
         try:
             self._log(row)
@@ -98,7 +97,7 @@ class Projection:
                 raise
             self.refused.append(f"trial {row['trial']}: {one_line(error)}")
 
-    def _log(self, row: Row) -> None:
+    def _log(self, row: AnyRow) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
         trial, digest = str(row["trial"]), _digest(json.dumps(row, sort_keys=True))
@@ -127,7 +126,7 @@ class Projection:
 
     def close(self, results: StudyResults, report: list[Path]) -> None:
         """Marks the front, logs what was confirmed, attaches the report to the parent, and ends all runs."""
-        status, ended_at = read_outcome(results.folder)
+        status, ended_at = results.files.read_outcome()
         rows = [*results.trials, results.baseline, results.strict]
         last = max((row["finished_at"] for row in rows if row), default=time.time())
         ended = int(1000 * (ended_at or last))
@@ -202,12 +201,12 @@ class Projection:
     def _common(self) -> dict[str, str]:
         return {"study": self._configuration["study"], "study_id": self._configuration["study_id"]}
 
-    def _tags(self, row: Row) -> dict[str, str]:
+    def _tags(self, row: AnyRow) -> dict[str, str]:
         values = {"quantization": self._configuration["quantization"]} | dict(row)
         words = {tag: values[name] for name, tag in _TAGS.items() if values.get(name) is not None}
         return self._common() | {tag: str(value)[:5000] for tag, value in words.items()}
 
-    def _log_artifacts(self, run: str, row: Row) -> None:
+    def _log_artifacts(self, run: str, row: AnyRow) -> None:
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "result.json").write_text(json.dumps(row, indent=1) + "\n")
             losses = self._store.losses_file(row["quality_entry"]) if "quality_entry" in row else None
@@ -273,7 +272,7 @@ def _is_refusal(error: Exception) -> bool:
     return isinstance(error, MlflowException) and error.get_http_status_code() == 400
 
 
-def _final_metrics(row: Row, before: Mapping[str, float]) -> dict[str, float]:
+def _final_metrics(row: AnyRow, before: Mapping[str, float]) -> dict[str, float]:
     """Of a trial that was confirmed before and is no longer, that is taken back: no rounds, a probability of NaN."""
     names = [f"{name}{end}" for name in _AT_THE_END for end in ("", "_low", "_high")]
     values = {name: float(row[name]) for name in names if _is_number(row.get(name))}
@@ -303,7 +302,7 @@ def one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {what[:200]}{' failed' if failed else ''}"
 
 
-def _run_name(row: Row) -> str:
+def _run_name(row: AnyRow) -> str:
     if row["trial"] in (STRICT, BASELINE):
         return str(row["trial"])
     return f"{row['trial']:03d} {row['method']} {knobs_in_short(row)} {row['backend_requested']}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from streamllm.policy import EvictionPolicy
+from streamllm.results.schema import Row
 from streamllm.text import TextSource
 
 
@@ -50,7 +50,7 @@ class TrialSpec:
 
 @dataclass(frozen=True, slots=True)
 class TrialMeasurement:
-    record: dict[str, Any]
+    record: Row
     """Identity, quality and speed, flat; of a round of confirming, the times."""
     losses: np.ndarray | None
     """(n, 2): position, nats; None of a round of confirming."""

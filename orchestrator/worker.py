@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamllm.errors import UsageError
+from streamllm.results.schema import Row
 from streamllm.store import MeasurementStore
 
 from .accelerators import own_accelerator
@@ -115,7 +116,7 @@ class Worker:
         if spec.quantization is not None:
             record |= {"quantization": spec.quantization, "reference_digest": self.loaded.digest}
         return TrialMeasurement(
-            record | fast_record(quality.record, speed.record), quality.losses, fresh_quality, fresh_speed
+            Row.of(record | fast_record(quality.record, speed.record)), quality.losses, fresh_quality, fresh_speed
         )
 
     def _confirm(self, spec: TrialSpec) -> TrialMeasurement:
@@ -123,7 +124,7 @@ class Worker:
 
         measurements, leases = self._measurements_of(spec), leases_on(self.loaded.device.type)
         times = measurements.times(spec.method, spec.policy, spec.attn_backend, spec.execution, leases)
-        return TrialMeasurement(times_summary(times), None, False, True, times.ratios.tolist())
+        return TrialMeasurement(Row.of(times_summary(times)), None, False, True, times.ratios.tolist())
 
     def _measurements_of(self, spec: TrialSpec) -> Measurements:
         """Of the model quantized as the trial wants it, which is loaded the first time and then kept. All are timed

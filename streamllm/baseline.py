@@ -8,14 +8,15 @@ from typing import TYPE_CHECKING, Any
 from .arguments import TOTAL_KV_CAP
 from .policy import EvictionPolicy
 from .reference_time import speedup
+from .results.schema import AnyRow, Row
 
 if TYPE_CHECKING:
     import numpy as np
 
     from .quality import QualityComparison
 
-Measured = tuple[dict[str, Any], "np.ndarray"]
-"""A flat record; losses (n, 2: position, nats)."""
+Measured = tuple[Row, "np.ndarray"]
+"""And losses (n, 2: position, nats)."""
 
 AS_BASELINE = {"speedup": 1.0, "ppl_increase_percent": 0.0}
 """What the baseline is beside itself."""
@@ -75,7 +76,7 @@ def sampled(losses: np.ndarray, comparison: QualityComparison, n_losses: int) ->
 
 
 def compared(
-    record: dict[str, Any], losses: np.ndarray, baseline: Measured, comparison: QualityComparison | None
+    record: AnyRow, losses: np.ndarray, baseline: Measured, comparison: QualityComparison | None
 ) -> dict[str, Any]:
     """What a result means beside strict StreamingLLM and beside the baseline. Without a comparison, as by chunks, the
     perplexities' ratio is over the tokens that both were taken at."""

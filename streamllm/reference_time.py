@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from bisect import insort
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-Row = Mapping[str, Any]
+from .results.schema import AnyRow, Row
+
 Kind = tuple[Any, ...]
 
 _KIND = ("model", "model_digest", "dtype", "quantization", "device", "threads", "reference_total")
@@ -42,7 +43,7 @@ class ReferenceTime:
         return f"{self.ms:.3g} ms on {self.device}{threads}{spread}"
 
 
-def kind(row: Row) -> Kind:
+def kind(row: AnyRow) -> Kind:
     """What a row was timed beside: the reference's weights are its own, unless it says whose."""
     if "reference_digest" in row:
         row = {**row, "model_digest": row["reference_digest"], "quantization": None}
@@ -52,12 +53,12 @@ def kind(row: Row) -> Kind:
 class ReferencePool:
     """The reference's time on each kind of worker, over all rows added so far."""
 
-    def __init__(self, rows: Iterable[Row] = ()) -> None:
+    def __init__(self, rows: Iterable[AnyRow] = ()) -> None:
         self._ordered: dict[Kind, list[float]] = defaultdict(list)
         for row in rows:
             self.add(row)
 
-    def add(self, row: Row) -> None:
+    def add(self, row: AnyRow) -> None:
         """Takes in the row's `reference_tpot_ms`, if it has one."""
         if "reference_tpot_ms" in row:
             insort(self._ordered[kind(row)], row["reference_tpot_ms"])
@@ -75,23 +76,23 @@ class ReferencePool:
         found = [time for of in self._ordered if (time := self.time(of)) is not None]
         return sorted(found, key=lambda time: -time.timings)
 
-    def with_time(self, row: Row) -> dict[str, Any]:
+    def with_time(self, row: Row) -> Row:
         """The row with `tpot_ms` and what follows from it; as it is if it was not timed."""
         reference = self.time(kind(row))
         if reference is None or "time_ratio" not in row:
-            return dict(row)
+            return row
         ends = ("", "_low", "_high", "_std")
         times = {f"tpot_ms{end}": row[f"time_ratio{end}"] * reference.ms for end in ends if f"time_ratio{end}" in row}
-        return {**row, **times, "decode_toks_per_sec": 1e3 / times["tpot_ms"]}
+        return row | times | {"decode_toks_per_sec": 1e3 / times["tpot_ms"]}
 
 
-def with_times(rows: Sequence[Row]) -> list[dict[str, Any]]:
+def with_times(rows: Sequence[Row]) -> list[Row]:
     """All of them in one unit, their own pooled reference."""
     pool = ReferencePool(rows)
     return [pool.with_time(row) for row in rows]
 
 
-def speedup(row: Row, baseline: Row) -> dict[str, float]:
+def speedup(row: AnyRow, baseline: AnyRow) -> dict[str, float]:
     """How many times as fast as the baseline: the quotient of their ratios to the reference, with both intervals."""
     value = baseline["time_ratio"] / row["time_ratio"]
     below = math.hypot(_half(baseline, "low"), _half(row, "high"))
@@ -99,7 +100,7 @@ def speedup(row: Row, baseline: Row) -> dict[str, float]:
     return {"speedup": value, "speedup_low": value * math.exp(-below), "speedup_high": value * math.exp(above)}
 
 
-def _half(row: Row, end: str) -> float:
+def _half(row: AnyRow, end: str) -> float:
     """From the ratio to an end of its interval, in logarithms."""
     return math.log(row.get(f"time_ratio_{end}", row["time_ratio"]) / row["time_ratio"])
 

@@ -6,15 +6,16 @@ import argparse
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .arguments import sample_size, text_source
 from .baseline import AS_BASELINE, average, baseline_policy, sampled
 from .errors import UsageError
 from .progress import working
+from .results.schema import AnyRow, Row
 
 if TYPE_CHECKING:
     import numpy as np
@@ -122,10 +123,10 @@ def baseline_runs(
                 )
         losses = measurement.losses
         assert losses is not None
-        record = identity(loaded, stream, "recompute", fixed, protocol) | measurement.record
-        record |= {"reference_total": measurements.total}
+        record = Row.of(identity(loaded, stream, "recompute", fixed, protocol) | measurement.record)
+        record = record | {"reference_total": measurements.total}
         if (comparison := compare_quality(measurements, protocol, losses)) is not None:
-            record |= sampled(losses, comparison, len(stream.tokens) - 1)
+            record = record | sampled(losses, comparison, len(stream.tokens) - 1)
         runs.append((record | AS_BASELINE | {"reused": not fresh}, losses))
     raise AssertionError("unreachable: the store is finite")
 
@@ -163,9 +164,9 @@ def messages_on_stderr() -> Iterator[None]:
         yield
 
 
-def report(result: dict[str, dict[str, Any]]) -> str:
+def report(result: Mapping[str, AnyRow]) -> str:
     """The objects of a result side by side, a line per value."""
-    names = dict.fromkeys(name for record in reversed(result.values()) for name in record)
+    names = dict.fromkeys(name for record in reversed(list(result.values())) for name in record)
     lines = [f"{'':28}" + "".join(f"{column:24}" for column in result)] if len(result) > 1 else []
     for name in names:
         values = (record.get(name, "") for record in result.values())

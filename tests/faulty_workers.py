@@ -13,6 +13,7 @@ import numpy as np
 from orchestrator.lease import timing_lease
 from orchestrator.trial import TrialMeasurement, WorkerUnusableError
 from orchestrator.worker import Worker
+from streamllm.results.schema import Row
 from streamllm.store import Measurement, MeasurementStore, entry_name
 
 
@@ -47,7 +48,11 @@ class WithoutModel(Worker):
         if found is None:
             self.store.put(key, measurement)
         return TrialMeasurement(
-            measurement.record, measurement.losses, found is None, found is None, [1.0] * 12 if spec.round else ()
+            Row.of(measurement.record),
+            measurement.losses,
+            found is None,
+            found is None,
+            [1.0] * 12 if spec.round else (),
         )
 
 

@@ -11,6 +11,7 @@ from streamllm.methods.recompute import WholeWindow, losses_at
 from streamllm.policy import EvictionPolicy
 from streamllm.quality import QualityComparison
 from streamllm.reference_time import with_times
+from streamllm.results.schema import Row
 
 from .conftest import GOLDEN
 
@@ -28,7 +29,7 @@ def made(tpot, reused=True):
     record = {"perplexity": 9.0, "reused": reused, "reference_tpot_ms": 2.0}
     for name in ("time_ratio", "measured_tpot_ms"):
         record |= {name: tpot, f"{name}_low": tpot - 9, f"{name}_high": tpot + 9}
-    return record | times, np.zeros((3, 2))
+    return Row.of(record | times), np.zeros((3, 2))
 
 
 def test_several_runs_are_their_mean_and_spread():

@@ -4,26 +4,28 @@ import math
 import numpy as np
 import pytest
 
-from dashboards.front import study_front
 from orchestrator import rounds as rounds_module
 from orchestrator.confirm import candidates, confirmed_rows, unconfirmed_better
 from orchestrator.pool import Finished, SweepError
-from orchestrator.rounds import FILE, Round, read_rounds, take_rounds
+from orchestrator.rounds import Round, read_rounds, take_rounds
 from orchestrator.trial import TrialMeasurement
 from streamllm.quality import QualityComparison
+from streamllm.results.front import study_front
+from streamllm.results.schema import Row
+from streamllm.results.study_folder import StudyFolder
 
 OBJECTIVES = {"tpot_ms": "minimize", "ppl_vs_strict_percent": "minimize"}
 POSITIONS = np.arange(4000.0)
 
 
 def row(trial, ratio, increase, half_width=0.5, **more):
-    return {
+    return Row.of({
         "trial": trial, "state": "complete", "method": "ours", "backend_requested": "flash", "n_sink": trial,
         "window_size": 8, "compress_every": 1, "cache_slack": 0, "max_drop": 0,
         "time_ratio": ratio, "time_ratio_low": ratio - half_width, "time_ratio_high": ratio + half_width,
         "tpot_ms": 2 * ratio, "ppl_vs_strict_percent": increase, "ppl_vs_strict_percent_low": increase - 0.1,
         "ppl_vs_strict_percent_high": increase + 0.1, **more,
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 BASELINE = row("baseline", 40.0, 0.0) | {"method": "recompute", "n_sink": 4}
@@ -149,7 +151,7 @@ class PretendPool:
 
 def measured(worker, spec):
     ratios = [1.0 * spec.round, 2.0 * spec.round]
-    return Finished(worker, measurement=TrialMeasurement({"load": 0.5}, None, False, True, ratios))
+    return Finished(worker, measurement=TrialMeasurement(Row(load=0.5), None, False, True, ratios))
 
 
 ROWS = [BASELINE, row(1, 1.0, 1.0), row(2, 2.0, 0.5)]
@@ -158,7 +160,7 @@ ROWS = [BASELINE, row(1, 1.0, 1.0), row(2, 2.0, 0.5)]
 @pytest.fixture
 def run(tmp_path):
     return lambda pool, workers, rounds=2, rows=ROWS: take_rounds(
-        tmp_path, pool, workers, rows, rounds, lambda worker, spec: None
+        StudyFolder(tmp_path), pool, workers, rows, rounds, lambda worker, spec: None
     )
 
 
@@ -168,7 +170,7 @@ def test_rounds_take_every_candidate_in_turn_on_one_worker_after_another(run, tm
     assert [worker for worker, *_ in pool.submitted] == [1, 1, 1, 0, 0, 0, 1, 1, 1]
     assert [(sinks, number) for _, _, sinks, number in pool.submitted] == [(s, n) for n in (1, 2, 3) for s in (4, 1, 2)]
     assert [one.ratios["2"] for one in rounds] == [[1, 2], [2, 4], [3, 6]]
-    assert rounds == read_rounds(tmp_path) and rounds[0].members == {"baseline", "1", "2"}
+    assert rounds == read_rounds(StudyFolder(tmp_path)) and rounds[0].members == {"baseline", "1", "2"}
 
 
 def test_rounds_end_when_the_next_would_not_be_finished_in_time(tmp_path, monkeypatch):
@@ -184,7 +186,7 @@ def test_rounds_end_when_the_next_would_not_be_finished_in_time(tmp_path, monkey
         now[0] = 100.0
         folder = tmp_path / str(count)
         folder.mkdir()
-        assert len(take_rounds(folder, PretendPool(answer), [0], ROWS, 4, lambda *_: None, until)) == count
+        assert len(take_rounds(StudyFolder(folder), PretendPool(answer), [0], ROWS, 4, lambda *_: None, until)) == count
 
 
 def test_a_round_counts_whole_or_not_at_all(run, tmp_path):
@@ -197,18 +199,21 @@ def test_a_round_counts_whole_or_not_at_all(run, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         run(PretendPool(answer), [0])
-    with (tmp_path / FILE).open("a") as file:
+    with (StudyFolder(tmp_path).rounds).open("a") as file:
         file.write('{"ratios": {"basel')
     again = PretendPool()
     assert len(run(again, [0])) == 2
     assert [number for *_, number in again.submitted] == [2, 2, 2]
-    assert run(nothing := PretendPool(), [0]) == read_rounds(tmp_path) and not nothing.submitted
+    assert run(nothing := PretendPool(), [0]) == read_rounds(StudyFolder(tmp_path)) and not nothing.submitted
     assert len(run(fewer := PretendPool(), [0], rows=ROWS[:2])) == 2 and not fewer.submitted
     more = PretendPool()
     assert len(run(more, [0], rows=[*ROWS, row(3, 1.0, 1.0)])) == 2
     assert len(more.submitted) == 8, "all candidates are in both rounds"
-    stale = [json.loads(line) | {"code": "of another engine"} for line in (tmp_path / FILE).read_text().splitlines()]
-    (tmp_path / FILE).write_text("".join(json.dumps(one) + "\n" for one in stale))
+    stale = [
+        json.loads(line) | {"code": "of another engine"}
+        for line in (StudyFolder(tmp_path).rounds).read_text().splitlines()
+    ]
+    (StudyFolder(tmp_path).rounds).write_text("".join(json.dumps(one) + "\n" for one in stale))
     run(anew := PretendPool(), [0])
     assert len(anew.submitted) == 6
 
@@ -226,7 +231,7 @@ def test_a_dead_workers_measurement_is_made_by_another_and_a_failing_candidate_l
 
     for workers in ([0, 1], [1]):
         deaths.clear()
-        (tmp_path / FILE).unlink(missing_ok=True)
+        (StudyFolder(tmp_path).rounds).unlink(missing_ok=True)
         pool = PretendPool(answer)
         rounds = run(pool, workers)
         assert [sorted(one.ratios) for one in rounds] == [["1", "baseline"]] * 2
@@ -240,7 +245,7 @@ def test_without_workers_it_ends_with_the_reason_and_no_round_is_kept(run, tmp_p
         run(lost, [0])
     with pytest.raises(SweepError, match="no worker is left"):
         run(PretendPool(), [])
-    assert len(lost.submitted) == 1 and read_rounds(tmp_path) == []
+    assert len(lost.submitted) == 1 and read_rounds(StudyFolder(tmp_path)) == []
 
 
 @pytest.mark.parametrize("drift", [lambda at: 1.0, lambda at: 1.0 + at, lambda at: 1.0 + (at > 0.5)])

@@ -16,6 +16,7 @@ from orchestrator.trial import TrialMeasurement
 from search_spaces import load_space
 from streamllm.errors import UsageError
 from streamllm.policy import strict_policy
+from streamllm.results.schema import Row
 from streamllm.sample import sample_positions
 
 from .test_study import SPACE
@@ -43,14 +44,14 @@ class PretendPool:
             self._ready.append(Finished(result.worker, description={}))
 
 
-def measured(worker, spec):
+def measured(worker, spec, **more):
     ratio = 10.0 if spec.method == "recompute" else 2.0 + spec.policy.n_sink
     record = {"time_ratio": ratio, "n_tokens": 51, "method": spec.method} | asdict(spec.policy)
     record["quality_entry"] = f"{spec.policy.n_sink}"
     table = losses(spec.policy.n_sink)
     if spec.method == "recompute":
         table = table[sample_positions(51, 1, spec.sampled_tokens)]
-    return Finished(worker, measurement=TrialMeasurement(record, table, True, True))
+    return Finished(worker, measurement=TrialMeasurement(Row.of(record | more), table, True, True))
 
 
 def losses(n_sink):
@@ -95,9 +96,7 @@ def test_a_study_is_of_one_model_and_one_text(drive):
         return made
 
     def with_digests(worker, spec):
-        finished = measured(worker, spec)
-        finished.measurement.record.update(one)
-        return finished
+        return measured(worker, spec, model_digest=one["model_digest"], text_digest=one["text_digest"])
 
     message = r"text on here: c{12}\.\.\., the study's is b{12}\.\.\."
     with pytest.raises(UsageError, match=message):
@@ -197,7 +196,7 @@ def test_a_sample_grows_within_its_share_of_the_time():
         places = sample_positions(5001, 1, sample.next_size)
         losses = np.column_stack((places, random.normal(size=len(places))))
         sample.spent(seconds, on_it=True)
-        sample.measured(TrialMeasurement({}, losses, True, True), reference)
+        sample.measured(TrialMeasurement(Row(), losses, True, True), reference)
 
     grow(10.0)
     assert sample.is_short() and not sample.is_due(), "all of the time so far was its own"
@@ -304,9 +303,8 @@ def test_time_is_set_aside_for_what_runs_and_for_confirming(seconds, confirm, mo
     space = load_space(str(tmp_path / "space.yaml"))
 
     def answer(worker, spec):
-        finished = measured(worker, spec)
-        finished.measurement.record.update(quality_sec=20.0, speed_sec=100.0 if spec.method == "recompute" else 40.0)
-        return finished
+        seconds = {"quality_sec": 20.0, "speed_sec": 100.0 if spec.method == "recompute" else 40.0}
+        return measured(worker, spec, **seconds)
 
     study = Study("s", tmp_path / "journal.log", space, 32, seed=1)
     Driver(study, PretendPool(1, answer), 32, 1, []).run()

@@ -7,9 +7,9 @@ from dashboards.comparisons import Series, comparable, comparison
 from dashboards.figures import ROW_FIGURES, STUDY_FIGURES, main, pareto, write_figures
 from dashboards.importance import importance, main_effects
 from dashboards.kv_length import keys_attended, kv_length
-from dashboards.study import load_study
 from dashboards.style import NoDataError, style
 from streamllm.policy import EvictionPolicy, peak_kv
+from streamllm.results.study import load_study
 
 from .made_studies import BASELINE, failed, row, write_study
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dashboards.front import dominators, hypervolume, pareto_front
+from streamllm.results.front import dominators, hypervolume, pareto_front
 
 OBJECTIVES = {"tpot_ms": "minimize", "speedup": "maximize"}
 

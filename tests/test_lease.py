@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.lease import claim, computing_lease, study_lease, timing_lease
 from streamllm.errors import UsageError
+from streamllm.results.study_folder import StudyFolder
 
 
 def hold(taken, seconds):
@@ -91,7 +92,11 @@ def test_the_workers_of_a_killed_sweep_are_waited_for(own_folder, tmp_path):
 
 
 def test_a_study_says_who_runs_it(tmp_path):
-    with study_lease(tmp_path), pytest.raises(UsageError, match=f"process {os.getpid()} on "), study_lease(tmp_path):
+    with (
+        study_lease(StudyFolder(tmp_path)),
+        pytest.raises(UsageError, match=f"process {os.getpid()} on "),
+        study_lease(StudyFolder(tmp_path)),
+    ):
         pass
-    with study_lease(tmp_path):
+    with study_lease(StudyFolder(tmp_path)):
         pass

@@ -11,6 +11,7 @@ from streamllm.measurements import Leases, Measurements
 from streamllm.pairing import between_references, in_turn, take_pairs
 from streamllm.policy import EvictionPolicy, strict_policy
 from streamllm.reference_time import ReferencePool, speedup, with_times
+from streamllm.results.schema import Row
 from streamllm.store import MeasurementStore
 from streamllm.text import TokenStream
 from streamllm.timing import measure_speed
@@ -90,11 +91,12 @@ def test_segments_have_as_many_tokens_as_time_allows_in_whole_cycles(golden_mode
 
 def row(ratio, reference, **more):
     ends = {"time_ratio_low": 0.9 * ratio, "time_ratio_high": 1.1 * ratio}
-    return {"time_ratio": ratio, "reference_tpot_ms": reference, "device": "cpu", "threads": 1} | ends | more
+    known = {"time_ratio": ratio, "reference_tpot_ms": reference, "device": "cpu", "threads": 1}
+    return Row.of(known | ends | more)
 
 
 def test_all_milliseconds_are_in_one_unit_for_each_kind_of_worker():
-    rows = with_times([row(2.0, 1.0), row(3.0, 9.0), row(1.0, 3.0), row(2.0, 8.0, threads=2), {"state": "failed"}])
+    rows = with_times([row(2.0, 1.0), row(3.0, 9.0), row(1.0, 3.0), row(2.0, 8.0, threads=2), Row(state="failed")])
     assert [one.get("tpot_ms") for one in rows] == [6.0, 9.0, 3.0, 16.0, None]
     assert rows[0]["tpot_ms_low"] == pytest.approx(5.4) and rows[0]["decode_toks_per_sec"] == pytest.approx(1e3 / 6)
     most, least = ReferencePool(rows).times()

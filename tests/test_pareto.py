@@ -19,11 +19,11 @@ from dashboards.filters import select
 from dashboards.formats import FORMATS, Table, latex
 from dashboards.pareto import main
 from dashboards.recommendation import reproduce_command
-from dashboards.study import load_study
 from dashboards.table import pareto_table
 from streamllm.arguments import given_policy
 from streamllm.commands import evaluate
 from streamllm.policy import EvictionPolicy
+from streamllm.results.study import load_study
 
 from .conftest import GOLDEN
 from .made_studies import failed, row, write_study

@@ -1,6 +1,6 @@
 from dashboards.published import main, published_table
-from dashboards.study import load_study
-from orchestrator.folder import write_report
+from orchestrator.conclusion import write_report
+from streamllm.results.study import load_study
 
 from .made_studies import SOURCE, row, write_study
 

@@ -3,8 +3,8 @@ import json
 import pytest
 
 from dashboards.recommendation import advice, percent, recommend, record
-from dashboards.study import load_study
 from streamllm.errors import UsageError
+from streamllm.results.study import load_study
 
 from .made_studies import row, write_study
 

@@ -8,7 +8,7 @@ import pytest
 
 from dashboards.findings import costs_nothing, findings
 from dashboards.report import main, report, write_report
-from dashboards.study import load_study
+from streamllm.results.study import load_study
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>&"
 CONFIGURATION = {

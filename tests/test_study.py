@@ -1,10 +1,11 @@
 import pytest
 from optuna.storages.journal import JournalFileBackend
 
-from dashboards.front import pareto_front
 from orchestrator.options import SAMPLERS
 from orchestrator.study import Study
 from search_spaces import load_space
+from streamllm.results.front import pareto_front
+from streamllm.results.schema import Row
 
 SPACE = """
 cap: 32
@@ -33,14 +34,14 @@ def open_study(tmp_path):
 
 
 def row_of(trial):
-    return {
-        "trial": trial.number,
-        "state": "complete",
-        "time_ratio": 1.0 + trial.params["n_sink"],
-        "ppl_increase_percent": 2.0,
-        "ppl_vs_strict_percent": 1.0,
-        "feasible": True,
-    }
+    return Row(
+        trial=trial.number,
+        state="complete",
+        time_ratio=1.0 + trial.params["n_sink"],
+        ppl_increase_percent=2.0,
+        ppl_vs_strict_percent=1.0,
+        feasible=True,
+    )
 
 
 def test_every_configuration_once_known_ones_first_then_none_is_left(open_study):
@@ -87,7 +88,7 @@ def test_a_torn_journal_tail_and_a_dead_drivers_lock_do_not_matter(open_study, t
 def test_failed_trials_are_kept_with_their_reason_and_not_tried_again(open_study):
     study = open_study()
     trial = study.ask()
-    study.tell(trial.number, {"trial": trial.number, "state": "failed", "reason": "out of memory"})
+    study.tell(trial.number, Row(trial=trial.number, state="failed", reason="out of memory"))
     again = open_study()
     assert again.rows[0]["reason"] == "out of memory"
     assert trial.params not in [t.params for t in iter(again.ask, None)]

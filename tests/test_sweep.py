@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from dashboards.columns import shown_columns
 from orchestrator.sweep import parser, resolve
 from streamllm.errors import UsageError
+from streamllm.results.study_folder import StudyFolder
 
 from .conftest import GOLDEN
 
@@ -265,7 +266,7 @@ def test_quantization_is_asked_for_in_one_place(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(UsageError, match=r"quantization 'int4_weight_only': the space 'space' has its own \(none, "):
         resolve(parser().parse_args(arguments("--quantization", "int4_weight_only")))
-    monkeypatch.setattr("orchestrator.sweep.find_spec", lambda name: None)
+    monkeypatch.setattr("orchestrator.command_line.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="quantization 'int8_weight_only': needs torchao; pip install"):
         resolve(parser().parse_args(arguments()))
 
@@ -295,7 +296,7 @@ def test_a_second_driver_is_told_who_has_the_study(folder):
     from orchestrator.lease import study_lease
 
     (folder / "sweeps/s").mkdir(parents=True)
-    with study_lease(folder / "sweeps/s"):
+    with study_lease(StudyFolder(folder / "sweeps/s")):
         done = sweep(folder)
     assert done.returncode == 2
     assert f"run by process {os.getpid()}" in done.stderr

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from dashboards.pareto import rich_table
-from dashboards.study import load_study
 from dashboards.table import pareto_table
 from dashboards.terminal import lines, wrapped
+from streamllm.results.study import load_study
 
 from .made_studies import BASELINE, OBJECTIVES, failed, row, write_study
 

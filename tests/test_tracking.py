@@ -15,12 +15,15 @@ import numpy as np
 import pytest
 from mlflow import MlflowClient
 
-from dashboards.study import load_study, view_of
 from orchestrator import sync, tracking
-from orchestrator.folder import TrialsFile, write_outcome, write_report, write_rows
+from orchestrator.conclusion import write_report
 from orchestrator.lease import study_lease
 from orchestrator.tracker import Tracker
 from orchestrator.tracking import Projection
+from orchestrator.trials_file import TrialsFile
+from streamllm.results.schema import Row
+from streamllm.results.study import load_study, view_of
+from streamllm.results.study_folder import StudyFolder, write_rows
 from streamllm.store import Measurement, MeasurementStore, entry_name
 
 from .made_studies import SOURCE
@@ -51,10 +54,10 @@ def row(trial, tpot=2.0, increase=1.0, **more):
     quality = {"perplexity": 15.5, "ppl_vs_strict_percent": increase, "ppl_increase_percent": increase + 0.5}
     words = {"method": "ours", "backend": "math", "backend_requested": "flash", "dtype": "float32", "model": "m"}
     words |= {"device": "CPU", "protocol": "fast", "dataset": "t", "state": "complete", "feasible": True}
-    return {
+    return Row.of({
         "trial": trial, **words, **policy, **times, **quality, "runtime_sec": 2.5, "quality_entry": entry_name(KEY),
         "finished_at": 1.7e9, "commit": "c0ffee", "reused": False, **more
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 _KEPT = ("trial", "method", "backend_requested", "n_sink", "finished_at", "commit")
@@ -84,7 +87,7 @@ def study(tmp_path, schema, monkeypatch):
     (folder / "sweep.json").write_text(json.dumps(CONFIGURATION))
     MeasurementStore(tmp_path / "sweeps/.store").put(KEY, Measurement({}, LOSSES))
     write_rows(folder / "trials.jsonl", ROWS)
-    write_outcome(folder, "FINISHED")
+    StudyFolder(folder).write_outcome("FINISHED")
     return folder
 
 
@@ -276,7 +279,7 @@ def test_what_mlflow_refuses_does_not_hold_up_the_rest(study, capsys):
 def test_sync_says_what_is_wrong(study, capsys):
     assert sync.main(["nowhere"]) == 2
     assert "study 'nowhere'" in capsys.readouterr().err
-    with study_lease(study):
+    with study_lease(StudyFolder(study)):
         assert synchronise() == 2
     assert "being run by process" in capsys.readouterr().err
     assert synchronise(f"http://127.0.0.1:{free_port()}") == 1
@@ -291,7 +294,7 @@ def test_a_row_that_is_being_written_is_not_read(study):
 
 
 def test_the_trials_file_follows_the_study_and_keeps_the_baseline(study):
-    trials = TrialsFile(study, [ROWS[1]])
+    trials = TrialsFile(StudyFolder(study), [ROWS[1]])
     assert not (study / "outcome.json").exists(), "a study that runs has no outcome"
     trials.trial_finished(ROWS[0] | {"reused": True, "finished_at": 1.8e9})
     trials.trial_finished(ROWS[2])
@@ -370,7 +373,7 @@ def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, c
     port = free_port()
     proxy = SlowProxy(port)
     (study / "trials.jsonl").unlink()
-    trials = TrialsFile(study, [])
+    trials = TrialsFile(StudyFolder(study), [])
     projection = Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"), proxy.uri)
     tracker = Tracker(projection, trials, longest_pause_sec=1.0)
 
@@ -394,7 +397,7 @@ def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, c
     assert tracker.finish([], lambda backlog: None, patience_sec=0.0) is not None, "does not wait for ever"
     assert tracker.backlog == 1
     finish_trial(ROWS[4])
-    write_outcome(study, "FINISHED")
+    StudyFolder(study).write_outcome("FINISHED")
     with server(tmp_path, port):
         report = [*write_report(load_study("s")), study / "sweep.json"]
         assert tracker.finish(report, lambda backlog: None, patience_sec=300) is None

@@ -17,6 +17,7 @@ from streamllm import measurements, models
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy
 from streamllm.reference_time import ReferencePool, kind
+from streamllm.results.schema import Row
 from streamllm.store import MeasurementStore
 from streamllm.text import TextSource
 
@@ -117,7 +118,7 @@ class Small(Worker):
         self.seen.append(list(self._models))
         if len(self._models) > self.fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return TrialMeasurement({}, np.empty((0, 2)), True, True)
+        return TrialMeasurement(Row(), np.empty((0, 2)), True, True)
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ def test_a_round_confirms_what_was_measured():
 
 
 def test_rows_beside_another_reference_are_in_its_unit():
-    plain = {"model_digest": "d", "device": "gpu", "reference_tpot_ms": 4.0, "time_ratio": 1.0}
+    plain = Row(model_digest="d", device="gpu", reference_tpot_ms=4.0, time_ratio=1.0)
     quantized = plain | {"model_digest": "d int8", "quantization": "int8", "reference_digest": "d", "time_ratio": 0.5}
     pool = ReferencePool([plain, quantized | {"reference_tpot_ms": 8.0}, quantized | {"reference_tpot_ms": 4.0}])
     assert pool.with_time(plain)["tpot_ms"] == 4.0 and pool.with_time(quantized)["tpot_ms"] == 2.0

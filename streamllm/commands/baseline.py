@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     records = with_times([run for run, _ in runs])
     (record,) = with_times([average(runs)[0]])
     if file is not None:
-        single = {"runs": records} if len(runs) > 1 else {}
-        file.write_text(json.dumps({"baseline": record, **single}, indent=2) + "\n")
-    say(json.dumps(record) if arguments.json else report({"baseline": record}))
+        single = {"runs": [one.to_json() for one in records]} if len(runs) > 1 else {}
+        file.write_text(json.dumps({"baseline": record.to_json(), **single}, indent=2) + "\n")
+    say(json.dumps(record.to_json()) if arguments.json else report({"baseline": record}))
     return 0

@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..arguments import (
     add_measuring_arguments,
@@ -33,6 +33,7 @@ from ..policy import EvictionPolicy, RefreshPolicy
 from ..printing import say
 from ..progress import working
 from ..reference_time import with_times
+from ..results.schema import Row
 from ..session import (
     baseline_size,
     compare_quality,
@@ -126,7 +127,7 @@ def run(arguments: argparse.Namespace) -> int:
     measurements, policy = open_measurements(
         arguments, lambda loaded: _policy(arguments, complete_policy(arguments, loaded))
     )
-    result: dict[str, Any] = {}
+    result: dict[str, Row] = {}
     try:
         with messages_on_stderr():
             baseline = measure_baseline(measurements, arguments, policy, only_stored=arguments.mode == "streaming")
@@ -143,9 +144,10 @@ def run(arguments: argparse.Namespace) -> int:
     if file is not None:
         _write_losses(losses, len(measurements.stream.tokens) - 1, file)
     if arguments.output_file is not None:
-        arguments.output_file.write_text(json.dumps(result, indent=2) + "\n")
+        written = {role: row.to_json() for role, row in result.items()}
+        arguments.output_file.write_text(json.dumps(written, indent=2) + "\n")
     asked_for = result["baseline" if arguments.mode == "baseline" else "streaming"]
-    say(json.dumps(asked_for) if arguments.json else report(result))
+    say(json.dumps(asked_for.to_json()) if arguments.json else report(result))
     return 0
 
 
@@ -209,20 +211,20 @@ def _measure_streaming(
                 loaded, stream, method, policy, backend, measurements.reference, arguments.execution, progress
             )
             table = quality.table
-    record = identity(loaded, stream, method, policy, protocol, arguments.execution) | measured
-    record |= {"backend_requested": arguments.attn_backend, "reference_total": measurements.total}
+    record = Row.of(identity(loaded, stream, method, policy, protocol, arguments.execution) | measured)
+    record = record | {"backend_requested": arguments.attn_backend, "reference_total": measurements.total}
     if arguments.overlap:
-        record |= {"overlap": arguments.overlap, "same_policy_as": "overlap 0"}  # with the record's window_size
+        record = record | {"overlap": arguments.overlap, "same_policy_as": "overlap 0"}  # with the record's window_size
     comparison = compare_quality(measurements, protocol, baseline[1] if baseline else None)
     if baseline is not None:
-        record |= compared(record, table, baseline, comparison)
+        record = record | compared(record, table, baseline, comparison)
     else:
         print("no baseline is stored for this: --mode both measures and keeps it", file=sys.stderr)
         if comparison is not None:
-            record |= comparison.vs_strict(table).flat("ppl_vs_strict_percent")
+            record = record | comparison.vs_strict(table).flat("ppl_vs_strict_percent")
     n_losses = len(stream.tokens) - 1
     if comparison is not None and len(table) < n_losses:
-        record |= sampled(table, comparison, n_losses)
+        record = record | sampled(table, comparison, n_losses)
     return record, table
 
 

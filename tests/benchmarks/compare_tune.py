@@ -20,15 +20,17 @@ from typing import Any
 import numpy as np
 
 from orchestrator.driver import Driver
-from orchestrator.folder import TrialsFile, write_outcome
 from orchestrator.pool import WorkerPool
-from orchestrator.results import BASELINE, STRICT
+from orchestrator.rows import BASELINE, STRICT
 from orchestrator.study import Study
 from orchestrator.tracker import Tracker
 from orchestrator.tracking import Projection
 from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
+from orchestrator.trials_file import TrialsFile
 from orchestrator.worker import Worker
 from search_spaces import load_space
+from streamllm.results.schema import Row
+from streamllm.results.study_folder import StudyFolder
 from streamllm.store import MeasurementStore
 from streamllm.text import TextSource
 
@@ -61,7 +63,7 @@ class Idle(Worker):
         losses = LOSSES + np.array([0.0, loss])
         record = {"method": spec.method, "time_ratio": speed, "backend_requested": spec.attn_backend} | policy
         record |= {"reference_tpot_ms": 1.0, "n_tokens": len(LOSSES) + 1, "dtype": "none"}
-        return TrialMeasurement(record, losses, True, True)
+        return TrialMeasurement(Row.of(record), losses, True, True)
 
 
 class Times:
@@ -94,14 +96,14 @@ def ours(folder: Path, trials: int, workers: int) -> dict[str, float]:
     study, times = Study("ours", folder / "journal.log", space, CAP, seed=0), Times()
     settings = made_up_settings(folder.name, space)
     (folder / "sweep.json").write_text(json.dumps(settings))
-    rows = TrialsFile(folder, [])
+    rows = TrialsFile(StudyFolder(folder), [])
     tracker = Tracker(Projection(settings, MeasurementStore(folder / "store")), rows)
     pool = WorkerPool(WorkerSetup("", TextSource(), "", "", folder / "store", CAP), workers, worker_class=Idle)
     try:
         Driver(study, pool, CAP, trials, [times, rows, tracker]).run()
     finally:
         pool.shutdown()
-    write_outcome(folder, "FINISHED")
+    StudyFolder(folder).write_outcome("FINISHED")
     if (problem := tracker.finish([], lambda _: None)) is not None:
         raise RuntimeError(problem)
     return pace(times.finished, time.perf_counter())

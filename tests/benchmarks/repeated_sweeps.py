@@ -24,10 +24,10 @@ from pathlib import Path
 from statistics import median, stdev
 from typing import Any
 
-from dashboards.front import Row
 from dashboards.recommendation import recommended
-from dashboards.study import StudyResults, load_study
 from streamllm.pairing import load_average
+from streamllm.results.schema import AnyRow
+from streamllm.results.study import StudyResults, load_study
 
 from .reporting import busy_processes, machine, markdown_table
 
@@ -58,7 +58,7 @@ def sweep(folder: Path, options: Sequence[str]) -> StudyResults:
     return load_study(str(folder / "study"))
 
 
-def configuration(row: Row) -> Configuration:
+def configuration(row: AnyRow) -> Configuration:
     return tuple(row[name] for name in KNOBS)
 
 
@@ -68,24 +68,24 @@ def name(of: Configuration) -> str:
     return f"{method} {backend}{how} S={n_sink} W={window} R={interval} slack={slack} drop={drop}"
 
 
-def values(row: Row, baseline: Row) -> dict[str, float]:
+def values(row: AnyRow, baseline: AnyRow) -> dict[str, float]:
     raw = row["measured_tpot_ms"]
     found = (row["speedup"], row["time_ratio"], raw, baseline["measured_tpot_ms"] / raw)
     return dict(zip(MEASURES, map(math.log, found), strict=True))
 
 
-def searched(study: StudyResults) -> tuple[Row, list[Row]]:
+def searched(study: StudyResults) -> tuple[AnyRow, list[AnyRow]]:
     """Baseline and trials as the search measured them."""
     (baseline,) = (row for row in study.searched if row["trial"] == "baseline")
     return baseline, [row for row in study.searched if row is not baseline and row["state"] == "complete"]
 
 
-def confirmed(study: StudyResults) -> tuple[Row, list[Row]]:
+def confirmed(study: StudyResults) -> tuple[AnyRow, list[AnyRow]]:
     assert study.baseline is not None
     return study.baseline, [row for row in study.trials if row.get("rounds")]
 
 
-Stage = Callable[[StudyResults], tuple[Row, list[Row]]]
+Stage = Callable[[StudyResults], tuple[AnyRow, list[AnyRow]]]
 
 
 def repeated(studies: Sequence[StudyResults], stage: Stage) -> dict[Configuration, list[dict[str, float]]]:

@@ -18,10 +18,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from dashboards.front import hypervolume
 from orchestrator.options import SAMPLERS
 from orchestrator.study import OpenTrial, Study
 from search_spaces import OBJECTIVES, SearchSpace, load_space, told_name
+from streamllm.results.front import hypervolume
 
 HERE = Path(__file__).parent
 SPACE = HERE / "samplers.yaml"

@@ -27,15 +27,17 @@ import numpy as np
 from orchestrator import driver as driver_module
 from orchestrator.display import Display
 from orchestrator.driver import Driver
-from orchestrator.folder import TrialsFile, write_outcome
 from orchestrator.pool import Finished
-from orchestrator.results import BASELINE, STRICT
+from orchestrator.rows import BASELINE, STRICT
 from orchestrator.study import Study
 from orchestrator.tracker import Tracker
 from orchestrator.tracking import Projection
 from orchestrator.trial import TrialMeasurement, TrialSpec
+from orchestrator.trials_file import TrialsFile
 from search_spaces import SearchSpace, load_space
 from streamllm.quality import perplexity
+from streamllm.results.schema import Row
+from streamllm.results.study_folder import StudyFolder
 from streamllm.store import Measurement, MeasurementStore
 
 from .made_up import made_up_settings
@@ -108,7 +110,7 @@ class SimulatedPool:
             "peak_kv": policy.kept + policy.compress_every,
         }
         self._store.put({"spec": str(spec)}, Measurement(record, losses))
-        return TrialMeasurement(record, losses, True, True)
+        return TrialMeasurement(Row.of(record), losses, True, True)
 
 
 class NoTracking:
@@ -166,7 +168,7 @@ def follower(folder: Path, trials: TrialsFile, space: SearchSpace, uri: str) -> 
 
 def drain(folder: Path, tracker: Tracker) -> dict[str, Any]:
     """Waits until MLflow has everything."""
-    write_outcome(folder, "FINISHED")
+    StudyFolder(folder).write_outcome("FINISHED")
     behind, started = tracker.backlog, time.perf_counter()
     problem = tracker.finish([], lambda _: None, limit_sec=3600.0)
     assert problem is None, problem
@@ -182,7 +184,7 @@ def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None,
     watch = Stopwatch()
     study.ask = watch.timed("ask", study.ask)  # type: ignore[method-assign]
     study.tell = watch.timed("tell", study.tell)  # type: ignore[method-assign]
-    file = TrialsFile(folder, [])
+    file = TrialsFile(StudyFolder(folder), [])
     tracker = None if mlflow is None else follower(folder, file, space, mlflow)
     observers = [file, Display(trials, [], space.objectives, tracker or NoTracking())]
     observers += [tracker] if tracker else []

@@ -22,6 +22,7 @@ from orchestrator.pool import WorkerPool
 from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.worker import Worker
 from streamllm.policy import EvictionPolicy
+from streamllm.results.schema import Row
 from streamllm.text import TextSource
 
 from .reporting import interleaved, machine, summary
@@ -33,7 +34,7 @@ class OnlyQuality(Worker):
     def measure(self, spec: TrialSpec) -> TrialMeasurement:
         quality, fresh = self.measurements.quality(spec.method, spec.policy, computing_lease)
         assert fresh and quality.losses is not None
-        return TrialMeasurement(quality.record, quality.losses, True, False)
+        return TrialMeasurement(Row.of(quality.record), quality.losses, True, False)
 
 
 def measure(pool: WorkerPool, idle: deque[int], policies: Sequence[EvictionPolicy]) -> None:

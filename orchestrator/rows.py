@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from streamllm.baseline import AS_BASELINE, compared, sampled
 from streamllm.policy import EvictionPolicy, strict_policy
+from streamllm.results.schema import Row
 
 from .configuration import commit
 from .study import OpenTrial
@@ -34,15 +35,15 @@ def fixed_spec(name: str, cap: int, sampled_tokens: int = 0) -> TrialSpec:
 
 def fixed_row(
     name: str, measurement: TrialMeasurement, baseline: TrialMeasurement | None, comparison: QualityComparison
-) -> dict[str, Any]:
+) -> Row:
     """The row of the reference or of the baseline, whose perplexity is stated over all tokens."""
-    row = {"trial": name, "state": "complete", **measurement.record}
+    row = measurement.record | {"trial": name, "state": "complete"}
     losses = measurement.losses
     assert losses is not None
     if name == BASELINE:
-        row |= sampled(losses, comparison, measurement.record["n_tokens"] - 1) | AS_BASELINE
+        row = row | sampled(losses, comparison, measurement.record["n_tokens"] - 1) | AS_BASELINE
     else:
-        row |= _beside(measurement, baseline, comparison)
+        row = row | _beside(measurement, baseline, comparison)
     return row | {"reused": _reused(measurement), **_stamp()}
 
 
@@ -52,34 +53,25 @@ def trial_row(
     baseline: TrialMeasurement | None,
     comparison: QualityComparison,
     worker: int,
-) -> dict[str, Any]:
+) -> Row:
     """One flat row. Times are ratios to the reference's; `ppl_vs_strict_percent` is over all tokens."""
-    return {
-        "trial": trial.number,
-        "state": "complete",
-        **measurement.record,
-        **_beside(measurement, baseline, comparison),
-        "feasible": True,
-        "reused": _reused(measurement),
-        "worker": worker,
-        **_stamp(),
-    }
+    values = measurement.record | _beside(measurement, baseline, comparison) | _stamp()
+    about = {"trial": trial.number, "state": "complete", "feasible": True, "worker": worker}
+    return values | about | {"reused": _reused(measurement)}
 
 
-def increases(
-    rows: Iterable[Mapping[str, Any]], comparison: QualityComparison, losses_of: Callable[[str], np.ndarray]
-) -> list[dict[str, Any]]:
+def increases(rows: Iterable[Row], comparison: QualityComparison, losses_of: Callable[[str], np.ndarray]) -> list[Row]:
     """What each complete trial costs in perplexity beside the baseline, as well as that is known by now.
 
     losses_of: by the name of the store's entry; configurations of one policy share it."""
     known: dict[str, dict[str, float]] = {}
     added = []
     for row in rows:
-        entry = row.get("quality_entry")
-        if row["state"] == "complete" and entry is not None:
+        entry = row.quality_entry
+        if row.state == "complete" and entry is not None:
             if entry not in known:
                 known[entry] = comparison.increase(losses_of(entry)).flat("ppl_increase_percent")
-            added.append({"trial": row["trial"], **known[entry]})
+            added.append(Row.of({"trial": row.trial, **known[entry]}))
     return added
 
 
@@ -101,21 +93,20 @@ def _reused(measurement: TrialMeasurement) -> bool:
     return not (measurement.measured_quality or measurement.measured_speed)
 
 
-def failed_row(trial: OpenTrial, reason: str, worker: int) -> dict[str, Any]:
+def failed_row(trial: OpenTrial, reason: str, worker: int) -> Row:
     spec = trial.spec
-    return {
+    values = {
         "trial": trial.number,
         "state": "failed",
         "reason": reason,
         "method": spec.method,
         "backend_requested": spec.attn_backend,
         "execution": spec.execution,
-        **({"quantization": spec.quantization} if spec.quantization is not None else {}),
-        **asdict(spec.policy),
+        "quantization": spec.quantization,
         "feasible": False,
         "worker": worker,
-        **_stamp(),
     }
+    return Row.of(values | asdict(spec.policy) | _stamp())
 
 
 def _stamp() -> dict[str, Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypeVar
 
-Row = Mapping[str, Any]
-"""One finished trial, flat: knobs, metrics with `_low` and `_high`, what was used, `state`."""
+from .schema import AnyRow
+
+R = TypeVar("R", bound=AnyRow)
 
 
-def pareto_front(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row]:
+def pareto_front(rows: Sequence[R], objectives: Mapping[str, str]) -> list[R]:
     """The complete, feasible rows that no other one dominates, best first in the first objective. Of rows with equal
     objectives all are kept; rows with a missing, NaN or infinite objective are never on the front.
 
@@ -24,14 +25,14 @@ def pareto_front(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row
     return [pairs[index][1] for index in kept]
 
 
-def dominators(rows: Sequence[Row], front: Sequence[Row], objectives: Mapping[str, str]) -> list[Row | None]:
+def dominators(rows: Sequence[AnyRow], front: Sequence[R], objectives: Mapping[str, str]) -> list[R | None]:
     """For each row the front's best one, in the first objective, of those that dominate it; None where none does."""
     import numpy as np
 
     nowhere = (math.nan,) * len(objectives)
     points = np.array([objective_values(row, objectives) or nowhere for row in rows]).reshape(-1, len(objectives))
     pairs = [(point, row) for row in front if (point := objective_values(row, objectives)) is not None]
-    found: list[Row | None] = [None] * len(rows)
+    found: list[R | None] = [None] * len(rows)
     left = np.arange(len(rows))
     for point, better in sorted(pairs, key=lambda pair: pair[0]):
         columns = points[left].T
@@ -43,7 +44,7 @@ def dominators(rows: Sequence[Row], front: Sequence[Row], objectives: Mapping[st
     return found
 
 
-def study_front(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row]:
+def study_front(rows: Sequence[R], objectives: Mapping[str, str]) -> list[R]:
     """The front of a study's trials: of the confirmed ones, where there are any, those that no other dominates and that
     can be told apart (`certainty.told_apart_front`); else the plain front. Best first in the first objective."""
     confirmed = [row for row in rows if row.get("rounds")]
@@ -51,7 +52,7 @@ def study_front(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row]
         return pareto_front(rows, objectives)
     import numpy as np
 
-    from streamllm.certainty import told_apart_front
+    from ..certainty import told_apart_front
 
     feasible = [row for row in confirmed if objective_values(row, objectives) is not None]
     if not feasible:
@@ -64,7 +65,7 @@ def study_front(rows: Sequence[Row], objectives: Mapping[str, str]) -> list[Row]
     return pareto_front(members, objectives)  # in its order
 
 
-def hypervolume(rows: Sequence[Row], objectives: Mapping[str, str], reference: Mapping[str, float]) -> float:
+def hypervolume(rows: Sequence[AnyRow], objectives: Mapping[str, str], reference: Mapping[str, float]) -> float:
     """The volume, in the product of the objectives' units, between the front and a reference point that is worse than
     it: of the front's two or more objectives, the part that its rows dominate. Rows no better than the reference in
     every objective add nothing; no rows have volume 0.
@@ -105,7 +106,7 @@ def _area(points: Sequence[tuple[float, ...]], corner: tuple[float, ...]) -> flo
     return area
 
 
-def objective_values(row: Row, objectives: Mapping[str, str]) -> tuple[float, ...] | None:
+def objective_values(row: AnyRow, objectives: Mapping[str, str]) -> tuple[float, ...] | None:
     """The row's objectives, all to be minimised; None if it cannot be on a front."""
     if row.get("state") != "complete" or not row.get("feasible", True):
         return None

@@ -1,0 +1,126 @@
+"""The end of a sweep: its front, recommendation, tables, figures and report, MLflow, what to type next."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dashboards import report
+from dashboards.figures import write_figures
+from dashboards.pareto import export, print_table
+from dashboards.published import write_published
+from dashboards.recommendation import recommended, record
+from dashboards.report import FIGURES
+from streamllm.printing import say
+from streamllm.results.front import dominators
+from streamllm.results.schema import AnyRow
+from streamllm.results.study import StudyResults, load_study
+from streamllm.results.study_folder import append_line, whole_lines
+
+if TYPE_CHECKING:
+    from .configuration import SweepConfiguration
+    from .display import Display
+    from .tracker import Tracker
+
+
+def conclude(configuration: SweepConfiguration, tracker: Tracker, display: Display) -> None:
+    """Tables, figures, the recommendation, MLflow, and what to type next."""
+    from .tracking import one_line
+
+    results = load_study(str(configuration.output))
+    report = [configuration.folder.configuration]
+    if results.trials:
+        keep_recommendation(results)
+        for reason in keep_front(results):
+            display.note(reason)
+        print_table(results)
+        try:
+            report += write_report(results)
+        except Exception as error:  # the results are complete without it
+            display.note(
+                f"warning: the report could not be written ({one_line(error)}); "
+                f"{_python()} -m dashboards.report {configuration.output} tries again"
+            )
+    try:
+        problem = tracker.finish(report, display.draining)
+    except KeyboardInterrupt:
+        problem = "interrupted"
+    if problem is not None:
+        display.note(
+            f"warning: MLflow does not have everything yet ({problem}); the results are complete in "
+            f"{configuration.output}, and this brings it up to date: "
+            f"{_python()} -m orchestrator.sync {configuration.output}"
+        )
+    if results.trials:
+        say(_next_steps(configuration))
+
+
+def _next_steps(configuration: SweepConfiguration) -> str:
+    python = _python()
+    more = f" with --trials {2 * configuration.trials}" if configuration.time_budget is None else ""
+    return "\n".join(
+        (
+            f"report    {configuration.output}/report.html; tables and figures beside it",
+            f"browse    {python} -m dashboards.serve",
+            f"export    {python} -m dashboards.pareto {configuration.output} --format latex,parquet --all",
+            f"go on     the same command{more}",
+            f"bigger    {python} -m orchestrator.sweep --model EleutherAI/pythia-2.8b --dataset-name pg19 "
+            f"--max-eval-tokens 20000",
+        )
+    )
+
+
+def _python() -> str:
+    """How to type the interpreter that runs this."""
+    executable = Path(sys.executable)
+    if shutil.which("python") == str(executable):
+        return "python"
+    return str(executable.relative_to(Path.cwd()) if executable.is_relative_to(Path.cwd()) else executable)
+
+
+def keep_recommendation(results: StudyResults) -> None:
+    """Adds what is recommended, why and its command to `sweep.json`."""
+    found = record(results, recommended(results, results.front))
+    results.files.write_configuration(results.files.read_configuration() | {"recommendation": found})
+
+
+def keep_front(results: StudyResults) -> list[str]:
+    """Adds the study's front to `fronts.jsonl`. Returns why trials are no longer on it, a line each."""
+    path, front = results.files.fronts, results.front
+    lines = whole_lines(path)
+    before = json.loads(lines[-1])["front"] if lines else []
+    now = [row["trial"] for row in front]
+    left = [row for row in results.trials if row["trial"] in set(before) - set(now)]
+    reasons = [
+        f"trial {row['trial']} is no longer on the front: {_why_left(row, better, now)}"
+        for row, better in zip(left, dominators(left, results.trials, results.objectives), strict=True)
+    ]
+    if now != before:
+        entry = {"at": time.time(), "trials": len(results.trials), "front": now, "left": reasons}
+        append_line(path, json.dumps(entry))
+    return reasons
+
+
+def _why_left(row: AnyRow, better: AnyRow | None, front: Sequence[Any]) -> str:
+    if not row.get("feasible", True):
+        return f"measured again, it breaks {row['violated']}"
+    if better is not None:
+        return f"measured again, trial {better['trial']} is better in every objective"
+    if not row.get("rounds"):
+        return "it was not confirmed this time"
+    alike = [trial for trial in row.get("not_told_from", ()) if trial in front]
+    return f"it cannot be told from {' and '.join(f'trial {trial}' for trial in alike) or 'others'}, which is on it"
+
+
+def write_report(results: StudyResults) -> list[Path]:
+    """Tables, figures and the report made of them, as files of the folder; of the space `paper` the source documents'
+    main table too."""
+    figures = write_figures([results], results.folder, ("png",), only=FIGURES).paths
+    theirs = write_published(results) if results.configuration.get("space", {}).get("name") == "paper" else []
+    html = report.write_report(results, figures=figures)
+    return [*export(results, ("md", "csv")), *theirs, *figures, html]

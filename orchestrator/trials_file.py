@@ -1,0 +1,47 @@
+"""Keeps `trials.jsonl` up to date while a sweep runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from streamllm.results.schema import Row
+from streamllm.results.study_folder import StudyFolder, append_row, read_rows, write_rows
+
+from .rows import BASELINE, STRICT
+from .trial import TrialSpec
+
+_OF_A_START = {"reused", "finished_at", "commit"}
+"""What differs in the rows of reference and baseline each time a sweep goes on."""
+
+
+class TrialsFile:
+    """An observer of the sweep that appends each finished trial."""
+
+    def __init__(self, folder: StudyFolder, rows: Sequence[Row]) -> None:
+        """Writes what the study has finished; what trials are compared with, itself no trial, stays as it was."""
+        folder.forget_the_end()
+        self.path = folder.trials
+        self._fixed = {row.trial: row for row in read_rows(self.path) if row.trial in (STRICT, BASELINE)}
+        written = [*self._fixed.values(), *rows]
+        self.count = len(written)
+        write_rows(self.path, written)
+
+    def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
+        pass
+
+    def trial_started(self, worker: int, spec: TrialSpec) -> None:
+        pass
+
+    def trial_finished(self, row: Row) -> None:
+        if row.trial in (STRICT, BASELINE):
+            before = self._fixed.get(row.trial)
+            if before is not None and _measured(row) == _measured(before):
+                return
+            self._fixed[row.trial] = row
+        append_row(self.path, row)
+        self.count += 1
+
+
+def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in row.items() if name not in _OF_A_START}

@@ -1,0 +1,21 @@
+"""Writing files so that readers see the old one or the new one, never a part, a crash of the machine included."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Raises OSError, leaving nothing of it behind."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,122 @@
+"""A study's results: its rows, as tables, figures and MLflow read them, in one unit and compared with one baseline."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from search_spaces import Constraint, judged
+
+from ..errors import UsageError
+from ..reference_time import ReferencePool, ReferenceTime, speedup
+from .front import study_front
+from .schema import Row
+from .study_folder import StudyFolder, read_rows
+
+EXPERIMENT = "streamllm-sweep"
+"""Of all studies in MLflow."""
+VIEW = "mlflow.sharedViewState."
+"""Tag of an MLflow experiment: a view of it, at the address `#/experiments/ID/runs?viewStateShareKey=NAME`."""
+
+
+def view_of(study: str) -> str:
+    """The study's name in characters that MLflow takes in the name of a tag."""
+    return re.sub(r"[^\w. -]", lambda other: f":{ord(other[0]):x}", study)
+
+
+@dataclass(frozen=True)
+class StudyResults:
+    """Rows have one value of a name: the confirmed one where a trial was confirmed (`rounds` says how often), else the
+    search's. Times are paired either way, and in one unit."""
+
+    name: str
+    folder: Path
+    configuration: dict[str, Any]
+    baseline: Row | None
+    trials: Sequence[Row]
+    strict: Row | None = None
+    """The reference of times and qualities."""
+    searched: Sequence[Row] = ()
+    """The trials as the search measured them, all alike; the baseline, where there is one, first."""
+    references: Sequence[ReferenceTime] = ()
+    """The reference's time on each kind of worker: the unit of all milliseconds."""
+
+    @property
+    def objectives(self) -> dict[str, str]:
+        """Name -> "minimize" or "maximize"."""
+        return dict(self.configuration["objectives"])
+
+    @property
+    def files(self) -> StudyFolder:
+        return StudyFolder(self.folder)
+
+    @property
+    def is_confirmed(self) -> bool:
+        return any(row.get("rounds") for row in self.trials)
+
+    @cached_property
+    def front(self) -> list[Row]:
+        """Of the confirmed trials, where there are any, those that can be told apart. Computed once."""
+        return study_front(self.trials, self.objectives)
+
+
+def load_study(study: str) -> StudyResults:
+    """A study by name, under `sweeps/` of the working directory, or by the path of its folder. Raises UsageError."""
+    found = next((folder for folder in _folders(study) if folder.exists), None)
+    if found is None:
+        known = ", ".join(sorted(path.parent.name for path in Path("sweeps").glob("*/trials.jsonl"))) or "none yet"
+        raise UsageError(f"study {study!r}: neither a folder with results nor one of sweeps/ ({known})")
+    configuration = found.read_configuration()
+    increases, confirmed = ({row.trial: row for row in read_rows(path)} for path in (found.increases, found.confirmed))
+    measured = [row | increases.get(row.trial, _NOTHING) for row in read_rows(found.trials)]
+    merged = [row | confirmed.get(row.trial, _NOTHING) for row in measured]
+    pool = ReferencePool([*measured, *(row for row in merged if row.rounds)])
+    fixed = {row.trial: pool.with_time(_as_unit(row)) for row in merged if row.trial in _FIXED}
+    baseline = fixed.get("baseline")
+    constraints = [Constraint(**limit) for limit in configuration.get("space", {}).get("constraints", ())]
+    return StudyResults(
+        name=str(configuration["study"]),
+        folder=found.path,
+        configuration=configuration,
+        baseline=baseline,
+        trials=[_finished(pool.with_time(row), baseline, constraints) for row in merged if row.trial not in _FIXED],
+        strict=_finished(fixed["strict"], baseline, ()) if "strict" in fixed else None,
+        searched=[pool.with_time(row) for row in measured if row.trial != "strict"],
+        references=pool.times(),
+    )
+
+
+_FIXED = ("strict", "baseline")
+"""In place of a trial's number."""
+
+
+_NOTHING: Mapping[str, Any] = {}
+
+
+def _as_unit(row: Row) -> Row:
+    """The reference takes one reference's time, whatever it was measured to take beside itself."""
+    if row.trial != "strict":
+        return row
+    return row | dict.fromkeys(name for name in row if name.startswith("time_ratio")) | {"time_ratio": 1.0}
+
+
+def _finished(row: Row, baseline: Row | None, constraints: Sequence[Constraint]) -> Row:
+    """Beside the baseline as it was timed last, and judged by the values that are shown."""
+    if row.state != "complete":
+        return row
+    if baseline is not None and "time_ratio" in row and "time_ratio" in baseline and not row.rounds:
+        row = row | speedup(row, baseline)
+    return row | {"violated": None} | judged(row, constraints) if constraints else row
+
+
+def is_study(study: str) -> bool:
+    """Whether `load_study` finds it."""
+    return any(folder.exists for folder in _folders(study))
+
+
+def _folders(study: str) -> tuple[StudyFolder, StudyFolder]:
+    return StudyFolder(Path(study)), StudyFolder(Path("sweeps") / study)
