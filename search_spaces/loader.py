@@ -21,8 +21,8 @@ from .space import OBJECTIVES, Constraint, SearchSpace, Value
 _WORDS: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "attn_backend": tuple(BACKENDS),
-    "execution": EXECUTIONS,
-    "quantization": QUANTIZATIONS,
+    "execution": tuple(EXECUTIONS),
+    "quantization": tuple(QUANTIZATIONS),
 }
 _LEAST = {"total_kv": 1, "n_sink": 0, "compress_every": 0, "cache_slack": 0, "max_drop": 0}
 _DEFAULTS: dict[str, Value] = {

@@ -48,11 +48,11 @@ _COLUMNS = {
 _BASELINES = ("recompute", "dense")
 _WORDS: dict[str, tuple[str, ...]] = {
     "method": METHODS,
-    "protocol": PROTOCOLS,
+    "protocol": tuple(PROTOCOLS),
     "attn_backend": tuple(BACKENDS),
-    "execution": EXECUTIONS,
+    "execution": tuple(EXECUTIONS),
     "dtype": DTYPES,
-    "quantization": QUANTIZATIONS,
+    "quantization": tuple(QUANTIZATIONS),
 }
 _LEAST = {"total_kv": 1, "n_sink": 0, "window_size": 1, "compress_every": 0, "cache_slack": 0, "max_drop": 0}
 _AXES = ("dataset", *_WORDS, *_LEAST)
