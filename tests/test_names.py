@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+from orchestrator.options import SAMPLERS
 from streamllm.arguments import add_method_argument
 from streamllm.methods import METHODS, OFFERED, Method, method_named
 from streamllm.options import EXECUTIONS, PROTOCOLS, QUANTIZATIONS
@@ -13,7 +14,7 @@ from streamllm.slots import RingSlots
 
 
 def test_every_name_leads_somewhere():
-    for entries in (EXECUTIONS, PROTOCOLS, QUANTIZATIONS):
+    for entries in (EXECUTIONS, PROTOCOLS, QUANTIZATIONS, SAMPLERS):
         assert all(entry is None or entry.get() is not None for entry in entries.values())
     assert [name for name, entry in QUANTIZATIONS.items() if entry is None] == ["none"]
     assert [name for name, entry in EXECUTIONS.items() if entry is None] == ["eager"]
