@@ -26,14 +26,16 @@ class RingSlots:
         return self.count - self.n_sink
 
     def of(self, position: int) -> int:
-        return position if position < self.n_sink else self._behind_the_sinks(position)
+        return position if position < self.n_sink else self.n_sink + self._in_window(position)
 
     def of_each(self, positions: Tensor) -> Tensor:
         """positions (n) -> slots (n)."""
-        return torch.where(positions < self.n_sink, positions, self._behind_the_sinks(positions))
+        in_window = self._in_window(positions)
+        return torch.where(positions < self.n_sink, positions, self.n_sink + in_window)
 
-    def _behind_the_sinks(self, position: Position) -> Position:
-        return self.n_sink + (position - self.n_sink) % self.window
+    def _in_window(self, position: Position) -> Position:
+        """Counted from the window's first slot."""
+        return (position - self.n_sink) % self.window
 
     def newest(self, last: Tensor) -> Tensor:
         """The newest position that belongs in each slot of the window (window), position `last` being the newest of
