@@ -156,7 +156,8 @@ _COPIES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def _for_one_token(model: Any) -> Any:
-    """The model with its linear layers as `MatrixVectorLinear`: a copy of its modules, all tensors shared."""
+    """The model with its linear layers as `MatrixVectorLinear`: a copy of its modules as they are when it is first
+    asked for, all tensors shared."""
     if model not in _COPIES:
         _COPIES[model] = _with_matrix_vector_products(model, {})
     return _COPIES[model]
@@ -169,6 +170,7 @@ def _with_matrix_vector_products(module: nn.Module, copies: dict[nn.Module, nn.M
         copy = copies[module] = kind.__new__(kind)
         copy.__dict__.update(vars(module))
         copy._modules = {
-            name: child and _with_matrix_vector_products(child, copies) for name, child in module._modules.items()
+            name: None if child is None else _with_matrix_vector_products(child, copies)
+            for name, child in module._modules.items()
         }
     return copies[module]
