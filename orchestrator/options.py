@@ -1,6 +1,24 @@
 """What a sweep can be asked to do by name, without the libraries that do it."""
 
-SAMPLERS = ("auto", "tpe", "nsga2", "gp", "qmc", "random", "grid")
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from streamllm.options import Lazy
+
+if TYPE_CHECKING:
+    from .samplers import SamplerMaker
+
+SAMPLERS: dict[str, Lazy[SamplerMaker] | None] = {
+    "auto": Lazy("orchestrator.samplers:auto"),
+    "tpe": Lazy("orchestrator.samplers:tpe"),
+    "nsga2": Lazy("orchestrator.samplers:nsga2"),
+    "gp": Lazy("orchestrator.samplers:gp"),
+    "qmc": Lazy("orchestrator.samplers:qmc"),
+    "random": None,
+    "grid": None,
+}
+"""Optuna's, but for two that remember nothing: `random` draws, `grid` takes the points of a space in their order."""
 AUTO_TPE_TRIALS = 150
 """`auto` is tpe for so many trials, then nsga2. On a measured space (tests/benchmarks/samplers.py) tpe finds most, but
 an ask costs it tens of milliseconds and more with every trial; nsga2 beats random from 32 trials on, at a flat cost."""

@@ -19,7 +19,7 @@ from search_spaces import SearchSpace, Value
 from streamllm.results.front import pareto_front
 from streamllm.results.schema import OBJECTIVES, Row, told_name
 
-from .options import AUTO_TPE_TRIALS
+from .options import AUTO_TPE_TRIALS, SAMPLERS
 
 _POPULATION = 50
 _HISTORY = 200
@@ -40,6 +40,42 @@ class Result:
     row: Row
 
 
+@dataclass(frozen=True, slots=True)
+class Start:
+    """What one of Optuna's samplers is made for."""
+
+    seed: int
+    conditional: bool
+    """Some parameters exist with some values of others only."""
+    suggested: int
+    """Configurations suggested so far."""
+    in_flight: int
+
+
+SamplerMaker = Callable[[Start], BaseSampler]
+"""What an entry of `options.SAMPLERS` names."""
+
+
+def auto(start: Start) -> BaseSampler:
+    return tpe(start) if start.suggested < AUTO_TPE_TRIALS else nsga2(start)
+
+
+def tpe(start: Start) -> BaseSampler:
+    return optuna.samplers.TPESampler(seed=start.seed, multivariate=True, group=start.conditional, constant_liar=True)
+
+
+def nsga2(start: Start) -> BaseSampler:
+    return optuna.samplers.NSGAIISampler(seed=start.seed, population_size=max(_POPULATION, start.in_flight))
+
+
+def gp(start: Start) -> BaseSampler:
+    return optuna.samplers.GPSampler(seed=start.seed, deterministic_objective=False)
+
+
+def qmc(start: Start) -> BaseSampler:
+    return optuna.samplers.QMCSampler(seed=start.seed, scramble=True)
+
+
 class Sampler:
     """One of `options.SAMPLERS` but grid over a space; `past` is everything finished so far, oldest first."""
 
@@ -53,18 +89,18 @@ class Sampler:
         self._in_flight = 0
         self._recent = list(past)
         self._ordered = {name: sorted(choices) for name, choices in space.parameters.items() if _is_number(choices)}
-        self._learns = kind not in ("grid", "random")
-        if self._learns:
-            self._start()
+        self._maker = SAMPLERS[kind]
+        if self._maker is not None:
+            self._start(self._maker.get())
 
     def suggest(self, in_flight: int) -> Suggestion:
         """What to try next, beside so many that are being measured; it may have been suggested before."""
-        if self.kind == "random":
+        if self._maker is None:
             return Suggestion(self.space.draw(self._any))
         self._in_flight = in_flight
         switches = self.kind == "auto" and self._suggested == AUTO_TPE_TRIALS
         if switches or len(self._recent) >= 2 * self._history:
-            self._start()
+            self._start(self._maker.get())
         self._suggested += 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is experimental in Optuna
@@ -80,13 +116,17 @@ class Sampler:
         trial = suggestion.trial
         if trial is not None and trial.study is self._study:
             self._study.tell(trial, state=TrialState.FAIL)
-        if result is not None and self._learns:
+        if result is not None and self._maker is not None:
             self._recent.append(result)
             self._add(result)
 
-    def _start(self) -> None:
+    def _start(self, make: SamplerMaker) -> None:
         """A fresh memory of the front and the latest results."""
-        self._study = optuna.create_study(sampler=self._make(), directions=list(self._directions.values()))
+        self._seed += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is experimental in Optuna
+            sampler = make(Start(self._seed, bool(self.space.when), self._suggested, self._in_flight))
+        self._study = optuna.create_study(sampler=sampler, directions=list(self._directions.values()))
         front = {id(row) for row in pareto_front([result.row for result in self._recent], self._directions)}
         old, latest = self._recent[: -self._history], self._recent[-self._history :]
         self._recent = [result for result in old if id(result.row) in front][-self._history // 2 :] + latest
@@ -99,25 +139,6 @@ class Sampler:
     def _history(self) -> int:
         """Results a memory starts with; at twice as many it is made anew."""
         return max(_HISTORY, 2 * self._in_flight)
-
-    def _make(self) -> BaseSampler:
-        kind = self.kind
-        if kind == "auto":
-            kind = "tpe" if self._suggested < AUTO_TPE_TRIALS else "nsga2"
-        self._seed += 1
-        samplers: dict[str, Callable[[], BaseSampler]] = {
-            "tpe": lambda: optuna.samplers.TPESampler(
-                seed=self._seed, multivariate=True, group=bool(self.space.when), constant_liar=True
-            ),
-            "nsga2": lambda: optuna.samplers.NSGAIISampler(
-                seed=self._seed, population_size=max(_POPULATION, self._in_flight)
-            ),
-            "gp": lambda: optuna.samplers.GPSampler(seed=self._seed, deterministic_objective=False),
-            "qmc": lambda: optuna.samplers.QMCSampler(seed=self._seed, scramble=True),
-        }
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return samplers[kind]()
 
     def _suggest(self, trial: Trial, name: str, choices: tuple[Value, ...]) -> Value:
         if name not in self._ordered:

@@ -12,8 +12,8 @@ from .space import Value
 WORDS: dict[str, tuple[str, ...]] = {
     "method": METHODS,
     "attn_backend": tuple(BACKENDS),
-    "execution": EXECUTIONS,
-    "quantization": QUANTIZATIONS,
+    "execution": tuple(EXECUTIONS),
+    "quantization": tuple(QUANTIZATIONS),
 }
 LEAST = {field.parameter: field.least for field in KNOBS if field.least is not None}
 USUAL: dict[str, Value] = {field.parameter: field.usual for field in KNOBS if field.usual is not None}

@@ -33,7 +33,7 @@ _COLUMNS = {
 """By protocol, where a matrix does not say."""
 
 _BASELINES = ("recompute", "dense")
-_WORDS = {**WORDS, "protocol": PROTOCOLS, "dtype": DTYPES}
+_WORDS = {**WORDS, "protocol": tuple(PROTOCOLS), "dtype": DTYPES}
 _AXES = ("dataset", *_WORDS, *LEAST)
 _KEYS = (
     "description", "cap", "baseline", "max_eval_tokens", "file", "names", "columns", "configurations", "matrix",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .backends import BACKENDS, default_backend
 from .environment import default_dataset, default_model
 from .errors import UsageError
+from .methods import METHODS, OFFERED
 from .options import DTYPES, PROTOCOLS, QUANTIZATIONS
 from .policy import EvictionPolicy, for_chunks, with_derived_window
 from .results.schema import POLICY_KNOBS
@@ -70,6 +71,23 @@ def add_text_arguments(group: argparse._ArgumentGroup) -> None:
         "--offset", type=int, default=0, metavar="N", help="tokens of the text to skip; a BOS stays the first token (0)"
     )
     group.add_argument("--max-eval-tokens", type=int, metavar="N", help="only N tokens, a BOS included (all)")
+
+
+def add_method_argument(group: argparse._ArgumentGroup, *spellings: str, default: str) -> None:
+    group.add_argument(
+        "--method",
+        *spellings,
+        type=_method,
+        default=default,
+        metavar=f"{{{','.join(OFFERED)}}}",
+        help=f"how the cache is implemented ({default})",
+    )
+
+
+def _method(name: str) -> str:
+    if name not in METHODS:
+        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(OFFERED)})")
+    return name
 
 
 def add_policy_arguments(group: argparse._ArgumentGroup) -> None:

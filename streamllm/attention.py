@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from .backends import Backend
+from .backends import BACKENDS, Backend
 from .errors import UnsupportedModelError
 
 ATTENTION_NAME = "streamllm"
@@ -166,15 +166,10 @@ def eager_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, m
     return logits.softmax(-1, dtype=precision).to(query.dtype) @ value
 
 
-_KERNELS = {
-    "aten::_scaled_dot_product_flash_attention": "flash",
-    "aten::_scaled_dot_product_flash_attention_for_cpu": "flash",
-    "aten::_scaled_dot_product_efficient_attention": "efficient",
-    "aten::_scaled_dot_product_cudnn_attention": "cudnn",
+_KERNELS = {operator: backend.name for backend in BACKENDS.values() for operator in backend.operators} | {
+    # Which run for `auto`, and cannot be asked for:
     "aten::_scaled_dot_product_fused_attention_overrideable": "overrideable",  # xpu's
     "aten::_scaled_dot_product_attention_math_for_mps": "mps",
-    "flash_attn::_flash_attn_forward": "flash_attention_2",
-    "streamllm::flash_decoding": "triton",
 }
 
 

@@ -23,6 +23,10 @@ class Backend:
     library: Literal["sdpa", "eager", "flash_attn", "triton"] = "sdpa"
     """torch's scaled_dot_product_attention, plain matrix products and a softmax, the flash-attn package, or our own
     kernel for one new token (`triton_attention`; several are torch's)."""
+    operators: tuple[str, ...] = ()
+    """What torch's dispatcher is seen to run when this kernel runs; none of what is made of ordinary operators."""
+    heading: str | None = None
+    """How torch begins what it says of the kernel, in lower case."""
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
@@ -54,11 +58,29 @@ BACKENDS = {
         Backend("auto"),
         Backend("eager", library="eager"),
         Backend("math", "MATH"),
-        Backend("efficient", "EFFICIENT_ATTENTION"),
-        Backend("flash", "FLASH_ATTENTION"),
-        Backend("cudnn", "CUDNN_ATTENTION"),
-        Backend("flash_attention_2", library="flash_attn"),
-        Backend("triton", library="triton"),
+        Backend(
+            "efficient",
+            "EFFICIENT_ATTENTION",
+            operators=("aten::_scaled_dot_product_efficient_attention",),
+            heading="memory efficient",
+        ),
+        Backend(
+            "flash",
+            "FLASH_ATTENTION",
+            operators=(
+                "aten::_scaled_dot_product_flash_attention",
+                "aten::_scaled_dot_product_flash_attention_for_cpu",
+            ),
+            heading="flash attention",
+        ),
+        Backend(
+            "cudnn",
+            "CUDNN_ATTENTION",
+            operators=("aten::_scaled_dot_product_cudnn_attention",),
+            heading="cudnn attention",
+        ),
+        Backend("flash_attention_2", library="flash_attn", operators=("flash_attn::_flash_attn_forward",)),
+        Backend("triton", library="triton", operators=("streamllm::flash_decoding",)),
     )
 }
 

@@ -106,7 +106,7 @@ class CachedDecoder(Decoder):
         self.loaded = loaded
         self.cache = cache
         self.schedule = Schedule(policy)
-        self._static_step = None if execution == "eager" else static_step(execution, _step, loaded, cache)
+        self._static_step = static_step(execution, _step, loaded, cache)
 
     @property
     def kv_length(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -108,6 +109,14 @@ def speed_summary(speed: Speed, requested: str) -> dict[str, Any]:
         "backend": speed.backend_used,
         "backend_requested": requested,
     }
+
+
+Evaluator = Callable[
+    [LoadedModel, TokenStream, str, EvictionPolicy, Backend, Reference, str, Progress | None],
+    tuple[Quality, dict[str, Any]],
+]
+"""What an entry of `options.PROTOCOLS` names: (model, text, method, policy, backend, reference, execution, progress) ->
+the quality, and the record of quality and speed."""
 
 
 def evaluate_fast(
@@ -226,10 +235,6 @@ def evaluate_chunked(
         "backend": run.backend_used,
         "backend_requested": backend.name,
     }
-
-
-EVALUATORS = {"fast": evaluate_fast, "decode-loop": evaluate_decode_loop, "chunked": evaluate_chunked}
-"""By protocol."""
 
 
 def identity(

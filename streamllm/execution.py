@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import lru_cache
 from types import FunctionType
 from typing import Any, Protocol, cast
-from weakref import finalize
+from weakref import WeakKeyDictionary, finalize
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +16,12 @@ from .attention import AttentionState
 from .device import float64_device
 from .errors import UsageError
 from .loaded import LoadedModel
+from .options import EXECUTIONS
 
 Step = Callable[[LoadedModel, Any, Tensor], Tensor]
 """(model, cache, token (1)) -> logits (1, vocabulary)"""
+StaticStep = Callable[[Tensor], Tensor]
+"""A step on one model and cache, as it is run: token (1) -> logits (1, vocabulary)"""
 
 
 class StaticCache(AttentionState, Protocol):
@@ -29,23 +33,35 @@ class StaticCache(AttentionState, Protocol):
         ...
 
 
-def static_step(execution: str, step: Step, loaded: LoadedModel, cache: StaticCache) -> Callable[[Tensor], Tensor]:
-    """`step` on this model and cache, for one token at a time. On a CUDA device it is replayed as a graph, compiled or
-    not. Raises UsageError for an execution that the device does not have."""
-    if execution == "cudagraph" and loaded.device.type != "cuda":
+StepMaker = Callable[[Step, LoadedModel, StaticCache], StaticStep]
+"""What an entry of `options.EXECUTIONS` names. Raises UsageError if the device has no such execution."""
+
+
+def static_step(execution: str, step: Step, loaded: LoadedModel, cache: StaticCache) -> StaticStep | None:
+    """`step` on this model and cache, for one token at a time; None for `eager`, which wants no static shapes. Raises
+    UsageError for an execution that the device does not have."""
+    maker = EXECUTIONS[execution]
+    return None if maker is None else maker.get()(step, loaded, cache)
+
+
+def graphed_step(step: Step, loaded: LoadedModel, cache: StaticCache) -> StaticStep:
+    """Replayed as a CUDA graph."""
+    if loaded.device.type != "cuda":
         raise UsageError(
             f"execution 'cudagraph': needs a CUDA device, the model is on {loaded.device.type}; use compile or eager"
         )
-    if execution == "compile" and float64_device(loaded.device) != loaded.device:
+    return _GraphedStep(step, loaded, cache)
+
+
+def compiled_step(step: Step, loaded: LoadedModel, cache: StaticCache) -> StaticStep:
+    """Compiled, and on a CUDA device replayed as a graph. The model stays as it is: compiled is a copy of its own."""
+    if float64_device(loaded.device) != loaded.device:
         raise UsageError(
             f"execution 'compile': {loaded.device.type} has no float64, which a step computes its angles in; use eager"
         )
-    if execution == "compile":
-        use_matrix_vector_products(loaded.model)
-        step = _compiled(step, loaded.device.type, id(loaded.model), cache.shape)
-    if loaded.device.type == "cuda":
-        return _GraphedStep(step, loaded, cache)
-    return _CompiledStep(step, loaded, cache)
+    own = replace(loaded, model=_for_one_token(loaded.model))
+    step = _compiled(step, own.device.type, id(own.model), cache.shape)
+    return (_GraphedStep if own.device.type == "cuda" else _CompiledStep)(step, own, cache)
 
 
 _SHAPES = 8
@@ -135,8 +151,26 @@ class MatrixVectorLinear(nn.Linear):
         return output.view(*input.shape[:-1], self.out_features)
 
 
-def use_matrix_vector_products(model: nn.Module) -> None:
-    """For compiled decode steps of batch 1; everything else is computed as before."""
-    for module in model.modules():
-        if type(module) is nn.Linear:
-            module.__class__ = MatrixVectorLinear
+_COPIES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+"""By model: whatever is compiled of it shares one, and the graphs with it."""
+
+
+def _for_one_token(model: Any) -> Any:
+    """The model with its linear layers as `MatrixVectorLinear`: a copy of its modules as they are when it is first
+    asked for, all tensors shared."""
+    if model not in _COPIES:
+        _COPIES[model] = _with_matrix_vector_products(model, {})
+    return _COPIES[model]
+
+
+def _with_matrix_vector_products(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
+    """`copies` has those made so far: a module may stand in several places."""
+    if module not in copies:
+        kind = MatrixVectorLinear if type(module) is nn.Linear else type(module)
+        copy = copies[module] = kind.__new__(kind)
+        copy.__dict__.update(vars(module))
+        copy._modules = {
+            name: None if child is None else _with_matrix_vector_products(child, copies)
+            for name, child in module._modules.items()
+        }
+    return copies[module]

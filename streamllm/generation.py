@@ -23,6 +23,7 @@ from .errors import UnsupportedModelError, UsageError
 from .loaded import attention_span, trained_length
 from .policy import EvictionPolicy
 from .rotary import Rotary, text_config
+from .slots import RingSlots
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -204,14 +205,14 @@ class _Piece(NamedTuple):
 
 
 class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
-    """Slots 0 .. S-1 hold the sinks; the token at position t of the stream is in slot S + (t - S) % (W + 1)."""
+    """Holds sinks, window and the token that looks at them, in `slots`."""
 
     is_sliding = False
     is_croppable = True
 
     def __init__(self, policy: EvictionPolicy, turn: _SinkTurn) -> None:
         super().__init__()
-        self.n_sink, self.slots = policy.n_sink, policy.kept + 1
+        self.slots = RingSlots(policy.n_sink, policy.kept + 1)
         self.turn = turn
         self.seen = 0
         """Tokens of the stream so far."""
@@ -221,9 +222,9 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         batch, heads, _, size = key_states.shape
         self.dtype, self.device = key_states.dtype, key_states.device
-        self.keys = key_states.new_zeros(batch, heads, self.slots, size)
-        self.values = value_states.new_zeros(batch, heads, self.slots, value_states.shape[3])
-        self.sink_keys = self.keys[:, :, : self.n_sink].clone()
+        self.keys = key_states.new_zeros(batch, heads, self.slots.count, size)
+        self.values = value_states.new_zeros(batch, heads, self.slots.count, value_states.shape[3])
+        self.sink_keys = self.keys[:, :, : self.slots.n_sink].clone()
         """As the model rotated them: each turn starts from these."""
         self.is_initialized = True
 
@@ -237,7 +238,7 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"{key_states.shape[0]} sequences: this StreamingCache has seen {self.seen} tokens of "
                 f"{self.keys.shape[0]}; go on with as many, or reset() it"
             )
-        sinks = min(self.n_sink - self.seen, key_states.shape[2])
+        sinks = min(self.slots.n_sink - self.seen, key_states.shape[2])
         if sinks > 0:
             self.sink_keys[:, :, self.seen : self.seen + sinks] = key_states[:, :, :sinks]
         if key_states.shape[2] == 1:
@@ -246,30 +247,30 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _take_one(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         self.piece = None
-        slot = self._slot(self.seen)
+        slot = self.slots.of(self.seen)
         self.keys[:, :, slot : slot + 1] = key
         self.values[:, :, slot : slot + 1] = value
         self.seen += 1
         self._turn_sinks()
-        held = min(self.seen, self.slots)
+        held = min(self.seen, self.slots.count)
         return self.keys[:, :, :held], self.values[:, :, :held]
 
     def _turn_sinks(self) -> None:
-        if self.seen > self.slots:
-            self.keys[:, :, : self.n_sink] = self.turn(self.sink_keys, self.seen - self.slots)
+        if self.seen > self.slots.count:
+            self.keys[:, :, : self.slots.n_sink] = self.turn(self.sink_keys, self.seen - self.slots.count)
 
     def _take_block(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self._turn_sinks()
-        start, window = self.seen, self.slots - self.n_sink
-        order = [self._slot(t) for t in self._positions()]
+        start, window = self.seen, self.slots.window
+        order = [self.slots.of(t) for t in self.slots.held(self.seen)]
         self.seen += keys.shape[2]
         keys = torch.cat((self.keys[:, :, order], keys), dim=2)
         values = torch.cat((self.values[:, :, order], values), dim=2)
-        sinks = min(self.n_sink, self.seen)
+        sinks = min(self.slots.n_sink, self.seen)
         self.keys[:, :, :sinks] = keys[:, :, :sinks]
         self.values[:, :, :sinks] = values[:, :, :sinks]
         self._keep_window(keys, values, self.seen)
-        if keys.shape[2] <= 2 * self.slots:
+        if keys.shape[2] <= 2 * self.slots.count:
             self.piece = _Piece(keys, values, self.seen, start)
         else:  # of a long prompt as much as is needed to crop it by a window
             recent = keys[:, :, -2 * window :].clone(), values[:, :, -2 * window :].clone()
@@ -278,8 +279,8 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _keep_window(self, keys: Tensor, values: Tensor, end: int) -> None:
         """Puts the window as it is now into its slots; the last of `keys` is of the token before position `end`."""
-        recent = [t for t in self._positions() if t >= self.n_sink]
-        slots, places = [self._slot(t) for t in recent], [t - end for t in recent]
+        recent = [t for t in self.slots.held(self.seen) if t >= self.slots.n_sink]
+        slots, places = [self.slots.of(t) for t in recent], [t - end for t in recent]
         self.keys[:, :, slots] = keys[:, :, places]
         self.values[:, :, slots] = values[:, :, places]
 
@@ -292,7 +293,7 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
             raise UsageError(f"crop by {-tokens_to_remove} tokens: the cache has seen {self.seen}")
         if length == self.seen:
             return
-        if self.seen > self.slots:
+        if self.seen > self.slots.count:
             if self.piece is None or length < self.piece.start:
                 raise UsageError(
                     f"crop to {length} of {self.seen} tokens: a StreamingCache has evicted what came before; it can "
@@ -303,23 +304,14 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
             self._keep_window(self.piece.keys, self.piece.values, self.piece.end)
         self.seen = length
 
-    def _positions(self) -> list[int]:
-        """Of the tokens in the cache, in the stream."""
-        recent = range(max(self.n_sink, self.seen - (self.slots - self.n_sink)), self.seen)
-        return [*range(min(self.n_sink, self.seen)), *recent]
-
-    def _slot(self, position: int) -> int:
-        window = self.slots - self.n_sink
-        return position if position < self.n_sink else self.n_sink + (position - self.n_sink) % window
-
     def get_seq_length(self) -> int:
         return self.seen
 
     def get_mask_sizes(self, query: int | Tensor) -> tuple[int, int]:
         """Keys that `query` new tokens (up to transformers 5.3: their positions) see; how many came before those."""
         new = query if isinstance(query, int) else query.shape[0]
-        held = min(self.seen, self.slots)
-        length = min(held + 1, self.slots) if new == 1 else held + new
+        held = min(self.seen, self.slots.count)
+        length = min(held + 1, self.slots.count) if new == 1 else held + new
         return length, self.seen + new - length
 
     def get_max_length(self) -> int:

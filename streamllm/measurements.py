@@ -13,9 +13,10 @@ import numpy as np
 from .backends import Backend
 from .decoding import Progress
 from .device import foreign_processes
-from .evaluation import EVALUATORS, Quality, fast_record, identity, measure_quality, speed_summary
+from .evaluation import Quality, fast_record, identity, measure_quality, speed_summary
 from .loaded import LoadedModel
 from .methods import sampled_losses
+from .options import PROTOCOLS
 from .pairing import PairedTimes
 from .policy import EvictionPolicy, strict_policy
 from .probing import resolve_backend
@@ -201,7 +202,7 @@ class Measurements:
             ahead = execution if protocol == "decode-loop" else "eager"  # chunks have one that does not count
             *_, backend, _ = self._prepared(method, policy, attn_backend, ahead, leases, strict)
             with leases.timing():
-                quality, record = EVALUATORS[protocol](
+                quality, record = PROTOCOLS[protocol].get()(
                     self.loaded, self.stream, method, policy, backend, self.reference, execution, progress
                 )
             return Measurement(record | {"backend_requested": attn_backend}, quality.table)

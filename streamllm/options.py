@@ -1,8 +1,49 @@
-"""What can be asked for by name, besides methods (`methods/`) and attention backends (`backends`)."""
+"""What can be asked for by name, besides methods (`methods/`) and attention backends (`backends`).
+
+An entry is a name and what it names, which is imported when it is used: `--help` answers without torch. Adding one is
+adding an entry, and what it names.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Generic, TypeVar, cast
+
+if TYPE_CHECKING:
+    from .evaluation import Evaluator
+    from .execution import StepMaker
+    from .quantization import Quantizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Lazy(Generic[T]):
+    """A function or value that is imported when it is asked for."""
+
+    where: str
+    """module:name"""
+
+    def get(self) -> T:
+        return cast(T, resolve_name(self.where))
+
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-EXECUTIONS = ("eager", "compile", "cudagraph")
-QUANTIZATIONS = ("none", "int8_weight_only", "int4_weight_only")
-PROTOCOLS = ("fast", "decode-loop", "chunked")
+EXECUTIONS: dict[str, Lazy[StepMaker] | None] = {
+    "eager": None,
+    "compile": Lazy("streamllm.execution:compiled_step"),
+    "cudagraph": Lazy("streamllm.execution:graphed_step"),
+}
+QUANTIZATIONS: dict[str, Lazy[Quantizer] | None] = {
+    "none": None,
+    "int8_weight_only": Lazy("streamllm.quantization:INT8"),
+    "int4_weight_only": Lazy("streamllm.quantization:INT4"),
+}
+PROTOCOLS: dict[str, Lazy[Evaluator]] = {
+    "fast": Lazy("streamllm.evaluation:evaluate_fast"),
+    "decode-loop": Lazy("streamllm.evaluation:evaluate_decode_loop"),
+    "chunked": Lazy("streamllm.evaluation:evaluate_chunked"),
+}
 """fast: quality block-parallel, timing in the steady state. decode-loop: both from decoding token by token. chunked:
 both from chunks of the text, each a prefill, one compression and a short continuation."""

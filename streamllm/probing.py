@@ -85,15 +85,12 @@ def _heads(loaded: LoadedModel) -> tuple[int, int]:
     return heads, getattr(loaded.config, "num_key_value_heads", None) or heads
 
 
-_HEADINGS = {"flash": "flash attention", "efficient": "memory efficient", "cudnn": "cudnn attention"}
-"""How torch begins what it says of a kernel; the reason is the warning after it."""
-
-
 def why_not(name: str, warned: Sequence[str]) -> str | None:
-    """Torch's reason for not taking that kernel, among all it says of all kernels."""
+    """Torch's reason for not taking that kernel, among all it says of all kernels: the warning after its heading."""
+    beginning = BACKENDS[name].heading or name
     texts = [text.split(" (Triggered internally")[0] for text in warned]
     for heading, reason in pairwise(texts):
-        if heading.lower().startswith(_HEADINGS.get(name, name)) and heading.rstrip().endswith("because:"):
+        if heading.lower().startswith(beginning) and heading.rstrip().endswith("because:"):
             return reason
     return next((text for text in reversed(texts) if "not" in text and not text.rstrip().endswith("because:")), None)
 

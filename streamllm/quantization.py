@@ -9,6 +9,7 @@ a word: each is tried, once per shape, before anything is measured with it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from .device import cpu_capability, device_name
 from .errors import UsageError
+from .options import QUANTIZATIONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,7 +30,23 @@ Weights = Callable[[], Tensor]
 """What a quantized layer's weights (out, in) stand for, in float32; made when asked for, as it takes memory."""
 
 
-class Int8Linear(nn.Module):
+class QuantizedLinear(nn.Module):
+    """What replaces a linear layer; a quantizer has its own `product`."""
+
+    in_features: int
+    out_features: int
+    bias: Tensor | None
+
+    def forward(self, input: Tensor) -> Tensor:
+        output = self.product(input)
+        return output if self.bias is None else output + self.bias
+
+    def product(self, input: Tensor) -> Tensor:
+        """input (..., in) of any float dtype -> (..., out) in that dtype, without the bias."""
+        raise NotImplementedError
+
+
+class Int8Linear(QuantizedLinear):
     """y = x (scale * weight)^T + bias, weight (out, in) int8, scale (out)."""
 
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
@@ -37,10 +55,6 @@ class Int8Linear(nn.Module):
         self.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
         self.scale = nn.Parameter(scale.to(dtype), requires_grad=False)
         self.bias = bias
-
-    def forward(self, input: Tensor) -> Tensor:
-        output = self.product(input)
-        return output if self.bias is None else output + self.bias
 
     def product(self, input: Tensor) -> Tensor:
         if input.is_cpu:
@@ -67,7 +81,7 @@ class Int8Linear(nn.Module):
         return found, lambda: found.weight.float() * found.scale.float()[:, None]
 
 
-class Int4Linear(nn.Module):
+class Int4Linear(QuantizedLinear):
     """y = x W^T + bias, two weights to a byte as torch's kernels want them; scales and zeros (in / GROUP, out, 2)."""
 
     def __init__(self, weight: Tensor, scales_and_zeros: Tensor, bias: Tensor | None, shape: torch.Size) -> None:
@@ -76,10 +90,6 @@ class Int4Linear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.scales_and_zeros = nn.Parameter(scales_and_zeros, requires_grad=False)
         self.bias = bias
-
-    def forward(self, input: Tensor) -> Tensor:
-        output = self.product(input)
-        return output if self.bias is None else output + self.bias
 
     def product(self, input: Tensor) -> Tensor:
         rows = input.reshape(-1, self.in_features).to(torch.bfloat16)
@@ -109,11 +119,18 @@ def _int4_weights(rounded: Tensor, scales_and_zeros: Tensor) -> Tensor:
     return ((rounded.unflatten(1, (-1, GROUP)).float() - 8) * scales + zeros).flatten(1)
 
 
-_LAYERS: dict[str, tuple[Callable[[nn.Linear], tuple[Int8Linear | Int4Linear, Weights]], int]] = {
-    "int8_weight_only": (Int8Linear.of, 1),
-    "int4_weight_only": (Int4Linear.of, 16),
-}
-"""What replaces a linear layer, and what its outputs must be a multiple of."""
+@dataclass(frozen=True, slots=True)
+class Quantizer:
+    """What an entry of `options.QUANTIZATIONS` names."""
+
+    replacement: Callable[[nn.Linear], tuple[QuantizedLinear, Weights]]
+    """Of a linear layer. Raises ImportError without torchao."""
+    outputs: int = 1
+    """What a layer's outputs must be a multiple of."""
+
+
+INT8 = Quantizer(Int8Linear.of)
+INT4 = Quantizer(Int4Linear.of, outputs=16)
 
 
 def quantize(model: PreTrainedModel, quantization: str) -> None:
@@ -121,9 +138,10 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
     ones do does not depend on the machine.
 
     Raises UsageError if torchao is not installed, or if a kernel computes something else here than it should."""
-    if quantization == "none":
+    entry = QUANTIZATIONS[quantization]
+    if entry is None:
         return
-    replacement, outputs = _LAYERS[quantization]
+    quantizer = entry.get()
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     dtype, tried = model.dtype, set()
@@ -132,10 +150,10 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
             if type(layer) is not nn.Linear or (tied and layer is output):
                 continue
             shape = layer.in_features, layer.out_features
-            if layer.in_features % GROUP or layer.out_features % outputs:
+            if layer.in_features % GROUP or layer.out_features % quantizer.outputs:
                 continue
             try:
-                quantized, weights = replacement(layer)
+                quantized, weights = quantizer.replacement(layer)
             except ImportError as error:
                 fix = "pip install -e '.[quant]'"
                 raise UsageError(f"quantization {quantization!r}: needs torchao; {fix}") from error
@@ -146,7 +164,7 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
 
 
 @torch.inference_mode()
-def _try_kernel(quantization: str, layer: Int8Linear | Int4Linear, weights: Tensor, dtype: torch.dtype) -> None:
+def _try_kernel(quantization: str, layer: QuantizedLinear, weights: Tensor, dtype: torch.dtype) -> None:
     """One token and then five at once, all random, through the layer's kernel and through plain arithmetic.
 
     A kernel may round a weight to bfloat16 up to three times on the way (scaled, shifted), by 2^-9 of its group's

@@ -1,5 +1,8 @@
 """A compiled decode step gives the eager losses, over many wrap-arounds of the ring, from one graph per shape."""
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +14,7 @@ from streamllm.decoding import decode_loop
 from streamllm.errors import UsageError
 from streamllm.methods import check_execution, make_decoder
 from streamllm.policy import EvictionPolicy
-from streamllm.quantization import quantize
+from streamllm.quantization import Int8Linear, quantize
 
 from .tiny_models import tiny_model
 
@@ -89,8 +92,29 @@ def test_decoders_take_turns(tokens, graphs):
 
 def test_only_static_steps_are_compiled(golden_model):
     check_execution("ring", "compile")
-    with pytest.raises(UsageError, match=r"'compile': the steps of method 'ours' change shape.*use --method ring"):
+    refused = pytest.raises(UsageError, match=r"'compile': the steps of method 'ours' change shape.*use --method ring")
+    with refused:
         check_execution("ours", "compile")
+    with refused:
+        make_decoder("ours", golden_model("llama-tiny"), EvictionPolicy(), BACKENDS["auto"], "compile")
+
+
+def test_compiling_leaves_the_model_to_the_others(tokens, graphs):
+    """What a compiled decoder changes is its own; only tensors are shared, and let go with the model."""
+    loaded, policy = tiny_model("Llama", torch.float32), EvictionPolicy(n_sink=3, window_size=20)
+    before = [(module, type(module), dict(vars(module))) for module in loaded.model.modules()]
+    decoder = make_decoder("ring", loaded, policy, BACKENDS["auto"], "compile")
+    with torch.inference_mode():
+        for token in torch.from_numpy(tokens[:40]).split(1):
+            decoder.feed(token)
+    assert graphs() == 1
+    assert [(module, type(module), dict(vars(module))) for module in loaded.model.modules()] == before
+    quantize(loaded.model, "int8_weight_only")
+    assert any(isinstance(module, Int8Linear) for module in loaded.model.modules())
+    model = weakref.ref(loaded.model)
+    del before, loaded, decoder
+    gc.collect()
+    assert model() is None
 
 
 def test_a_graph_needs_a_gpu_and_a_growing_ring_is_not_compiled(tokens, graphs):

@@ -61,7 +61,8 @@ def test_golden_losses_token_by_token(family, implementation, golden_tokens):
 
 def by_hand(cache, layers):
     """A plain cache of keys and values (of all stream positions) as `cache` should hold them now."""
-    n_sink, slots, seen = cache.layers[0].n_sink, cache.layers[0].slots, cache.get_seq_length()
+    ring, seen = cache.layers[0].slots, cache.get_seq_length()
+    n_sink, slots = ring.n_sink, ring.count
     rotary = cache.layers[0].turn.rotary
     plain = DynamicCache()
     for index, (keys, values) in enumerate(layers):
@@ -90,7 +91,7 @@ def test_prompts_and_tokens_in_turn(family, n_sink, pieces, golden_tokens):
             piece = stream[:, start : start + length]
             if start:
                 plain = by_hand(cache, layers)
-                if length == 1 and start >= cache.layers[0].slots:  # a single token evicts before it looks
+                if length == 1 and start >= cache.layers[0].slots.count:  # a single token evicts before it looks
                     for layer in plain.layers:
                         sinks = plain_turn(cache, layer.keys[:, :, :n_sink])
                         layer.keys = torch.cat((sinks, layer.keys[:, :, n_sink + 1 :]), 2)

@@ -67,7 +67,7 @@ def evaluations(monkeypatch):
         return real(loaded, stream, method, policy, backend, *rest)
 
     evaluate.calls, evaluate.raises = calls, {}
-    monkeypatch.setitem(streamllm.evaluation.EVALUATORS, "decode-loop", evaluate)
+    monkeypatch.setattr(streamllm.evaluation, "evaluate_decode_loop", evaluate)
     return evaluate
 
 

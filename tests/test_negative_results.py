@@ -14,7 +14,7 @@ from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
 from streamllm.decoding import decode_loop, negative_log_likelihood
 from streamllm.methods import make_decoder
-from streamllm.methods.refresh import thinned
+from streamllm.methods.negative.refresh import thinned
 from streamllm.models import load_model, load_tokenizer
 from streamllm.policy import EvictionPolicy, RefreshPolicy, Schedule, evicted_before, peak_kv, with_derived_window
 from streamllm.text import TextSource, load_tokens

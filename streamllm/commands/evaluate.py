@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from ..arguments import (
     add_measuring_arguments,
+    add_method_argument,
     add_model_arguments,
     add_policy_arguments,
     add_sample_argument,
@@ -27,8 +28,7 @@ from ..arguments import (
 )
 from ..baseline import compared, sampled
 from ..errors import UsageError
-from ..methods import METHODS
-from ..options import EXECUTIONS
+from ..options import EXECUTIONS, PROTOCOLS
 from ..policy import EvictionPolicy, RefreshPolicy
 from ..printing import say
 from ..progress import working
@@ -59,9 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_text_arguments(what)
 
     policy = parser.add_argument_group("the policy")
-    policy.add_argument(
-        "--method", "--streaming-mode", choices=METHODS, default="ours", help="how the cache is implemented (ours)"
-    )
+    add_method_argument(policy, "--streaming-mode", default="ours")
     add_policy_arguments(policy)
     policy.add_argument(
         "--overlap", type=int, default=0, metavar="O", help="a prune leaves O tokens more than the window (0)"
@@ -71,7 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="B",
-        help="a prune puts B of the tokens it would evict back, evenly spread; with --protocol decode-loop (0)",
+        help="a prune puts B of the tokens it would evict back, evenly spread: method refresh, a negative result, with "
+        "--protocol decode-loop only (0)",
     )
     policy.add_argument(
         "--refresh-position",
@@ -189,7 +188,7 @@ def _measure_streaming(
     policy: EvictionPolicy,
     baseline: "Measured | None",
 ) -> "Measured":
-    from ..evaluation import EVALUATORS, identity
+    from ..evaluation import identity
     from ..methods import sampled_losses
     from ..probing import resolve_backend
     from ..timing import compile_step
@@ -207,7 +206,7 @@ def _measure_streaming(
             backend = resolve_backend(arguments.attn_backend, loaded, policy.kept, arguments.strict)
             if protocol == "decode-loop":
                 compile_step(loaded, method, policy, backend, stream.tokens, arguments.execution)
-            quality, measured = EVALUATORS[protocol](
+            quality, measured = PROTOCOLS[protocol].get()(
                 loaded, stream, method, policy, backend, measurements.reference, arguments.execution, progress
             )
             table = quality.table

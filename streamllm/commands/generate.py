@@ -20,6 +20,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
 from ..arguments import (
+    add_method_argument,
     add_model_arguments,
     add_policy_arguments,
     add_threads_argument,
@@ -27,7 +28,6 @@ from ..arguments import (
     stream_policy,
 )
 from ..errors import UsageError
-from ..methods import METHODS
 from ..printing import discard, say
 from ..progress import working
 from ..session import messages_on_stderr
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (0)")
     policy = parser.add_argument_group("the policy")
-    policy.add_argument("--method", choices=METHODS, default="ring", help="how the cache is implemented (ring)")
+    add_method_argument(policy, default="ring")
     add_policy_arguments(policy)
     policy.add_argument("--dense", action="store_true", help="beside it the same where nothing is ever evicted")
     add_threads_argument(parser.add_argument_group("how it is run"))

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import (
     add_backend_arguments,
+    add_method_argument,
     add_model_arguments,
     add_policy_arguments,
     add_text_arguments,
@@ -27,7 +28,6 @@ from ..arguments import (
     text_source,
 )
 from ..errors import UsageError
-from ..methods import METHODS
 from ..options import EXECUTIONS
 from ..policy import EvictionPolicy
 from ..printing import say
@@ -49,9 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(what)
     add_text_arguments(what)
     policy = parser.add_argument_group("the policy")
-    policy.add_argument(
-        "--method", "--streaming-mode", choices=METHODS, default="ours", help="how the cache is implemented (ours)"
-    )
+    add_method_argument(policy, "--streaming-mode", default="ours")
     add_policy_arguments(policy)
     how = parser.add_argument_group("how it is run")
     add_backend_arguments(how)

@@ -1,22 +1,15 @@
-"""The methods: one file each, its name the method's.
+"""The methods: one file each, its name the method's, which defines the method as `METHOD`.
 
-A method's module has `decoder(loaded, policy, backend) -> Decoder`, and where it needs them
-
-- `effective(policy) -> EvictionPolicy`, the part of a policy it means;
-- `EXECUTIONS`, if its step has static shapes; its `decoder` then takes `execution` too;
-- `PROTOCOLS`, if it does not go with all of them;
-- `losses_at(loaded, tokens, window, positions, backend, progress) -> ndarray`, if no eviction schedule says what it
-  sees: its quality is then sampled instead of computed block-parallel.
-
-Whatever lies in this folder is a method: adding one is adding a file.
+Whatever lies in this folder is a method: adding one is adding a file. Those in `negative` are known by name as well,
+but not offered.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ..errors import UnavailableError, UsageError
@@ -27,37 +20,70 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..backends import Backend
-    from ..decoding import Decoder
+    from ..decoding import Decoder, Progress
     from ..loaded import LoadedModel
 
-METHODS = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[a-z]*.py")))
+    SampledLosses = Callable[[LoadedModel, np.ndarray, int, Sequence[int], Backend, Progress | None], np.ndarray]
+    """(model, tokens (n), window, ascending positions, backend, progress) -> losses (float64 nats) of the tokens after
+    the windows that end at those positions."""
+
+_FOLDER = Path(__file__).parent
+_FILES = {path.stem: path.relative_to(_FOLDER) for path in _FOLDER.rglob("[a-z]*.py")}
+METHODS = tuple(sorted(_FILES))
+"""All names."""
+OFFERED = tuple(name for name in METHODS if _FILES[name].parent == Path())
+"""Those that a help lists."""
+
+
+def _all_of_it(policy: EvictionPolicy) -> EvictionPolicy:
+    return policy
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to keep the cache, or to do without one."""
+
+    decoder: Callable[[LoadedModel, EvictionPolicy, Backend, str], Decoder]
+    """(model, policy as `effective` gives it, attention backend, one of `executions`) -> a decoder with an empty
+    cache."""
+    effective: Callable[[EvictionPolicy], EvictionPolicy] = _all_of_it
+    """The part of a policy that it means. Raises UsageError for a policy that it can do nothing with."""
+    executions: tuple[str, ...] = ("eager",)
+    """How its steps can be run: all ways, if they have static shapes."""
+    protocols: tuple[str, ...] = tuple(PROTOCOLS)
+    """How it can be measured."""
+    losses_at: SampledLosses | None = None
+    """If no eviction schedule says what it sees: its quality is then sampled instead of computed block-parallel."""
+
+
+def method_named(name: str) -> Method:
+    method: Method = import_module(".".join(("", *_FILES[name].with_suffix("").parts)), __package__).METHOD
+    return method
 
 
 def effective_policy(method: str, policy: EvictionPolicy) -> EvictionPolicy:
     """The policy as the method understands it: `window` has no sinks, `dense` never evicts."""
-    adapt = getattr(_module(method), "effective", None)
-    return adapt(policy) if adapt is not None else policy
+    return method_named(method).effective(policy)
 
 
 def make_decoder(
     method: str, loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str = "eager"
 ) -> Decoder:
-    """A decoder with an empty cache."""
-    options = {} if execution == "eager" else {"execution": execution}
-    decoder: Decoder = _module(method).decoder(loaded, effective_policy(method, policy), backend, **options)
-    return decoder
+    """A decoder with an empty cache. Raises UsageError as `check_execution`, and for what the device lacks."""
+    check_execution(method, execution)
+    return method_named(method).decoder(loaded, effective_policy(method, policy), backend, execution)
 
 
-def sampled_losses(method: str) -> Callable[..., np.ndarray] | None:
+def sampled_losses(method: str) -> SampledLosses | None:
     """The method's `losses_at`; None if the block-parallel evaluator gives its quality."""
-    return getattr(_module(method), "losses_at", None)
+    return method_named(method).losses_at
 
 
 def check_execution(method: str, execution: str) -> None:
     """Raises UsageError for a way the method's step cannot be run."""
-    allowed = getattr(_module(method), "EXECUTIONS", ("eager",))
+    allowed = method_named(method).executions
     if execution not in allowed:
-        able = [name for name in METHODS if execution in getattr(_module(name), "EXECUTIONS", ())]
+        able = [name for name in METHODS if execution in method_named(name).executions]
         raise UsageError(
             f"execution {execution!r}: the steps of method {method!r} change shape, {' or '.join(allowed)} runs them; "
             f"use --method {' or '.join(able)}"
@@ -66,10 +92,6 @@ def check_execution(method: str, execution: str) -> None:
 
 def check_protocol(method: str, protocol: str) -> None:
     """Raises UnavailableError for a method that cannot be measured so."""
-    allowed = getattr(_module(method), "PROTOCOLS", PROTOCOLS)
+    allowed = method_named(method).protocols
     if protocol not in allowed:
         raise UnavailableError(f"protocol {protocol!r}: method {method!r} is measured by {' or '.join(allowed)} only")
-
-
-def _module(method: str) -> ModuleType:
-    return import_module(f".{method}", __package__)

@@ -17,8 +17,7 @@ from ..decoding import CachedDecoder, KVCache
 from ..errors import UnavailableError, UnsupportedModelError
 from ..loaded import LoadedModel
 from ..policy import EvictionPolicy
-
-PROTOCOLS = ("decode-loop", "chunked")
+from . import Method
 
 
 class PressedCache(KVCache):
@@ -63,5 +62,8 @@ def _attention_layers(loaded: LoadedModel) -> list[Any]:
     return layers
 
 
-def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> CachedDecoder:
-    return CachedDecoder(loaded, policy, PressedCache(loaded, policy.n_sink, backend))
+def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> CachedDecoder:
+    return CachedDecoder(loaded, policy, PressedCache(loaded, policy.n_sink, backend), execution)
+
+
+METHOD = Method(decoder, protocols=("decode-loop", "chunked"))

@@ -13,6 +13,7 @@ from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache
 from ..loaded import LoadedModel
 from ..policy import EvictionPolicy
+from . import Method
 
 
 class RawKeyCache(KVCache):
@@ -27,5 +28,8 @@ class RawKeyCache(KVCache):
         return attention(self.backend, query, keys, values, scaling, causal=True)
 
 
-def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> CachedDecoder:
-    return CachedDecoder(loaded, policy, RawKeyCache(loaded, backend))
+def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> CachedDecoder:
+    return CachedDecoder(loaded, policy, RawKeyCache(loaded, backend), execution)
+
+
+METHOD = Method(decoder)

@@ -15,6 +15,7 @@ from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache, without
 from ..loaded import LoadedModel
 from ..policy import EvictionPolicy
+from . import Method
 
 
 class RerotatedCache(KVCache):
@@ -43,5 +44,8 @@ class RerotatedCache(KVCache):
             self.values[layer] = without(self.values[layer], n_sink, drop)
 
 
-def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> CachedDecoder:
-    return CachedDecoder(loaded, policy, RerotatedCache(loaded, backend))
+def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> CachedDecoder:
+    return CachedDecoder(loaded, policy, RerotatedCache(loaded, backend), execution)
+
+
+METHOD = Method(decoder)

@@ -17,6 +17,7 @@ from ..backends import Backend
 from ..decoding import Decoder, Progress, negative_log_likelihood
 from ..loaded import LoadedModel
 from ..policy import EvictionPolicy
+from . import Method
 
 
 class WholeWindow:
@@ -49,7 +50,7 @@ class RecomputingDecoder(Decoder):
         return logits
 
 
-def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> RecomputingDecoder:
+def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> RecomputingDecoder:
     return RecomputingDecoder(loaded, policy.kept, backend)
 
 
@@ -95,3 +96,6 @@ def _last_logits(loaded: LoadedModel, windows: Tensor, state: WholeWindow) -> Te
     """windows (batch, length) -> logits (batch, vocabulary) after the last token of each."""
     positions = torch.arange(windows.shape[1], device=windows.device)
     return loaded.forward(windows, positions, state, logits_to_keep=1).logits[:, -1]
+
+
+METHOD = Method(decoder, effective, losses_at=losses_at)

@@ -3,11 +3,12 @@
 from dataclasses import replace
 
 from ..policy import EvictionPolicy
-from .ours import decoder
-
-__all__ = ["decoder", "effective"]
+from . import ours
 
 
 def effective(policy: EvictionPolicy) -> EvictionPolicy:
     """The same total, all of it window."""
     return replace(policy, n_sink=0, window_size=policy.kept)
+
+
+METHOD = replace(ours.METHOD, effective=effective)

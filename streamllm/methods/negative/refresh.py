@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import torch
 
-from ..backends import Backend
-from ..decoding import CachedDecoder
-from ..errors import UsageError
-from ..loaded import LoadedModel
-from ..policy import EvictionPolicy, RefreshPolicy
-from .mit import RawKeyCache
-
-PROTOCOLS = ("decode-loop",)
+from ...backends import Backend
+from ...decoding import CachedDecoder
+from ...errors import UsageError
+from ...loaded import LoadedModel
+from ...policy import EvictionPolicy, RefreshPolicy
+from .. import Method
+from ..mit import RawKeyCache
 
 
 class RefreshingCache(RawKeyCache):
@@ -60,5 +59,8 @@ def effective(policy: EvictionPolicy) -> RefreshPolicy:
     return policy
 
 
-def decoder(loaded: LoadedModel, policy: RefreshPolicy, backend: Backend) -> CachedDecoder:
-    return CachedDecoder(loaded, policy, RefreshingCache(loaded, policy, backend))
+def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> CachedDecoder:
+    return CachedDecoder(loaded, policy, RefreshingCache(loaded, effective(policy), backend), execution)
+
+
+METHOD = Method(decoder, effective, protocols=("decode-loop",))

@@ -1,0 +1,1 @@
+"""Methods that were measured and gain nothing: known by name as any other, but offered by no help."""
