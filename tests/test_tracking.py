@@ -61,10 +61,10 @@ def row(trial, tpot=2.0, increase=1.0, **more):
 
 
 _KEPT = ("trial", "method", "backend_requested", "n_sink", "finished_at", "commit")
-FAILED = {name: row(3)[name] for name in _KEPT} | {
+FAILED = Row.of({name: row(3)[name] for name in _KEPT} | {
     "state": "failed", "reason": "RuntimeError: nope", "feasible": False, "window_size": 44, "compress_every": 1,
     "cache_slack": 0, "max_drop": 0,
-}  # fmt: skip
+})  # fmt: skip
 ROWS = [row("baseline", 9.0, 0.0, method="recompute"), row(0, 3.0, 0.5), row(1, 2.0, 1.0), row(2, 4.0, 4.0), FAILED]
 
 
@@ -147,7 +147,7 @@ def search(condition):
 
 
 def test_runs_are_found_by_what_they_are_and_carry_what_was_measured(study):
-    confirmed = {"trial": 1, "time_ratio": 1.25, "time_ratio_low": 1.125, "rounds": 3, "reference_tpot_ms": 2.0}
+    confirmed = Row.of({"trial": 1, "time_ratio": 1.25, "time_ratio_low": 1.125, "rounds": 3, "reference_tpot_ms": 2.0})
     write_rows(study / "confirmed.jsonl", [confirmed | {"front_probability": 0.75}])
     assert synchronise() == 0
     assert search("tags.pareto = 'True' and tags.`backend.used` = 'math' and metrics.ppl_increase_percent < 3") == ["1"]
@@ -237,7 +237,9 @@ def test_what_changed_since_is_brought_up_to_date(study):
 
 
 def test_what_is_no_longer_confirmed_is_taken_back_and_milliseconds_follow_the_reference(study):
-    confirmed = {"trial": 1, "time_ratio": 1.5, "rounds": 3, "front_probability": 0.75, "reference_tpot_ms": 2.0}
+    confirmed = Row.of(
+        {"trial": 1, "time_ratio": 1.5, "rounds": 3, "front_probability": 0.75, "reference_tpot_ms": 2.0}
+    )
     write_rows(study / "confirmed.jsonl", [confirmed])
     synchronise()
     assert search("metrics.rounds > 0") == ["1"] and search("metrics.tpot_ms = 3") == ["0", "1"]
