@@ -13,6 +13,7 @@ from . import __version__
 from .backends import BACKENDS, Backend
 from .block_parallel import block_parallel_losses
 from .chunked import chunk_losses
+from .conditions import described, software
 from .decoding import Progress, decode_loop
 from .device import cpu_capability, device_name, peak_memory
 from .loaded import LoadedModel
@@ -257,6 +258,7 @@ def identity(
         "threads": torch.get_num_threads() if loaded.device.type == "cpu" else None,
         "cpu_capability": cpu_capability() if loaded.device.type == "cpu" else None,
         "execution": execution,
+        "software": described(software(loaded.device)),
         "version": __version__,
     }
 

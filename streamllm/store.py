@@ -6,6 +6,7 @@ sweep. Entries are JSON files written atomically; a measurement's array lies bes
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import json
@@ -20,6 +21,47 @@ from typing import Any
 import numpy as np
 
 from .errors import UsageError
+
+MEASURING_CODE = (
+    "architecture",
+    "attention",
+    "backends",
+    "block_parallel",
+    "chunked",
+    "conditions",
+    "decoding",
+    "device",
+    "environment",
+    "errors",
+    "evaluation",
+    "execution",
+    "gguf",
+    "libraries",
+    "loaded",
+    "measurements",
+    "methods",
+    "methods.mit",
+    "methods.ours",
+    "methods.ring",
+    "models",
+    "options",
+    "pairing",
+    "policy",
+    "probing",
+    "quality",
+    "quantization",
+    "rotary",
+    "sample",
+    "store",
+    "tables",
+    "testbed",
+    "text",
+    "timing",
+    "triton_attention",
+)
+"""The modules of this package that determine a number: those that load, evaluate and time, whatever they import, the
+reference's method, and methods that others are made of. A test holds them to the imports. Not the package itself, which
+is its version."""
 
 
 class StoreError(UsageError):
@@ -81,6 +123,14 @@ class MeasurementStore:
                 f"command again; what is finished is kept"
             ) from error
 
+    def key(self, name: str) -> dict[str, Any] | None:
+        """All that determined the entry of that name; None if it is not there, or is damaged."""
+        try:
+            key: dict[str, Any] = json.loads(self.losses_file(name).with_suffix(".json").read_bytes())["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return key
+
     def losses_file(self, name: str) -> Path:
         """Where the per-token losses of the entry of that name lie, if it has any."""
         return self.root / name[:2] / f"{name}.npy"
@@ -99,12 +149,31 @@ def entry_name(key: dict[str, Any]) -> str:
 
 
 @cache
-def code_digest() -> str:
-    """Names the engine's code: results of different code are different measurements."""
+def code_digest(*methods: str) -> str:
+    """Names the code that determines a number, that of the given methods included: results of different code are
+    different measurements. Comments, docstrings and layout are no code."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for module in sorted({*MEASURING_CODE, *(f"methods.{method}" for method in methods)}):
+        digest.update(f"{module}\n{_code(_source(module).read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _source(module: str) -> Path:
+    path = Path(__file__).parent.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _code(source: str) -> str:
+    """What the source does: without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
+    return ast.unparse(tree)
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
 def _digest(record: dict[str, Any], losses: bytes) -> str:
