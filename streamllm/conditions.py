@@ -27,6 +27,7 @@ from typing import Any
 import torch
 
 from .backends import BACKENDS
+from .device import device_name
 from .libraries import installed
 from .loaded import LoadedModel
 from .store import code_digest
@@ -46,6 +47,16 @@ def of_speed(loaded: LoadedModel, method: str, attn_backend: str) -> dict[str, A
     return of_quality(loaded, method) | software(loaded.device) | more
 
 
+def kind_of_worker(device: torch.device) -> dict[str, Any]:
+    """What a row says of who timed it: times of workers that differ in any of it do not compare. See
+    `reference_time`."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "software": described(software(device)),
+    }
+
+
 def software(device: torch.device) -> dict[str, Any]:
     """Versions that every time on that device depends on, the reference's too."""
     found: dict[str, Any] = {name: installed(name) for name in ("torch", "transformers")}
@@ -57,7 +68,7 @@ def software(device: torch.device) -> dict[str, Any]:
 
 
 def described(versions: Mapping[str, Any]) -> str:
-    """Names and values of what is there, as a row has them."""
+    """Names and values of what is there, on one line."""
     return ", ".join(f"{name} {value}" for name, value in versions.items() if value is not None)
 
 

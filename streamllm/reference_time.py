@@ -16,7 +16,9 @@ from typing import Any
 Row = Mapping[str, Any]
 Kind = tuple[Any, ...]
 
-_KIND = ("model", "model_digest", "dtype", "quantization", "device", "threads", "reference_total")
+WORKER = ("device", "threads", "software")
+"""What tells the kinds of workers apart: times of different kinds do not compare."""
+_KIND = ("model", "model_digest", "dtype", "quantization", "reference_total", *WORKER)
 """What the reference's time depends on."""
 
 
