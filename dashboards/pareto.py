@@ -12,6 +12,7 @@ from pathlib import Path
 from streamllm.errors import UsageError
 from streamllm.printing import say
 
+from . import kinds
 from .columns import shown_columns
 from .formats import FORMATS, Table
 from .front import Row
@@ -59,7 +60,10 @@ def print_table(study: StudyResults, everything: bool = False) -> None:
 
 def rich_table(rows: Sequence[Row], title: str, objectives: Collection[str] = ()) -> View:
     """For a live view."""
-    return View(Table(title, (), shown_columns(rows, objectives), rows, dispensable=dispensable(objectives)))
+    timed_on = kinds.letters([rows])
+    columns = (*shown_columns(rows, objectives), *([kinds.TIMED_ON] if timed_on else []))
+    title = "\n".join([title, *kinds.notes(timed_on)])
+    return View(Table(title, (), columns, kinds.marked(rows, timed_on), dispensable=dispensable(objectives)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
