@@ -118,9 +118,11 @@ def _rounds(study: StudyResults, row: Row) -> Iterator[Pair]:
     if not numbers:
         yield "confirmed", f"in {row['rounds']} rounds, whose lines in rounds.jsonl were not noted then"
         return
-    yield "confirmed", f"{study.folder / 'rounds.jsonl'}, lines {', '.join(map(str, numbers))}"
-    lines = (study.folder / "rounds.jsonl").read_text().splitlines()
-    for number in numbers:
+    path = study.folder / "rounds.jsonl"
+    lines = path.read_text().splitlines() if path.is_file() else []
+    gone = "" if len(lines) >= max(numbers) else ", which are there no more"
+    yield "confirmed", f"{path}, lines {', '.join(map(str, numbers))}{gone}"
+    for number in [] if gone else numbers:
         one = json.loads(lines[number - 1])
         ratios, times = one["ratios"][str(row["trial"])], one["times"][str(row["trial"])]
         middle = sorted(ratios)[len(ratios) // 2]
