@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import math
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -108,8 +109,8 @@ def _times(study: StudyResults, row: Row, store: MeasurementStore) -> Iterator[P
         if (unit.device, unit.threads) == (row.get("device"), row.get("threads")):
             yield "unit", f"{unit}: what the ratio is multiplied with"
     if "speedup" in row and study.baseline is not None and row["trial"] != "baseline":
-        confirmed = "its times in the same rounds" if row.get("rounds") else _short(study.baseline.get("speed_entry"))
-        yield "speedup", f"beside {confirmed}, of the baseline: ratio {_number(study.baseline, 'time_ratio')}"
+        whose = "times in the same rounds" if row.get("rounds") else _short(study.baseline.get("speed_entry"))
+        yield "speedup", f"beside the baseline's {whose}: ratio {_number(study.baseline, 'time_ratio')}"
 
 
 def _rounds(study: StudyResults, row: Row) -> Iterator[Pair]:
@@ -126,7 +127,7 @@ def _rounds(study: StudyResults, row: Row) -> Iterator[Pair]:
         one = json.loads(lines[number - 1])
         ratios, times = one["ratios"][str(row["trial"])], one["times"][str(row["trial"])]
         middle = sorted(ratios)[len(ratios) // 2]
-        when = f"{_date(times.get('timed_at'))}, load {times.get('load', '?')}, code {one['code']}"
+        when = f"{_date(times.get('timed_at'))}, load {times.get('load', math.nan):.2f}, code {one['code']}"
         yield f"line {number}", f"ratio {middle:.4g} of {len(ratios)} pairs, {when}, on {described(times)}"
 
 
