@@ -14,6 +14,7 @@ from streamllm.printing import say
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults, load_study
 
+from . import kinds
 from .columns import shown_columns
 from .formats import FORMATS, Table
 from .recommendation import percent
@@ -23,6 +24,7 @@ from .terminal import Line, View, lines, wrapped
 _EXAMPLES = """examples:
   python -m dashboards.pareto testbed-testbed-default --max-ppl-increase 3
   python -m dashboards.pareto STUDY --format latex,parquet --all
+  python -m dashboards.pareto STUDY --trace 5                       where the numbers of trial 5 come from
   python -m dashboards.pareto STUDY OTHER --output tables --where "backend = 'flash' and ppl_increase_percent < 3"
 """
 _SHOWN = 60
@@ -59,7 +61,10 @@ def print_table(study: StudyResults, everything: bool = False) -> None:
 
 def rich_table(rows: Sequence[AnyRow], title: str, objectives: Collection[str] = ()) -> View:
     """For a live view."""
-    return View(Table(title, (), shown_columns(rows, objectives), rows, dispensable=dispensable(objectives)))
+    timed_on = kinds.letters([rows])
+    columns = (*shown_columns(rows, objectives), *([kinds.TIMED_ON] if timed_on else []))
+    title = "\n".join([title, *kinds.notes(timed_on)])
+    return View(Table(title, (), columns, kinds.marked(rows, timed_on), dispensable=dispensable(objectives)))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,6 +72,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         formats = parse_formats(arguments.format)
         studies = [load_study(study) for study in arguments.study]
+        if arguments.trace is not None:
+            say(_traced(studies, arguments.trace))
+            return 0
         limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
         table = pareto_table(studies, arguments.all, arguments.where, limit)
         here = studies[0].folder if len(studies) == 1 else Path()
@@ -77,6 +85,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     show(table, "\n".join(table.summary), table.notes)
     say(" ".join(("written:", *map(str, paths))))
     return 0
+
+
+def _traced(studies: Sequence[StudyResults], trial: str) -> str:
+    """Raises UsageError."""
+    if len(studies) > 1:
+        raise UsageError(f"trace {trial!r}: of one study, {len(studies)} are given")
+    from .trace import trace
+
+    return trace(studies[0], trial)
 
 
 def parse_formats(names: str) -> list[str]:
@@ -111,6 +128,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--max-ppl-increase",
         metavar="PERCENT",
         help="recommend the fastest whose perplexity is at most so much above re-computation's",
+    )
+    parser.add_argument(
+        "--trace",
+        metavar="TRIAL",
+        help="write nothing; print where the values of that trial, baseline or strict come from: entries of the store, "
+        "rounds, versions, hardware, commit",
     )
     parser.add_argument("--knee", action="store_true", help="changes nothing: the recommended point is always marked")
     parser.add_argument(

@@ -22,8 +22,9 @@ from streamllm.errors import UsageError
 from streamllm.files import write_atomically
 from streamllm.printing import say
 from streamllm.results.schema import FIELDS, OBJECTIVES, AnyRow
-from streamllm.results.study import StudyResults, load_study
+from streamllm.results.study import FIXED, StudyResults, load_study
 
+from . import kinds
 from .columns import COLUMNS, Column, shown_columns
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
 from .findings import Findings, findings
@@ -71,7 +72,7 @@ def report(study: StudyResults, figures: Sequence[Path] | None = None) -> str:
         script=script,
         summary=_summary(found),
         front_table=_front_table(study, front, found.recommended),
-        front_note=_front_note(front),
+        front_note=_front_note(study, front),
         data=_data(study, front, found.recommended),
         figures=_figures(study, figures),
         measured=_measured(study),
@@ -95,13 +96,13 @@ def _summary(found: Findings) -> str:
 
 
 def _front_table(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | None) -> str:
-    fixed = [row for row in (study.strict, study.baseline) if row is not None]
-    rows = [*front, *fixed]
-    columns = shown_columns(front, study.objectives)
+    rows = [*front, *(row for row in (study.strict, study.baseline) if row is not None)]
+    timed_on = kinds.letters([rows])
+    columns = (*shown_columns(front, study.objectives), *([kinds.TIMED_ON] if timed_on else []))
     marked = recommended["trial"] if recommended is not None else None
     lines = []
-    for row in rows:
-        kind = "recommended" if row["trial"] == marked else "baseline" if row in fixed else ""
+    for row in kinds.marked(rows, timed_on):
+        kind = "recommended" if row["trial"] == marked else "baseline" if row["trial"] in FIXED else ""
         cells = "".join(f'<td class="{_alignment(column)}">{escape(column.text(row))}</td>' for column in columns)
         lines.append(f'<tr class="{kind}">{cells}</tr>')
     heads = "".join(f'<th scope="col" class="{_alignment(column)}">{escape(column.title)}</th>' for column in columns)
@@ -112,7 +113,7 @@ def _alignment(column: Column) -> str:
     return "" if column.words or column.key == "trial" else "number"
 
 
-def _front_note(front: Sequence[AnyRow]) -> str:
+def _front_note(study: StudyResults, front: Sequence[AnyRow]) -> str:
     text = (
         "Intervals are 95%. The increase over strict StreamingLLM is over every token, that over re-computing rests on "
         "the tokens it was sampled at. The last rows are what everything is compared with."
@@ -122,7 +123,8 @@ def _front_note(front: Sequence[AnyRow]) -> str:
             " Times are of rounds after the search. P(front) is the share of draws from the measurements in which no "
             "other candidate is better; what cannot be told from a row of the front is left out."
         )
-    return escape(text)
+    rows = [*front, *(row for row in (study.strict, study.baseline) if row is not None)]
+    return escape(" ".join([text, *kinds.notes(kinds.letters([rows]))]))
 
 
 def _data(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | None) -> str:
@@ -274,6 +276,7 @@ def _environment(study: StudyResults) -> str:
         "text": _values({}, rows, "dataset", "text_digest"),
         "device": _values({}, rows, "device"),
         "threads per worker": _values({}, rows, "threads"),
+        "measured with": _values({}, rows, "software"),
         "dtype": _values({}, rows, "dtype"),
         "quantization": settings.get("quantization"),
         "total KV": f"{settings['cap']} ({space.get('cap_accounting', 'nominal')})",

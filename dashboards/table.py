@@ -9,6 +9,7 @@ from streamllm.results.front import dominators, objective_values
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults
 
+from . import kinds
 from .columns import COLUMNS, shown_columns
 from .filters import select
 from .formats import Table
@@ -46,26 +47,38 @@ def pareto_table(
     if where is not None and not any(study.trials for study in chosen):
         raise UsageError(f"where {where!r}: none of the {sum(len(study.trials) for study in studies)} trials is such")
     fronts = [study.front for study in chosen]
-    rows, baselines, advised = [], [], []
+    shown = [study.trials if everything else front for study, front in zip(chosen, fronts, strict=True)]
+    timed_on = kinds.letters([_with_fixed(study, rows) for study, rows in zip(studies, shown, strict=True)])
+    rows: list[AnyRow] = []
+    baselines: list[AnyRow] = []
+    advised: list[str] = []
     for study, front, name in zip(chosen, fronts, _names(studies), strict=True):
         more = {"study": name} if name else {}
         found = recommended(study, front, max_ppl_increase)
         marked = found.row["trial"] if found.row is not None else None
-        for row in _placed(study, front) if everything else front:
+        for row in kinds.marked(_placed(study, front) if everything else front, timed_on):
             rows.append({**row, **more, **({"recommended": found.kind} if row["trial"] == marked else {})})
         advised += [f"{name}: {text}" if name and text == found.why else text for text in advice(study, found)]
-        baselines += [{**row, **more} for row in (study.strict, study.baseline) if row is not None]
+        baselines += [{**row, **more} for row in kinds.marked(_with_fixed(study, []), timed_on)]
     objectives = {name for study in studies for name in study.objectives}
     return Table(
         title=f"{'Trials' if everything else 'Pareto front'} of {', '.join(dict.fromkeys(s.name for s in studies))}",
         summary=tuple(_summary(*of, where) for of in zip(studies, chosen, fronts, strict=True)),
-        columns=shown_columns(rows, objectives),
+        columns=(*shown_columns(rows, objectives), *([kinds.TIMED_ON] if timed_on else [])),
         rows=rows,
         baselines=baselines,
-        notes=(*_notes(rows, studies), *_reasons(rows), *advised),
-        data_columns=tuple(c for c in COLUMNS if any(c.key in row for row in rows)) or COLUMNS,
+        notes=(*_notes(rows, studies), *kinds.notes(timed_on), *_reasons(rows), *advised),
+        data_columns=(
+            *(tuple(c for c in COLUMNS if any(c.key in row for row in rows)) or COLUMNS),
+            *((kinds.TIMED_ON, *kinds.SPELLED_OUT) if timed_on else ()),
+        ),
         dispensable=dispensable(objectives),
     )
+
+
+def _with_fixed(study: StudyResults, rows: Sequence[AnyRow]) -> list[AnyRow]:
+    """And those that they are compared with."""
+    return [*rows, *(row for row in (study.strict, study.baseline) if row is not None)]
 
 
 def dispensable(objectives: Collection[str]) -> tuple[str, ...]:

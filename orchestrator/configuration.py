@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import uuid
 from dataclasses import asdict, dataclass
@@ -13,6 +14,7 @@ from typing import Any
 import streamllm
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
+from streamllm.libraries import installed
 from streamllm.results.schema import OBJECTIVES
 from streamllm.results.study_folder import StudyFolder
 from streamllm.text import TextSource
@@ -137,15 +139,31 @@ class SweepConfiguration:
         return study_id
 
 
+_PACKAGES = ("streamllm/", "orchestrator/", "search_spaces/", "dashboards/")
+
+
 @cache
 def commit() -> str:
-    """The commit of the checkout that runs, or the package's version."""
-    folder = Path(streamllm.__file__).parent
+    """The commit of the checkout that runs, with `+dirty` where tracked files differ from it or our packages have
+    others besides; the package's version where it runs from no checkout of its own, be there a repository around it."""
+    folder = Path(streamllm.__file__).resolve().parent
     try:
-        found = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
+        top, head = _git(folder, "rev-parse", "--show-toplevel", "HEAD").splitlines()
+        _git(folder, "ls-files", "--error-unmatch", "__init__.py")
+        changes = _git(folder, "status", "--porcelain").splitlines()
+    except (OSError, ValueError, subprocess.CalledProcessError):
+        top, head, changes = "", "", []
+    if not top or Path(top).resolve() != folder.parent:
         return f"streamllm-sweep {streamllm.__version__}"
-    return found.stdout.strip()
+    dirty = any(not line.startswith("??") or line[3:].startswith(_PACKAGES) for line in changes)
+    return head + "+dirty" * dirty
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    """What git says in that folder, whatever repository the environment names (a hook's does)."""
+    environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
+    command = ["git", "--no-optional-locks", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
@@ -165,6 +183,6 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("torch", "transformers", "optuna", "ray", "mlflow")}
+    """Of what is installed where the sweep is started; what a measurement was made with is in its entry's key."""
+    names = ("torch", "transformers", "torchao", "kvpress", "flash-attn", "optuna", "ray", "mlflow")
+    return {name: version for name in names if (version := installed(name)) is not None}

@@ -12,6 +12,7 @@ import numpy as np
 
 from streamllm.certainty import front_probabilities, not_told_from, time_draws
 from streamllm.quality import QualityComparison
+from streamllm.reference_time import WORKER
 from streamllm.results.front import dominators, objective_values, pareto_front
 from streamllm.results.schema import AnyRow, Row
 
@@ -63,13 +64,15 @@ def confirmed_rows(
 ) -> list[Row]:
     """What takes the place of the search's values in the rows of the baseline and of the candidates: time and speedup
     with their intervals; of candidates the probability of being on the front, and which others they cannot be told from
-    (`not_told_from`: those that they are better than in no objective for certain)."""
+    (`not_told_from`: those that they are better than in no objective for certain). `round_lines` names the rounds, by
+    their lines in the file, all of one kind of worker."""
     names = [str(row["trial"]) for row in (baseline, *rows)]
     logs, draws = time_draws([np.array(_equally_long([one.ratios[name] for one in rounds])) for name in names])
     added: list[dict[str, Any]] = [
         {
             "trial": row["trial"],
             "rounds": len(rounds),
+            "round_lines": [one.line for one in rounds],
             **_raw([one.times[name] for one in rounds]),
             **_estimate("time_ratio", logs[index], draws[:, index]),
             **(
@@ -130,6 +133,7 @@ def _raw(times: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "pairs": sum(one["pairs"] for one in times),
         "timed_at": times[-1]["timed_at"],
         "load": max(one["load"] for one in times),
+        **{name: times[-1][name] for name in WORKER if name in times[-1]},
     }
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
+from streamllm.reference_time import WORKER
 from streamllm.results.schema import Row, told_name
 
 from .pool import Finished, SweepError, WorkerPool
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
     from streamllm.quality import QualityComparison
 
+Kind = tuple[tuple[str, Any], ...]
+"""Of a worker: names and values of `reference_time.WORKER`."""
 Task = OpenTrial | str
 """A trial; or the name of what trials are compared with, STRICT or BASELINE."""
 
@@ -92,11 +95,18 @@ class Driver:
         """Of weights, whatever became of them, and tokens; of a new study, the first worker's."""
         self._unpaired: list[tuple[OpenTrial, TrialMeasurement, int]] = []
         """Measured before what they are compared with."""
+        self._kinds: dict[int, Kind] = {}
+        """Worker -> its kind."""
+        self._kind: Kind | None = next((_kind(row) for row in study.rows if "device" in row), None)
+        """Of the workers when the study began; of a new study, the first one's."""
 
     @property
-    def idle(self) -> tuple[int, ...]:
-        """Workers that are ready and have nothing to do."""
-        return tuple(self._idle)
+    def confirming(self) -> tuple[tuple[int, ...], dict[str, Any]]:
+        """Workers that are ready and have nothing to do, all of one kind, whose times compare, and that kind: the
+        study's or, where none is of it any more, that of most of them."""
+        kinds = Counter(self._kinds[worker] for worker in self._idle)
+        chosen = self._kind if self._kind in kinds else next((kind for kind, _ in kinds.most_common(1)), ())
+        return tuple(worker for worker in self._idle if self._kinds[worker] == chosen), dict(chosen or ())
 
     def run(self) -> None:
         """Runs trials until the budget is spent or the space is exhausted. Raises SweepError, UsageError."""
@@ -167,6 +177,7 @@ class Driver:
         worker = finished.worker
         if finished.description is not None:
             self._check_same(finished.description)
+            self._check_kind(worker, finished.description)
             for observer in self.observers:
                 observer.worker_ready(worker, finished.description)
             for warning in finished.description.get("warnings", ()):
@@ -197,6 +208,20 @@ class Driver:
                     f"{what} on {description['host']}: {found:.12}..., the study's is {known:.12}...; its "
                     f"files have been changed; put them back, or give another --study"
                 )
+
+    def _check_kind(self, worker: int, description: Mapping[str, Any]) -> None:
+        """Warns of a worker whose times do not compare with the study's; tables tell them apart, and it does not
+        confirm."""
+        found = self._kinds[worker] = _kind(description)
+        if self._kind is None:
+            self._kind = found
+        if found != self._kind:
+            differ = "; ".join(
+                f"{name} {value}, then {was or 'not known'}"
+                for (name, value), (_, was) in zip(found, self._kind, strict=True)
+                if value != was
+            )
+            self.note(f"warning: worker {worker} is of another kind than when the study began: {differ}")
 
     def _measured(self, task: Task, measurement: TrialMeasurement, worker: int) -> None:
         if isinstance(task, str):
@@ -267,6 +292,11 @@ class Driver:
     def _announce(self, row: Row) -> None:
         for observer in self.observers:
             observer.trial_finished(row)
+
+
+def _kind(of: Mapping[str, Any]) -> Kind:
+    """Of a worker's description, or of a row."""
+    return tuple((name, of.get(name)) for name in WORKER)
 
 
 def _limited(space: SearchSpace) -> list[str]:

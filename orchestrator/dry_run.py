@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
 from streamllm.progress import spoken, working
-from streamllm.results.schema import OBJECTIVES, Row
+from streamllm.results.schema import OBJECTIVES, Row, knobs_in_short
 from streamllm.results.study_folder import StudyFolder, read_rows
 
 from .configuration import SweepConfiguration
@@ -85,7 +85,7 @@ def _known(params: Any, configuration: SweepConfiguration) -> str:
     except UsageError as error:
         return f"left out: {error}"
     quantization = f" {spec.quantization}" if spec.quantization is not None else ""
-    return f"{spec.method} {spec.attn_backend} {spec.execution}{quantization} {spec.policy}"
+    return f"{spec.method} {spec.attn_backend} {spec.execution}{quantization} {knobs_in_short(asdict(spec.policy))}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -204,18 +204,14 @@ class _Bench:
 
 
 def _check_same(planned: Planned, measurements: Measurements, documents: dict[Path, Document]) -> None:
-    """Raises _OtherMachineError if finished cells are of another model, text, device or number of threads than this one
-    will be."""
-    import torch
+    """Raises _OtherMachineError if finished cells are of another model, text, device, number of threads or version of a
+    library than this one will be."""
+    from streamllm.conditions import kind_of_worker
 
-    from streamllm.device import device_name
-
-    device = measurements.loaded.device
     now = {
-        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        **kind_of_worker(measurements.loaded.device),
         "model_digest": measurements.loaded.digest,
         "text_digest": measurements.stream.digest,
-        "device": device_name(device),
     }
     for file, document in documents.items():
         settings = document["settings"]
@@ -224,10 +220,10 @@ def _check_same(planned: Planned, measurements: Measurements, documents: dict[Pa
         if document["state"] != "complete" or any(settings.get(name) != value for name, value in alike.items()):
             continue
         for name, value in now.items():
-            if (before := document["baseline"].get(name)) != value:
+            if (before := document["baseline"].get(name, value)) != value:  # an older one does not say with what
                 raise _OtherMachineError(
-                    f"{file} has {name} {before!r}, now it is {value!r}: one table is of one model, text, device "
-                    f"and number of threads; give another --study, or remove the file"
+                    f"{file} has {name} {before!r}, now it is {value!r}: one table is of one model, text, device, "
+                    f"number of threads and set of versions; give another --study, or remove the file"
                 )
 
 

@@ -14,6 +14,7 @@ from search_spaces import Cell, Matrix, load_matrix
 from streamllm.arguments import text_source
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy, for_chunks, with_derived_window
+from streamllm.results.schema import knobs_in_short
 from streamllm.text import TextSource
 
 from .configuration import total_kv
@@ -128,7 +129,7 @@ def describe(plan: MatrixPlan) -> str:
         execution = "" if cell.execution == "eager" else f" {cell.execution}"
         lines.append(
             f"  {documents.get(planned.file, {}).get('state', 'open'):12}{planned.file.stem:36} {cell.protocol:11} "
-            f"{cell.method} {cell.attn_backend}{execution} {cell.dtype} {policy}, "
+            f"{cell.method} {cell.attn_backend}{execution} {cell.dtype} {knobs_in_short(asdict(policy))}, "
             f"{'all' if most is None else most} tokens of {planned.source.label}"
         )
     left = [planned for planned in plan.cells if documents.get(planned.file, {}).get("state") != "complete"]

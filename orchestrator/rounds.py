@@ -10,10 +10,11 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Protocol
 
+from streamllm.methods import METHODS
 from streamllm.policy import EvictionPolicy
 from streamllm.results.schema import AnyRow
 from streamllm.results.study_folder import StudyFolder, append_line, whole_lines
@@ -38,20 +39,27 @@ class Round:
     ratios: dict[str, list[float]]
     """Time over the reference's, segment by segment."""
     times: dict[str, dict[str, Any]]
-    """The raw milliseconds of both, when, and the load."""
+    """The raw milliseconds of both, when, the load, and the kind of worker."""
     failed: dict[str, str]
     """Why a candidate has no times."""
     code: str
     """The engine's, when it was measured."""
+    line: int = 0
+    """Of the file, from 1."""
 
     @property
     def members(self) -> set[str]:
         return {*self.ratios, *self.failed}
 
+    def is_of(self, kind: Mapping[str, Any]) -> bool:
+        """Whether today's code measured it, on that kind of worker."""
+        alike = (time.get(name) == value for time in self.times.values() for name, value in kind.items())
+        return self.code == _code() and all(alike)
+
 
 def read_rounds(folder: StudyFolder) -> list[Round]:
     """All whole rounds of a study, the oldest first; a line that was torn by a kill is none."""
-    return [Round(**json.loads(line)) for line in whole_lines(folder.rounds)]
+    return [Round(**json.loads(line) | {"line": number}) for number, line in enumerate(whole_lines(folder.rounds), 1)]
 
 
 def take_rounds(
@@ -62,16 +70,19 @@ def take_rounds(
     count: int,
     announce: Callable[[int, TrialSpec], None],
     until: float = math.inf,
+    kind: Mapping[str, Any] | None = None,
 ) -> list[Round]:
     """`count` rounds of all `rows`, each on the next of the ready `workers`; fewer, but one, where the next would not
     be finished `until` then, by the monotonic clock. Those that are there count, if every one of the rows is in them,
-    and the engine is the same.
+    and they are of the same engine and kind of worker.
 
-    announce: told worker and spec before each measurement."""
+    announce: told worker and spec before each measurement.
+    kind: of all `workers` (`reference_time.WORKER`); one that comes back as another is not asked."""
+    kind = kind or {}
     needed = {str(row["trial"]) for row in rows}
-    found = [one for one in read_rounds(folder) if needed <= one.members and one.code == code_digest()][-count:]
+    found = [one for one in read_rounds(folder) if needed <= one.members and one.is_of(kind)][-count:]
     failed = {trial: reason for one in found for trial, reason in one.failed.items()}
-    turns = _Turns(pool, workers, announce)
+    turns = _Turns(pool, workers, announce, kind)
     took = 0.0
     for number in range(len(found) + 1, count + 1):
         if found and time.monotonic() + took > until:
@@ -80,6 +91,7 @@ def take_rounds(
         turns.next_worker()
         one = _take(turns, rows, number, failed)
         failed |= one.failed
+        one = replace(one, line=len(read_rounds(folder)) + 1)
         append_line(folder.rounds, json.dumps(asdict(one)))
         found.append(one)
         took = time.monotonic() - started
@@ -88,7 +100,7 @@ def take_rounds(
 
 def _take(turns: _Turns, rows: Sequence[AnyRow], number: int, failed: dict[str, str]) -> Round:
     """What failed in an earlier round is not tried again."""
-    one = Round({}, {}, dict(failed), code_digest())
+    one = Round({}, {}, dict(failed), _code())
     for row in rows:
         trial = str(row["trial"])
         if trial in one.failed:
@@ -101,6 +113,11 @@ def _take(turns: _Turns, rows: Sequence[AnyRow], number: int, failed: dict[str, 
     return one
 
 
+def _code() -> str:
+    """Of the engine with all methods: a round is of several."""
+    return code_digest(*METHODS)
+
+
 def _spec(row: AnyRow, number: int) -> TrialSpec:
     policy = EvictionPolicy(**{field.name: row[field.name] for field in fields(EvictionPolicy)})
     how = {"execution": row.get("execution", "eager"), "quantization": row.get("quantization")}
@@ -110,8 +127,15 @@ def _spec(row: AnyRow, number: int) -> TrialSpec:
 class _Turns:
     """One measurement at a time, on a worker that is ready."""
 
-    def __init__(self, pool: Pool, workers: Sequence[int], announce: Callable[[int, TrialSpec], None]) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        workers: Sequence[int],
+        announce: Callable[[int, TrialSpec], None],
+        kind: Mapping[str, Any],
+    ) -> None:
         self._pool = pool
+        self._kind = kind
         self._ready = deque(workers)
         self._starting: set[int] = set()
         self._announce = announce
@@ -158,6 +182,7 @@ class _Turns:
         """Takes in a worker that has started, forgets one that never will."""
         if finished.description is not None:
             self._starting.discard(finished.worker)
-            self._ready.append(finished.worker)
+            if all(finished.description.get(name) == value for name, value in self._kind.items()):
+                self._ready.append(finished.worker)
         elif finished.lost or not finished.died:
             self._starting.discard(finished.worker)

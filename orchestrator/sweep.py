@@ -187,7 +187,9 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display
     while added and results.baseline is not None and driver.comparison is not None:
         display.confirming(len(chosen) + 1, rounds)
         fixed = results.baseline
-        taken = take_rounds(folder, driver.pool, driver.idle, [fixed, *chosen], rounds, display.trial_started, until)
+        workers, kind = driver.confirming
+        members = [fixed, *chosen]
+        taken = take_rounds(folder, driver.pool, workers, members, rounds, display.trial_started, until, kind)
         failed = {trial: reason for one in taken for trial, reason in one.failed.items()}
         for trial, reason in failed.items():
             display.note(f"warning: trial {trial} cannot be confirmed: {reason}")

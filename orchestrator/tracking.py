@@ -100,7 +100,7 @@ class Projection:
     def _log(self, row: AnyRow) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        trial, digest = str(row["trial"]), _digest(json.dumps(row, sort_keys=True))
+        trial, digest = str(row["trial"]), _digest(json.dumps(dict(row), sort_keys=True))
         if self._digests.get(trial) == digest:
             return
         ended = int(1000 * row["finished_at"])
@@ -208,7 +208,7 @@ class Projection:
 
     def _log_artifacts(self, run: str, row: AnyRow) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "result.json").write_text(json.dumps(row, indent=1) + "\n")
+            (Path(folder) / "result.json").write_text(json.dumps(dict(row), indent=1) + "\n")
             losses = self._store.losses_file(row["quality_entry"]) if "quality_entry" in row else None
             if losses is not None and losses.is_file():
                 shutil.copyfile(losses, Path(folder) / "losses.npy")

@@ -50,7 +50,8 @@ class Worker:
         accelerator = own_accelerator(self._on_accelerator)
         warnings = self._claim(accelerator.name, accelerator.near) if accelerator else self._claim()
 
-        from streamllm.device import device_name, limit_threads, unverified
+        from streamllm.conditions import kind_of_worker
+        from streamllm.device import limit_threads, unverified
         from streamllm.measurements import Measurements
         from streamllm.models import load_model, load_tokenizer
         from streamllm.text import load_tokens
@@ -70,7 +71,7 @@ class Worker:
         )
         self._models[setup.quantization] = self.measurements
         return self.place() | {
-            "device": device_name(self.loaded.device),
+            **kind_of_worker(self.loaded.device),
             "visible_devices": accelerator.visible if accelerator else "",
             "cores": self.cores,
             "model_digest": self.loaded.digest,
@@ -120,11 +121,13 @@ class Worker:
         )
 
     def _confirm(self, spec: TrialSpec) -> TrialMeasurement:
+        from streamllm.conditions import kind_of_worker
         from streamllm.evaluation import times_summary
 
         measurements, leases = self._measurements_of(spec), leases_on(self.loaded.device.type)
         times = measurements.times(spec.method, spec.policy, spec.attn_backend, spec.execution, leases)
-        return TrialMeasurement(Row.of(times_summary(times)), None, False, True, times.ratios.tolist())
+        record = Row.of(times_summary(times) | kind_of_worker(self.loaded.device))
+        return TrialMeasurement(record, None, False, True, times.ratios.tolist())
 
     def _measurements_of(self, spec: TrialSpec) -> Measurements:
         """Of the model quantized as the trial wants it, which is loaded the first time and then kept. All are timed

@@ -45,7 +45,8 @@ def baseline_policy(policy: EvictionPolicy, protocol: str, trained_length: int |
 
 def average(runs: Sequence[Measured]) -> Measured:
     """One record of several runs of the same: times are means, with their standard deviation as `NAME_std` and the
-    interval of the time ratio over the runs' own; losses do not differ. Of one run, that run."""
+    interval of the time ratio over the runs' own, and `speed_entry` names all of theirs; losses do not differ. Of one
+    run, that run."""
     record, losses = runs[0]
     if len(runs) == 1:
         return record, losses
@@ -61,6 +62,8 @@ def average(runs: Sequence[Measured]) -> Measured:
         interval = median_interval(np.array([run[name] for run, _ in runs]))
         mean |= {f"{name}_low": interval.low, f"{name}_high": interval.high}
     mean |= {"runs": len(runs)}
+    if entries := [run["speed_entry"] for run, _ in runs if "speed_entry" in run]:
+        mean["speed_entry"] = " ".join(entries)
     return record | mean | {"reused": all(run["reused"] for run, _ in runs)}, losses
 
 

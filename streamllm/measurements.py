@@ -11,6 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from .backends import Backend
+from .conditions import of_quality, of_speed
 from .decoding import Progress
 from .device import foreign_processes
 from .evaluation import Quality, fast_record, identity, measure_quality, speed_summary
@@ -21,7 +22,7 @@ from .pairing import PairedTimes
 from .policy import EvictionPolicy, strict_policy
 from .probing import resolve_backend
 from .sample import FixedSize, SampleSize, sample_batches
-from .store import Measurement, MeasurementStore, code_digest, entry_name
+from .store import Measurement, MeasurementStore, entry_name
 from .text import TokenStream
 from .timing import Reference, compile_step, measure_speed, measure_times
 
@@ -138,18 +139,19 @@ class Measurements:
     ) -> tuple[Measurement, bool]:
         """Protocol `fast`. It does not depend on the text. Measured once per run. The record says if the accelerator
         had `foreign_processes` just after the timing."""
+        key = _of_run(self._speed_key(method, policy, attn_backend, execution), run)
 
         def measure() -> Measurement:
             what = self._prepared(method, policy, attn_backend, execution, leases, strict)
             with leases.timing():
                 speed = measure_speed(*what, self.reference, execution)
-            record = speed_summary(speed, attn_backend)
+            record = speed_summary(speed, attn_backend) | {"speed_entry": entry_name(key)}
             record["peak_memory_mb"] -= self.neighbours()
             if foreign := foreign_processes(self.loaded.device):
                 record["foreign_processes"] = "; ".join(foreign)
             return Measurement(record)
 
-        return self._once(_of_run(self._speed_key(method, policy, attn_backend, execution), run), measure)
+        return self._once(key, measure)
 
     def times(
         self,
@@ -198,6 +200,9 @@ class Measurements:
             speed, fresh_too = self.speed(method, policy, attn_backend, execution, leases, strict, run)
             return _joined(quality, speed), fresh or fresh_too
 
+        key = _of_run(self._whole_key(protocol, method, policy, attn_backend, execution), run)
+        entry = entry_name(key)
+
         def measure() -> Measurement:
             ahead = execution if protocol == "decode-loop" else "eager"  # chunks have one that does not count
             *_, backend, _ = self._prepared(method, policy, attn_backend, ahead, leases, strict)
@@ -205,10 +210,10 @@ class Measurements:
                 quality, record = PROTOCOLS[protocol].get()(
                     self.loaded, self.stream, method, policy, backend, self.reference, execution, progress
                 )
-            return Measurement(record | {"backend_requested": attn_backend}, quality.table)
+            named = {"backend_requested": attn_backend, "quality_entry": entry, "speed_entry": entry}
+            return Measurement(record | named, quality.table)
 
-        key = self._whole_key(protocol, method, policy, attn_backend, execution)
-        return self._once(_of_run(key, run), measure)
+        return self._once(key, measure)
 
     def find(
         self,
@@ -239,14 +244,16 @@ class Measurements:
         names: tuple[str, ...] = ("model_digest", "text_digest", "protocol", "dtype")
         if " " in self.loaded.digest:  # quantized: its kernels round as the machine has them
             names += ("device", "cpu_capability")
-        return {"kind": f"quality of {kind}"} | self._identity(method, policy, "fast", names)
+        conditions = of_quality(self.loaded, None if kind == "streaming" else method)
+        return {"kind": f"quality of {kind}"} | conditions | self._identity(method, policy, "fast", names)
 
     def _speed_key(self, method: str, policy: EvictionPolicy, attn_backend: str, execution: str) -> dict[str, Any]:
         names = ("model_digest", "protocol", "dtype", "method", "device", "threads", "cpu_capability")
         key = {"kind": "speed", "attn_backend": attn_backend, "execution": execution, "reference_total": self.total}
         if self.beside is not None:
             key["reference_digest"] = self.beside.loaded.digest
-        return key | self._identity(method, policy, "fast", names)
+        conditions = of_speed(self.loaded, method, attn_backend)
+        return key | conditions | self._identity(method, policy, "fast", names)
 
     def _whole_key(
         self, protocol: str, method: str, policy: EvictionPolicy, attn_backend: str, execution: str
@@ -255,11 +262,12 @@ class Measurements:
         key: dict[str, Any] = {"kind": "evaluation", "attn_backend": attn_backend, "execution": execution}
         key["reference_total"] = self.total
         key["compress_every"] = policy.compress_every  # of `recompute` by chunks, the prefill
-        return self._identity(method, policy, protocol, names) | key
+        conditions = of_speed(self.loaded, method, attn_backend)
+        return conditions | self._identity(method, policy, protocol, names) | key
 
     def _identity(self, method: str, policy: EvictionPolicy, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:
         values = identity(self.loaded, self.stream, method, policy, protocol)
-        return {"code": code_digest()} | {name: values[name] for name in (*names, *asdict(policy))}
+        return {name: values[name] for name in (*names, *asdict(policy))}
 
     def _once(
         self, key: dict[str, Any], measure: Callable[[], Measurement], lease: Lease = nullcontext
@@ -274,7 +282,7 @@ class Measurements:
 
 
 def _as_measurement(quality: Quality, key: dict[str, Any]) -> Measurement:
-    """quality_entry: the name of the store's entry with the per-token losses."""
+    """With `quality_entry`: the name of the store's entry with the per-token losses."""
     return Measurement(quality.summary() | {"quality_entry": entry_name(key)}, quality.table)
 
 

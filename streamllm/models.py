@@ -31,11 +31,11 @@ from .block_parallel import BlockState
 from .device import default_device, resolve_dtype, unverified
 from .errors import UnsupportedModelError, UsageError
 from .gguf import converted, facts, folder_digest, gguf_file
+from .libraries import hush_libraries
 from .loaded import LoadedModel, attention_span
 from .loaded import trained_length as positions_of
 from .methods.ours import RerotatedCache
 from .policy import EvictionPolicy
-from .printing import hush_libraries
 from .quantization import quantize
 from .rotary import Rotary, text_config
 from .testbed import MODEL_FOLDER

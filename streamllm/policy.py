@@ -7,11 +7,10 @@ loop runs it token by token, the block-parallel evaluator and the timing ask it 
 from __future__ import annotations
 
 import itertools
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from .errors import UsageError
-from .results.schema import knobs_in_short
 
 CapAccounting = Literal["nominal", "peak"]
 RefreshPosition = Literal["tail", "order"]
@@ -52,9 +51,6 @@ class EvictionPolicy:
             value, least = getattr(self, field.name), 1 if field.name == "window_size" else 0
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
                 raise PolicyError(f"{field.name} {value!r}: must be a whole number from {least} to {_MOST:,}")
-
-    def __str__(self) -> str:
-        return knobs_in_short(asdict(self))
 
     @property
     def kept(self) -> int:

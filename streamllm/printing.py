@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from logging import getLogger
 from typing import TextIO
 
 
@@ -21,18 +20,6 @@ def say(content: str | bytes, stream: TextIO | None = None) -> None:
             print(content, file=stream, flush=True)
     except BrokenPipeError:
         discard(stream)
-
-
-def hush_libraries() -> None:
-    """No progress bars and no remarks of transformers, the hub and torchao, which transformers imports where it is."""
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
-
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
-    for name in ("torchao", "torch.utils._pytree"):
-        getLogger(name).setLevel("ERROR")
 
 
 def discard(stream: TextIO) -> None:

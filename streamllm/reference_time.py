@@ -17,7 +17,9 @@ from .results.schema import AnyRow, Row
 
 Kind = tuple[Any, ...]
 
-_KIND = ("model", "model_digest", "dtype", "quantization", "device", "threads", "reference_total")
+WORKER = ("device", "threads", "software")
+"""What tells the kinds of workers apart: times of different kinds do not compare."""
+_KIND = ("model", "model_digest", "dtype", "quantization", "reference_total", *WORKER)
 """What the reference's time depends on."""
 
 

@@ -6,11 +6,10 @@ sweep. Entries are JSON files written atomically; a measurement's array lies bes
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import io
 import json
-import os
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -20,6 +19,49 @@ from typing import Any
 import numpy as np
 
 from .errors import UsageError
+from .files import write_atomically
+
+MEASURING_CODE = (
+    "architecture",
+    "attention",
+    "backends",
+    "block_parallel",
+    "chunked",
+    "conditions",
+    "decoding",
+    "device",
+    "environment",
+    "errors",
+    "evaluation",
+    "execution",
+    "files",
+    "gguf",
+    "libraries",
+    "loaded",
+    "measurements",
+    "methods",
+    "methods.mit",
+    "methods.ours",
+    "methods.ring",
+    "models",
+    "options",
+    "pairing",
+    "policy",
+    "probing",
+    "quality",
+    "quantization",
+    "rotary",
+    "sample",
+    "store",
+    "tables",
+    "testbed",
+    "text",
+    "timing",
+    "triton_attention",
+)
+"""The modules of this package that determine a number: those that load, evaluate and time, whatever they import, the
+reference's method, and methods that others are made of. A test holds them to the imports. Not the package itself, which
+is its version."""
 
 
 class StoreError(UsageError):
@@ -73,13 +115,21 @@ class MeasurementStore:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             if losses:
-                _write_atomically(path.with_suffix(".npy"), losses)
-            _write_atomically(path, json.dumps(entry, indent=1).encode())
+                write_atomically(path.with_suffix(".npy"), losses)
+            write_atomically(path, json.dumps(entry, indent=1).encode())
         except OSError as error:
             raise StoreError(
                 f"the store {self.root} cannot be written ({error.strerror}): make room there, then give the same "
                 f"command again; what is finished is kept"
             ) from error
+
+    def key(self, name: str) -> dict[str, Any] | None:
+        """All that determined the entry of that name; None if it is not there, or is damaged."""
+        try:
+            key: dict[str, Any] = json.loads(self.losses_file(name).with_suffix(".json").read_bytes())["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return key
 
     def losses_file(self, name: str) -> Path:
         """Where the per-token losses of the entry of that name lie, if it has any."""
@@ -99,27 +149,32 @@ def entry_name(key: dict[str, Any]) -> str:
 
 
 @cache
-def code_digest() -> str:
-    """Names the engine's code: results of different code are different measurements."""
+def code_digest(*methods: str) -> str:
+    """Names the code that determines a number, that of the given methods included: results of different code are
+    different measurements. Comments, docstrings and layout are no code."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
-        digest.update(path.read_bytes())
+    for module in sorted({*MEASURING_CODE, *(f"methods.{method}" for method in methods)}):
+        digest.update(f"{module}\n{_code(_source(module).read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()[:16]
+
+
+def _source(module: str) -> Path:
+    path = Path(__file__).parent.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _code(source: str) -> str:
+    """What the source does: without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
+    return ast.unparse(tree)
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
 
 
 def _digest(record: dict[str, Any], losses: bytes) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode() + losses).hexdigest()
-
-
-def _write_atomically(path: Path, content: bytes) -> None:
-    """Readers see the old file or the new one, never a part; a crash of the machine included."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise

@@ -143,6 +143,7 @@ class Row(Mapping[str, Any]):
     device: str | None = _fact("device", words=True, mlflow="tag", viewed=True)
     threads: int | None = _fact("threads", about="of a CPU")
     cpu_capability: str | None = _fact(about="torch's CPU kernels")
+    software: str | None = _fact("software", words=True, about="versions that a time depends on")
     worker: int | None = _fact()
     foreign_processes: str | None = _fact(
         words=True, mlflow="tag", about="others on the accelerator, just after the timing"
@@ -178,12 +179,16 @@ class Row(Mapping[str, Any]):
     tokens_per_segment: int | None = _fact()
     warmup_tokens: int | None = _fact()
     speed_sec: float | None = _measure("timing", "s", 1, about="that the timing took")
+    speed_entry: str | Sequence[str] | None = _fact(
+        about="name of the store's entry with the times; of several runs, each"
+    )
     reference_total: int | None = _fact(about="total KV of strict StreamingLLM beside it")
     reference_digest: str | None = _fact(about="its weights, where they are others")
 
     # Confirmed.
     rounds: int | None = _measure("rounds", decimals=None, final=True, of_study=True, viewed=True)
     front_probability: float | None = _measure("P(front)", short="P", final=True, of_study=True, viewed=True)
+    round_lines: Sequence[int] | None = _fact(about="lines of rounds.jsonl that count")
     not_told_from: Sequence[int] | None = _fact(about="trials that it is better than in no objective for certain")
 
     # Quality.
@@ -199,7 +204,7 @@ class Row(Mapping[str, Any]):
     evaluated_tokens: int | None = _measure("evaluated", "tokens", None)
     sampled_tokens: int | None = _fact(about="tokens that a sampled method was evaluated at")
     quality_sec: float | None = _measure("evaluating", "s", 1, about="that the losses took")
-    quality_entry: str | None = _fact(about="of the store, with the losses")
+    quality_entry: str | None = _fact(about="name of the store's entry with the losses")
     chunks: int | None = _fact()
     prefill_tokens: int | None = _fact()
     continuation_tokens: int | None = _fact()

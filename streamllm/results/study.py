@@ -75,7 +75,7 @@ def load_study(study: str) -> StudyResults:
     measured = [row | increases.get(row.trial, _NOTHING) for row in read_rows(found.trials)]
     merged = [row | confirmed.get(row.trial, _NOTHING) for row in measured]
     pool = ReferencePool([*measured, *(row for row in merged if row.rounds)])
-    fixed = {row.trial: pool.with_time(_as_unit(row)) for row in merged if row.trial in _FIXED}
+    fixed = {row.trial: pool.with_time(_as_unit(row)) for row in merged if row.trial in FIXED}
     baseline = fixed.get("baseline")
     constraints = [Constraint(**limit) for limit in configuration.get("space", {}).get("constraints", ())]
     return StudyResults(
@@ -83,14 +83,14 @@ def load_study(study: str) -> StudyResults:
         folder=found.path,
         configuration=configuration,
         baseline=baseline,
-        trials=[_finished(pool.with_time(row), baseline, constraints) for row in merged if row.trial not in _FIXED],
+        trials=[_finished(pool.with_time(row), baseline, constraints) for row in merged if row.trial not in FIXED],
         strict=_finished(fixed["strict"], baseline, ()) if "strict" in fixed else None,
         searched=[pool.with_time(row) for row in measured if row.trial != "strict"],
         references=pool.times(),
     )
 
 
-_FIXED = ("strict", "baseline")
+FIXED = ("strict", "baseline")
 """In place of a trial's number."""
 
 
