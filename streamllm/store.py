@@ -20,6 +20,7 @@ import numpy as np
 
 from .errors import UsageError
 from .files import write_atomically
+from .methods import module_of
 
 MEASURING_CODE = (
     "architecture",
@@ -52,6 +53,7 @@ MEASURING_CODE = (
     "quantization",
     "rotary",
     "sample",
+    "slots",
     "store",
     "tables",
     "testbed",
@@ -153,7 +155,7 @@ def code_digest(*methods: str) -> str:
     """Names the code that determines a number, that of the given methods included: results of different code are
     different measurements. Comments, docstrings and layout are no code."""
     digest = hashlib.sha256()
-    for module in sorted({*MEASURING_CODE, *(f"methods.{method}" for method in methods)}):
+    for module in sorted({*MEASURING_CODE, *map(module_of, methods)}):
         digest.update(f"{module}\n{_code(_source(module).read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()[:16]
 

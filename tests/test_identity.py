@@ -12,7 +12,7 @@ import torch
 from streamllm import conditions, store
 from streamllm.conditions import described, software
 from streamllm.measurements import Measurements
-from streamllm.methods import METHODS
+from streamllm.methods import METHODS, module_of
 from streamllm.policy import EvictionPolicy
 from streamllm.store import MEASURING_CODE, MeasurementStore, entry_name
 from streamllm.text import TokenStream
@@ -58,7 +58,7 @@ def reached(roots):
 
 def test_all_code_that_determines_a_number_is_hashed_and_nothing_else():
     """Whoever makes measuring code import one module more is told here: hash it, or put what is needed elsewhere."""
-    of_methods = {name for method in METHODS for name in imported(f"methods.{method}")}
+    of_methods = {name for method in METHODS for name in imported(module_of(method))}
     of_package = imported("")  # which whoever imports any of it imports
     assert set(MEASURING_CODE) == reached(ROOTS | of_methods | of_package)
     assert list(MEASURING_CODE) == sorted(set(MEASURING_CODE))

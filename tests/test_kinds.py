@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -16,6 +17,7 @@ from orchestrator.rounds import take_rounds
 from orchestrator.study import Study
 from search_spaces import load_space
 from streamllm.results.study import load_study
+from streamllm.results.study_folder import StudyFolder
 
 from .made_studies import BASELINE, row, write_study
 from .test_confirm import ROWS, measured
@@ -73,9 +75,12 @@ def pool_of(*kinds_of_workers):
 
 
 def of_kind(worker, spec, kind):
-    finished = trial_measured(worker, spec)
-    finished.measurement.record.update(kind)
-    return finished
+    return told(trial_measured(worker, spec), kind)
+
+
+def told(finished, kind):
+    """The measurement, by a worker of that kind."""
+    return replace(finished, measurement=replace(finished.measurement, record=finished.measurement.record | kind))
 
 
 @pytest.fixture
@@ -106,7 +111,7 @@ def test_a_worker_of_another_kind_is_warned_of_and_does_not_confirm(drive):
 def test_rounds_of_another_kind_of_worker_do_not_count(tmp_path):
     def round_of(pool_kind, workers=(0,), kind=None):
         pool = PretendRounds(pool_kind)
-        taken = take_rounds(tmp_path, pool, workers, ROWS, 1, lambda *_: None, kind=kind or pool_kind)
+        taken = take_rounds(StudyFolder(tmp_path), pool, workers, ROWS, 1, lambda *_: None, kind=kind or pool_kind)
         return taken[0].line, len(pool.submitted)
 
     assert round_of(ONE) == (1, 3)
@@ -117,7 +122,7 @@ def test_rounds_of_another_kind_of_worker_do_not_count(tmp_path):
 
 def test_a_worker_that_comes_back_elsewhere_takes_no_part_in_a_round(tmp_path):
     pool = PretendRounds(ONE, back=ONE | {"device": "Xeon"}, deadly=1)
-    taken = take_rounds(tmp_path, pool, (0, 1), ROWS, 2, lambda *_: None, kind=ONE)
+    taken = take_rounds(StudyFolder(tmp_path), pool, (0, 1), ROWS, 2, lambda *_: None, kind=ONE)
     assert [worker for worker, _ in pool.submitted] == [1, 0, 0, 0, 0, 0, 0], "no turn in the second round either"
     assert {time["device"] for one in taken for time in one.times.values()} == {"EPYC"}
 
@@ -134,9 +139,7 @@ class PretendRounds:
         if worker == self.deadly:
             self._events = [Finished(worker, error="died", died=True), Finished(worker, description=self.back)]
             return
-        finished = measured(worker, spec)
-        finished.measurement.record.update(self.kind)
-        self._events.append(finished)
+        self._events.append(told(measured(worker, spec), self.kind))
 
     def wait(self, timeout):
         if self._events:

@@ -291,7 +291,7 @@ def test_sync_says_what_is_wrong(study, capsys):
 
 def test_a_row_that_is_being_written_is_not_read(study):
     with (study / "trials.jsonl").open("a") as file:
-        file.write(json.dumps(row(9))[:50])
+        file.write(json.dumps(dict(row(9)))[:50])
     assert [r["trial"] for r in load_study("s").trials] == [0, 1, 2, 3]
 
 

@@ -57,8 +57,13 @@ class Method:
 
 
 def method_named(name: str) -> Method:
-    method: Method = import_module(".".join(("", *_FILES[name].with_suffix("").parts)), __package__).METHOD
+    method: Method = import_module(f"..{module_of(name)}", __package__).METHOD
     return method
+
+
+def module_of(name: str) -> str:
+    """Of the method's file, from the package on: `methods.ring`."""
+    return ".".join(("methods", *_FILES[name].with_suffix("").parts))
 
 
 def effective_policy(method: str, policy: EvictionPolicy) -> EvictionPolicy:
