@@ -15,6 +15,8 @@ from orchestrator.trial import TrialMeasurement, WorkerUnusableError
 from orchestrator.worker import Worker
 from streamllm.store import Measurement, MeasurementStore, entry_name
 
+from .waiting import wait_until
+
 
 def first_time(store, name):
     """Over all processes."""
@@ -164,6 +166,6 @@ class OnNodes(WithoutModel):
             import ray
 
             added = ray.get_runtime_context().get_node_id() != (self.setup.store.parent / "head").read_text()
-            while added or not (self.setup.store.parent / "killed").exists():
-                time.sleep(0.1)
+            killed = self.setup.store.parent / "killed"
+            wait_until(lambda: not added and killed.exists(), 600)
         return super().measure(spec)

@@ -24,6 +24,7 @@ from orchestrator.tracking import Projection
 from streamllm.store import Measurement, MeasurementStore, entry_name
 
 from .made_studies import SOURCE
+from .waiting import wait_until
 
 CONFIGURATION = {
     "study": "s",
@@ -357,13 +358,6 @@ class SlowProxy:
             pass
         for end in (source, target):
             end.close()
-
-
-def wait_until(condition, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.05)
 
 
 def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, capfd):
