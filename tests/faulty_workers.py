@@ -15,6 +15,7 @@ from orchestrator.trial import TrialMeasurement, WorkerUnusableError
 from orchestrator.worker import Worker
 from streamllm.store import Measurement, MeasurementStore, entry_name
 
+from .quick_sweep import Quick
 from .waiting import wait_until
 
 
@@ -111,7 +112,7 @@ class Faulty(WithoutModel):
             return super().measure(spec)
 
 
-class ShortOfMemory(Worker):
+class ShortOfMemory(Quick):
     """With a real model: one configuration wants more memory than there is, for another the weights are NaN."""
 
     def _measure(self, spec):

@@ -38,6 +38,7 @@ from .faulty_workers import (
     Unwilling,
     WithoutModel,
 )
+from .quick_sweep import Quick
 from .test_driver import Log
 from .waiting import wait_until
 
@@ -163,7 +164,7 @@ def test_trials_that_run_out_of_memory_or_yield_nan(sweep):
     assert len(rows) == 3 and reasons.keys() == {1, 2}
     assert "allocate" in reasons[1]
     assert reasons[2].startswith("NonFiniteLossError")
-    sweep.check_going_on_changes_nothing(rows, Worker)
+    sweep.check_going_on_changes_nothing(rows, Quick)
 
 
 def test_who_hangs_is_ended_and_who_waits_for_it_is_given_its_time_again(sweep, monkeypatch, tmp_path):
