@@ -1,4 +1,5 @@
-"""Leases between processes of one node: plain file locks, which the kernel takes back from whoever dies."""
+"""Leases between processes of one node: plain file locks, which the kernel takes back from whoever dies. They lie in
+the folder for temporary files, or in `$STREAMLLM_LEASES`: containers that share a node want one of all."""
 
 from __future__ import annotations
 
@@ -54,7 +55,8 @@ def _node_lock(name: str, operation: int) -> Iterator[None]:
 
 def _open(name: str) -> IO[str]:
     name = name.replace("/", "_")
-    return (Path(tempfile.gettempdir()) / f"streamllm-{name}-{os.getuid()}.lock").open("a+")
+    folder = os.environ.get("STREAMLLM_LEASES") or tempfile.gettempdir()
+    return (Path(folder) / f"streamllm-{name}-{os.getuid()}.lock").open("a+")
 
 
 def this_process() -> str:

@@ -97,7 +97,7 @@ class WorkerPool:
             init_ray(address)
         self._setup = setup
         self._count = count
-        self._trial_timeout = trial_timeout
+        self.trial_timeout = trial_timeout
         self._load_timeout = load_timeout
         self._note = note
         self._class = worker_class
@@ -303,7 +303,7 @@ class WorkerPool:
 
     def _overdue(self, now: float) -> Iterator[Finished]:
         """Ends the first of every host's overdue trials; the others may only be waiting for it to end its timing."""
-        limit = self._trial_timeout or max(_LEAST_TRIAL_TIMEOUT, _TIMES_THE_SLOWEST * self._slowest)
+        limit = self.trial_timeout or max(_LEAST_TRIAL_TIMEOUT, _TIMES_THE_SLOWEST * self._slowest)
         measuring = [(w.call, i) for i, w in self._workers.items() if w.state == "measuring"]
         for host in {w.host for _, i in measuring if now - (w := self._workers[i]).since > limit}:
             first, *others = sorted((call, i) for call, i in measuring if self._workers[i].host == host)

@@ -23,7 +23,7 @@ FEWEST_PAIRS = 7
 """Of what takes seconds a token: as many as an interval of 95% needs."""
 _PRECISE = 0.01
 """Half the interval's width, as a share of the ratio, at which there are pairs enough."""
-_ENOUGH_SEC = 6.0
+ENOUGH_SEC = 6.0
 _TOO_LONG_SEC = 15.0
 LONGEST_REFERENCE_SEC = 1.0
 """Of a segment of the reference, however long the other one was."""
@@ -76,8 +76,8 @@ def take_pairs(segment: Callable[[], float], reference: Callable[[], float]) -> 
 def seconds_of_pairs(segment_sec: float) -> float:
     """What `take_pairs` takes for segments of so long, if their ratio is not known well any sooner."""
     pair = segment_sec + min(segment_sec, LONGEST_REFERENCE_SEC)
-    if LEAST_PAIRS * pair <= _ENOUGH_SEC:
-        return min(_ENOUGH_SEC, MOST_PAIRS * pair)
+    if LEAST_PAIRS * pair <= ENOUGH_SEC:
+        return min(ENOUGH_SEC, MOST_PAIRS * pair)
     return min(LEAST_PAIRS * pair, max(FEWEST_PAIRS * pair, _TOO_LONG_SEC))
 
 
@@ -94,7 +94,7 @@ def load_average() -> float:
 def _enough(pairs: Sequence[tuple[float, ...]], seconds: float) -> bool:
     if len(pairs) < LEAST_PAIRS:
         return len(pairs) >= FEWEST_PAIRS and seconds > _TOO_LONG_SEC
-    if len(pairs) >= MOST_PAIRS or seconds > _ENOUGH_SEC:
+    if len(pairs) >= MOST_PAIRS or seconds > ENOUGH_SEC:
         return True
     ratio = median_interval(np.array([own / reference for own, reference in pairs]))
     return (ratio.high - ratio.low) / 2 < _PRECISE * ratio.value

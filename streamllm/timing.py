@@ -124,9 +124,9 @@ class TimedDecoder:
         self.pace = min(paces)
         return tokens, self.pace
 
-    def segment_length(self, seconds: float = SEGMENT_SEC) -> int:
-        """Tokens of a segment of about that many seconds, in whole cycles."""
-        return segment_tokens(self.pace, self.period, seconds)
+    def segment_length(self, seconds: float | None = None) -> int:
+        """Tokens of a segment of about that many seconds (`SEGMENT_SEC`), in whole cycles."""
+        return segment_tokens(self.pace, self.period, SEGMENT_SEC if seconds is None else seconds)
 
     def decode(self, count: int) -> float:
         """Seconds per token."""

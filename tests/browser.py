@@ -5,7 +5,6 @@ import json
 import shutil
 import subprocess
 import tempfile
-import time
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -13,6 +12,8 @@ from contextlib import contextmanager
 import pytest
 
 from dashboards.serve import free_port
+
+from .waiting import wait_until
 
 needs_browser = pytest.mark.skipif(
     not (shutil.which("chromium") and shutil.which("chromedriver")), reason="needs chromium and chromedriver"
@@ -53,11 +54,7 @@ class Browser:
 
     def until(self, condition, seconds=60):
         """What the expression becomes when it is true at last."""
-        deadline = time.monotonic() + seconds
-        while not (value := self.run(f"return {condition}")):
-            assert time.monotonic() < deadline, f"never came about: {condition}"
-            time.sleep(0.1)
-        return value
+        return wait_until(lambda: self.run(f"return {condition}"), seconds, pause=0.1, what=condition)
 
     def point(self, x, y, click=False):
         """Moves the mouse to a place of the window."""
@@ -100,20 +97,22 @@ class Browser:
         self._send("DELETE", "")
 
 
+def _connected(driver, *arguments):
+    """None while the driver is not listening yet."""
+    assert driver.poll() is None, "the driver has ended"
+    try:
+        return Browser(*arguments)
+    except OSError:
+        return None
+
+
 @contextmanager
 def browser(*flags):
     port = free_port(22000)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         driver = subprocess.Popen(["chromedriver", f"--port={port}", "--log-level=OFF"], stdout=subprocess.DEVNULL)
         try:
-            deadline = time.monotonic() + 60
-            while True:
-                try:
-                    made = Browser(port, profile, *flags)
-                    break
-                except OSError:  # it is not listening yet
-                    assert driver.poll() is None and time.monotonic() < deadline
-                    time.sleep(0.1)
+            made = wait_until(lambda: _connected(driver, port, profile, *flags), what="the driver's answer")
             try:
                 yield made
             finally:  # a driver that ends leaves its browsers behind

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -38,9 +40,12 @@ def is_gpu_session(markers: str) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """The processes that tests start, Ray's workers among them, inherit it."""
+    """The processes that tests start, Ray's workers among them, inherit what is set here. Of the tests' own processes
+    none waits for another's timings: nobody keeps what they time."""
     if not is_gpu_session(config.option.markexpr):
         os.environ.update(HIDDEN)
+        leases = os.environ["STREAMLLM_LEASES"] = tempfile.mkdtemp(prefix="leases-")
+        config.add_cleanup(lambda: shutil.rmtree(leases, ignore_errors=True))
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -62,6 +67,15 @@ def one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def quick_timings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Modules whose subject is how long timings take have a fixture of this name that does nothing."""
+    if not is_gpu_session(request.config.option.markexpr):
+        from .quick_sweep import shorten
+
+        shorten(monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,9 @@ from orchestrator.worker import Worker
 from streamllm.results.schema import Row
 from streamllm.store import Measurement, MeasurementStore, entry_name
 
+from .quick_sweep import Quick
+from .waiting import wait_until
+
 
 def first_time(store, name):
     """Over all processes."""
@@ -114,7 +117,7 @@ class Faulty(WithoutModel):
             return super().measure(spec)
 
 
-class ShortOfMemory(Worker):
+class ShortOfMemory(Quick):
     """With a real model: one configuration wants more memory than there is, for another the weights are NaN."""
 
     def _measure(self, spec):
@@ -169,6 +172,6 @@ class OnNodes(WithoutModel):
             import ray
 
             added = ray.get_runtime_context().get_node_id() != (self.setup.store.parent / "head").read_text()
-            while added or not (self.setup.store.parent / "killed").exists():
-                time.sleep(0.1)
+            killed = self.setup.store.parent / "killed"
+            wait_until(lambda: not added and killed.exists(), 600)
         return super().measure(spec)

@@ -216,7 +216,7 @@ def test_accelerators_that_torch_cannot_use_are_refused(built_for, raised, reaso
 def test_one_gpu_is_claimed_once_under_whatever_name(accelerator, monkeypatch, tmp_path, setup_of_a_worker):
     """By its number, and by its name."""
     accelerator(torch.device("cuda"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("STREAMLLM_LEASES", str(tmp_path))
     monkeypatch.setattr(worker, "_pin", lambda _: None)
     monkeypatch.setattr(worker, "claim", partial(claim, patience=0.0))
     monkeypatch.setattr(worker.os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
@@ -252,7 +252,7 @@ def test_the_cores_near_a_gpu_are_claimed_first(place, listed, near, monkeypatch
         folder.mkdir(parents=True)
         (folder / "local_cpulist").write_text(listed)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("STREAMLLM_LEASES", str(tmp_path))
     monkeypatch.setattr(worker.os, "sched_getaffinity", lambda _: {0, 1, 2, 3, 4}, raising=False)
     pinned = []
     monkeypatch.setattr(worker, "_pin", pinned.append)

@@ -28,9 +28,9 @@ def spec(round_number=0):
     return TrialSpec("mit", "flash", EvictionPolicy(n_sink=4, window_size=44), round=round_number)
 
 
-def display(rows=(), terminal=True, height=50):
+def display(rows=(), terminal=True, height=50, tracking=None):
     console = Console(file=io.StringIO(), force_terminal=terminal, width=150, height=height, color_system=None)
-    return Display(10, list(rows), ("tpot_ms", "ppl_vs_strict_percent"), Tracking(), console)
+    return Display(10, list(rows), ("tpot_ms", "ppl_vs_strict_percent"), tracking or Tracking(), console)
 
 
 def screen(shown):
@@ -74,7 +74,8 @@ def test_far_points_do_not_flatten_the_plot_and_are_counted_unless_on_the_front(
 
 
 def test_the_view_shows_workers_counts_front_and_what_mlflow_lacks():
-    shown = display([row(0, 3.0, 1.0), row(1, 2.0, 2.0, reused=True)])
+    tracking = Tracking()
+    shown = display([row(0, 3.0, 1.0), row(1, 2.0, 2.0, reused=True)], tracking=tracking)
     assert "workers are starting" in screen(shown)
     shown.worker_ready(0, {"visible_devices": "", "device": "CPU", "cores": [0], "n_tokens": 9})
     shown.trial_started(0, spec())
@@ -88,7 +89,7 @@ def test_the_view_shows_workers_counts_front_and_what_mlflow_lacks():
     assert "front so far: 3 of 5 trials, hypervolume up to the worst trial 6" in view
     assert view.count("◆") == 3
     assert "MLflow" not in view
-    shown._tracking.backlog, shown._tracking.problem = 7, "it is away"
+    tracking.backlog, tracking.problem = 7, "it is away"
     assert "MLflow: 7 runs behind, tried again and again: it is away" in screen(shown)
 
 

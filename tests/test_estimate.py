@@ -20,6 +20,11 @@ from .conftest import GOLDEN
 PACE = Pace(block_sec=1.0, key_sec=0.001, token_sec=0.05, total=512)
 
 
+@pytest.fixture
+def quick_timings():
+    """They take their time here."""
+
+
 @pytest.mark.parametrize("segment_sec", [0.01, 0.1, 0.24, 0.5, 1.5, 8.0])
 def test_pairs_take_as_long_as_is_said(segment_sec, monkeypatch):
     now, random = [0.0], np.random.default_rng(0)

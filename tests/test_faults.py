@@ -38,7 +38,9 @@ from .faulty_workers import (
     Unwilling,
     WithoutModel,
 )
+from .quick_sweep import Quick
 from .test_driver import Log
+from .waiting import wait_until
 
 CAP = 48
 
@@ -81,6 +83,23 @@ class Sweep:
         assert self.stored() == before
 
 
+def answers(pool, count=1):
+    """The pool's next so many, or a few more."""
+    found = []
+    wait_until(lambda: found.extend(pool.wait(0.1)) or len(found) >= count)
+    return found
+
+
+def silent_until(pool, condition):
+    """Runs the pool, which has nothing to say until the condition holds."""
+
+    def holds():
+        return condition() or list(pool.wait(0.1)) != []
+
+    wait_until(holds)
+    assert condition(), "the pool spoke first"
+
+
 def test_paths_are_those_of_the_driver(tmp_path, monkeypatch):
     """On a cluster that was there before, workers start elsewhere, where another file may have the same name."""
     monkeypatch.chdir(tmp_path)
@@ -93,7 +112,7 @@ def test_paths_are_those_of_the_driver(tmp_path, monkeypatch):
                         weights_digest("./m"), file_digest(source))  # fmt: skip
     pool = WorkerPool(setup, 1, worker_class=Telling)
     try:
-        found = next(f for _ in iter(int, 1) for f in pool.wait(1.0)).description
+        found = answers(pool)[0].description
     finally:
         pool.shutdown()
     assert found["n_tokens"] == 300 and found["directory"] == str(tmp_path)
@@ -145,26 +164,22 @@ def test_trials_that_run_out_of_memory_or_yield_nan(sweep):
     assert len(rows) == 3 and reasons.keys() == {1, 2}
     assert "allocate" in reasons[1]
     assert reasons[2].startswith("NonFiniteLossError")
-    sweep.check_going_on_changes_nothing(rows, Worker)
+    sweep.check_going_on_changes_nothing(rows, Quick)
 
 
 def test_who_hangs_is_ended_and_who_waits_for_it_is_given_its_time_again(sweep, monkeypatch, tmp_path):
     monkeypatch.setattr(pool_module, "_LOOK_SEC", 0.0)
     pool = sweep([0]).pool(2, Hanging, trial_timeout=1e6)
-    ready = []
-    while len(ready) < 2:
-        ready += pool.wait(0.1)
+    answers(pool, 2)
     for worker, sinks in ((1, 4), (0, 5)):
         pool.submit(worker, TrialSpec("ours", "math", EvictionPolicy(n_sink=sinks, window_size=8)))
-        while not (tmp_path / f"measuring {sinks}").exists():
-            assert list(pool.wait(0.1)) == []
-    pool._trial_timeout = 0.01
+        silent_until(pool, (tmp_path / f"measuring {sinks}").exists)
+    pool.trial_timeout = 0.01
     ended = next(pool.wait(0.1))
     assert (ended.worker, ended.died, ended.error) == (1, True, "no answer within 0.01 s")
-    pool._trial_timeout = 1e6
-    while not (again := list(pool.wait(0.1))):
-        pass
-    assert again[0].worker == 1 and again[0].description, "another was started in its place"
+    pool.trial_timeout = 1e6
+    again = answers(pool)[0]
+    assert again.worker == 1 and again.description, "another was started in its place"
     pool.shutdown()
 
 
@@ -227,21 +242,16 @@ def test_what_a_pending_worker_waits_for_is_said(sweep, monkeypatch):
     other = ray.remote(WithoutModel).options(num_cpus=2).remote(sweep.setup, 2, "other")
     ray.get(other.place.remote())
     pool = sweep.pool(1, WithoutModel)
-    while not sweep.notes:
-        assert list(pool.wait(0.1)) == []
+    silent_until(pool, lambda: sweep.notes)
     (note,) = sweep.notes
     assert note.startswith("waiting for 2 CPU for each of 1 of 1 workers: the cluster has 2, of which ")
     with monkeypatch.context() as gone:
         gone.setattr(pool_module, "_PENDING_END_SEC", 0.5)
         gone.setattr(WorkerPool, "_nodes", lambda self: [])
         with pytest.raises(SweepError, match="no worker can be started: each needs 2 CPU, and the cluster has 0"):
-            while not list(pool.wait(0.1)):
-                pass
+            answers(pool)
     ray.kill(other)
-    ready = []
-    while not ready:
-        ready = list(pool.wait(0.1))
-    assert ready[0].description["cores"]
+    assert answers(pool)[0].description["cores"]
     pool.shutdown()
 
 
@@ -280,9 +290,7 @@ def test_each_worker_sees_its_own_accelerator(setting, sweep, faked_gpus):
     """Even where Ray was told to let all of them see all."""
     faked_gpus(RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES=setting)
     pool = sweep([0]).pool(0, WithoutModel)
-    ready = {}
-    while len(ready) < 2:
-        ready |= {finished.worker: finished.description for finished in pool.wait(0.1)}
+    ready = {answer.worker: answer.description for answer in answers(pool, 2)}
     pool.shutdown()
     assert sorted(description["visible_devices"] for description in ready.values()) == ["96", "97"]
 

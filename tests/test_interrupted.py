@@ -4,13 +4,13 @@ import json
 import multiprocessing
 import os
 import signal
-import time
 
 import pytest
 from mlflow import MlflowClient
 
 from .conftest import GOLDEN
 from .mortal_sweep import MOMENTS, run
+from .waiting import wait_until
 
 SPACE = "cap: 48\nparameters: {method: [ours, mit], n_sink: [0, 4], compress_every: [1, 16]}\n"
 TRIALS = 7
@@ -51,12 +51,17 @@ def runs_of(folder):
 def test_ended_at_every_moment_and_started_again(start, tmp_path):
     stdout, stderr = tmp_path / "stdout", tmp_path / "stderr"
     process = start("never")
-    while process.is_alive() and not (stderr.exists() and "[1/" in stderr.read_text()):
-        time.sleep(0.05)
-    while process.is_alive() and "interrupted" not in stderr.read_text():  # a library may be in no state to take it
+    wait_until(lambda: not process.is_alive() or (stderr.exists() and "[1/" in stderr.read_text()), 300)
+
+    def interrupted():
+        """Asked for again each time: a library may be in no state to take it."""
+        if not process.is_alive() or "interrupted" in stderr.read_text():
+            return True
         os.killpg(process.pid, signal.SIGINT)
-        time.sleep(1.0)
-    process.join()
+        return False
+
+    wait_until(interrupted, 300, pause=1.0)
+    process.join(300)
     log = stderr.read_text()
     assert process.exitcode == 130, log
     assert "interrupted: the same command goes on from here" in log and "Traceback" not in log
@@ -66,7 +71,7 @@ def test_ended_at_every_moment_and_started_again(start, tmp_path):
     finished, measured = 1, stored(tmp_path)
     for moment in MOMENTS:
         process = start(moment)
-        process.join()
+        process.join(300)
         log = stderr.read_text()
         assert process.exitcode == (0 if moment == "never" else -signal.SIGKILL), log
         going_on = next(line for line in log.splitlines() if line.startswith("going on: "))

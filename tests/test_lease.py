@@ -45,7 +45,7 @@ THINGS = [f"thing-{n}" for n in range(4)]
 
 @pytest.fixture
 def own_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setenv("STREAMLLM_LEASES", str(tmp_path))
 
 
 def test_claims_are_apart_and_those_of_one_owner_share_evenly(own_folder):
@@ -67,9 +67,7 @@ def test_a_stranger_who_stays_is_named(own_folder):
 
 
 def keep(folder, taken):
-    import tempfile
-
-    tempfile.tempdir = folder
+    os.environ["STREAMLLM_LEASES"] = folder
     kept = claim(THINGS, 4, "killed sweep")
     taken.set()
     time.sleep(600)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,9 +33,18 @@ def unread(directory, module, *arguments, errors_too=False):
         env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
     )
     os.close(writing)
-    _, said = process.communicate(timeout=300)
+    with ended_with(process):
+        _, said = process.communicate(timeout=240)
     assert process.returncode == 0, said
     return said
+
+
+@contextmanager
+def ended_with(process):
+    try:
+        yield
+    finally:
+        process.kill()
 
 
 @pytest.fixture
@@ -81,7 +91,7 @@ def test_reports_of_the_engine_end_quietly(tmp_path, command):
 
 
 def test_a_sweep_goes_on_to_its_end(folder):  # noqa: F811
-    said = unread(folder, "orchestrator.sweep", *arguments("--trials", "2", "--workers", "1"))
+    said = unread(folder, "tests.quick_sweep", *arguments("--trials", "2", "--workers", "1"))
     assert "Broken" not in said and "warning" not in said
     output = folder / "sweeps/s"
     assert json.loads((output / "outcome.json").read_text())["status"] == "FINISHED"
@@ -93,7 +103,7 @@ def test_a_sweep_goes_on_to_its_end(folder):  # noqa: F811
 
 def test_a_matrix_goes_on_to_its_end_though_nobody_reads_its_errors_either(tmp_path):
     (tmp_path / "m.yaml").write_text("cap: 60\nmatrix: {dtype: [float32]}\n")
-    unread(tmp_path, "orchestrator.sweep", *TINY, "--space", "m.yaml", "--study", "s", errors_too=True)
+    unread(tmp_path, "tests.quick_sweep", *TINY, "--space", "m.yaml", "--study", "s", errors_too=True)
     assert (tmp_path / "sweeps/s/m.md").is_file()
 
 

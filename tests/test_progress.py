@@ -13,20 +13,14 @@ import pytest
 from streamllm import progress
 from streamllm.progress import spoken, working
 
+from .waiting import wait_until
+
 
 @pytest.fixture
 def quick(monkeypatch):
     """As if hours were tenths of seconds."""
     for name, seconds in (("_QUIET_SEC", 0.1), ("LINE_SEC", 0.1), ("_FRAME_SEC", 0.02)):
         monkeypatch.setattr(progress, name, seconds)
-
-
-def until(seen, seconds=30):
-    """Waits, on a busy machine too."""
-    deadline = time.monotonic() + seconds
-    while not seen():
-        assert time.monotonic() < deadline, "never"
-        time.sleep(0.02)
 
 
 def test_lines_where_there_is_no_terminal(quick, monkeypatch):
@@ -36,11 +30,11 @@ def test_lines_where_there_is_no_terminal(quick, monkeypatch):
         return lambda: re.search(line, said.getvalue(), re.MULTILINE)
 
     with working("losses", "timing") as step:
-        until(is_said(r"^losses: \d+ s so far$"))
+        wait_until(is_said(r"^losses: \d+ s so far$"))
         step(25, 100)
-        until(is_said(r"^losses: 25 of 100, \d+ s left$"))
+        wait_until(is_said(r"^losses: 25 of 100, \d+ s left$"))
         step(100, 100)
-        until(is_said(r"^losses: timing, \d+ s so far$"))
+        wait_until(is_said(r"^losses: timing, \d+ s so far$"))
 
 
 def test_short_work_says_nothing(monkeypatch, capsys):
@@ -67,9 +61,9 @@ def test_a_bar_on_a_terminal_that_is_gone_afterwards(quick, monkeypatch):
 
         with working("losses") as step:
             step(1, 4)
-            until(is_drawn)
+            wait_until(is_drawn)
         print("end", file=terminal, flush=True)
-        until(lambda: is_drawn("end"))
+        wait_until(lambda: is_drawn("end"))
     assert shown.rstrip().endswith("end") and "\x1b[2K" in shown, "the line was cleared"
 
 

@@ -13,13 +13,13 @@ import pytest
 from mlflow import MlflowClient
 
 from dashboards.columns import shown_columns
-from orchestrator.sweep import parser, resolve
+from orchestrator.sweep import main, parser, resolve
 from streamllm.errors import UsageError
 from streamllm.results.study_folder import StudyFolder
 
 from .conftest import GOLDEN
 
-OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1"}
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
 
 AWAY = """
 import os, sys
@@ -54,7 +54,7 @@ def arguments(*more):
 
 
 def sweep(folder, *more, code=None):
-    command = [sys.executable, *(("-c", code) if code else ("-m", "orchestrator.sweep")), *arguments(*more)]
+    command = [sys.executable, *(("-c", code) if code else ("-m", "tests.quick_sweep")), *arguments(*more)]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=OFFLINE)
 
 
@@ -171,12 +171,13 @@ def test_a_sweep_from_end_to_end(folder):
         (("--space", "small.yaml"), "cap 3: below n_sink 4"),
     ],
 )
-def test_bad_input_is_one_line_and_starts_nothing(folder, bad, message):
+def test_bad_input_is_one_line_and_starts_nothing(folder, bad, message, monkeypatch, capfd):
     (folder / "small.yaml").write_text("cap: 3\nparameters: {n_sink: [0, 4]}")
-    done = sweep(folder, *bad)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+    monkeypatch.chdir(folder)
+    assert main(arguments(*bad)) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert error.startswith("error: ") and error.count("\n") == 1
     assert sorted(path.name for path in folder.iterdir()) == ["small.yaml", "space.yaml"]
 
 
@@ -271,25 +272,28 @@ def test_quantization_is_asked_for_in_one_place(folder, monkeypatch):
         resolve(parser().parse_args(arguments()))
 
 
-def test_files_changed_under_a_study_are_seen_and_threads_stay(folder):
+def test_files_changed_under_a_study_are_seen_and_threads_stay(folder, monkeypatch, capfd):
+    monkeypatch.chdir(folder)
     shutil.copytree(GOLDEN / "neox-tiny", folder / "m")
     (folder / "ids.json").write_text((GOLDEN / "tokens.json").read_text())
     own = ("--model", "m", "--token-ids", "ids.json", "--trials", "1", "--workers")
+
+    def refused(*more):
+        assert main(arguments(*own, *more)) == 2
+        return capfd.readouterr().err
+
     done, cores = sweep(folder, *own, "1"), len(os.sched_getaffinity(0))
     assert done.returncode == 0, done.stderr
     assert {row["threads"] for row in rows_of(folder)} == {cores}
     if cores > 1:
         more = sweep(folder, *own, str(cores))
         assert more.returncode == 2 and "room for 1, each with its own" in more.stderr
-    other = sweep(folder, *own, "1", "--cpus-per-worker", str(cores + 1))
-    assert other.returncode == 2 and f"are of {cores} a worker" in other.stderr
+    assert f"are of {cores} a worker" in refused("1", "--cpus-per-worker", str(cores + 1))
     (folder / "ids.json").write_text(json.dumps([7, *json.loads((GOLDEN / "tokens.json").read_text())]))
-    edited = sweep(folder, *own, "1")
-    assert edited.returncode == 2 and re.search(r"text_file_digest: \w{12}\.\.\. then, \w{12}\.\.\. now", edited.stderr)
+    assert re.search(r"text_file_digest: \w{12}\.\.\. then, \w{12}\.\.\. now", refused("1"))
     (folder / "ids.json").write_text((GOLDEN / "tokens.json").read_text())
     shutil.copyfile(GOLDEN / "llama-tiny/model.safetensors", folder / "m/model.safetensors")
-    replaced = sweep(folder, *own, "1")
-    assert replaced.returncode == 2 and "model_digest: " in replaced.stderr
+    assert "model_digest: " in refused("1")
 
 
 def test_a_second_driver_is_told_who_has_the_study(folder):

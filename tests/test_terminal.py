@@ -9,6 +9,8 @@ import struct
 import subprocess
 import sys
 import termios
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -67,16 +69,12 @@ def in_a_terminal(folder, columns, *arguments):
     root = str(Path(__file__).parent.parent)
     process = subprocess.Popen(command, cwd=folder, stdout=its, stderr=its, env=environment | {"PYTHONPATH": root})
     os.close(its)
-    said = b""
-    while True:
-        try:
-            piece = os.read(mine, 65536)
-        except OSError:  # Linux's way of saying that the other end was closed
-            break
-        if not piece:
-            break
-        said += piece
-    os.close(mine)
+    said, last_word = b"", threading.Timer(240, process.kill)
+    last_word.start()
+    with os.fdopen(mine, "rb", buffering=0) as terminal, suppress(OSError):  # by which Linux says that it was closed
+        while piece := terminal.read(65536):
+            said += piece
+    last_word.cancel()
     assert process.wait() == 0, said
     return re.sub(r"\x1b\[[0-9;]*m", "", said.decode()).replace("\r\n", "\n")
 

@@ -27,6 +27,7 @@ from streamllm.results.study_folder import StudyFolder, write_rows
 from streamllm.store import Measurement, MeasurementStore, entry_name
 
 from .made_studies import SOURCE
+from .waiting import wait_until
 
 CONFIGURATION = {
     "study": "s",
@@ -364,13 +365,7 @@ class SlowProxy:
             end.close()
 
 
-def wait_until(condition, seconds=300):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.05)
-
-
+@pytest.mark.timeout(900)
 def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, capfd):
     port = free_port()
     proxy = SlowProxy(port)
@@ -396,12 +391,16 @@ def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, c
     proxy.delay = 0.0
     finish_trial(ROWS[3])
     wait_until(lambda: tracker.problem is not None)
-    assert tracker.finish([], lambda backlog: None, patience_sec=0.0) is not None, "does not wait for ever"
     assert tracker.backlog == 1
     finish_trial(ROWS[4])
     StudyFolder(study).write_outcome("FINISHED")
+    report = [
+        *write_report(load_study("s")),
+        study / "sweep.json",
+    ]  # before the server is there: then it finishes
+    assert tracker.finish(report, lambda backlog: None, patience_sec=0.0) is not None, "does not wait for ever"
+    assert tracker.backlog == 2
     with server(tmp_path, port):
-        report = [*write_report(load_study("s")), study / "sweep.json"]
         assert tracker.finish(report, lambda backlog: None, patience_sec=300) is None
         through_server = contents(proxy.uri)
         assert sorted(through_server) == ["", "0", "1", "2", "3", "baseline"]

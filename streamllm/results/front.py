@@ -20,9 +20,14 @@ def pareto_front(rows: Sequence[R], objectives: Mapping[str, str]) -> list[R]:
     objectives: name -> "minimize" or "maximize".
     """
     pairs = [(point, row) for row in rows if (point := objective_values(row, objectives)) is not None]
-    pairs.sort(key=lambda pair: pair[0])  # in this order a later point never dominates an earlier one
-    kept = _undominated([point for point, _ in pairs])
-    return [pairs[index][1] for index in kept]
+    if not pairs:
+        return []
+    import moocore
+    import numpy as np
+
+    pairs.sort(key=lambda pair: pair[0])
+    kept = moocore.is_nondominated(np.array([point for point, _ in pairs]), keep_weakly=True)
+    return [row for (_, row), is_kept in zip(pairs, kept, strict=True) if is_kept]
 
 
 def dominators(rows: Sequence[AnyRow], front: Sequence[R], objectives: Mapping[str, str]) -> list[R | None]:
@@ -75,35 +80,13 @@ def hypervolume(rows: Sequence[AnyRow], objectives: Mapping[str, str], reference
     corner = objective_values({"state": "complete"} | dict(reference), objectives)
     if corner is None:
         raise ValueError(f"reference {dict(reference)}: needs a finite value of each of {', '.join(objectives)}")
-    points = [
-        point for row in pareto_front(rows, objectives) if (point := objective_values(row, objectives)) is not None
-    ]
-    return _volume([p for p in points if all(a < b for a, b in zip(p, corner, strict=True))], corner)
-
-
-def _volume(points: Sequence[tuple[float, ...]], corner: tuple[float, ...]) -> float:
-    """By slices along the last coordinate: between two points' the cross-section is that of the points so far."""
+    points = [point for row in rows if (point := objective_values(row, objectives)) is not None]
     if not points:
         return 0.0
-    if len(corner) == 1:
-        return corner[0] - min(point[0] for point in points)
-    if len(corner) == 2:
-        return _area(points, corner)
-    points = sorted(points, key=lambda point: point[-1])
-    ends = [*(point[-1] for point in points[1:]), corner[-1]]
-    return sum(
-        (end - point[-1]) * _volume([p[:-1] for p in points[: index + 1]], corner[:-1])
-        for index, (point, end) in enumerate(zip(points, ends, strict=True))
-        if end > point[-1]
-    )
+    import moocore
+    import numpy as np
 
-
-def _area(points: Sequence[tuple[float, ...]], corner: tuple[float, ...]) -> float:
-    area, top = 0.0, corner[1]
-    for x, y in sorted(points):
-        if y < top:
-            area, top = area + (corner[0] - x) * (top - y), y
-    return area
+    return float(moocore.hypervolume(np.array(points), ref=np.array(corner)))
 
 
 def objective_values(row: AnyRow, objectives: Mapping[str, str]) -> tuple[float, ...] | None:
@@ -115,29 +98,3 @@ def objective_values(row: AnyRow, objectives: Mapping[str, str]) -> tuple[float,
         return None
     signs = (-1.0 if direction == "maximize" else 1.0 for direction in objectives.values())
     return tuple(sign * float(value) for sign, value in zip(signs, values, strict=True) if value is not None)
-
-
-def _undominated(points: Sequence[tuple[float, ...]]) -> list[int]:
-    """Of points in ascending order, the indices of those that none before them dominates."""
-    if not points or len(points[0]) > 2:
-        return _undominated_of_many_objectives(points)
-    kept: list[int] = []
-    for index, point in enumerate(points):  # of the kept ones the last is the best in the last objective
-        if not kept or point[-1] < points[kept[-1]][-1] or point == points[kept[-1]]:
-            kept.append(index)
-    return kept
-
-
-def _undominated_of_many_objectives(points: Sequence[tuple[float, ...]]) -> list[int]:
-    import numpy as np
-
-    kept: list[int] = []
-    columns = np.empty((len(points[0]) if points else 0, len(points)))  # of the kept ones, a row per objective
-    for index, point in enumerate(points):
-        as_good = np.ones(len(kept), dtype=bool)
-        for column, value in zip(columns[1:], point[1:], strict=True):  # in the first, by their order, all of them are
-            as_good &= column[: len(kept)] <= value
-        if all(points[kept[other]] == point for other in np.flatnonzero(as_good)):
-            columns[:, len(kept)] = point
-            kept.append(index)
-    return kept
