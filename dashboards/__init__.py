@@ -1,1 +1,16 @@
-"""Pareto tables and figures of finished and running sweeps."""
+"""Pareto tables and figures of finished and running sweeps; from Python, `load_study` gives them as pandas' frames."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .frames import load_study
+
+__all__ = ["load_study"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "load_study":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .frames import load_study
+
+    return load_study

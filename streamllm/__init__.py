@@ -3,8 +3,26 @@
 Import it before torch: that makes OpenMP's threads sleep while they wait (`environment.wait_passively`).
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .environment import wait_passively
 
+if TYPE_CHECKING:
+    from .generation import StreamingCache
+    from .models import load_model
+    from .policy import EvictionPolicy
+
+__all__ = ["EvictionPolicy", "StreamingCache", "load_model"]
 __version__ = "0.1.0"
 
+_HOME = {"EvictionPolicy": "policy", "StreamingCache": "generation", "load_model": "models"}
+"""Where each lives; it is imported when it is asked for, as torch takes seconds."""
+
 wait_passively()
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -254,6 +254,7 @@ def identity(
         "text_digest": stream.digest,
         "n_tokens": len(stream.tokens),
         "bos": stream.bos,
+        "kv_bytes_per_token": loaded.kv_bytes,
         "method": method,
         "protocol": protocol,
         **asdict(effective_policy(method, policy)),

@@ -213,6 +213,9 @@ class Row(Mapping[str, Any]):
     peak_kv: int | None = _measure("peak KV", "tokens", None, short="KV", label="largest number of keys attended to",
                                    objective="minimize", viewed=True)  # fmt: skip
     peak_memory_mb: float | None = _measure("peak memory", "MiB", 0, label="peak memory, MiB", objective="minimize")
+    kv_bytes_per_token: int | None = _measure(
+        "KV per token", "bytes", None, label="keys and values of a token in all layers, bytes"
+    )
 
     # What became of it.
     feasible: bool | None = _fact(mlflow="tag", viewed=True)
@@ -291,6 +294,7 @@ POLICY_KNOBS = tuple(field for field in KNOBS if field.symbol)
 """Those of an `EvictionPolicy`."""
 OBJECTIVES: dict[str, Direction] = {field.name: field.objective for field in FIELDS.values() if field.objective}
 """What a sweep can optimise, and which way; constraints are on the same measures."""
+_TYPES = {field.name: str(field.type) for field in dataclasses.fields(Row)}
 _ENDS = ("_low", "_high", "_std")
 
 
@@ -303,6 +307,14 @@ def knobs_in_short(row: AnyRow, symbols: bool = False) -> str:
     """`S=4 W=252 R=1 slack=0 drop=0`, of those that it has."""
     named = [(field.symbol if symbols else field.short, row.get(field.name)) for field in POLICY_KNOBS]
     return " ".join(f"{letter}={value}" for letter, value in named if value is not None)
+
+
+def dtype_of(key: str) -> str:
+    """Of a column of such values in pandas, which may be missing. Lists, and numbers beside words, are objects."""
+    if key not in FIELDS:
+        return "Float64"
+    kinds = {"int": "Int64", "float": "Float64", "str": "string", "bool": "boolean"}
+    return kinds.get(_TYPES[key].removesuffix(" | None"), "object")
 
 
 def _sorted(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
