@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from typing import Any, Protocol
 
 from rich.console import Console, Group
@@ -21,7 +20,7 @@ from streamllm.printing import discard
 from streamllm.progress import LINE_SEC, regularly, spoken
 from streamllm.reference_time import ReferencePool
 from streamllm.results.front import hypervolume, pareto_front
-from streamllm.results.schema import OBJECTIVES, Row, knobs_in_short, told_name
+from streamllm.results.schema import OBJECTIVES, Row, told_name
 
 from .plot import Plot
 from .rows import BASELINE, STRICT
@@ -121,12 +120,7 @@ class Display:
                 self._round = spec.round
                 self.note(f"confirming: round {spec.round}")
             self._doing = dict.fromkeys(self._doing, "idle")  # in rounds one works at a time
-        way = "" if spec.execution == "eager" else f" {spec.execution}"
-        if spec.quantization is not None:
-            way += f" {spec.quantization}"
-        knobs = knobs_in_short(asdict(spec.policy))
-        in_round = f", round {spec.round}" if spec.round else ""
-        self._doing[worker] = f"{spec.method} {spec.attn_backend}{way} {knobs}{in_round}"
+        self._doing[worker] = f"{spec.configuration}{f', round {spec.round}' if spec.round else ''}"
 
     def trial_finished(self, row: Row) -> None:
         if row["trial"] in _FIXED:

@@ -5,20 +5,20 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
 from streamllm.progress import spoken, working
-from streamllm.results.schema import OBJECTIVES, Row, knobs_in_short
+from streamllm.results.schema import OBJECTIVES, Row
 from streamllm.results.study_folder import StudyFolder, read_rows
 
 from .configuration import SweepConfiguration
 from .estimate import estimate
 from .options import AUTO_TPE_TRIALS
-from .study import spec_of
+from .study import configuration_of
 
 
 def describe(configuration: SweepConfiguration, address: str | None, cpus_per_worker: int, rounds: int) -> str:
@@ -81,11 +81,9 @@ def _windows(configuration: SweepConfiguration) -> str:
 
 def _known(params: Any, configuration: SweepConfiguration) -> str:
     try:
-        spec = spec_of(dict(params), configuration.space, configuration.cap)
+        return str(configuration_of(dict(params), configuration.space, configuration.cap))
     except UsageError as error:
         return f"left out: {error}"
-    quantization = f" {spec.quantization}" if spec.quantization is not None else ""
-    return f"{spec.method} {spec.attn_backend} {spec.execution}{quantization} {knobs_in_short(asdict(spec.policy))}"
 
 
 @dataclass(frozen=True, slots=True)

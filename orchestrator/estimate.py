@@ -17,7 +17,7 @@ from streamllm.results.schema import Row
 from streamllm.sample import LEAST_TOKENS, MOST_TOKENS
 from streamllm.timing import WARMUP_TOKENS, segment_tokens
 
-from .study import spec_of
+from .study import configuration_of
 
 if TYPE_CHECKING:
     from streamllm.pace import Pace
@@ -121,7 +121,7 @@ def _policies(configuration: SweepConfiguration) -> list[EvictionPolicy]:
     policies = []
     for params in drawn:
         try:
-            policies.append(spec_of(params, space, configuration.cap).policy)
+            policies.append(configuration_of(params, space, configuration.cap).policy)
         except UsageError:
             continue
     return policies or [strict_policy(configuration.cap)]

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamllm.baseline import AS_BASELINE, baseline_policy, compared, sampled
+from streamllm.configuration import Configuration
 from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
 from streamllm.files import write_atomically
 from streamllm.printing import say
@@ -254,7 +255,8 @@ def _evaluate(measurements: Measurements, planned: Planned, method: str, executi
     size = baseline_size(measurements, "auto") if protocol == "fast" else None
     with working(method, "timing") as progress:
         measurement, fresh = measurements.whole(
-            *(protocol, method, policy, planned.cell.attn_backend, execution),
+            protocol,
+            Configuration(method, policy, planned.cell.attn_backend, execution),
             progress=progress,
             leases=leases_on(measurements.loaded.device.type),
             size=size,

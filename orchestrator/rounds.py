@@ -11,11 +11,11 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
+from streamllm.configuration import Configuration
 from streamllm.methods import METHODS
-from streamllm.policy import EvictionPolicy
 from streamllm.results.schema import AnyRow
 from streamllm.results.study_folder import StudyFolder, append_line, whole_lines
 from streamllm.store import code_digest
@@ -105,7 +105,7 @@ def _take(turns: _Turns, rows: Sequence[AnyRow], number: int, failed: dict[str, 
         trial = str(row["trial"])
         if trial in one.failed:
             continue
-        result = turns.measure(_spec(row, number))
+        result = turns.measure(TrialSpec(Configuration.of_row(row), round=number))
         if isinstance(result, str):
             one.failed[trial] = result
         else:
@@ -116,12 +116,6 @@ def _take(turns: _Turns, rows: Sequence[AnyRow], number: int, failed: dict[str, 
 def _code() -> str:
     """Of the engine with all methods: a round is of several."""
     return code_digest(*METHODS)
-
-
-def _spec(row: AnyRow, number: int) -> TrialSpec:
-    policy = EvictionPolicy(**{field.name: row[field.name] for field in fields(EvictionPolicy)})
-    how = {"execution": row.get("execution", "eager"), "quantization": row.get("quantization")}
-    return TrialSpec(row["method"], row["backend_requested"], policy, round=number, **how)
 
 
 class _Turns:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from streamllm.baseline import AS_BASELINE, compared, sampled
+from streamllm.configuration import Configuration
 from streamllm.policy import EvictionPolicy, strict_policy
 from streamllm.results.schema import Row
 
@@ -28,9 +29,9 @@ def fixed_spec(name: str, cap: int, sampled_tokens: int = 0) -> TrialSpec:
     """Of the reference, strict StreamingLLM by the ring; of the baseline, a sliding window of the whole cap, computed
     anew for every token of a sample."""
     if name == STRICT:
-        return TrialSpec("ring", "auto", strict_policy(cap))
+        return TrialSpec(Configuration("ring", strict_policy(cap)))
     window = EvictionPolicy(n_sink=0, window_size=cap)
-    return TrialSpec("recompute", "auto", window, sampled_tokens=sampled_tokens)
+    return TrialSpec(Configuration("recompute", window), sampled_tokens=sampled_tokens)
 
 
 def fixed_row(
@@ -94,19 +95,19 @@ def _reused(measurement: TrialMeasurement) -> bool:
 
 
 def failed_row(trial: OpenTrial, reason: str, worker: int) -> Row:
-    spec = trial.spec
+    what = trial.spec.configuration
     values = {
         "trial": trial.number,
         "state": "failed",
         "reason": reason,
-        "method": spec.method,
-        "backend_requested": spec.attn_backend,
-        "execution": spec.execution,
-        "quantization": spec.quantization,
+        "method": what.method,
+        "backend_requested": what.backend,
+        "execution": what.execution,
+        "quantization": what.quantization,
         "feasible": False,
         "worker": worker,
     }
-    return Row.of(values | asdict(spec.policy) | _stamp())
+    return Row.of(values | asdict(what.policy) | _stamp())
 
 
 def _stamp() -> dict[str, Any]:

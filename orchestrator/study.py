@@ -25,6 +25,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search_spaces import SearchSpace, Value, judged
+from streamllm.configuration import Configuration
 from streamllm.errors import UsageError
 from streamllm.methods import check_execution
 from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
@@ -167,7 +168,7 @@ class Study:
         params = suggestion.params
         self._seen.add(self._identity(params))
         try:
-            spec = spec_of(params, self.space, self.cap)
+            spec = TrialSpec(configuration_of(params, self.space, self.cap))
         except UsageError as error:
             self._skip(trial, params, str(error))
             self._sampler.learn(suggestion, None)
@@ -245,13 +246,13 @@ def _row(trial: FrozenTrial) -> Row:
     return Row.from_json(trial.user_attrs[_ROW], f"trial {trial.number} of the journal")
 
 
-def spec_of(params: dict[str, Any], space: SearchSpace, cap: int) -> TrialSpec:
-    """The trial that a point of the space stands for; its window is what its total KV leaves."""
+def configuration_of(params: dict[str, Any], space: SearchSpace, cap: int) -> Configuration:
+    """What a point of the space stands for; its window is what its total KV leaves."""
     knobs = {name: params[name] for name in ("n_sink", "compress_every", "cache_slack", "max_drop")}
     policy = with_derived_window(EvictionPolicy(**knobs), min(params["total_kv"], cap), space.cap_accounting)
     check_execution(params["method"], params["execution"])
-    how = {"execution": params["execution"], "quantization": params.get("quantization")}
-    return TrialSpec(params["method"], params["attn_backend"], policy, **how)
+    chosen = (params["attn_backend"], params["execution"], params.get("quantization"))
+    return Configuration(params["method"], policy, *chosen)
 
 
 def check_cap(space: SearchSpace, cap: int) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from streamllm.policy import EvictionPolicy
+from streamllm.configuration import Configuration
 from streamllm.results.schema import Row
 from streamllm.text import TextSource
 
@@ -36,16 +36,11 @@ class WorkerSetup:
 class TrialSpec:
     """What one trial measures."""
 
-    method: str
-    attn_backend: str
-    policy: EvictionPolicy
-    execution: str = "eager"
+    configuration: Configuration
     round: int = 0
     """0: of the search. A round of confirming, from 1 on, takes the times alone, anew."""
     sampled_tokens: int = 64
     """At least as many losses of a method whose quality is sampled."""
-    quantization: str | None = None
-    """None: the sweep's, which it does not search."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,16 +106,17 @@ class Worker:
         from streamllm.evaluation import fast_record, identity
         from streamllm.sample import FixedSize
 
+        what = spec.configuration
         measurements, leases = self._measurements_of(spec), leases_on(self.loaded.device.type)
         quality, fresh_quality = measurements.quality(
-            spec.method, spec.policy, leases.computing, size=FixedSize(spec.sampled_tokens)
+            what.method, what.policy, leases.computing, size=FixedSize(spec.sampled_tokens)
         )
-        speed, fresh_speed = measurements.speed(spec.method, spec.policy, spec.attn_backend, spec.execution, leases)
+        speed, fresh_speed = measurements.speed(what, leases)
         assert quality.losses is not None
-        record = identity(measurements.loaded, self.stream, spec.method, spec.policy, "fast", spec.execution)
+        record = identity(measurements.loaded, self.stream, what.method, what.policy, "fast", what.execution)
         record["reference_total"] = self.setup.total
-        if spec.quantization is not None:
-            record |= {"quantization": spec.quantization, "reference_digest": self.loaded.digest}
+        if what.quantization is not None:
+            record |= {"quantization": what.quantization, "reference_digest": self.loaded.digest}
         return TrialMeasurement(
             Row.of(record | fast_record(quality.record, speed.record)), quality.losses, fresh_quality, fresh_speed
         )
@@ -125,7 +126,7 @@ class Worker:
         from streamllm.evaluation import times_summary
 
         measurements, leases = self._measurements_of(spec), leases_on(self.loaded.device.type)
-        times = measurements.times(spec.method, spec.policy, spec.attn_backend, spec.execution, leases)
+        times = measurements.times(spec.configuration, leases)
         record = Row.of(times_summary(times) | kind_of_worker(self.loaded.device))
         return TrialMeasurement(record, None, False, True, times.ratios.tolist())
 
@@ -135,7 +136,7 @@ class Worker:
         from streamllm.measurements import Measurements
         from streamllm.models import load_model
 
-        name = spec.quantization or self.setup.quantization
+        name = spec.configuration.quantization or self.setup.quantization
         if name not in self._models:
             with leases_on(self.loaded.device.type).computing():
                 loaded = load_model(self.setup.model, self.setup.dtype, quantization=name)
@@ -150,7 +151,7 @@ class Worker:
     def _spare_model(self, spec: TrialSpec) -> bool:
         """Lets go of the model that was not used for longest, but for the trial's and the reference's. Returns whether
         there was one."""
-        needed = {self.setup.quantization, spec.quantization}
+        needed = {self.setup.quantization, spec.configuration.quantization}
         name = next((name for name in self._models if name not in needed), None)
         if name is not None:
             del self._models[name]

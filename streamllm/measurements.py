@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from .sample import FixedSize, SampleSize, sample_batches
 from .store import Measurement, MeasurementStore, entry_name
 from .text import TokenStream
 from .timing import Reference, compile_step, measure_speed, measure_times
+
+if TYPE_CHECKING:
+    from .configuration import Configuration
 
 Lease = Callable[[], AbstractContextManager[Any]]
 
@@ -129,23 +132,20 @@ class Measurements:
 
     def speed(
         self,
-        method: str,
-        policy: EvictionPolicy,
-        attn_backend: str,
-        execution: str = "eager",
+        what: Configuration,
         leases: Leases = NO_LEASES,
         strict: bool = False,
         run: int = 0,
     ) -> tuple[Measurement, bool]:
         """Protocol `fast`. It does not depend on the text. Measured once per run. The record says if the accelerator
         had `foreign_processes` just after the timing."""
-        key = _of_run(self._speed_key(method, policy, attn_backend, execution), run)
+        key = _of_run(self._speed_key(what), run)
 
         def measure() -> Measurement:
-            what = self._prepared(method, policy, attn_backend, execution, leases, strict)
+            prepared = self._prepared(what, leases, strict)
             with leases.timing():
-                speed = measure_speed(*what, self.reference, execution)
-            record = speed_summary(speed, attn_backend) | {"speed_entry": entry_name(key)}
+                speed = measure_speed(*prepared, self.reference, what.execution)
+            record = speed_summary(speed, what.backend) | {"speed_entry": entry_name(key)}
             record["peak_memory_mb"] -= self.neighbours()
             if foreign := foreign_processes(self.loaded.device):
                 record["foreign_processes"] = "; ".join(foreign)
@@ -153,41 +153,25 @@ class Measurements:
 
         return self._once(key, measure)
 
-    def times(
-        self,
-        method: str,
-        policy: EvictionPolicy,
-        attn_backend: str,
-        execution: str = "eager",
-        leases: Leases = NO_LEASES,
-    ) -> PairedTimes:
+    def times(self, what: Configuration, leases: Leases = NO_LEASES) -> PairedTimes:
         """The times alone, taken now and not kept: a round of confirming is kept whole, or not at all."""
-        what = self._prepared(method, policy, attn_backend, execution, leases)
+        prepared = self._prepared(what, leases)
         with leases.timing():
-            return measure_times(*what, self.reference, execution)
+            return measure_times(*prepared, self.reference, what.execution)
 
     def _prepared(
-        self,
-        method: str,
-        policy: EvictionPolicy,
-        attn_backend: str,
-        execution: str,
-        leases: Leases,
-        strict: bool = False,
+        self, what: Configuration, leases: Leases, strict: bool = False
     ) -> tuple[LoadedModel, str, EvictionPolicy, Backend, np.ndarray]:
         """What is to be timed, compiled beforehand: others may time meanwhile."""
         with leases.computing():
-            backend = resolve_backend(attn_backend, self.loaded, policy.kept, strict)
-            compile_step(self.loaded, method, policy, backend, self.stream.tokens, execution)
-        return self.loaded, method, policy, backend, self.stream.tokens
+            backend = resolve_backend(what.backend, self.loaded, what.policy.kept, strict)
+            compile_step(self.loaded, what.method, what.policy, backend, self.stream.tokens, what.execution)
+        return self.loaded, what.method, what.policy, backend, self.stream.tokens
 
     def whole(
         self,
         protocol: str,
-        method: str,
-        policy: EvictionPolicy,
-        attn_backend: str,
-        execution: str = "eager",
+        what: Configuration,
         strict: bool = False,
         progress: Progress | None = None,
         run: int = 0,
@@ -196,40 +180,39 @@ class Measurements:
     ) -> tuple[Measurement, bool]:
         """Quality and speed by any protocol; they come from the same run in all but `fast`. Measured once per run."""
         if protocol == "fast":
-            quality, fresh = self.quality(method, policy, leases.computing, progress, size)
-            speed, fresh_too = self.speed(method, policy, attn_backend, execution, leases, strict, run)
+            quality, fresh = self.quality(what.method, what.policy, leases.computing, progress, size)
+            speed, fresh_too = self.speed(what, leases, strict, run)
             return _joined(quality, speed), fresh or fresh_too
 
-        key = _of_run(self._whole_key(protocol, method, policy, attn_backend, execution), run)
+        key = _of_run(self._whole_key(protocol, what), run)
         entry = entry_name(key)
 
         def measure() -> Measurement:
-            ahead = execution if protocol == "decode-loop" else "eager"  # chunks have one that does not count
-            *_, backend, _ = self._prepared(method, policy, attn_backend, ahead, leases, strict)
+            ahead = what.execution if protocol == "decode-loop" else "eager"  # chunks have one that does not count
+            *_, backend, _ = self._prepared(replace(what, execution=ahead), leases, strict)
             with leases.timing():
                 quality, record = PROTOCOLS[protocol].get()(
-                    self.loaded, self.stream, method, policy, backend, self.reference, execution, progress
+                    self.loaded,
+                    self.stream,
+                    what.method,
+                    what.policy,
+                    backend,
+                    self.reference,
+                    what.execution,
+                    progress,
                 )
-            named = {"backend_requested": attn_backend, "quality_entry": entry, "speed_entry": entry}
+            named = {"backend_requested": what.backend, "quality_entry": entry, "speed_entry": entry}
             return Measurement(record | named, quality.table)
 
         return self._once(key, measure)
 
-    def find(
-        self,
-        protocol: str,
-        method: str,
-        policy: EvictionPolicy,
-        attn_backend: str,
-        execution: str = "eager",
-        run: int = 0,
-    ) -> Measurement | None:
+    def find(self, protocol: str, what: Configuration, run: int = 0) -> Measurement | None:
         """What `whole` would return, if it is stored."""
         if protocol != "fast":
-            key = self._whole_key(protocol, method, policy, attn_backend, execution)
+            key = self._whole_key(protocol, what)
             return self.store.get(_of_run(key, run))
-        quality = self._stored_quality(method, policy)
-        speed = self.store.get(_of_run(self._speed_key(method, policy, attn_backend, execution), run))
+        quality = self._stored_quality(what.method, what.policy)
+        speed = self.store.get(_of_run(self._speed_key(what), run))
         return _joined(quality, speed) if quality is not None and speed is not None else None
 
     def _stored_quality(self, method: str, policy: EvictionPolicy) -> Measurement | None:
@@ -247,23 +230,22 @@ class Measurements:
         conditions = of_quality(self.loaded, None if kind == "streaming" else method)
         return {"kind": f"quality of {kind}"} | conditions | self._identity(method, policy, "fast", names)
 
-    def _speed_key(self, method: str, policy: EvictionPolicy, attn_backend: str, execution: str) -> dict[str, Any]:
+    def _speed_key(self, what: Configuration) -> dict[str, Any]:
         names = ("model_digest", "protocol", "dtype", "method", "device", "threads", "cpu_capability")
-        key = {"kind": "speed", "attn_backend": attn_backend, "execution": execution, "reference_total": self.total}
+        how = {"attn_backend": what.backend, "execution": what.execution}
+        key = {"kind": "speed", **how, "reference_total": self.total}
         if self.beside is not None:
             key["reference_digest"] = self.beside.loaded.digest
-        conditions = of_speed(self.loaded, method, attn_backend)
-        return key | conditions | self._identity(method, policy, "fast", names)
+        conditions = of_speed(self.loaded, what.method, what.backend)
+        return key | conditions | self._identity(what.method, what.policy, "fast", names)
 
-    def _whole_key(
-        self, protocol: str, method: str, policy: EvictionPolicy, attn_backend: str, execution: str
-    ) -> dict[str, Any]:
+    def _whole_key(self, protocol: str, what: Configuration) -> dict[str, Any]:
         names = ("model_digest", "text_digest", "protocol", "dtype", "method", "device", "threads", "cpu_capability")
-        key: dict[str, Any] = {"kind": "evaluation", "attn_backend": attn_backend, "execution": execution}
-        key["reference_total"] = self.total
-        key["compress_every"] = policy.compress_every  # of `recompute` by chunks, the prefill
-        conditions = of_speed(self.loaded, method, attn_backend)
-        return conditions | self._identity(method, policy, protocol, names) | key
+        how = {"attn_backend": what.backend, "execution": what.execution}
+        key: dict[str, Any] = {"kind": "evaluation", **how, "reference_total": self.total}
+        key["compress_every"] = what.policy.compress_every  # of `recompute` by chunks, the prefill
+        conditions = of_speed(self.loaded, what.method, what.backend)
+        return conditions | self._identity(what.method, what.policy, protocol, names) | key
 
     def _identity(self, method: str, policy: EvictionPolicy, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:
         values = identity(self.loaded, self.stream, method, policy, protocol)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from .arguments import sample_size, text_source
 from .baseline import AS_BASELINE, average, baseline_policy, sampled
+from .configuration import Configuration
 from .errors import UsageError
 from .progress import working
 from .results.schema import AnyRow, Row
@@ -105,11 +106,11 @@ def baseline_runs(
     loaded, stream, protocol = measurements.loaded, measurements.stream, arguments.protocol
     size = None if only_stored or protocol != "fast" else baseline_size(measurements, arguments.baseline_tokens)
     fixed = baseline_policy(policy, protocol, loaded.trained_length)
-    what = (protocol, "recompute", fixed, arguments.attn_backend)
+    what = Configuration("recompute", fixed, arguments.attn_backend)
     wanted = 0 if only_stored else getattr(arguments, "runs", 1)
     runs: list[Measured] = []
     for number in itertools.count():
-        stored = measurements.find(*what, run=number)
+        stored = measurements.find(protocol, what, run=number)
         if stored is None and number >= wanted:
             return runs
         if stored is not None and (only_stored or protocol != "fast"):
@@ -119,7 +120,7 @@ def baseline_runs(
                 "baseline" if wanted == 1 else f"baseline, run {number + 1} of {wanted}", "timing"
             ) as progress:
                 measurement, fresh = measurements.whole(
-                    *what, strict=arguments.strict, progress=progress, run=number, size=size
+                    protocol, what, strict=arguments.strict, progress=progress, run=number, size=size
                 )
         losses = measurement.losses
         assert losses is not None

@@ -75,8 +75,13 @@ class Slow(WithoutModel):
 
 
 def record(spec):
-    backends = {"backend": spec.attn_backend, "backend_requested": spec.attn_backend}
-    what = {"dataset": "none", "protocol": "fast", "method": spec.method, "execution": spec.execution}
+    backends = {"backend": spec.configuration.backend, "backend_requested": spec.configuration.backend}
+    what = {
+        "dataset": "none",
+        "protocol": "fast",
+        "method": spec.configuration.method,
+        "execution": spec.configuration.execution,
+    }
     times = {
         "time_ratio": 1.0,
         "measured_tpot_ms": 2.0,
@@ -93,7 +98,7 @@ def record(spec):
         "peak_kv": 49,
         "quality_entry": entry_name({"spec": str(spec)}),
     }
-    return what | times | quality | backends | asdict(spec.policy)
+    return what | times | quality | backends | asdict(spec.configuration.policy)
 
 
 LOSSES = np.column_stack((np.arange(50.0), np.full(50, 1.0)))
@@ -103,7 +108,7 @@ FAULTS = ("none", "raise", "kill", "kill once", "kill with lease once", "spoil o
 
 class Faulty(WithoutModel):
     def measure(self, spec):
-        fault = "none" if spec.method == "recompute" else FAULTS[spec.policy.n_sink]
+        fault = "none" if spec.configuration.method == "recompute" else FAULTS[spec.configuration.policy.n_sink]
         if fault.endswith(" once"):
             fault = fault if first_time(self.setup.store, fault) else "none"
         if fault == "raise":
@@ -121,11 +126,11 @@ class ShortOfMemory(Quick):
     """With a real model: one configuration wants more memory than there is, for another the weights are NaN."""
 
     def _measure(self, spec):
-        if spec.method != "recompute" and spec.policy.n_sink == 1:
+        if spec.configuration.method != "recompute" and spec.configuration.policy.n_sink == 1:
             import torch
 
             torch.empty(2**60)
-        if spec.method == "recompute" or spec.policy.n_sink != 2:
+        if spec.configuration.method == "recompute" or spec.configuration.policy.n_sink != 2:
             return super()._measure(spec)
         weight = next(self.loaded.model.parameters()).data
         kept = weight.clone()
@@ -138,7 +143,7 @@ class ShortOfMemory(Quick):
 
 class Hanging(WithoutModel):
     def measure(self, spec):
-        (self.setup.store.parent / f"measuring {spec.policy.n_sink}").touch()
+        (self.setup.store.parent / f"measuring {spec.configuration.policy.n_sink}").touch()
         time.sleep(600)
 
 
@@ -168,7 +173,7 @@ class OnNodes(WithoutModel):
     """Trials hang where the node is an added one, and elsewhere wait until it has been killed."""
 
     def measure(self, spec):
-        if spec.method not in ("recompute", "ring"):  # what trials are compared with
+        if spec.configuration.method not in ("recompute", "ring"):  # what trials are compared with
             import ray
 
             added = ray.get_runtime_context().get_node_id() != (self.setup.store.parent / "head").read_text()

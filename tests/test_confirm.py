@@ -138,7 +138,7 @@ class PretendPool:
         self._events = []
 
     def submit(self, worker, spec):
-        self.submitted.append((worker, spec.method, spec.policy.n_sink, spec.round))
+        self.submitted.append((worker, spec.configuration.method, spec.configuration.policy.n_sink, spec.round))
         finished = self._answer(worker, spec)
         self._events.append(finished)
         if finished.died and not finished.lost:
@@ -193,7 +193,7 @@ def test_a_round_counts_whole_or_not_at_all(run, tmp_path):
     """After a kill in the middle of the second round the first counts; when there is a new candidate, neither does."""
 
     def answer(worker, spec):
-        if (spec.round, spec.policy.n_sink) == (2, 2):
+        if (spec.round, spec.configuration.policy.n_sink) == (2, 2):
             raise KeyboardInterrupt
         return measured(worker, spec)
 
@@ -222,7 +222,7 @@ def test_a_dead_workers_measurement_is_made_by_another_and_a_failing_candidate_l
     deaths = []
 
     def answer(worker, spec):
-        if spec.policy.n_sink == 2:
+        if spec.configuration.policy.n_sink == 2:
             return Finished(worker, error="ValueError: nope")
         if worker == 1 and not deaths:
             deaths.append(worker)

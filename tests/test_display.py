@@ -8,6 +8,7 @@ from orchestrator import display as display_module
 from orchestrator.display import Display
 from orchestrator.plot import Plot
 from orchestrator.trial import TrialSpec
+from streamllm.configuration import Configuration
 from streamllm.policy import EvictionPolicy
 
 
@@ -25,7 +26,7 @@ def row(trial, tpot, increase, **more):
 
 
 def spec(round_number=0):
-    return TrialSpec("mit", "flash", EvictionPolicy(n_sink=4, window_size=44), round=round_number)
+    return TrialSpec(Configuration("mit", EvictionPolicy(n_sink=4, window_size=44), "flash"), round=round_number)
 
 
 def display(rows=(), terminal=True, height=50, tracking=None):
@@ -79,7 +80,7 @@ def test_the_view_shows_workers_counts_front_and_what_mlflow_lacks():
     assert "workers are starting" in screen(shown)
     shown.worker_ready(0, {"visible_devices": "", "device": "CPU", "cores": [0], "n_tokens": 9})
     shown.trial_started(0, spec())
-    assert "worker 0  mit flash S=4 R=1" in screen(shown)
+    assert "worker 0  mit flash S=4 W=44 R=1" in screen(shown)
     shown.trial_finished(row(2, 4.0, 4.0, state="failed", reason="nope"))
     shown.trial_finished(row(3, 1.0, 3.0))
     shown.trial_finished(row(4, 4.0, 4.0))
@@ -142,7 +143,7 @@ def test_off_a_terminal_a_quiet_sweep_says_now_and_then_that_it_goes_on(terminal
         time.sleep(0.5)
     lines = [line for line in said(shown).splitlines() if line.startswith("1/10 trials (0 failed, 0 reused), 0 s")]
     assert bool(lines) == (not terminal)
-    assert all(line.endswith("; worker 1: mit flash S=4 R=1 slack=0 drop=0") for line in lines[-1:])
+    assert all(line.endswith("; worker 1: mit flash S=4 W=44 R=1 slack=0 drop=0") for line in lines[-1:])
 
 
 def test_time_left_is_no_more_than_the_budget():

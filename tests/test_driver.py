@@ -35,7 +35,7 @@ class PretendPool:
         self.submitted.append(spec)
         result = self.answer(worker, spec)
         # The baseline takes longest: everything else is back before it.
-        self._ready.insert(0 if spec.method == "recompute" else len(self._ready), result)
+        self._ready.insert(0 if spec.configuration.method == "recompute" else len(self._ready), result)
 
     def wait(self, timeout):
         result = self._ready.pop()
@@ -45,11 +45,13 @@ class PretendPool:
 
 
 def measured(worker, spec, **more):
-    ratio = 10.0 if spec.method == "recompute" else 2.0 + spec.policy.n_sink
-    record = {"time_ratio": ratio, "n_tokens": 51, "method": spec.method} | asdict(spec.policy)
-    record["quality_entry"] = f"{spec.policy.n_sink}"
-    table = losses(spec.policy.n_sink)
-    if spec.method == "recompute":
+    ratio = 10.0 if spec.configuration.method == "recompute" else 2.0 + spec.configuration.policy.n_sink
+    record = {"time_ratio": ratio, "n_tokens": 51, "method": spec.configuration.method} | asdict(
+        spec.configuration.policy
+    )
+    record["quality_entry"] = f"{spec.configuration.policy.n_sink}"
+    table = losses(spec.configuration.policy.n_sink)
+    if spec.configuration.method == "recompute":
         table = table[sample_positions(51, 1, spec.sampled_tokens)]
     return Finished(worker, measurement=TrialMeasurement(Row.of(record | more), table, True, True))
 
@@ -109,8 +111,8 @@ def test_a_study_is_of_one_model_and_one_text(drive):
 def test_trials_wait_for_the_reference_only_and_are_paired_with_the_baseline_later(drive):
     pool = PretendPool(3)
     study, log = drive(pool, 4)
-    assert [spec.method for spec in pool.submitted[:2]] == ["ring", "recompute"]
-    assert pool.submitted[0].policy == strict_policy(32)
+    assert [spec.configuration.method for spec in pool.submitted[:2]] == ["ring", "recompute"]
+    assert pool.submitted[0].configuration.policy == strict_policy(32)
     assert [row["trial"] for row in log.rows] == ["strict", 0, 1, 2, 3, "baseline", "baseline"]
     assert len(study.rows) == 4
     found = {row["trial"]: row for row in log.driver.increases(lambda entry: losses(int(entry)))}
@@ -145,7 +147,7 @@ def test_the_baselines_sample_grows_to_what_is_wanted(wanted, tokens, tmp_path):
     pool, log = PretendPool(2), Log()
     study = Study("s", tmp_path / "journal.log", load_space(str(tmp_path / "space.yaml")), 32, seed=1)
     Driver(study, pool, 32, 4, [log], baseline_tokens=wanted).run()
-    sizes = [spec.sampled_tokens for spec in pool.submitted if spec.method == "recompute"]
+    sizes = [spec.sampled_tokens for spec in pool.submitted if spec.configuration.method == "recompute"]
     assert sizes == sorted(set(sizes)) and len(sizes) > 2, "batch by batch"
     assert len(study.rows) == 4 and (log.rows[-1]["trial"], log.rows[-1]["sampled_tokens"]) == ("baseline", tokens)
 
@@ -156,9 +158,9 @@ def test_a_sample_does_not_grow_before_the_reference_is_there(tmp_path):
     class LateReference(PretendPool):
         def submit(self, worker, spec):
             super().submit(worker, spec)
-            if spec.method == "ring":
+            if spec.configuration.method == "ring":
                 self.reference = self._ready.pop()
-            elif spec.method == "recompute" and len(self.submitted) == 2:
+            elif spec.configuration.method == "recompute" and len(self.submitted) == 2:
                 self._ready.append(self._ready.pop(0))
 
         def wait(self, timeout):
@@ -172,13 +174,13 @@ def test_a_sample_does_not_grow_before_the_reference_is_there(tmp_path):
     driver = Driver(study, pool, 32, 4, [log], baseline_tokens=24)
     driver._sample.spent(1000.0, on_it=False)
     driver.run()
-    sizes = [spec.sampled_tokens for spec in pool.submitted if spec.method == "recompute"]
+    sizes = [spec.sampled_tokens for spec in pool.submitted if spec.configuration.method == "recompute"]
     assert sizes == [8, 16, 24]
 
 
 def test_a_sample_that_cannot_grow_does_not_end_the_sweep(tmp_path):
     def answer(worker, spec):
-        grown = spec.method == "recompute" and spec.sampled_tokens > 8
+        grown = spec.configuration.method == "recompute" and spec.sampled_tokens > 8
         return Finished(worker, error="ValueError: nope") if grown else measured(worker, spec)
 
     (tmp_path / "space.yaml").write_text(SPACE)
@@ -214,7 +216,7 @@ def test_going_on_measures_only_what_is_missing(drive):
     pool = PretendPool(1)
     study, _ = drive(pool, 5)
     assert len(study.rows) == 5
-    assert len([spec for spec in pool.submitted if spec.method != "recompute"]) == 1 + 3
+    assert len([spec for spec in pool.submitted if spec.configuration.method != "recompute"]) == 1 + 3
 
 
 def test_an_exhausted_space_ends_the_sweep(drive):
@@ -224,7 +226,11 @@ def test_an_exhausted_space_ends_the_sweep(drive):
 
 def test_a_failing_trial_does_not_take_the_sweep_along(drive):
     def answer(worker, spec):
-        return Finished(worker, error="ValueError: nope") if spec.policy.n_sink == 1 else measured(worker, spec)
+        return (
+            Finished(worker, error="ValueError: nope")
+            if spec.configuration.policy.n_sink == 1
+            else measured(worker, spec)
+        )
 
     study, _ = drive(PretendPool(2, answer), 6)
     assert [row["state"] for row in study.rows].count("failed") == 2
@@ -235,8 +241,8 @@ def test_a_dead_workers_trial_is_tried_again_and_a_deadly_one_given_up(drive):
     deaths = []
 
     def answer(worker, spec):
-        deadly = spec.policy.n_sink == 1
-        unlucky = spec.policy.n_sink == 2 and not deaths
+        deadly = spec.configuration.policy.n_sink == 1
+        unlucky = spec.configuration.policy.n_sink == 2 and not deaths
         if deadly or unlucky:
             deaths.append(spec)
             return Finished(worker, error="the worker died", died=True)
@@ -254,7 +260,7 @@ def test_a_deadly_trial_is_quarantined_over_several_starts(drive):
     deaths = []
 
     def answer(worker, spec):
-        if spec.method == "recompute" or spec.policy.n_sink != 1:
+        if spec.configuration.method == "recompute" or spec.configuration.policy.n_sink != 1:
             return measured(worker, spec)
         deaths.append(spec)
         if len(deaths) == 2:
@@ -271,7 +277,7 @@ def test_a_deadly_trial_is_quarantined_over_several_starts(drive):
 
 def test_a_sweep_goes_on_when_its_only_worker_has_died(drive):
     def answer(worker, spec):
-        died = spec.policy.n_sink == 1
+        died = spec.configuration.policy.n_sink == 1
         return Finished(worker, error="boom", died=True) if died else measured(worker, spec)
 
     study, _ = drive(PretendPool(1, answer), 6)
@@ -289,7 +295,7 @@ def test_nothing_new_is_asked_for_after_the_time_budget(drive, tmp_path):
     space = load_space(str(tmp_path / "space.yaml"))
     study, pool = Study("s", tmp_path / "journal.log", space, 32, seed=1), PretendPool(2)
     Driver(study, pool, 32, 6, [], until=time.monotonic()).run()
-    assert {spec.method for spec in pool.submitted} == {"ring", "recompute"}
+    assert {spec.configuration.method for spec in pool.submitted} == {"ring", "recompute"}
     Driver(study, PretendPool(2), 32, 6, [], until=time.monotonic() + 600).run()
     assert len(study.rows) == 6
 
@@ -303,7 +309,7 @@ def test_time_is_set_aside_for_what_runs_and_for_confirming(seconds, confirm, mo
     space = load_space(str(tmp_path / "space.yaml"))
 
     def answer(worker, spec):
-        seconds = {"quality_sec": 20.0, "speed_sec": 100.0 if spec.method == "recompute" else 40.0}
+        seconds = {"quality_sec": 20.0, "speed_sec": 100.0 if spec.configuration.method == "recompute" else 40.0}
         return measured(worker, spec, **seconds)
 
     study = Study("s", tmp_path / "journal.log", space, 32, seed=1)
@@ -315,7 +321,7 @@ def test_time_is_set_aside_for_what_runs_and_for_confirming(seconds, confirm, mo
 
 def test_a_baseline_that_kills_workers_ends_the_sweep(drive):
     def answer(worker, spec):
-        died = spec.method == "recompute"
+        died = spec.configuration.method == "recompute"
         return Finished(worker, error="boom", died=True) if died else measured(worker, spec)
 
     with pytest.raises(SweepError, match=r"baseline could not be measured: quarantined: 2 .*boom"):

@@ -20,6 +20,7 @@ from orchestrator.study import Study
 from orchestrator.trial import TrialSpec, WorkerSetup, WorkerUnusableError
 from orchestrator.worker import Worker
 from search_spaces import load_space
+from streamllm.configuration import Configuration
 from streamllm.errors import UsageError
 from streamllm.models import weights_digest
 from streamllm.policy import EvictionPolicy
@@ -172,7 +173,7 @@ def test_who_hangs_is_ended_and_who_waits_for_it_is_given_its_time_again(sweep, 
     pool = sweep([0]).pool(2, Hanging, trial_timeout=1e6)
     answers(pool, 2)
     for worker, sinks in ((1, 4), (0, 5)):
-        pool.submit(worker, TrialSpec("ours", "math", EvictionPolicy(n_sink=sinks, window_size=8)))
+        pool.submit(worker, TrialSpec(Configuration("ours", EvictionPolicy(n_sink=sinks, window_size=8), "math")))
         silent_until(pool, (tmp_path / f"measuring {sinks}").exists)
     pool.trial_timeout = 0.01
     ended = next(pool.wait(0.1))
@@ -195,7 +196,7 @@ def test_memory_of_the_accelerator(monkeypatch, tmp_path):
 
         monkeypatch.setattr(worker, "_measure", fail)
         with pytest.raises(becomes, match="tried to allocate"):
-            worker.measure(TrialSpec("ours", "auto", EvictionPolicy()))
+            worker.measure(TrialSpec(Configuration("ours", EvictionPolicy())))
     assert emptied == [True]
 
 
@@ -321,8 +322,8 @@ class Nodes(Log):
         self.cluster, self.folder, self.started = cluster, folder, []
 
     def trial_started(self, worker, spec):
-        self.started.append((worker, spec.policy.n_sink))
-        if worker == 2 and spec.method != "recompute":
+        self.started.append((worker, spec.configuration.policy.n_sink))
+        if worker == 2 and spec.configuration.method != "recompute":
             self.cluster.remove_node(self.node, allow_graceful=False)
             (self.folder / "killed").touch()
 

@@ -11,6 +11,7 @@ import torch
 
 from streamllm import conditions, store
 from streamllm.conditions import described, software
+from streamllm.configuration import Configuration
 from streamllm.measurements import Measurements
 from streamllm.methods import METHODS, module_of
 from streamllm.policy import EvictionPolicy
@@ -113,10 +114,10 @@ def names(tmp_path, golden_model, golden_tokens, monkeypatch):
         return {
             "quality": entry_name(of._quality_key("ring", POLICY)),
             "baseline": entry_name(of._quality_key("recompute", POLICY)),
-            "speed": entry_name(of._speed_key("ours", POLICY, "auto", "eager")),
-            "flash": entry_name(of._speed_key("ours", POLICY, "flash_attention_2", "eager")),
-            "whole": entry_name(of._whole_key("decode-loop", "ours", POLICY, "auto", "eager")),
-            "kvpress": entry_name(of._whole_key("decode-loop", "kvpress", POLICY, "auto", "eager")),
+            "speed": entry_name(of._speed_key(Configuration("ours", POLICY))),
+            "flash": entry_name(of._speed_key(Configuration("ours", POLICY, "flash_attention_2"))),
+            "whole": entry_name(of._whole_key("decode-loop", Configuration("ours", POLICY))),
+            "kvpress": entry_name(of._whole_key("decode-loop", Configuration("kvpress", POLICY))),
         }
 
     return names
@@ -183,14 +184,14 @@ def test_results_name_their_entries_in_the_store(tmp_path, golden_model, golden_
     stream = TokenStream(golden_tokens[:60], "golden", "digest")
     of = Measurements(MeasurementStore(tmp_path), golden_model("llama-tiny"), stream, 24)
     for fresh in (True, False):
-        measurement, measured = of.whole("fast", "ours", POLICY, "auto")
+        measurement, measured = of.whole("fast", Configuration("ours", POLICY))
         assert measured == fresh
         quality, speed = (of.store.key(measurement.record[f"{what}_entry"]) for what in ("quality", "speed"))
         assert quality["kind"] == "quality of streaming" and speed["kind"] == "speed"
-        assert quality == of._quality_key("ours", POLICY) and speed == of._speed_key("ours", POLICY, "auto", "eager")
-    again, _ = of.whole("fast", "ours", POLICY, "auto", run=1)
+        assert quality == of._quality_key("ours", POLICY) and speed == of._speed_key(Configuration("ours", POLICY))
+    again, _ = of.whole("fast", Configuration("ours", POLICY), run=1)
     assert of.store.key(again.record["speed_entry"]) == speed | {"run": 1}
-    whole, _ = of.whole("decode-loop", "ours", POLICY, "auto")
+    whole, _ = of.whole("decode-loop", Configuration("ours", POLICY))
     assert whole.record["quality_entry"] == whole.record["speed_entry"]
     assert of.store.key(whole.record["speed_entry"])["protocol"] == "decode-loop"
     (of.store.root / speed["kind"]).write_text("")

@@ -135,7 +135,7 @@ class PretendRounds:
         self.submitted, self._events = [], []
 
     def submit(self, worker, spec):
-        self.submitted.append((worker, spec.policy.n_sink))
+        self.submitted.append((worker, spec.configuration.policy.n_sink))
         if worker == self.deadly:
             self._events = [Finished(worker, error="died", died=True), Finished(worker, description=self.back)]
             return

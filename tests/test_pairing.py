@@ -7,6 +7,7 @@ import torch
 
 from streamllm import execution, measurements, pairing, timing
 from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.measurements import Leases, Measurements
 from streamllm.pairing import between_references, in_turn, take_pairs
 from streamllm.policy import EvictionPolicy, strict_policy
@@ -146,6 +147,6 @@ def test_compiling_keeps_nobody_from_timing(golden_model, golden_tokens, monkeyp
     stream = TokenStream(golden_tokens[:100], "golden", "digest")
     measured = Measurements(MeasurementStore(tmp_path), golden_model("llama-tiny"), stream, 32)
     leases = Leases(lambda: lease("timing"), lambda: lease("computing"))
-    measured.speed("ring", EvictionPolicy(n_sink=2, window_size=30), "auto", "compile", leases)
+    measured.speed(Configuration("ring", EvictionPolicy(n_sink=2, window_size=30), "auto", "compile"), leases)
     assert compiled == [["computing"]] and timed == [["timing"]] and not held
     execution._compiled.cache_clear()

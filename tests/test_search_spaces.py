@@ -1,6 +1,6 @@
 import pytest
 
-from orchestrator.study import check_cap, spec_of
+from orchestrator.study import check_cap, configuration_of
 from orchestrator.sweep import main
 from search_spaces import SHIPPED, SpaceError, is_matrix, load_space
 from streamllm.policy import PolicyError
@@ -27,7 +27,7 @@ def test_shipped_spaces_load_and_their_known_configurations_fit(name):
     check_cap(space, space.cap)
     assert space.description
     for params in space.known:
-        spec_of(dict(params), space, space.cap)
+        configuration_of(dict(params), space, space.cap)
     points = [tuple(params.items()) for params in space.points()]
     assert len(points) == len(set(points)) == space.size
 
@@ -59,7 +59,7 @@ def test_on_cuda_the_default_space_has_the_fastest_ring_from_the_start():
     rings = [params["execution"] for params in space.known if params["method"] == "ring"]
     assert rings == ["eager", "compile", "cudagraph"]
     for params in space.known:
-        spec_of(dict(params), space, space.cap)
+        configuration_of(dict(params), space, space.cap)
     assert {params["execution"] for params in space.points() if params["method"] != "ring"} == {"eager"}
     assert load_space("methods", {"cuda"}).parameters["execution"] == ("eager", "compile", "cudagraph")
     assert load_space("methods").parameters["execution"] == ("eager", "compile")
@@ -114,13 +114,13 @@ def test_quantization_is_a_parameter_of_the_spaces_that_name_it(tmp_path):
     """Other spaces leave it to the command line, and their studies are what they were."""
     plain = space_of(tmp_path, GOOD)
     assert "quantization" not in plain.parameters
-    assert spec_of(next(iter(plain.points())), plain, 64).quantization is None
+    assert configuration_of(next(iter(plain.points())), plain, 64).quantization is None
     text = "parameters:\n  method: [ring, ours]\n"
     text += "  quantization: {choices: [none, int8_weight_only], when: {method: ring}}\n"
     space = space_of(tmp_path, text + "known: [{method: ring, quantization: int8_weight_only}]\n")
-    specs = [spec_of(params, space, 64) for params in space.points()]
-    assert [spec.quantization for spec in specs] == ["none", "int8_weight_only", "none"]
-    assert spec_of(dict(space.known[0]), space, 64).quantization == "int8_weight_only"
+    specs = [configuration_of(params, space, 64) for params in space.points()]
+    assert [one.quantization for one in specs] == ["none", "int8_weight_only", "none"]
+    assert configuration_of(dict(space.known[0]), space, 64).quantization == "int8_weight_only"
     unnamed = "parameters: {n_sink: {choices: [0, 1], when: {quantization: none}}}"
     for bad, message in (
         (text.replace("int8_w", "int9_w"), "line 3: quantization 'int9_weight_only': must be one of none, int8"),
@@ -229,7 +229,7 @@ def test_a_shorter_trained_length_takes_the_place_of_longer_totals(tmp_path):
     assert short.parameters["total_kv"] == (64, 128)
     assert [(params["total_kv"], params["max_drop"]) for params in short.known] == [(128, 8), (128, 0)]
     assert short.active("max_drop", {"total_kv": 128}) and not short.active("max_drop", {"total_kv": 64})
-    assert spec_of(dict(short.known[0]), short, 128).policy.window_size == 124
+    assert configuration_of(dict(short.known[0]), short, 128).policy.window_size == 124
     assert space.under(4096) == space
     check_cap(short, 128)
 

@@ -71,7 +71,7 @@ def test_every_configuration_once_known_ones_first_then_none_is_left(open_study)
 
 
 def test_the_window_is_what_the_cap_leaves(open_study):
-    assert open_study().ask().spec.policy.window_size == 30
+    assert open_study().ask().spec.configuration.policy.window_size == 30
 
 
 def test_going_on_keeps_finished_trials_and_hands_out_interrupted_ones_again(open_study):

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from orchestrator.driver import Driver, _unquantized
-from orchestrator.rounds import _spec as round_spec
 from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.worker import Worker
 from search_spaces import load_space
 from streamllm import measurements, models
+from streamllm.configuration import Configuration
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy
 from streamllm.reference_time import ReferencePool, kind
@@ -28,7 +28,8 @@ QUANTIZATIONS = ("none", "int8_weight_only")
 
 
 def spec(quantization, **how):
-    return TrialSpec("ring", "math", POLICY, quantization=quantization, **how)
+    number = how.pop("round", 0)
+    return TrialSpec(Configuration("ring", POLICY, "math", quantization=quantization, **how), round=number)
 
 
 @pytest.fixture
@@ -90,9 +91,9 @@ def test_timings_beside_another_models_reference_are_kept_apart(worker_of):
     pytest.importorskip("torchao")
     searched = worker_of()._measurements_of(spec("int8_weight_only"))
     fixed = worker_of("int8_weight_only").measurements
-    what = "ring", POLICY, "math", "eager"
-    assert searched._quality_key(*what[:2]) == fixed._quality_key(*what[:2])
-    assert searched._speed_key(*what) == fixed._speed_key(*what) | {"reference_digest": searched.beside.loaded.digest}
+    what = Configuration("ring", POLICY, "math")
+    assert searched._quality_key("ring", POLICY) == fixed._quality_key("ring", POLICY)
+    assert searched._speed_key(what) == fixed._speed_key(what) | {"reference_digest": searched.beside.loaded.digest}
 
 
 def test_memory_of_the_other_models_does_not_count(worker_of, monkeypatch):
@@ -104,7 +105,7 @@ def test_memory_of_the_other_models_does_not_count(worker_of, monkeypatch):
     assert worker._models["int8_weight_only"].neighbours() >= size > worker.measurements.neighbours() > 0
     monkeypatch.setattr(measurements, "measure_speed", lambda *_: None)
     monkeypatch.setattr(measurements, "speed_summary", lambda *_: {"peak_memory_mb": 100.0})
-    measured, _ = worker.measurements.speed("ring", POLICY, "math")
+    measured, _ = worker.measurements.speed(Configuration("ring", POLICY, "math"))
     assert measured.record["peak_memory_mb"] == 100.0 - worker.measurements.neighbours()
 
 
@@ -167,9 +168,9 @@ def test_a_study_goes_on_whose_first_row_is_quantized(tmp_path):
 
 def test_a_round_confirms_what_was_measured():
     row = {"method": "ring", "backend_requested": "math", "execution": "compile", **asdict(POLICY)}
-    again = round_spec(row | {"quantization": "int8_weight_only"}, 2)
-    assert again == spec("int8_weight_only", execution="compile", round=2)
-    assert round_spec(row, 1).quantization is None
+    again = Configuration.of_row(row | {"quantization": "int8_weight_only"})
+    assert again == spec("int8_weight_only", execution="compile").configuration
+    assert Configuration.of_row(row).quantization is None
 
 
 def test_rows_beside_another_reference_are_in_its_unit():

@@ -27,6 +27,7 @@ from ..arguments import (
     text_source,
 )
 from ..baseline import compared, sampled
+from ..configuration import Configuration
 from ..errors import UsageError
 from ..options import EXECUTIONS, PROTOCOLS
 from ..policy import EvictionPolicy, RefreshPolicy
@@ -198,8 +199,8 @@ def _measure_streaming(
     with working(method, then) as progress:
         if protocol == "fast" and sampled_losses(method) is not None:
             size = baseline_size(measurements, arguments.baseline_tokens)
-            what = (protocol, method, policy, arguments.attn_backend, arguments.execution, arguments.strict)
-            measurement, _ = measurements.whole(*what, progress=progress, size=size)
+            what = Configuration(method, policy, arguments.attn_backend, arguments.execution)
+            measurement, _ = measurements.whole(protocol, what, arguments.strict, progress, size=size)
             measured, table = measurement.record, measurement.losses
             assert table is not None
         else:

@@ -58,10 +58,14 @@ class Idle(Worker):
         return self.place() | {"warnings": self._claim(""), "cores": self.cores}
 
     def measure(self, spec: TrialSpec) -> TrialMeasurement:
-        policy = asdict(spec.policy)
+        policy = asdict(spec.configuration.policy)
         speed, loss = objectives(**{name: policy[name] for name in INTEGERS})
         losses = LOSSES + np.array([0.0, loss])
-        record = {"method": spec.method, "time_ratio": speed, "backend_requested": spec.attn_backend} | policy
+        record = {
+            "method": spec.configuration.method,
+            "time_ratio": speed,
+            "backend_requested": spec.configuration.backend,
+        } | policy
         record |= {"reference_tpot_ms": 1.0, "n_tokens": len(LOSSES) + 1, "dtype": "none"}
         return TrialMeasurement(Row.of(record), losses, True, True)
 

@@ -93,11 +93,11 @@ class SimulatedPool:
 
     def _measured(self, spec: TrialSpec) -> TrialMeasurement:
         losses = np.column_stack((np.arange(float(N_LOSSES)), self._random.normal(3.0, 1.0, N_LOSSES)))
-        policy, noise = spec.policy, self._random.exponential(0.04, 2)
+        policy, noise = spec.configuration.policy, self._random.exponential(0.04, 2)
         record: dict[str, Any] = {
-            "method": spec.method,
-            "backend": spec.attn_backend,
-            "backend_requested": spec.attn_backend,
+            "method": spec.configuration.method,
+            "backend": spec.configuration.backend,
+            "backend_requested": spec.configuration.backend,
             **asdict(policy),
             **perplexity(losses[:, 1]).flat("perplexity"),
             "n_tokens": N_LOSSES + 1,

@@ -21,6 +21,7 @@ from orchestrator.lease import computing_lease
 from orchestrator.pool import WorkerPool
 from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.worker import Worker
+from streamllm.configuration import Configuration
 from streamllm.policy import EvictionPolicy
 from streamllm.results.schema import Row
 from streamllm.text import TextSource
@@ -32,7 +33,9 @@ TOTAL = 250
 
 class OnlyQuality(Worker):
     def measure(self, spec: TrialSpec) -> TrialMeasurement:
-        quality, fresh = self.measurements.quality(spec.method, spec.policy, computing_lease)
+        quality, fresh = self.measurements.quality(
+            spec.configuration.method, spec.configuration.policy, computing_lease
+        )
         assert fresh and quality.losses is not None
         return TrialMeasurement(Row.of(quality.record), quality.losses, True, False)
 
@@ -41,7 +44,7 @@ def measure(pool: WorkerPool, idle: deque[int], policies: Sequence[EvictionPolic
     waiting, left = deque(policies), len(policies)
     while left:
         while idle and waiting:
-            pool.submit(idle.popleft(), TrialSpec("ours", "auto", waiting.popleft()))
+            pool.submit(idle.popleft(), TrialSpec(Configuration("ours", waiting.popleft())))
         for finished in pool.wait(0.1):
             assert finished.measurement is not None, finished.error
             idle.append(finished.worker)

@@ -1,0 +1,30 @@
+"""A configuration: all that is chosen about how a model streams, whatever the text and the machine."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+
+from .policy import EvictionPolicy
+from .results.schema import AnyRow, knobs_in_short
+
+
+@dataclass(frozen=True, slots=True)
+class Configuration:
+    method: str
+    policy: EvictionPolicy
+    backend: str = "auto"
+    """The attention kernel that is asked for."""
+    execution: str = "eager"
+    quantization: str | None = None
+    """Of the weights; None: as the model was loaded."""
+
+    @classmethod
+    def of_row(cls, row: AnyRow) -> Configuration:
+        """What a row measured, to be measured again."""
+        policy = EvictionPolicy(**{field.name: row[field.name] for field in fields(EvictionPolicy)})
+        execution, quantization = row.get("execution", "eager"), row.get("quantization")
+        return cls(row["method"], policy, row["backend_requested"], execution, quantization)
+
+    def __str__(self) -> str:
+        how = [self.execution] * (self.execution != "eager") + [self.quantization or ""]
+        return " ".join(filter(None, [self.method, self.backend, *how, knobs_in_short(asdict(self.policy))]))
