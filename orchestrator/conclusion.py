@@ -40,7 +40,7 @@ def conclude(configuration: SweepConfiguration, tracker: Tracker, display: Displ
             display.note(reason)
         print_table(results)
         try:
-            report += write_report(results)
+            report += write_outputs(results)
         except Exception as error:  # the results are complete without it
             display.note(
                 f"warning: the report could not be written ({one_line(error)}); "
@@ -117,7 +117,7 @@ def _why_left(row: AnyRow, better: AnyRow | None, front: Sequence[Any]) -> str:
     return f"it cannot be told from {' and '.join(f'trial {trial}' for trial in alike) or 'others'}, which is on it"
 
 
-def write_report(results: StudyResults) -> list[Path]:
+def write_outputs(results: StudyResults) -> list[Path]:
     """Tables, figures and the report made of them, as files of the folder; of the space `paper` the source documents'
     main table too."""
     figures = write_figures([results], results.folder, ("png",), only=FIGURES).paths

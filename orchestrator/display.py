@@ -22,9 +22,9 @@ from streamllm.reference_time import ReferencePool
 from streamllm.results.front import hypervolume, pareto_front
 from streamllm.results.schema import OBJECTIVES, Row, told_name
 
+from .messages import TrialSpec
 from .plot import Plot
 from .rows import BASELINE, STRICT
-from .trial import TrialSpec
 
 _FRONT_ROWS = 5
 _WORKERS = 8

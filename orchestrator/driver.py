@@ -15,11 +15,11 @@ from streamllm.errors import UsageError
 from streamllm.reference_time import WORKER
 from streamllm.results.schema import Row, told_name
 
+from .messages import TrialMeasurement, TrialSpec
 from .pool import Finished, SweepError, WorkerPool
 from .rows import BASELINE, STRICT, failed_row, fixed_row, fixed_spec, increases, trial_row
 from .sampling import BaselineSample
 from .study import OpenTrial, Study
-from .trial import TrialMeasurement, TrialSpec
 
 if TYPE_CHECKING:
     import numpy as np

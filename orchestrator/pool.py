@@ -23,7 +23,7 @@ from streamllm.store import StoreError
 
 from .accelerators import ONE_EACH
 from .lease import this_process
-from .trial import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
+from .messages import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
 from .worker import Worker
 
 _DEATHS_IN_A_ROW = 3

@@ -20,8 +20,8 @@ from streamllm.results.schema import AnyRow
 from streamllm.results.study_folder import StudyFolder, append_line, whole_lines
 from streamllm.store import code_digest
 
+from .messages import TrialMeasurement, TrialSpec
 from .pool import Finished, SweepError
-from .trial import TrialMeasurement, TrialSpec
 
 _ATTEMPTS = 2
 

@@ -13,8 +13,8 @@ from streamllm.policy import EvictionPolicy, strict_policy
 from streamllm.results.schema import Row
 
 from .configuration import commit
+from .messages import TrialMeasurement, TrialSpec
 from .study import OpenTrial
-from .trial import TrialMeasurement, TrialSpec
 
 if TYPE_CHECKING:
     import numpy as np

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from streamllm.sample import BATCH, LEAST_TOKENS, MOST_TOKENS, is_precise
 
-from .trial import TrialMeasurement
+from .messages import TrialMeasurement
 
 if TYPE_CHECKING:
     import numpy as np

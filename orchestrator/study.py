@@ -32,8 +32,8 @@ from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
 from streamllm.reference_time import ReferencePool
 from streamllm.results.schema import OBJECTIVES, Row, told_name
 
+from .messages import TrialSpec
 from .samplers import Result, Sampler, Suggestion
-from .trial import TrialSpec
 
 _ROW = "row"
 _SKIPPED = "skipped"

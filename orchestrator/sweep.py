@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         read_env_file()
         arguments = parser().parse_args(argv)
         if is_matrix(arguments.space):
-            from .matrix import run_matrix
+            from .matrix_run import run_matrix
 
             check_matrix_options(arguments)
             return run_matrix(arguments)
@@ -99,8 +99,8 @@ def _measure(
 ) -> tuple[Driver, str, int]:
     """Searches and confirms. Returns the driver, how the sweep ended, and its exit code."""
     from .driver import Driver
+    from .messages import WorkerSetup
     from .pool import SweepError, WorkerPool
-    from .trial import WorkerSetup
 
     setup = WorkerSetup(
         model=configuration.model,

@@ -20,8 +20,8 @@ from typing import IO, Any
 from streamllm.results.schema import Row
 from streamllm.results.study import load_study
 
+from .messages import TrialSpec
 from .tracking import Projection, one_line
-from .trial import TrialSpec
 from .trials_file import TrialsFile
 
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 1.0, 60.0

@@ -8,8 +8,8 @@ from typing import Any
 from streamllm.results.schema import Row
 from streamllm.results.study_folder import StudyFolder, append_row, read_rows, write_rows
 
+from .messages import TrialSpec
 from .rows import BASELINE, STRICT
-from .trial import TrialSpec
 
 _OF_A_START = {"reused", "finished_at", "commit"}
 """What differs in the rows of reference and baseline each time a sweep goes on."""

@@ -22,7 +22,7 @@ from streamllm.store import MeasurementStore
 
 from .accelerators import own_accelerator
 from .lease import claim, leases_on
-from .trial import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
+from .messages import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
 
 if TYPE_CHECKING:
     from streamllm.measurements import Measurements

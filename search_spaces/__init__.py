@@ -2,7 +2,7 @@
 syntax of the one, `comprehensive.yaml` with that of the other."""
 
 from .loader import load_space
-from .matrix import MEASURES, Cell, Matrix, is_matrix, load_matrix
+from .matrix_space import MEASURES, Cell, Matrix, is_matrix, load_matrix
 from .reader import SHIPPED, SpaceError
 from .space import Constraint, SearchSpace, Value, judged
 

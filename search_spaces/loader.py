@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from streamllm.policy import CapAccounting
+from streamllm.policy import TOTAL_KV_CAP, CapAccounting
 from streamllm.results.schema import OBJECTIVES
 
 from .knobs import LEAST, USUAL, WORDS
@@ -47,7 +47,7 @@ class _SpaceReader(Reader):
         entries = self.mapping(node, "the space", _KEYS)
         if "parameters" not in entries:
             raise self.fail(node, "key 'parameters' is missing")
-        cap = self.whole(entries["cap"], "cap", 1) if "cap" in entries else 2048
+        cap = self.whole(entries["cap"], "cap", 1) if "cap" in entries else TOTAL_KV_CAP
         given = self.mapping(entries["parameters"], "parameters", _PARAMETERS)
         defaults = {name: USUAL.get(name, cap) for name in _PARAMETERS}
         parameters = {

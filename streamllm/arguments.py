@@ -11,15 +11,13 @@ from .environment import default_dataset, default_model
 from .errors import UsageError
 from .methods import METHODS, OFFERED
 from .options import DTYPES, PROTOCOLS, QUANTIZATIONS
-from .policy import EvictionPolicy, for_chunks, with_derived_window
+from .policy import TOTAL_KV_CAP, EvictionPolicy, for_chunks, with_derived_window
 from .results.schema import POLICY_KNOBS
 from .tables import JOINS
 from .text import TextSource
 
 if TYPE_CHECKING:
-    from .loaded import LoadedModel
-
-TOTAL_KV_CAP = 2048
+    from .model import LoadedModel
 
 
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:

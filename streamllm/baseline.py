@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .arguments import TOTAL_KV_CAP
-from .policy import EvictionPolicy
+from .policy import TOTAL_KV_CAP, EvictionPolicy
 from .reference_time import speedup
 from .results.schema import AnyRow, Row
 

@@ -23,7 +23,7 @@ from .attention import attention
 from .backends import BACKENDS
 from .decoding import KVCache, Progress, negative_log_likelihood
 from .device import free_memory
-from .loaded import LoadedModel
+from .model import LoadedModel
 from .policy import EvictionPolicy, evicted_before
 
 

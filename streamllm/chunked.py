@@ -15,8 +15,8 @@ from .backends import Backend
 from .decoding import Progress, negative_log_likelihood
 from .device import synchronize
 from .errors import UsageError
-from .loaded import LoadedModel
 from .methods import make_decoder
+from .model import LoadedModel
 from .policy import EvictionPolicy
 from .timing import attention_spans
 

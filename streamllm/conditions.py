@@ -29,7 +29,7 @@ import torch
 from .backends import BACKENDS
 from .device import device_name
 from .libraries import installed
-from .loaded import LoadedModel
+from .model import LoadedModel
 from .store import code_digest
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .backends import Backend
 from .device import float64_device
 from .execution import static_step
-from .loaded import LoadedModel
+from .model import LoadedModel
 from .policy import EvictionPolicy, Schedule
 
 Progress = Callable[[int, int], None]

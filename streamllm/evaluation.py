@@ -16,8 +16,8 @@ from .chunked import chunk_losses
 from .conditions import kind_of_worker
 from .decoding import Progress, decode_loop
 from .device import cpu_capability, peak_memory
-from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder, sampled_losses
+from .model import LoadedModel
 from .pairing import PairedTimes, between_references, load_average
 from .policy import EvictionPolicy, peak_kv, steady_state
 from .quality import check_finite, median_interval, perplexity

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .attention import AttentionState
 from .device import float64_device
 from .errors import UsageError
-from .loaded import LoadedModel
+from .model import LoadedModel
 from .options import EXECUTIONS
 
 Step = Callable[[LoadedModel, Any, Tensor], Tensor]

@@ -20,7 +20,7 @@ from transformers.utils import logging
 from .architecture import check_distance, check_features, check_layers, probe_tokens
 from .attention import ATTENTION_NAME, UnseenAttentionError, register_attention
 from .errors import UnsupportedModelError, UsageError
-from .loaded import attention_span, trained_length
+from .model import attention_span, trained_length
 from .policy import EvictionPolicy
 from .rotary import Rotary, text_config
 from .slots import RingSlots

@@ -15,8 +15,8 @@ from .conditions import of_quality, of_speed
 from .decoding import Progress
 from .device import foreign_processes
 from .evaluation import Quality, fast_record, identity, measure_quality, speed_summary
-from .loaded import LoadedModel
 from .methods import sampled_losses
+from .model import LoadedModel
 from .options import PROTOCOLS
 from .pairing import PairedTimes
 from .policy import EvictionPolicy, strict_policy

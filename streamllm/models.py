@@ -32,9 +32,9 @@ from .device import default_device, resolve_dtype, unverified
 from .errors import UnsupportedModelError, UsageError
 from .gguf import converted, facts, folder_digest, gguf_file
 from .libraries import hush_libraries
-from .loaded import LoadedModel, attention_span
-from .loaded import trained_length as positions_of
 from .methods.ours import RerotatedCache
+from .model import LoadedModel, attention_span
+from .model import trained_length as positions_of
 from .policy import EvictionPolicy
 from .quantization import quantize
 from .rotary import Rotary, text_config

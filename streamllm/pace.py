@@ -14,7 +14,7 @@ import torch
 from .attention import ATTENTION_NAME, register_attention
 from .block_parallel import block_parallel_losses
 from .device import default_device
-from .loaded import LoadedModel
+from .model import LoadedModel
 from .policy import strict_policy
 from .rotary import Rotary
 from .timing import Reference

@@ -16,6 +16,8 @@ CapAccounting = Literal["nominal", "peak"]
 RefreshPosition = Literal["tail", "order"]
 
 
+TOTAL_KV_CAP = 2048
+"""Tokens that a cache holds where nobody says (the source documents' cap), unless the trained length is shorter."""
 _MOST = 2**24
 """Tokens: schedules are run token by token."""
 

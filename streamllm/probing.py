@@ -15,7 +15,7 @@ import torch
 from .attention import attention, eager_attention, recorded_kernel
 from .backends import BACKENDS, Backend
 from .errors import UsageError
-from .loaded import LoadedModel
+from .model import LoadedModel
 
 
 class BackendError(UsageError):

@@ -24,8 +24,8 @@ from . import attention
 from .backends import Backend
 from .decoding import Decoder
 from .errors import UsageError
-from .loaded import LoadedModel
 from .methods import effective_policy
+from .model import LoadedModel
 from .policy import EvictionPolicy, peak_without_end
 from .timing import TimedDecoder, kernel_profiler, no_garbage_collection, sees_kernels
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from .baseline import Measured
-    from .loaded import LoadedModel
     from .measurements import Measurements
+    from .model import LoadedModel
     from .policy import EvictionPolicy
     from .quality import QualityComparison
     from .sample import SampleSize

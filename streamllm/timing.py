@@ -23,8 +23,8 @@ from .attention import AttentionState, fuses, recorded_kernel
 from .backends import BACKENDS, Backend
 from .decoding import Decoder
 from .device import copy_bandwidth, peak_memory, synchronize
-from .loaded import LoadedModel
 from .methods import effective_policy, make_decoder
+from .model import LoadedModel
 from .pairing import LONGEST_REFERENCE_SEC, PairedTimes, take_pairs
 from .policy import EvictionPolicy, steady_state, strict_policy
 from .probing import replayed

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .decoding import Decoder
 from .errors import UsageError
-from .loaded import LoadedModel
+from .model import LoadedModel
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

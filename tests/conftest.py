@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from streamllm.loaded import LoadedModel
+    from streamllm.model import LoadedModel
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("neox-tiny", "llama-tiny")

@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 
 from streamllm.backends import BACKENDS
 from streamllm.decoding import Decoder, negative_log_likelihood
-from streamllm.loaded import LoadedModel
 from streamllm.methods import METHODS, make_decoder
+from streamllm.model import LoadedModel
 from streamllm.policy import EvictionPolicy, RefreshPolicy
 
 STRICT = EvictionPolicy(n_sink=2, window_size=5)

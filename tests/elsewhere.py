@@ -19,9 +19,9 @@ from streamllm.block_parallel import block_parallel_losses
 from streamllm.decoding import decode_loop
 from streamllm.device import default_device, float64_device, unverified
 from streamllm.errors import UsageError
-from streamllm.loaded import LoadedModel
 from streamllm.methods import make_decoder
 from streamllm.methods.recompute import losses_at
+from streamllm.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 
 from .tiny_models import tiny_model

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.lease import timing_lease
-from orchestrator.trial import TrialMeasurement, WorkerUnusableError
+from orchestrator.messages import TrialMeasurement, WorkerUnusableError
 from orchestrator.worker import Worker
 from streamllm.results.schema import Row
 from streamllm.store import Measurement, MeasurementStore, entry_name

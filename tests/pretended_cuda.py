@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from streamllm import device
-from streamllm.loaded import LoadedModel
+from streamllm.model import LoadedModel
 
 from .dispatched import no_waiting
 

@@ -6,9 +6,9 @@ import pytest
 
 from orchestrator import rounds as rounds_module
 from orchestrator.confirm import candidates, confirmed_rows, unconfirmed_better
+from orchestrator.messages import TrialMeasurement
 from orchestrator.pool import Finished, SweepError
 from orchestrator.rounds import Round, read_rounds, take_rounds
-from orchestrator.trial import TrialMeasurement
 from streamllm.quality import QualityComparison
 from streamllm.results.front import study_front
 from streamllm.results.schema import Row

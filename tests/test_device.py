@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity
 from orchestrator import accelerators, dry_run, pool, worker
 from orchestrator.device_kinds import built_for, device_kinds
 from orchestrator.lease import claim
-from orchestrator.trial import WorkerSetup
+from orchestrator.messages import WorkerSetup
 from streamllm import attention, block_parallel, device, profiling, timing
 from streamllm.backends import BACKENDS
 from streamllm.commands import backends

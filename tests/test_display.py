@@ -6,8 +6,8 @@ from rich.console import Console
 
 from orchestrator import display as display_module
 from orchestrator.display import Display
+from orchestrator.messages import TrialSpec
 from orchestrator.plot import Plot
-from orchestrator.trial import TrialSpec
 from streamllm.configuration import Configuration
 from streamllm.policy import EvictionPolicy
 

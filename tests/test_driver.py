@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from orchestrator.driver import Driver
+from orchestrator.messages import TrialMeasurement
 from orchestrator.pool import Finished, SweepError
 from orchestrator.sampling import BaselineSample
 from orchestrator.study import Study
-from orchestrator.trial import TrialMeasurement
 from search_spaces import load_space
 from streamllm.errors import UsageError
 from streamllm.policy import strict_policy

@@ -15,9 +15,9 @@ import torch
 from orchestrator import pool as pool_module
 from orchestrator.device_kinds import device_kinds
 from orchestrator.driver import Driver
+from orchestrator.messages import TrialSpec, WorkerSetup, WorkerUnusableError
 from orchestrator.pool import SweepError, WorkerPool
 from orchestrator.study import Study
-from orchestrator.trial import TrialSpec, WorkerSetup, WorkerUnusableError
 from orchestrator.worker import Worker
 from search_spaces import load_space
 from streamllm.configuration import Configuration

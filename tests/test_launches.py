@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from streamllm.backends import BACKENDS
-from streamllm.loaded import LoadedModel
 from streamllm.methods import make_decoder
 from streamllm.methods.recompute import WholeWindow
+from streamllm.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 
 from .dispatched import looking

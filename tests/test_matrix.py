@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import streamllm.evaluation
-from dashboards.matrix import _figure, matrix_figures, matrix_rows, matrix_tables
+from dashboards.matrix_tables import _figure, matrix_figures, matrix_rows, matrix_tables
 from dashboards.style import LABELS, style
 from orchestrator.matrix_plan import make_plan, policy_of
 from orchestrator.sweep import main, parser
@@ -58,7 +58,7 @@ def run(tmp_path, monkeypatch):
 def evaluations(monkeypatch):
     """Every evaluation by decode-loop, and what it is to raise in place of being one. No figures are drawn."""
     monkeypatch.setattr("dashboards.figures.ROW_FIGURES", {})
-    monkeypatch.setattr("dashboards.matrix.matrix_figures", lambda *_: [])
+    monkeypatch.setattr("dashboards.matrix_tables.matrix_figures", lambda *_: [])
     calls, real = [], streamllm.evaluation.evaluate_decode_loop
 
     def evaluate(loaded, stream, method, policy, backend, *rest):

@@ -1,5 +1,5 @@
 from dashboards.published import main, published_table
-from orchestrator.conclusion import write_report
+from orchestrator.conclusion import write_outputs
 from streamllm.results.study import load_study
 
 from .made_studies import SOURCE, row, write_study
@@ -32,7 +32,7 @@ def test_their_rows_as_measured_beside_their_figures(tmp_path, monkeypatch):
         "2.19 to 2.55",
     )
     assert "tpot_ms" not in rows["Ours (Lazy Prune)"]
-    written = {path.name: path.read_text() for path in write_report(study) if path.name.startswith("published")}
+    written = {path.name: path.read_text() for path in write_outputs(study) if path.name.startswith("published")}
     assert list(written) == ["published.md", "published.tex"]
     for text in written.values():
         assert "A800" in text and "not measured here" in text and "7.03 to 7.11" in text
@@ -47,4 +47,4 @@ def test_figures_are_those_of_the_studys_data_set(tmp_path, monkeypatch):
     study = load_study("s")
     assert rows_of(study)["MIT StreamingLLM"]["published_speedup"] == "3 to 5"
     assert rows_of(study)["Ours (Best)"]["published_speedup"] == ""
-    assert not [path for path in write_report(study) if path.name.startswith("published")]
+    assert not [path for path in write_outputs(study) if path.name.startswith("published")]

@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator import sync, tracking
-from orchestrator.conclusion import write_report
+from orchestrator.conclusion import write_outputs
 from orchestrator.lease import study_lease
 from orchestrator.tracker import Tracker
 from orchestrator.tracking import Projection
@@ -395,7 +395,7 @@ def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, c
     finish_trial(ROWS[4])
     StudyFolder(study).write_outcome("FINISHED")
     report = [
-        *write_report(load_study("s")),
+        *write_outputs(load_study("s")),
         study / "sweep.json",
     ]  # before the server is there: then it finishes
     assert tracker.finish(report, lambda backlog: None, patience_sec=0.0) is not None, "does not wait for ever"

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from orchestrator.driver import Driver, _unquantized
-from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
+from orchestrator.messages import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.worker import Worker
 from search_spaces import load_space
 from streamllm import measurements, models

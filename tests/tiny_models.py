@@ -4,7 +4,7 @@ import torch
 import transformers
 from hypothesis import strategies as st
 
-from streamllm.loaded import LoadedModel
+from streamllm.model import LoadedModel
 from streamllm.models import prepare
 
 BASE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -36,7 +36,7 @@ from ..results.schema import knobs_in_short
 from ..session import load_model_and_text, make_room, messages_on_stderr
 
 if TYPE_CHECKING:
-    from ..loaded import LoadedModel
+    from ..model import LoadedModel
     from ..profiling import Profile
     from ..text import TokenStream
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ..backends import Backend
     from ..decoding import Decoder, Progress
-    from ..loaded import LoadedModel
+    from ..model import LoadedModel
 
     SampledLosses = Callable[[LoadedModel, np.ndarray, int, Sequence[int], Backend, Progress | None], np.ndarray]
     """(model, tokens (n), window, ascending positions, backend, progress) -> losses (float64 nats) of the tokens after

@@ -15,7 +15,7 @@ from ..attention import attention
 from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache
 from ..errors import UnavailableError, UnsupportedModelError
-from ..loaded import LoadedModel
+from ..model import LoadedModel
 from ..policy import EvictionPolicy
 from . import Method
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..attention import attention
 from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache
-from ..loaded import LoadedModel
+from ..model import LoadedModel
 from ..policy import EvictionPolicy
 from . import Method
 

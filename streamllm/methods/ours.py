@@ -13,7 +13,7 @@ from torch import Tensor
 from ..attention import attention
 from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache, without
-from ..loaded import LoadedModel
+from ..model import LoadedModel
 from ..policy import EvictionPolicy
 from . import Method
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..attention import attention
 from ..backends import Backend
 from ..decoding import Decoder, Progress, negative_log_likelihood
-from ..loaded import LoadedModel
+from ..model import LoadedModel
 from ..policy import EvictionPolicy
 from . import Method
 

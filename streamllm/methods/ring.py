@@ -17,7 +17,7 @@ from torch import Tensor
 from ..attention import attention
 from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache
-from ..loaded import LoadedModel
+from ..model import LoadedModel
 from ..options import EXECUTIONS
 from ..policy import EvictionPolicy, steady_state
 from ..probing import replayed

@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from orchestrator.driver import Driver
+from orchestrator.messages import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.pool import WorkerPool
 from orchestrator.rows import BASELINE, STRICT
 from orchestrator.study import Study
 from orchestrator.tracker import Tracker
 from orchestrator.tracking import Projection
-from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.trials_file import TrialsFile
 from orchestrator.worker import Worker
 from search_spaces import load_space

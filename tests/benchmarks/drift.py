@@ -19,9 +19,9 @@ from torch import Tensor
 from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
 from streamllm.decoding import CachedDecoder, Decoder, negative_log_likelihood, without
-from streamllm.loaded import LoadedModel
 from streamllm.methods import make_decoder
 from streamllm.methods.ours import RerotatedCache
+from streamllm.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 from streamllm.progress import working
 from streamllm.quality import paired_increase

@@ -15,8 +15,8 @@ from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
 from streamllm.decoding import negative_log_likelihood
 from streamllm.device import synchronize
-from streamllm.loaded import LoadedModel
 from streamllm.methods.ours import RerotatedCache
+from streamllm.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 
 from .reporting import asked_for, interleaved, parser, report, steady, summary

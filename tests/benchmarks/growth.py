@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from streamllm.device import peak_memory
-from streamllm.loaded import LoadedModel
+from streamllm.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 from streamllm.timing import no_garbage_collection
 

@@ -21,8 +21,8 @@ from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
 from streamllm.decoding import decode_loop
 from streamllm.errors import UsageError
-from streamllm.loaded import LoadedModel
 from streamllm.methods import check_execution, make_decoder
+from streamllm.model import LoadedModel
 from streamllm.models import load_model, load_tokenizer
 from streamllm.options import QUANTIZATIONS
 from streamllm.policy import EvictionPolicy, RefreshPolicy, evicted_before

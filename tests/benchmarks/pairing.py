@@ -21,7 +21,7 @@ import torch
 
 from streamllm.backends import BACKENDS
 from streamllm.device import limit_threads
-from streamllm.loaded import LoadedModel
+from streamllm.model import LoadedModel
 from streamllm.models import load_model
 from streamllm.pairing import PairedTimes, load_average
 from streamllm.policy import EvictionPolicy, strict_policy

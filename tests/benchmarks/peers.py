@@ -21,7 +21,7 @@ import torch
 import transformers
 
 from streamllm.device import default_device, resolve_dtype
-from streamllm.loaded import LoadedModel
+from streamllm.model import LoadedModel
 from streamllm.models import prepare
 from streamllm.policy import EvictionPolicy
 

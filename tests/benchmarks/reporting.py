@@ -21,8 +21,8 @@ import transformers
 
 from streamllm.backends import BACKENDS
 from streamllm.device import copy_bandwidth, default_device, device_name, limit_threads, resolve_dtype
-from streamllm.loaded import LoadedModel
 from streamllm.methods import effective_policy
+from streamllm.model import LoadedModel
 from streamllm.models import prepare
 from streamllm.pairing import in_turn, load_average
 from streamllm.policy import EvictionPolicy

@@ -27,12 +27,12 @@ import numpy as np
 from orchestrator import driver as driver_module
 from orchestrator.display import Display
 from orchestrator.driver import Driver
+from orchestrator.messages import TrialMeasurement, TrialSpec
 from orchestrator.pool import Finished
 from orchestrator.rows import BASELINE, STRICT
 from orchestrator.study import Study
 from orchestrator.tracker import Tracker
 from orchestrator.tracking import Projection
-from orchestrator.trial import TrialMeasurement, TrialSpec
 from orchestrator.trials_file import TrialsFile
 from search_spaces import SearchSpace, load_space
 from streamllm.quality import perplexity

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.lease import computing_lease
+from orchestrator.messages import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.pool import WorkerPool
-from orchestrator.trial import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.worker import Worker
 from streamllm.configuration import Configuration
 from streamllm.policy import EvictionPolicy

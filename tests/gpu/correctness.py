@@ -15,8 +15,8 @@ from streamllm.backends import BACKENDS, Backend
 from streamllm.block_parallel import block_parallel_losses
 from streamllm.decoding import decode_loop
 from streamllm.device import empty_cache
-from streamllm.loaded import LoadedModel
 from streamllm.methods import make_decoder
+from streamllm.model import LoadedModel
 from streamllm.models import prepare
 from streamllm.policy import EvictionPolicy
 from streamllm.probing import probe_backend

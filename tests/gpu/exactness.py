@@ -11,9 +11,9 @@ import torch
 
 from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
-from streamllm.loaded import LoadedModel
 from streamllm.methods import make_decoder
 from streamllm.methods.ours import RerotatedCache
+from streamllm.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 from tests.benchmarks.drift import NaivelyRerotatedCache, key_error, naive_losses
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from streamllm.device import default_device
-from streamllm.loaded import LoadedModel
+from streamllm.model import LoadedModel
 from tests.benchmarks.reporting import random_model
 
 Result = dict[str, Any]

@@ -14,7 +14,7 @@ import torch
 
 from streamllm.backends import BACKENDS
 from streamllm.device import copy_bandwidth
-from streamllm.loaded import LoadedModel
+from streamllm.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 from streamllm.profiling import profile_decoding
 from streamllm.timing import Reference, bytes_per_token, compile_step, no_garbage_collection, time_beside, used_backend

@@ -11,7 +11,7 @@ import torch
 from ...backends import Backend
 from ...decoding import CachedDecoder
 from ...errors import UsageError
-from ...loaded import LoadedModel
+from ...model import LoadedModel
 from ...policy import EvictionPolicy, RefreshPolicy
 from .. import Method
 from ..mit import RawKeyCache

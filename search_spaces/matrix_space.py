@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from streamllm.options import DTYPES, PROTOCOLS
+from streamllm.policy import TOTAL_KV_CAP
 from streamllm.results.schema import FIELDS
 
 from .knobs import LEAST, WORDS
@@ -144,7 +145,7 @@ class _MatrixReader(Reader):
         matrix = Matrix(
             name=self.path.stem,
             description=str(self.scalar(entries["description"])) if "description" in entries else "",
-            cap=self.whole(entries["cap"], "cap", 1) if "cap" in entries else 2048,
+            cap=self.whole(entries["cap"], "cap", 1) if "cap" in entries else TOTAL_KV_CAP,
             baseline=self.word(entries, "baseline", _BASELINES, "recompute"),
             axes={name: self.values(name, axis) for name, axis in grid.items()},
             configurations=self.configurations(entries["configurations"], grid) if "configurations" in entries else (),

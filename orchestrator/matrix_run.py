@@ -31,8 +31,8 @@ from .matrix_plan import Document, MatrixPlan, Planned, cost, describe, make_pla
 
 if TYPE_CHECKING:
     from streamllm.baseline import Measured
-    from streamllm.loaded import LoadedModel
     from streamllm.measurements import Measurements
+    from streamllm.model import LoadedModel
     from streamllm.text import TextSource, TokenStream
     from streamllm.timing import Reference
 
@@ -279,7 +279,7 @@ def _write(file: Path, document: Document) -> None:
 def _conclude(plan: MatrixPlan, documents: Sequence[Document]) -> None:
     """Tables, on stdout too, and figures."""
     from dashboards.figures import write_figures
-    from dashboards.matrix import FIGURES, matrix_figures, matrix_rows, matrix_tables
+    from dashboards.matrix_tables import FIGURES, matrix_figures, matrix_rows, matrix_tables
     from dashboards.pareto import show, write
 
     if not documents:
