@@ -80,13 +80,13 @@ def matrix_rows(documents: Sequence[Mapping[str, Any]]) -> list[AnyRow]:
             more = {name: document[name] for name in ("state", "reason")}
             found.append((settings, {"backend_requested": settings["attn_backend"], **more}))
             continue
-        baseline = Row.from_json(document["baseline"], document["cell"])
+        baseline = Row.from_json(document["baseline"], str(document.get("cell")))
         identity = tuple(str(baseline[name]) for name in _IDENTITY)
         if identity not in baselines:
             baselines.add(identity)
             found.append((_measured(baseline, baseline), {**shared, "configuration": "", "baseline": True}))
         if "streaming" in document:
-            found.append((_measured(Row.from_json(document["streaming"], document["cell"]), baseline), shared))
+            found.append((_measured(Row.from_json(document["streaming"], str(document.get("cell"))), baseline), shared))
     pool = ReferencePool(row for row, _ in found)
     return [{**(pool.with_time(row) if isinstance(row, Row) else row), **more} for row, more in found]
 
