@@ -130,7 +130,7 @@ def _table(title: str, description: str, rows: Sequence[AnyRow], measures: Seque
     where = [str(done["model"]), str(done["device"])] if done is not None else []
     noted, reasons = _noted(rows)
     about = [text for name, text in _NOTES.items() if name in measures]
-    measured = [_CHUNKS_RUNTIME if name == "runtime_sec" and protocol == "chunked" else _MEASURES[name]
+    measured = [_CHUNKS_RUNTIME if name == "runtime_sec" and protocol == "chunked" else _measure(name)
                 for name in measures]  # fmt: skip
     return Table(
         title=title,
@@ -140,6 +140,10 @@ def _table(title: str, description: str, rows: Sequence[AnyRow], measures: Seque
         notes=(_ABOUT[protocol], *about, *_warnings(rows), *reasons),
         data_columns=_data_columns(rows),
     )
+
+
+def _measure(name: str) -> Column:
+    return _MEASURES.get(name) or Column.of(name)
 
 
 def _noted(rows: Sequence[AnyRow]) -> tuple[list[AnyRow], list[str]]:
