@@ -1,4 +1,4 @@
-"""What one knob does: lines through trials that differ in nothing else."""
+"""The effect of one knob: lines through trials that differ in nothing else."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Column:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Of a row, with those of the interval."""
+        """The row's keys that the column shows, including those of the interval."""
         return (self.key, f"{self.key}_low", f"{self.key}_high") if self.interval else (self.key,)
 
     def text(self, row: AnyRow) -> str:
@@ -65,7 +65,7 @@ COLUMNS = (
     *map(Column.of, ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent")),
     *_PLACED,
 )
-"""Of a study's table, in order. The last three are of `pareto_table`, the others of rows."""
+"""Columns of a study's table, in order. The last three come from `pareto_table`, the others from rows."""
 
 BY_KEY = {column.key: column for column in COLUMNS}
 

@@ -55,7 +55,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Group:
-    """What stands side by side."""
+    """Results shown side by side."""
 
     title: str
     rows: dict[Series, AnyRow]
@@ -111,7 +111,7 @@ def comparable(rows: Sequence[AnyRow], protocols: Sequence[str | None], metric: 
 
 
 def _at_shared_policy(rows: Sequence[AnyRow]) -> tuple[dict[Series, AnyRow], str]:
-    """Of several trials of a series at that policy, the last."""
+    """If several trials of a series use that policy, the last one counts."""
     policies: dict[tuple[Any, ...], dict[Series, AnyRow]] = defaultdict(dict)
     always: dict[Series, AnyRow] = {}
     recommended = ""

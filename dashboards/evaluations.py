@@ -32,13 +32,13 @@ _SPELLINGS = {
 _MEASURES = ("perplexity", "runtime_sec", "tpot_ms")
 """An object with one of them is a result."""
 _NOT_THE_BASELINES = ("method", "speedup", "ppl_increase_percent", "compress_every", "cache_slack", "max_drop")
-"""Of what stands beside the results in a file."""
+"""Values beside the results in a file that are not the baseline's."""
 _IN_NAMES = {
     "dataset": r"(?:^|[_-])(wikitext|pg19)",
     "backend": r"backend-([a-z_]+?)(?:[_-]\d+)?$",
     "protocol": r"(decode[_-]loop|chunked)",
 }
-"""What the source documents' file names say."""
+"""Facts that the source documents' file names give."""
 
 
 def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:

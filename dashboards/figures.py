@@ -101,7 +101,7 @@ STUDY_FIGURES: dict[str, Callable[[StudyResults], Figure]] = {
     "importance": importance,
     "kv_length": kv_length,
 }
-"""Of one study, by file name."""
+"""Figures of one study, by file name."""
 
 ROW_FIGURES: dict[str, Callable[[Sequence[AnyRow]], Figure]] = {
     "main_comparison": partial(comparison, metrics=("speedup", "perplexity")),
@@ -116,7 +116,8 @@ ROW_FIGURES: dict[str, Callable[[Sequence[AnyRow]], Figure]] = {
     "backend_comparison": backends,
     **{f"ablation_{knob}": partial(ablation, knob=knob) for knob in KNOBS},
 }
-"""Of the rows of studies and evaluations together, by file name; the source documents' names where they have one."""
+"""Figures of the rows of studies and evaluations together, by file name; named as in the source documents where those
+have one."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a study found, in words: for people who decide, not for people who measure."""
+"""A study's findings in words: for people who decide, not for people who measure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Findings:
     asked: str
     found: tuple[str, ...]
     recommended: AnyRow | None
-    """Of the front."""
+    """A row of the front."""
     why: str
     certainty: tuple[str, ...]
 

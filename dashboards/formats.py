@@ -36,7 +36,7 @@ class Table:
     notes: tuple[str, ...] = ()
     """Lines below the table."""
     data_columns: tuple[Column, ...] = ()
-    """Of the data formats, where they have more than `columns`."""
+    """Columns of the data formats, where these have more than `columns`."""
     dispensable: tuple[str, ...] = ()
     """Keys of columns that a terminal too narrow for all can do without, the first first."""
 
@@ -52,7 +52,7 @@ class Table:
 @dataclass(frozen=True, slots=True)
 class Format:
     suffix: str
-    """Of the file, without the dot."""
+    """The file's suffix, without the dot."""
     write: Callable[[Table], str | bytes]
 
 
@@ -200,7 +200,7 @@ def _latex_line(cells: Sequence[str], columns: Sequence[Column]) -> str:
 
 
 def _latex(text: str) -> str:
-    """What the standard fonts lack is a question mark."""
+    """Characters that the standard fonts lack become question marks."""
     return "".join(_LATEX.get(c, c if _in_standard_fonts(c) else "?") for c in " ".join(text.split()))
 
 

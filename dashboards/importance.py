@@ -90,7 +90,8 @@ def main_effects(rows: Sequence[AnyRow], objective: str) -> dict[str, float]:
 
 
 def chance_effects(rows: Sequence[AnyRow], objective: str, shuffles: int = 200) -> dict[str, float]:
-    """What `main_effects` finds in 5% of cases where the knob has no effect: with the objective's values shuffled."""
+    """The effect that `main_effects` reaches in 5% of cases where the knob has none: with the objective's values
+    shuffled."""
     found = {}
     for knob, groups in _groups(rows, objective).items():
         random, every = Random(0), [value for group in groups.values() for value in group]

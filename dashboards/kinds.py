@@ -37,7 +37,7 @@ def marked(rows: Sequence[AnyRow], known: Mapping[Kind, str]) -> list[AnyRow]:
 
 
 def notes(known: Mapping[Kind, str]) -> list[str]:
-    """What the letters mean, for people."""
+    """Explains the letters to people."""
     said = [f"Timed on {letter}: {described(dict(zip(WORKER, kind, strict=True)))}." for kind, letter in known.items()]
     return [*said, "Times of different kinds of worker do not compare."] if said else []
 

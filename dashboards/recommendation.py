@@ -24,11 +24,12 @@ MEASURED_BY = "Measured again by: "
 """Begins a line with a command."""
 
 _LEAST_BEND = 0.05
-"""Of the normalised objectives: what bends less is a straight line for all that noise lets one see."""
+"""Least bend of the normalised objectives: anything that bends less is a straight line for all that noise lets one
+see."""
 _LIKELY = 0.5
 """P(front) below which another is recommended, if one is left."""
 _COSTS = ("ppl_vs_strict_percent", "ppl_increase_percent")
-"""What is lost in quality, 0 being nothing; of a row the first that it has. The former has the narrower interval."""
+"""Measures of lost quality, 0 being no loss; the first that a row has counts. The former has the narrower interval."""
 _QUALITY = (*_COSTS, "perplexity")
 _SPEED = ("tpot_ms", "speedup")
 _SUPERLATIVES = dict.fromkeys(_SPEED, "fastest") | {"peak_kv": "smallest", "peak_memory_mb": "smallest"}
@@ -48,7 +49,7 @@ class Recommendation:
 def recommend(
     front: Sequence[AnyRow], objectives: Mapping[str, str], max_ppl_increase: float | None = None
 ) -> Recommendation:
-    """Of every front that is not empty a row.
+    """A row from every front that is not empty.
 
     max_ppl_increase: over re-computation, in percent; the recommended one then is the fastest within that."""
     if not front:
@@ -63,7 +64,8 @@ def recommend(
 
 
 def recommended(study: StudyResults, front: Sequence[AnyRow], max_ppl_increase: float | None = None) -> Recommendation:
-    """Of a study's front, which is computed only once; within the limit the sweep was given, unless another is."""
+    """Recommends from a study's front, which is computed only once; within the limit the sweep was given, unless
+    another is."""
     limit = study.configuration.get("max_ppl_increase") if max_ppl_increase is None else max_ppl_increase
     return recommend(front, study.objectives, limit)
 
@@ -98,7 +100,7 @@ def percent(text: str) -> float:
 
 
 def reproduce_command(study: StudyResults, row: AnyRow) -> str:
-    """What to type to measure that trial again, beside its baseline."""
+    """The command that measures that trial again, beside its baseline."""
     source = study.configuration["source"]
     store = study.files.store
     given = {
@@ -167,7 +169,7 @@ def _bends(front: Sequence[AnyRow], objectives: Mapping[str, str]) -> tuple[list
 
 
 def _cheapest(front: Sequence[AnyRow], objectives: Mapping[str, str], no_knee: str) -> Recommendation:
-    """Of a front without a knee."""
+    """The recommendation for a front without a knee."""
     priced = [row for row in front if _cost_of(row)]
     free = [row for row in priced if _low(row) <= 0]
     goal = _Goal.of(objectives)
@@ -207,7 +209,7 @@ def _within(front: Sequence[AnyRow], objectives: Mapping[str, str], limit: float
 
 @dataclass(frozen=True, slots=True)
 class _Goal:
-    """What is wanted besides quality: the objective that is a time, or the first that is something else."""
+    """The aim besides quality: the objective that is a time, or the first that is something else."""
 
     name: str
     direction: str

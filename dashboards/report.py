@@ -128,7 +128,7 @@ def _front_note(study: StudyResults, front: Sequence[AnyRow]) -> str:
 
 
 def _data(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | None) -> str:
-    """What the script draws and sorts, as JSON that cannot end its element: no `<` is left in it."""
+    """The data that the script draws and sorts, as JSON that cannot end its element: no `<` is left in it."""
     rows = list(study.trials)
     index = {row["trial"]: place for place, row in enumerate(rows)}
     used = {key for row in rows for key in row}
@@ -154,8 +154,8 @@ def _data(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | No
 
 
 def _needless(rows: Sequence[AnyRow]) -> set[str]:
-    """What says nothing: an execution, a quantization or a state that is every row's, a backend asked for that is the
-    one that ran."""
+    """Columns that say nothing: an execution, a quantization or a state that all rows share, or a requested backend
+    that is the one that ran."""
     eager = all(row.get("execution", "eager") == "eager" for row in rows)
     whole = all(row.get("quantization", "none") == "none" for row in rows)
     granted = all(row.get("backend", row.get("backend_requested")) == row.get("backend_requested") for row in rows)

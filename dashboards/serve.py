@@ -40,7 +40,6 @@ ctypes.CDLL(None).prctl(1, 15)  # PR_SET_PDEATHSIG, SIGTERM
 os.execv(sys.argv[1], sys.argv[1:])
 """
 """Run before a command, so that the kernel ends it where we are killed and cannot."""
-"""What a report is made of."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,7 @@ def chosen_studies(names: Sequence[str]) -> list[StudyResults]:
 
 
 def commands(studies: Sequence[StudyResults]) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """What to start, as name and command without its port, and a sentence for each that is not."""
+    """The servers to start, as name and command without its port, and a sentence for each that is not started."""
     start, said = [], []
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
     if uri.startswith(("http://", "https://")):

@@ -38,7 +38,7 @@ __all__ = [
 ]
 
 LABELS = {field.name: field.label for field in FIELDS.values() if field.label}
-"""Of axes."""
+"""Labels of axes."""
 
 
 class NoDataError(Exception):

@@ -115,7 +115,7 @@ def _placed(study: StudyResults, front: Sequence[AnyRow]) -> list[AnyRow]:
 
 
 def _place(row: AnyRow, values: tuple[float, ...], front: Sequence[AnyRow]) -> str:
-    """Of a row that nothing dominates and that is not on the front."""
+    """The place of a row that nothing dominates and that is not on the front."""
     if row.get("state") != "complete":
         return "failed"
     if not row.get("feasible", True):
@@ -130,7 +130,7 @@ def _place(row: AnyRow, values: tuple[float, ...], front: Sequence[AnyRow]) -> s
 
 
 def _names(studies: Sequence[StudyResults]) -> list[str]:
-    """What tells the studies apart; nothing where there is one."""
+    """Names that tell the studies apart; empty if there is only one."""
     if len(studies) < 2:
         return [""] * len(studies)
     distinct = len({study.name for study in studies}) == len(studies)

@@ -44,7 +44,7 @@ class _Form:
     """How roomy a table is."""
 
     intervals: str = "beside"
-    """Of their values: beside, below, or none."""
+    """Where the values' intervals go: beside, below, or none."""
     letters: bool = False
     gap: int = 2
 
@@ -66,7 +66,7 @@ class _Block:
     keys: tuple[str, ...]
     head: list[str]
     cells: list[list[str]]
-    """Of each row, and each baseline, its lines."""
+    """The lines of each row and each baseline."""
     left: bool
     width: int
 
@@ -106,7 +106,7 @@ def wrapped(text: str, width: int | None) -> list[str]:
 
 
 class View:
-    """What `lines` gives, for Rich: a row is a line."""
+    """The output of `lines`, for Rich: a row is a line."""
 
     def __init__(self, table: Table) -> None:
         self.table = table

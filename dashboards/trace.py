@@ -24,7 +24,7 @@ _WIDTH = 80
 _LABEL = 12
 """Characters of a line's heading."""
 _DIGITS = 16
-"""Of an entry's name, which are enough to find its file."""
+"""Digits of an entry's name that are enough to find its file."""
 _POLICY = {
     "n_sink": "sinks",
     "window_size": "window",
@@ -59,7 +59,7 @@ def trace(study: StudyResults, trial: str) -> str:
 
 
 def _measured(row: AnyRow) -> Iterator[Pair]:
-    """What the row is of, and who measured it when."""
+    """The configuration that the row measured, and who measured it when."""
     policy = ", ".join(f"{name} {row[key]}" for key, name in _POLICY.items() if key in row)
     yield _title(row), f"{row.get('method')}, {policy}"
     ran = f"{row.get('backend')}, asked for {row['backend_requested']}" if row.get("backend") else "none ran"
@@ -132,7 +132,7 @@ def _rounds(study: StudyResults, row: AnyRow) -> Iterator[Pair]:
 
 
 def _entry(heading: str, names: Any, store: MeasurementStore) -> Iterator[Pair]:
-    """Of each of the store's entries its file, and what its key says of code, versions and machine."""
+    """For each of the store's entries, its file and what its key says about code, versions and machine."""
     if not names:
         yield heading, "the entry was not noted when this was measured"
         return
@@ -145,7 +145,7 @@ def _entry(heading: str, names: Any, store: MeasurementStore) -> Iterator[Pair]:
 
 
 def _versions(key: Mapping[str, Any]) -> str:
-    """What of an entry's key is neither the model's, the text's nor the policy's."""
+    """The parts of an entry's key that belong neither to the model, nor to the text, nor to the policy."""
     names = ("torch", "transformers", "torchao", "kvpress", "flash-attn", "triton", "python", "cuda", "rocm", "driver",
              "omp_wait_policy", "device", "threads", "cpu_capability")  # fmt: skip
     return ", ".join(f"{name} {key[name]}" for name in names if key.get(name) is not None)

@@ -18,7 +18,7 @@ ONE_EACH = {f"RAY_EXPERIMENTAL_NOSET_{name}": "" for name in VISIBLE}
 
 @dataclass(frozen=True, slots=True)
 class Accelerator:
-    """What a worker owns."""
+    """The accelerator that a worker owns."""
 
     visible: str
     """Its number or name as Ray gave it; empty where Ray gives none, as Apple's."""
@@ -29,7 +29,7 @@ class Accelerator:
 
 
 def visible_devices() -> str:
-    """What of its kind this process may see, as Ray has set it; empty where it has set nothing."""
+    """The accelerators of its kind that this process may see, as Ray has set them; empty if Ray has set nothing."""
     return next((ids for name in VISIBLE if (ids := os.environ.get(name))), "")
 
 

@@ -213,7 +213,7 @@ def _has_cuda(arguments: argparse.Namespace) -> bool:
 
 
 def seconds(text: str) -> float:
-    """Of a time such as 90s, 30m, 2h or 1h30m. Raises UsageError."""
+    """The seconds in a time such as 90s, 30m, 2h or 1h30m. Raises UsageError."""
     match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
     total = sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
     if total == 0:

@@ -20,7 +20,7 @@ from streamllm.results.study_folder import StudyFolder
 from streamllm.text import TextSource
 
 _FORMAT = 2
-"""Of a study's rows: from 2 on their times are ratios to a reference's."""
+"""Format of a study's rows: from 2 on their times are ratios to a reference's."""
 
 _MAY_CHANGE = {
     "study_id",
@@ -35,11 +35,11 @@ _MAY_CHANGE = {
     "versions",
     "commit",
 }
-"""What a study may be continued with a different value of."""
+"""Settings that may differ when a study is continued."""
 
 
 def total_kv(given: int | None, cap: int, trained: int | None) -> int:
-    """What is given, or the space's cap, but no more than the trained length. Raises UsageError."""
+    """The given value, or else the space's cap, but no more than the trained length. Raises UsageError."""
     most = min(cap, trained or cap)
     if given is not None and not 1 <= given <= most:
         raise UsageError(f"cap {given}: must be 1 to {most}, what the space and the model's trained length allow")
@@ -65,13 +65,13 @@ class SweepConfiguration:
     time_budget: float | None = None
     """Seconds after which all should be finished."""
     baseline_tokens: int | None = None
-    """Of the baseline's sample; 0: all; None: as many as a share of the time allows."""
+    """Size of the baseline's sample; 0: all; None: as many as a share of the time allows."""
     max_ppl_increase: float | None = None
     """Percent over re-computation that what is recommended may cost; None: the front's knee is."""
     model_digest: str = ""
-    """Of the weights, as this process finds them: the hub's commit, or a hash of the files."""
+    """Digest of the weights, as this process finds them: the hub's commit, or a hash of the files."""
     text_file_digest: str | None = None
-    """Of the file that the text is read from; None if it is none."""
+    """Digest of the file that the text is read from; None if there is no such file."""
 
     @property
     def folder(self) -> StudyFolder:
@@ -160,7 +160,7 @@ def commit() -> str:
 
 
 def _git(folder: Path, *arguments: str) -> str:
-    """What git says in that folder, whatever repository the environment names (a hook's does)."""
+    """Git's output in that folder, whatever repository the environment names (a hook's does)."""
     environment = {name: value for name, value in os.environ.items() if name not in ("GIT_DIR", "GIT_WORK_TREE")}
     command = ["git", "--no-optional-locks", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
@@ -183,6 +183,6 @@ def _shown(name: str, value: Any) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Of what is installed where the sweep is started; what a measurement was made with is in its entry's key."""
+    """Versions installed where the sweep is started; those that a measurement was made with are in its entry's key."""
     names = ("torch", "transformers", "torchao", "kvpress", "flash-attn", "optuna", "ray", "mlflow")
     return {name: version for name in names if (version := installed(name)) is not None}

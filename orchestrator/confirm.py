@@ -62,10 +62,10 @@ def confirmed_rows(
     losses_of: Callable[[AnyRow], np.ndarray],
     objectives: Mapping[str, str],
 ) -> list[Row]:
-    """What takes the place of the search's values in the rows of the baseline and of the candidates: time and speedup
-    with their intervals; of candidates the probability of being on the front, and which others they cannot be told from
-    (`not_told_from`: those that they are better than in no objective for certain). `round_lines` names the rounds, by
-    their lines in the file, all of one kind of worker."""
+    """The values that replace the search's in the rows of the baseline and the candidates: time and speedup with their
+    intervals; for candidates also the probability of being on the front, and the others that they cannot be told apart
+    from (`not_told_from`: those that they are better than in no objective for certain). `round_lines` names the rounds,
+    by their lines in the file, all from one kind of worker."""
     names = [str(row["trial"]) for row in (baseline, *rows)]
     logs, draws = time_draws([np.array(_equally_long([one.ratios[name] for one in rounds])) for name in names])
     added: list[dict[str, Any]] = [
@@ -123,7 +123,7 @@ def _equally_long(series: Sequence[Sequence[float]]) -> list[list[float]]:
 
 
 def _raw(times: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the clock said, over the rounds."""
+    """The clock's own readings, over the rounds."""
     own = [one["measured_tpot_ms"] for one in times]
     return {
         "measured_tpot_ms": float(np.median(own)),

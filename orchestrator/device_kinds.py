@@ -1,4 +1,4 @@
-"""What kind of device a sweep's workers will be on, which some choices of a space depend on."""
+"""The kind of device that a sweep's workers will be on, which some choices of a space depend on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the user sees while a sweep runs: a live view on a terminal, one line per event elsewhere."""
+"""The user's view of a running sweep: live on a terminal, one line per event elsewhere."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _LINE_SEC = 10.0
 
 
 class Backlog(Protocol):
-    """What MLflow lacks."""
+    """How far MLflow is behind."""
 
     @property
     def backlog(self) -> int: ...
@@ -80,7 +80,7 @@ class Display:
         """Measurements that confirming takes, and how many have been started."""
         self._round = 0
         self._fixed: dict[str, str] = {}
-        """What was said of reference and baseline."""
+        """Messages already given about reference and baseline."""
         self._said = self._noted = 0.0
         self._lines = ExitStack()
         self._live = Live(console=self.console, get_renderable=self.view, refresh_per_second=4, transient=True)

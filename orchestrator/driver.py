@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from streamllm.quality import QualityComparison
 
 Kind = tuple[tuple[str, Any], ...]
-"""Of a worker: names and values of `reference_time.WORKER`."""
+"""A kind of worker: names and values of `reference_time.WORKER`."""
 Task = OpenTrial | str
 """A trial; or the name of what trials are compared with, STRICT or BASELINE."""
 
@@ -69,9 +69,10 @@ class Driver:
         self.observers = observers
         self.note = note
         self.fixed: dict[str, TrialMeasurement] = {}
-        """What trials are compared with, as far as it has been measured."""
+        """Measurements that trials are compared with, as far as they have been made."""
         self.comparison: QualityComparison | None = None
-        """Of qualities, once the reference is measured; with the baseline's as far as that is."""
+        """Compares qualities, once the reference is measured; includes the baseline's as far as that has been
+        measured."""
         self._budget = trials - len(study.rows)
         self._until = until
         self._confirm = confirm
@@ -92,13 +93,13 @@ class Driver:
             for name in ("model_digest", "text_digest")
             if name in row
         }
-        """Of weights, whatever became of them, and tokens; of a new study, the first worker's."""
+        """Digests of the weights, whatever became of them, and of the tokens; in a new study, the first worker's."""
         self._unpaired: list[tuple[OpenTrial, TrialMeasurement, int]] = []
         """Measured before what they are compared with."""
         self._kinds: dict[int, Kind] = {}
         """Worker -> its kind."""
         self._kind: Kind | None = next((_kind(row) for row in study.rows if "device" in row), None)
-        """Of the workers when the study began; of a new study, the first one's."""
+        """Kind of the workers when the study began; in a new study, the first one's."""
 
     @property
     def confirming(self) -> tuple[tuple[int, ...], dict[str, Any]]:
@@ -117,7 +118,7 @@ class Driver:
         self._announce_fixed(BASELINE)
 
     def increases(self, losses_of: Callable[[str], np.ndarray]) -> list[Row]:
-        """What the finished trials and the reference cost beside the baseline, as well as that is known by now. See
+        """The cost of the finished trials and the reference beside the baseline, as well as it is known by now. See
         `rows.increases`."""
         if self.comparison is None or BASELINE not in self.fixed:
             return []
@@ -169,7 +170,8 @@ class Driver:
         return BASELINE if grows and self._sample.is_short() else None
 
     def _fixed_spec(self, name: str) -> TrialSpec:
-        """Of the baseline, for a sample of a batch more; where trials wait for it, of all that is needed."""
+        """The baseline with a sample one batch larger; where trials wait for it, with all the tokens that are
+        needed."""
         first = self._sample.least if self._awaits_baseline else 0
         return fixed_spec(name, self.cap, max(self._sample.next_size, first))
 
@@ -256,7 +258,8 @@ class Driver:
         self._announce(fixed_row(name, self.fixed[name], self.fixed.get(BASELINE), self.comparison))
 
     def _failed(self, task: Task, finished: Finished) -> None:
-        """What took a worker down is tried once more, by whoever is free first; what raised would raise again."""
+        """A task that took a worker down is tried once more, by whoever is free first; one that raised would raise
+        again."""
         reason = str(finished.error)
         if finished.died:
             if self._died(task) < _DEATHS:
@@ -295,7 +298,7 @@ class Driver:
 
 
 def _kind(of: Mapping[str, Any]) -> Kind:
-    """Of a worker's description, or of a row."""
+    """The kind in a worker's description, or in a row."""
     return tuple((name, of.get(name)) for name in WORKER)
 
 
@@ -304,7 +307,7 @@ def _limited(space: SearchSpace) -> list[str]:
 
 
 def _unquantized(digest: str) -> str:
-    """Of a model in memory, the digest of the weights that were loaded, which its quantization follows."""
+    """The digest of the weights that were loaded, from that of a model in memory, where its quantization follows."""
     return digest.partition(" ")[0]
 
 

@@ -141,7 +141,7 @@ def _cost(configuration: SweepConfiguration, layout: WorkerLayout, rounds: int) 
 
 
 def _length(configuration: SweepConfiguration) -> int:
-    """Of the text, in tokens; 0 if that cannot be told without downloading it."""
+    """The text's length in tokens; 0 if that cannot be told without downloading it."""
     from streamllm.models import load_tokenizer
     from streamllm.text import load_tokens, local_data
 

@@ -1,4 +1,4 @@
-"""What a sweep will take, before anything has run: what the driver does, at the pace of a few layers of the model."""
+"""A sweep's cost, before anything has run: the driver's steps, at the pace of a few layers of the model."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .configuration import SweepConfiguration
 
 _CANDIDATES = 6
-"""Of a front, and near it."""
+"""Candidates on a front and near it."""
 _START_SEC, _END_SEC = 25.0, 15.0
 """Ray and its workers, the model, the checks; tables, figures, MLflow."""
 _SLOWER = 1.2
@@ -37,9 +37,9 @@ class Estimate:
     """Seconds."""
 
     losses: float
-    """Of one trial, on one worker."""
+    """For one trial, on one worker."""
     timing: float
-    """Of one trial; one at a time."""
+    """For one trial; trials are timed one at a time."""
     baseline: float
     confirming: float
     trials: int
@@ -94,7 +94,8 @@ def estimate(
 
 
 def timing_sec(pace: Pace, policy: EvictionPolicy) -> float:
-    """Of one configuration beside the reference: finding its kernel, filling and warming it, pairs, attention."""
+    """Seconds for one configuration beside the reference: finding its kernel, filling and warming it, pairs,
+    attention."""
     token = _SLOWER * pace.token_sec
     steady = steady_state(policy)
     cycle, start = (steady.cycle, steady.start) if steady is not None else (1, policy.kept)

@@ -39,8 +39,8 @@ def computing_lease() -> Iterator[None]:
 
 
 def leases_on(device: str) -> Leases:
-    """What a process of this node holds while it measures on that type of device: accelerators compute beside a timing
-    of another one."""
+    """The leases that a process of this node holds while it measures on that type of device: accelerators compute
+    beside a timing of another one."""
     from streamllm.measurements import Leases
 
     return Leases(timing_lease, computing_lease) if device == "cpu" else Leases(timing_lease)
@@ -100,7 +100,8 @@ def claim(names: Sequence[str], count: int, owner: str, patience: float = _PATIE
 
 
 def _take(names: Sequence[str], count: int, layer: int, owner: str) -> tuple[list[str], set[str], ExitStack]:
-    """What could be locked, who holds what could not, and the locks. A layer is one more process for everything."""
+    """The names that could be locked, the holders of those that could not, and the locks. A layer is one more process
+    for everything."""
     taken: list[str] = []
     holders = set()
     locks = ExitStack()

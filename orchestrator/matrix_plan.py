@@ -1,4 +1,4 @@
-"""What a matrix is going to measure: every cell with its policy, its text and its file; which are finished already."""
+"""A matrix's plan: every cell with its policy, its text and its file; and which cells are finished already."""
 
 from __future__ import annotations
 
@@ -137,8 +137,8 @@ def describe(plan: MatrixPlan) -> str:
 
 
 def cost(left: Sequence[Planned], documents: Mapping[Path, Document]) -> str:
-    """Of the cells that are left, by what finished ones by the same protocol, and if there are any by the same method,
-    took per token."""
+    """Estimated time for the remaining cells: from the time per token of finished cells with the same protocol and, if
+    there are any, the same method."""
     if not left:
         return "nothing, every cell is finished"
     known = [seconds for planned in left if (seconds := _estimate(planned, documents)) is not None]

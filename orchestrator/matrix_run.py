@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _TITLES = {"wikitext": "WikiText-103", "pg19": "PG19"}
 _FORMATS = ("md", "csv", "latex")
 _TOLD = {"dataset", "protocol", "method", "attn_backend", "execution"}
-"""What the source documents' figures tell apart."""
+"""Axes that the source documents' figures tell apart."""
 
 
 class _SpoiledError(RuntimeError):
@@ -314,7 +314,7 @@ def _say_outcome(plan: MatrixPlan, planned: Planned, document: Document) -> None
 
 
 def _title(plan: MatrixPlan, planned: Planned) -> str:
-    """What tells the cell from the others."""
+    """A title that tells the cell from the others."""
     spoken = {"attn_backend": "Backend"}
     axes = (["configuration"] if plan.matrix.configurations else []) + list(plan.matrix.axes)
     axes = [axis for axis in axes if axis in plan.matrix.varying() and axis != "dataset"]

@@ -1,4 +1,4 @@
-"""What driver and workers tell one another."""
+"""The messages between driver and workers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from streamllm.text import TextSource
 
 @dataclass(frozen=True, slots=True)
 class WorkerSetup:
-    """What every worker of a sweep is started with."""
+    """Everything that every worker of a sweep is started with."""
 
     model: str
     source: TextSource
@@ -27,14 +27,14 @@ class WorkerSetup:
     directory: Path | None = None
     """Where the driver runs: what paths, in the environment too, are relative to."""
     model_digest: str | None = None
-    """What the driver knows the weights by; None: not to be checked."""
+    """The digest by which the driver knows the weights; None: not to be checked."""
     text_file_digest: str | None = None
     """Likewise the file of the text."""
 
 
 @dataclass(frozen=True, slots=True)
 class TrialSpec:
-    """What one trial measures."""
+    """The specification of what one trial measures."""
 
     configuration: Configuration
     round: int = 0
@@ -53,7 +53,7 @@ class TrialMeasurement:
     """False where the store had it; likewise for the speed."""
     measured_speed: bool
     ratios: Sequence[float] = ()
-    """Of a round of confirming: segment by segment, time over the reference's."""
+    """In a round of confirming: segment by segment, time over the reference's."""
 
 
 class WorkerUnusableError(RuntimeError):

@@ -1,4 +1,4 @@
-"""What a sweep can be asked to do by name, without the libraries that do it."""
+"""A sweep's options that are chosen by name, without the libraries that implement them."""
 
 from __future__ import annotations
 

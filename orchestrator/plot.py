@@ -11,7 +11,7 @@ from rich.segment import Segment
 from rich.style import Style
 
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
-"""Of the braille block, by column and row in a character."""
+"""Bits of the braille block, by column and row in a character."""
 _WIDEST = 64
 _FRONT, _OTHER, _AXES = Style(color="cyan", bold=True), Style(dim=True), Style()
 

@@ -44,7 +44,7 @@ class SweepError(RuntimeError):
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """What a worker gave back: a description of itself when it became ready, a measurement, or why there is none."""
+    """A worker's answer: a description of itself when it became ready, a measurement, or why there is none."""
 
     worker: int
     description: dict[str, Any] | None = None
@@ -123,8 +123,8 @@ class WorkerPool:
         self._call(worker, "measuring", "measure", spec)
 
     def wait(self, timeout: float) -> Iterator[Finished]:
-        """What finished within `timeout` seconds, all that is there at once. Raises SweepError if no worker is left or
-        the store is full, KeyboardInterrupt if it was `interrupted`."""
+        """Everything that finished within `timeout` seconds, all that is there at once. Raises SweepError if no worker
+        is left or the store is full, KeyboardInterrupt if it was `interrupted`."""
         if self.interrupted:
             raise KeyboardInterrupt
         yield from self._look_after()
@@ -313,7 +313,8 @@ class WorkerPool:
 
 
 def _settings() -> dict[str, str]:
-    """What of this process's environment a worker must have too: a node of a cluster does not inherit it."""
+    """The settings of this process's environment that a worker must have too: a node of a cluster does not inherit
+    it."""
     ours = ("OMP_WAIT_POLICY", "ATEN_CPU_CAPABILITY", "FLASH_SDPA")
     return {name: value for name, value in os.environ.items() if name in ours or name.startswith(("STREAMLLM_", "HF_"))}
 

@@ -34,7 +34,7 @@ class Pool(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What one round brought, by trial (its number, or `baseline`) as text."""
+    """One round's results, by trial (its number, or `baseline`) as text."""
 
     ratios: dict[str, list[float]]
     """Time over the reference's, segment by segment."""
@@ -45,7 +45,7 @@ class Round:
     code: str
     """The engine's, when it was measured."""
     line: int = 0
-    """Of the file, from 1."""
+    """Line in the file, counted from 1."""
 
     @property
     def members(self) -> set[str]:
@@ -99,7 +99,7 @@ def take_rounds(
 
 
 def _take(turns: _Turns, rows: Sequence[AnyRow], number: int, failed: dict[str, str]) -> Round:
-    """What failed in an earlier round is not tried again."""
+    """Measures a round. Trials that failed in an earlier one are not tried again."""
     one = Round({}, {}, dict(failed), _code())
     for row in rows:
         trial = str(row["trial"])
@@ -114,7 +114,7 @@ def _take(turns: _Turns, rows: Sequence[AnyRow], number: int, failed: dict[str, 
 
 
 def _code() -> str:
-    """Of the engine with all methods: a round is of several."""
+    """Digest of the engine with all methods: a round covers several."""
     return code_digest(*METHODS)
 
 

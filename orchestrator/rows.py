@@ -22,12 +22,12 @@ if TYPE_CHECKING:
     from streamllm.quality import QualityComparison
 
 STRICT, BASELINE = "strict", "baseline"
-"""What everything is compared with, in place of a trial's number."""
+"""Names for what everything is compared with, in place of a trial's number."""
 
 
 def fixed_spec(name: str, cap: int, sampled_tokens: int = 0) -> TrialSpec:
-    """Of the reference, strict StreamingLLM by the ring; of the baseline, a sliding window of the whole cap, computed
-    anew for every token of a sample."""
+    """The trial that measures the reference, strict StreamingLLM by the ring, or the baseline, a sliding window of the
+    whole cap, computed anew for every token of a sample."""
     if name == STRICT:
         return TrialSpec(Configuration("ring", strict_policy(cap)))
     window = EvictionPolicy(n_sink=0, window_size=cap)
@@ -62,7 +62,7 @@ def trial_row(
 
 
 def increases(rows: Iterable[Row], comparison: QualityComparison, losses_of: Callable[[str], np.ndarray]) -> list[Row]:
-    """What each complete trial costs in perplexity beside the baseline, as well as that is known by now.
+    """The cost of each complete trial in perplexity beside the baseline, as well as it is known by now.
 
     losses_of: by the name of the store's entry; configurations of one policy share it."""
     known: dict[str, dict[str, float]] = {}

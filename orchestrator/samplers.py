@@ -42,7 +42,7 @@ class Result:
 
 @dataclass(frozen=True, slots=True)
 class Start:
-    """What one of Optuna's samplers is made for."""
+    """The conditions that one of Optuna's samplers is made for."""
 
     seed: int
     conditional: bool
@@ -53,7 +53,7 @@ class Start:
 
 
 SamplerMaker = Callable[[Start], BaseSampler]
-"""What an entry of `options.SAMPLERS` names."""
+"""The type of function that an entry of `options.SAMPLERS` names."""
 
 
 def auto(start: Start) -> BaseSampler:
@@ -94,7 +94,7 @@ class Sampler:
             self._start(self._maker.get())
 
     def suggest(self, in_flight: int) -> Suggestion:
-        """What to try next, beside so many that are being measured; it may have been suggested before."""
+        """The next configuration to try, beside so many that are being measured; it may have been suggested before."""
         if self._maker is None:
             return Suggestion(self.space.draw(self._any))
         self._in_flight = in_flight

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 _SHARE = 0.25
-"""Of the time that workers have measured."""
+"""Share of the time that workers have measured."""
 
 
 @dataclass(slots=True)
@@ -24,7 +24,7 @@ class BaselineSample:
     """Tokens; 0: all; None: until it is precise, within the share of the time, from `LEAST_TOKENS` to `MOST_TOKENS`."""
     tokens: int = 0
     is_whole: bool = False
-    """Of all tokens, or it cannot grow."""
+    """It covers all tokens, or cannot grow."""
     _is_precise: bool = False
     _on_it: float = 0.0
     _on_all: float = 0.0
@@ -39,7 +39,7 @@ class BaselineSample:
         return self.tokens + max(BATCH, self.tokens // 8)
 
     def spent(self, seconds: float, on_it: bool) -> None:
-        """Of a worker's time."""
+        """Counts a worker's time."""
         self._on_all += seconds
         self._on_it += seconds * on_it
 

@@ -93,7 +93,7 @@ class Study:
 
     @property
     def threads(self) -> int:
-        """Of a worker on a CPU, when the study began; 0 if that is not known yet, or if it runs on accelerators."""
+        """Threads of a worker on a CPU, when the study began; 0 if not known yet, or if it runs on accelerators."""
         return next((row["threads"] for row in self.rows if row.get("threads")), 0)
 
     def ask(self) -> OpenTrial | None:
@@ -247,7 +247,7 @@ def _row(trial: FrozenTrial) -> Row:
 
 
 def configuration_of(params: dict[str, Any], space: SearchSpace, cap: int) -> Configuration:
-    """What a point of the space stands for; its window is what its total KV leaves."""
+    """The configuration that a point of the space stands for; its window is what its total KV leaves."""
     knobs = {name: params[name] for name in ("n_sink", "compress_every", "cache_slack", "max_drop")}
     policy = with_derived_window(EvictionPolicy(**knobs), min(params["total_kv"], cap), space.cap_accounting)
     check_execution(params["method"], params["execution"])

@@ -105,7 +105,7 @@ class Tracker:
 
 
 class _Follower:
-    """What runs in the process; it ends when the sweep does, however that ends."""
+    """The part that runs in the process; it ends when the sweep does, however that ends."""
 
     def __init__(self, projection: Projection, trials: Path, longest_pause_sec: float) -> None:
         self._projection = projection

@@ -34,7 +34,7 @@ _AT_THE_END = tuple(field.name for field in FIELDS.values() if field.final)
 PARENT_PARAMS = ("model", "dtype", "quantization", "cap", "seed")
 _VIEWED = sorted((field for field in FIELDS.values() if field.viewed), key=lambda field: field.mlflow != "metric")
 _COLUMNS = ("tags.`pareto`", *(f"{field.mlflow}s.`{field.tag or field.name}`" for field in _VIEWED))
-"""Of the table of runs that MLflow's UI shows at a study's own address, in this order."""
+"""Columns of the table of runs that MLflow's UI shows at a study's own address, in this order."""
 _LONGEST_NOTE = 8000
 """Characters of a tag's value that MLflow keeps."""
 _PARENT = "mlflow.parentRunId"
@@ -273,7 +273,7 @@ def _is_refusal(error: Exception) -> bool:
 
 
 def _final_metrics(row: AnyRow, before: Mapping[str, float]) -> dict[str, float]:
-    """Of a trial that was confirmed before and is no longer, that is taken back: no rounds, a probability of NaN."""
+    """For a trial that was confirmed before and is no longer, this is taken back: no rounds, a probability of NaN."""
     names = [f"{name}{end}" for name in _AT_THE_END for end in ("", "_low", "_high")]
     values = {name: float(row[name]) for name in names if _is_number(row.get(name))}
     if before.get("rounds") and "rounds" not in row:

@@ -12,7 +12,7 @@ from .messages import TrialSpec
 from .rows import BASELINE, STRICT
 
 _OF_A_START = {"reused", "finished_at", "commit"}
-"""What differs in the rows of reference and baseline each time a sweep goes on."""
+"""Keys that differ in the rows of reference and baseline each time a sweep goes on."""
 
 
 class TrialsFile:

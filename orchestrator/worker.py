@@ -131,8 +131,8 @@ class Worker:
         return TrialMeasurement(record, None, False, True, times.ratios.tolist())
 
     def _measurements_of(self, spec: TrialSpec) -> Measurements:
-        """Of the model quantized as the trial wants it, which is loaded the first time and then kept. All are timed
-        beside one reference, by the model as the sweep has it: that one always stays."""
+        """Measurements with the model quantized as the trial wants it, which is loaded the first time and then kept.
+        All are timed beside one reference, by the model as the sweep has it: that one always stays."""
         from streamllm.measurements import Measurements
         from streamllm.models import load_model
 
@@ -201,7 +201,7 @@ def _pin(cores: list[int]) -> None:
 
 
 def _mismatches(cores: list[int]) -> list[str]:
-    """What the system and torch give this process, where that is not what was asked for."""
+    """Everything in which the system and torch give this process something other than what was asked for."""
     import torch
 
     found = []

@@ -17,4 +17,4 @@ WORDS: dict[str, tuple[str, ...]] = {
 }
 LEAST = {field.parameter: field.least for field in KNOBS if field.least is not None}
 USUAL: dict[str, Value] = {field.parameter: field.usual for field in KNOBS if field.usual is not None}
-"""What a knob is where a space does not say; the window is what the total leaves."""
+"""A knob's value where a space does not give one; the window is what the total leaves."""

@@ -34,7 +34,7 @@ def load_space(name: str, devices: Collection[str] = ()) -> SearchSpace:
 
 
 class _SpaceReader(Reader):
-    """Of one file, once. Without CUDA, `cuda_only` fills with the choices that are left out."""
+    """Reads one file, once. Without CUDA, `cuda_only` fills with the choices that are left out."""
 
     def __init__(self, path: Path, on_cuda: bool) -> None:
         super().__init__(path)
@@ -103,7 +103,7 @@ class _SpaceReader(Reader):
         return tuple(found)
 
     def choices(self, name: str, node: yaml.Node) -> tuple[Value, ...]:
-        """Of a list, a single value, or a mapping of either or of a range."""
+        """Choices from a list, a single value, or a mapping of either or of a range."""
         if not isinstance(node, yaml.MappingNode):
             return self.distinct(name, [node])
         allowed = ("choices", "cuda", "when") if name in WORDS else ("choices", "low", "high", "step", "log", "when")

@@ -24,7 +24,7 @@ from .reader import Reader, SpaceError, compose
 from .space import Value
 
 MEASURES = tuple(field.name for field in FIELDS.values() if field.decimals is not None and not field.of_study)
-"""What a matrix' table can show."""
+"""Measures that a matrix's table can show."""
 _TIMED = ("perplexity", "ppl_increase_percent", "runtime_sec", "runtime_change_percent", "tpot_ms", "speedup")
 _COLUMNS = {
     "fast": ("perplexity", "ppl_increase_percent", "tpot_ms", "speedup"),
@@ -77,7 +77,8 @@ class Matrix:
     max_eval_tokens: Mapping[str, int] = field(default_factory=dict)
     """By data set; under "" of all others."""
     file: str = ""
-    """Of a cell's results, less `.json`; {axis} stands for the cell's value. Empty: every axis that varies."""
+    """Name of the file with a cell's results, less `.json`; {axis} stands for the cell's value. Empty: every axis that
+    varies."""
     names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Axis -> what stands in file names for some of its values."""
     columns: tuple[str, ...] = ()
@@ -92,7 +93,7 @@ class Matrix:
         return list(dict.fromkeys(found))
 
     def varying(self) -> list[str]:
-        """What differs between cells."""
+        """The fields that differ between cells."""
         cells = self.cells()
         return [f.name for f in fields(Cell) if len({getattr(cell, f.name) for cell in cells}) > 1]
 
@@ -103,7 +104,7 @@ class Matrix:
         return re.sub(r"[^\w.+-]", "_", (self.file or self._usual_file()).format_map(words))
 
     def tokens_of(self, dataset: str) -> int | None:
-        """Of that text, how many; None: all."""
+        """The number of tokens to evaluate of that text; None: all."""
         return self.max_eval_tokens.get(dataset, self.max_eval_tokens.get(""))
 
     def shown(self, protocol: str) -> tuple[str, ...]:

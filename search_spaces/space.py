@@ -1,4 +1,4 @@
-"""What a search space is: parameters with their choices, the conditions they exist under, objectives, constraints."""
+"""A search space: parameters with their choices, the conditions they exist under, objectives, constraints."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SearchSpace:
     when: Mapping[str, Mapping[str, tuple[Value, ...]]] = field(default_factory=dict)
     """Conditional parameter -> the others' values it exists with; those others are not conditional themselves."""
     defaults: Mapping[str, Value] = field(default_factory=dict)
-    """What a conditional parameter is where it does not exist."""
+    """A conditional parameter's value where the parameter does not exist."""
     constraints: tuple[Constraint, ...] = ()
 
     def active(self, name: str, params: Mapping[str, Value]) -> bool:

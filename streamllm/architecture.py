@@ -30,7 +30,8 @@ _SINKS = 4
 _FAR = 1_000_000
 """Tokens evicted. Whatever depends on an absolute position shows there."""
 _ROUNDING = 1e-4
-"""Of a float32 layer, by the size of its output: right ones are below 1e-6, wrong ones above a tenth."""
+"""Rounding error of a float32 layer, relative to the size of its output: right layers are below 1e-6, wrong ones above
+a tenth."""
 _TIMES_THE_NOISE = 8
 _OF_A_KIND = 2
 """Layers that are looked at of those that differ in their weights alone."""
@@ -43,8 +44,8 @@ def probe_tokens(model: PreTrainedModel, span: int | None) -> Tensor:
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
-    """Of two models' logits (..., vocabulary): mean |difference of log probabilities|, nats. float16 may overflow,
-    which is not the architecture's fault: what is not finite there does not count."""
+    """Difference between two models' logits (..., vocabulary): mean |difference of log probabilities|, nats. float16
+    may overflow, which is not the architecture's fault: values that are not finite there do not count."""
     error = (_log_probabilities(found) - _log_probabilities(expected)).abs()
     if found.dtype == torch.float16:
         error = error[error.isfinite()]
@@ -92,8 +93,8 @@ def check_finite_weights(model: PreTrainedModel, logits: Tensor) -> None:
 
 
 def check_features(model: PreTrainedModel, own_attention: bool) -> None:
-    """What is known not to be rotary positions and (unless the model's own attention is used) a softmax, by the model's
-    own words. Raises UnsupportedModelError."""
+    """Refuses everything that is known, by the model's own words, not to be rotary positions and (unless the model's
+    own attention is used) a softmax. Raises UnsupportedModelError."""
     config, name = text_config(model), type(model).__name__
     unknown = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     cached = [

@@ -142,7 +142,7 @@ def add_sample_argument(group: argparse._ArgumentGroup, auto: str) -> None:
 
 
 def sample_size(text: str, protocol: str = "fast") -> int | None:
-    """Of `auto` (None), `all` (0) or a number of tokens. Raises UsageError."""
+    """The sample size in `auto` (None), `all` (0) or a number of tokens. Raises UsageError."""
     if text == "auto":
         return None
     if protocol != "fast":

@@ -24,11 +24,11 @@ ATTENTION_NAME = "streamllm"
 
 
 class UnseenAttentionError(UnsupportedModelError):
-    """What the model's layers attend with does not come by here."""
+    """The attention that the model's layers compute does not pass through here."""
 
 
 class AttentionState(Protocol):
-    """What a layer's attention is computed with and from."""
+    """The state that a layer's attention is computed with and from."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         """query (batch, heads, new, head size), key and value (batch, KV heads, new, head size), as the model rotated

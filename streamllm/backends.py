@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 _FALLBACKS = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "MATH")
-"""What CUDA runs where nothing else is asked for: the first that takes the call. Left to itself torch begins with
-cuDNN on Hopper, which builds a plan for every new length, in a cache that grows for every token."""
+"""The kernels that CUDA runs where nothing else is asked for: the first that takes the call. Left to itself torch
+begins with cuDNN on Hopper, which builds a plan for every new length, in a cache that grows for every token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +24,8 @@ class Backend:
     """torch's scaled_dot_product_attention, plain matrix products and a softmax, the flash-attn package, or our own
     kernel for one new token (`triton_attention`; several are torch's)."""
     operators: tuple[str, ...] = ()
-    """What torch's dispatcher is seen to run when this kernel runs; none of what is made of ordinary operators."""
+    """The operators that torch's dispatcher is seen to run when this kernel runs; empty if it is made of ordinary
+    operators."""
     heading: str | None = None
     """How torch begins what it says of the kernel, in lower case."""
 

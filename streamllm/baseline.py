@@ -18,7 +18,7 @@ Measured = tuple[Row, "np.ndarray"]
 """And losses (n, 2: position, nats)."""
 
 AS_BASELINE = {"speedup": 1.0, "ppl_increase_percent": 0.0}
-"""What the baseline is beside itself."""
+"""The baseline's values beside itself."""
 
 _TIMES = (
     "time_ratio",
@@ -30,12 +30,13 @@ _TIMES = (
     "avg_attn_ms",
     "peak_memory_mb",
 )
-"""What differs from run to run."""
+"""Measures that differ from run to run."""
 
 
 def baseline_policy(policy: EvictionPolicy, protocol: str, trained_length: int | None) -> EvictionPolicy:
-    """What the fixed baseline re-computes beside a policy: its total S + W + slack, but at most the cap or the trained
-    length. A chunk's prefill is as long for the baseline; in other protocols nothing of it is ever pruned lazily."""
+    """The policy that the fixed baseline re-computes beside another: its total S + W + slack, but at most the cap or
+    the trained length. A chunk's prefill is as long for the baseline; in other protocols nothing of it is ever pruned
+    lazily."""
     window = min(policy.kept + policy.cache_slack, TOTAL_KV_CAP, trained_length or TOTAL_KV_CAP)
     return EvictionPolicy(
         n_sink=0, window_size=window, compress_every=policy.compress_every if protocol == "chunked" else 1
@@ -67,8 +68,8 @@ def average(runs: Sequence[Measured]) -> Measured:
 
 
 def sampled(losses: np.ndarray, comparison: QualityComparison, n_losses: int) -> dict[str, Any]:
-    """Of a method whose losses are known at a sample of the text's `n_losses` tokens only: its perplexity over all of
-    them, by what it differs from the reference at the sample."""
+    """For a method whose losses are known only at a sample of the text's `n_losses` tokens: its perplexity over all of
+    them, from its difference to the reference at the sample."""
     return {
         **comparison.perplexity(losses).flat("perplexity"),
         **comparison.vs_strict(losses).flat("ppl_vs_strict_percent"),
@@ -80,7 +81,7 @@ def sampled(losses: np.ndarray, comparison: QualityComparison, n_losses: int) ->
 def compared(
     record: AnyRow, losses: np.ndarray, baseline: Measured, comparison: QualityComparison | None
 ) -> dict[str, Any]:
-    """What a result means beside strict StreamingLLM and beside the baseline. Without a comparison, as by chunks, the
+    """A result's meaning beside strict StreamingLLM and beside the baseline. Without a comparison, as by chunks, the
     perplexities' ratio is over the tokens that both were taken at."""
     from .quality import paired_increase
 

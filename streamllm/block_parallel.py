@@ -110,7 +110,7 @@ def default_block(loaded: LoadedModel) -> int:
 
 
 _LOGIT_BYTES = 32
-"""Of one logit, as the model gives it, in float64, and in what the loss makes of that on the way."""
+"""Bytes for one logit, as the model gives it, in float64, and in what the loss makes of that on the way."""
 
 
 @torch.inference_mode()

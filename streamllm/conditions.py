@@ -1,4 +1,4 @@
-"""What determines a number besides what is measured: our code, the libraries, the machine.
+"""Everything that determines a number besides what is measured: our code, the libraries, the machine.
 
 They are part of a stored measurement's key, so that what was measured under other conditions is not taken for current.
 
@@ -48,7 +48,7 @@ def of_speed(loaded: LoadedModel, method: str, attn_backend: str) -> dict[str, A
 
 
 def kind_of_worker(device: torch.device) -> dict[str, Any]:
-    """What a row says of who timed it: times of workers that differ in any of it do not compare. See
+    """The part of a row that says who timed it: times of workers that differ in any of it do not compare. See
     `reference_time`."""
     return {
         "device": device_name(device),

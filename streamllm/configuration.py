@@ -16,11 +16,11 @@ class Configuration:
     """The attention kernel that is asked for."""
     execution: str = "eager"
     quantization: str | None = None
-    """Of the weights; None: as the model was loaded."""
+    """How the weights are quantized; None: as the model was loaded."""
 
     @classmethod
     def of_row(cls, row: AnyRow) -> Configuration:
-        """What a row measured, to be measured again."""
+        """The configuration that a row measured, to be measured again."""
         policy = EvictionPolicy(**{field.name: row[field.name] for field in fields(EvictionPolicy)})
         execution, quantization = row.get("execution", "eager"), row.get("quantization")
         return cls(row["method"], policy, row["backend_requested"], execution, quantization)

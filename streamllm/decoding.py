@@ -68,7 +68,7 @@ class KVCache(ABC):
 
     @property
     def shape(self) -> Hashable:
-        """What those shapes follow from: caches of the same one share what is compiled."""
+        """The value that those shapes follow from: caches with the same one share what is compiled."""
         return None
 
     @abstractmethod
@@ -126,14 +126,14 @@ class CachedDecoder(Decoder):
 
 
 def _step(loaded: LoadedModel, cache: KVCache, tokens: Tensor, logits_to_keep: int = 1) -> Tensor:
-    """What runs on the device: tokens (n) -> logits (kept, vocabulary)."""
+    """Runs on the device: tokens (n) -> logits (kept, vocabulary)."""
     output = loaded.forward(tokens[None], cache.position_ids(len(tokens)), cache, logits_to_keep)
     return output.logits[0]
 
 
 @dataclass(frozen=True, slots=True)
 class DecodeRun:
-    """What a decode loop over a whole text measured."""
+    """The measurements of a decode loop over a whole text."""
 
     losses: np.ndarray
     """float64 nats; element i is the negative log-likelihood of token i + 1."""

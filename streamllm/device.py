@@ -26,7 +26,7 @@ def default_device() -> torch.device:
 
 
 def unverified(device: torch.device) -> str | None:
-    """What to warn of on a kind of device that this project has never run on; None on CPUs and NVIDIA's GPUs."""
+    """A warning for a kind of device that this project has never run on; None on CPUs and NVIDIA's GPUs."""
     kind = "rocm" if device.type == "cuda" and torch.version.hip else device.type
     return None if kind in ("cpu", "cuda") else f"{kind}: never tried by us, its times and kernels are unverified"
 
@@ -186,7 +186,7 @@ def others(answer: str, gpu: str, own: int) -> list[str]:
 
 @cache
 def device_name(device: torch.device) -> str:
-    """What the speed was measured on."""
+    """The name of the device that the speed was measured on."""
     cpu = _cpuinfo("model name") or platform.processor() or platform.machine()
     if device.type == "cpu":
         return cpu

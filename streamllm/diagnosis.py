@@ -1,4 +1,5 @@
-"""What a prune does to the losses after it: per-token losses beside a reference that does not forget, and the spike.
+"""The effect of a prune on the losses after it: per-token losses beside a reference that does not forget, and the
+spike.
 
 Single losses are mostly text: some tokens are hard. So each is compared with the loss of the same token under vanilla
 StreamingLLM (R = 1) with the same sinks and as many keys as the policy ever lets a query attend to, though no more than
@@ -45,7 +46,7 @@ class Spike:
     level: Estimate
     """Mean excess of the `before` tokens before a prune. All that follows counts from there."""
     jump: Estimate
-    """Of the first token after the prune."""
+    """Excess of the first token after the prune."""
     peak: Estimate
     """The highest mean over `peak_tokens` tokens in a row. Where that is says one half of the prunes and how high it
     is the other, and the other way round: the highest of noisy values would always seem high."""
@@ -182,7 +183,7 @@ def _width(found: np.ndarray, draws: np.ndarray, before: int, run: int) -> Estim
 
 
 def in_words(spike: Spike, largest_cache: int, trained_length: int | None) -> str:
-    """What was found, in a sentence or two."""
+    """The findings, in a sentence or two."""
     outgrown = trained_length is not None and largest_cache > trained_length + 1
     cause = f" The cache grows to {largest_cache} keys, the model was trained on {trained_length}." if outgrown else ""
     if spike.area.high < 0:

@@ -1,4 +1,4 @@
-"""What a user can get wrong."""
+"""The mistakes that a user can make."""
 
 
 class UsageError(ValueError):

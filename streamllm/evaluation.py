@@ -25,7 +25,7 @@ from .text import TokenStream
 from .timing import Reference, Speed, attention_ms, measure_speed, used_backend
 
 _SEGMENTS = 12
-"""Of a decode loop."""
+"""Segments of a decode loop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +83,8 @@ def measure_quality(
 
 
 def times_summary(times: PairedTimes) -> dict[str, Any]:
-    """What was timed: the ratio to the reference, and the raw milliseconds of both, which hold for that minute only."""
+    """The timing's results: the ratio to the reference, and the raw milliseconds of both, which hold for that minute
+    only."""
     return {
         **times.ratio.flat("time_ratio"),
         **median_interval(np.array(times.ms)).flat("measured_tpot_ms"),
@@ -115,8 +116,8 @@ Evaluator = Callable[
     [LoadedModel, TokenStream, str, EvictionPolicy, Backend, Reference, str, Progress | None],
     tuple[Quality, dict[str, Any]],
 ]
-"""What an entry of `options.PROTOCOLS` names: (model, text, method, policy, backend, reference, execution, progress) ->
-the quality, and the record of quality and speed."""
+"""The type of function that an entry of `options.PROTOCOLS` names: (model, text, method, policy, backend, reference,
+execution, progress) -> the quality, and the record of quality and speed."""
 
 
 def evaluate_fast(
@@ -245,7 +246,7 @@ def identity(
     protocol: str,
     execution: str = "eager",
 ) -> dict[str, Any]:
-    """What is evaluated on what: the part of a flat result that is known beforehand."""
+    """The subject of an evaluation: the part of a flat result that is known beforehand."""
     return {
         "model": loaded.name,
         "model_digest": loaded.digest,

@@ -34,7 +34,8 @@ class StaticCache(AttentionState, Protocol):
 
 
 StepMaker = Callable[[Step, LoadedModel, StaticCache], StaticStep]
-"""What an entry of `options.EXECUTIONS` names. Raises UsageError if the device has no such execution."""
+"""The type of function that an entry of `options.EXECUTIONS` names. Raises UsageError if the device has no such
+execution."""
 
 
 def static_step(execution: str, step: Step, loaded: LoadedModel, cache: StaticCache) -> StaticStep | None:
@@ -65,7 +66,7 @@ def compiled_step(step: Step, loaded: LoadedModel, cache: StaticCache) -> Static
 
 
 _SHAPES = 8
-"""Of which compiled code is kept for the next decoder, the least recently asked for is let go."""
+"""Shapes for which compiled code is kept for the next decoder; the least recently asked for is let go."""
 
 
 @lru_cache(_SHAPES)

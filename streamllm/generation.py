@@ -70,7 +70,7 @@ class StreamingCache(Cache):  # type: ignore[misc]
                 stacklevel=2,
             )
         self.offset = 0
-        """Of the positions that are given to the model: that of the first token."""
+        """Offset of the positions that are given to the model: that of the first token."""
         self.rotary = _streaming_rotary(model)
         turn = _SinkTurn(self.rotary)
         super().__init__(layers=[_RingLayer(policy, turn) for _ in range(config.num_hidden_layers)])
@@ -80,7 +80,7 @@ _KNOWN = "_streaming_rotary"
 
 
 class _Known(NamedTuple):
-    """What a decoder keeps: the rotation that it was seen to be right with."""
+    """A decoder's record of the rotation that it was seen to be right with."""
 
     where: tuple[torch.device, torch.dtype]
     rotary: Rotary
@@ -133,7 +133,7 @@ def _try(model: PreTrainedModel, rotary: Rotary) -> None:
 
 
 def _refuse(decoder: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """What a model may be called with, but not with our cache, which would be wrong without a word."""
+    """Refuses calls that the model allows but that, with our cache, would be silently wrong."""
     cache = options.get("past_key_values")
     if not isinstance(cache, StreamingCache):
         return
@@ -193,8 +193,8 @@ class _SinkTurn:
 
 
 class _Piece(NamedTuple):
-    """What several tokens attended to, themselves at the end: from it the cache can be had as it was before some of
-    them."""
+    """The keys and values that several tokens attended to, themselves at the end: from it the cache can be had as it
+    was before some of them."""
 
     keys: Tensor
     values: Tensor
@@ -333,7 +333,7 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
         self._map(lambda held: held.repeat_interleave(repeats, dim=0))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Of all that is held, the sequences of the batch."""
+        """Changes the sequences of the batch in all that is held."""
         if self.is_initialized:
             self.keys, self.values, self.sink_keys = map(change, (self.keys, self.values, self.sink_keys))
         self.piece = None

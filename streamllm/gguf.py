@@ -48,8 +48,8 @@ def _packaged(name: str) -> Path:
 
 
 def facts(folder: Path) -> dict[str, Any]:
-    """What a converted folder keeps of its file: `digest` (sha256) and `weights` (its quantisation, as Q4_1). Empty of
-    any other folder."""
+    """The facts that a converted folder keeps about its file: `digest` (sha256) and `weights` (its quantisation, as
+    Q4_1). Empty for any other folder."""
     file = folder / _FACTS
     found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     return found

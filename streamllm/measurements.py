@@ -34,7 +34,7 @@ Lease = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Leases:
-    """What is held while something is timed, and while something is computed that is not."""
+    """The leases held while something is timed, and while something is computed that is not timed."""
 
     timing: Lease = nullcontext
     computing: Lease = nullcontext
@@ -60,7 +60,7 @@ class Measurements:
 
     @property
     def reference(self) -> Reference:
-        """What everything is timed beside; kept warm once it was asked for."""
+        """The reference that everything is timed beside; kept warm once it was asked for."""
         if self.beside is not None:
             return self.beside.reference
         if not self._reference:
@@ -162,7 +162,7 @@ class Measurements:
     def _prepared(
         self, what: Configuration, leases: Leases, strict: bool = False
     ) -> tuple[LoadedModel, str, EvictionPolicy, Backend, np.ndarray]:
-        """What is to be timed, compiled beforehand: others may time meanwhile."""
+        """The arguments of a timing, with the step compiled beforehand: others may time meanwhile."""
         with leases.computing():
             backend = resolve_backend(what.backend, self.loaded, what.policy.kept, strict)
             compile_step(self.loaded, what.method, what.policy, backend, self.stream.tokens, what.execution)
@@ -207,7 +207,7 @@ class Measurements:
         return self._once(key, measure)
 
     def find(self, protocol: str, what: Configuration, run: int = 0) -> Measurement | None:
-        """What `whole` would return, if it is stored."""
+        """The measurement that `whole` would return, if it is stored."""
         if protocol != "fast":
             key = self._whole_key(protocol, what)
             return self.store.get(_of_run(key, run))

@@ -32,7 +32,7 @@ class LoadedModel:
 
     @property
     def config(self) -> Any:
-        """Of the part that reads and writes text."""
+        """Configuration of the part that reads and writes text."""
         return text_config(self.model)
 
     @property
@@ -56,7 +56,7 @@ class LoadedModel:
 
     @property
     def kv_bytes(self) -> int:
-        """Of one token's keys and values, in all layers."""
+        """Bytes of one token's keys and values, in all layers."""
         config = self.config
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return int(2 * config.num_hidden_layers * kv_heads * self.head_size * self.dtype.itemsize)

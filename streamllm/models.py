@@ -159,7 +159,8 @@ def prepare(model: PreTrainedModel, name: str, digest: str, quantization: str = 
 
 
 def _own_logits(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, float]:
-    """Of the model by itself, and its noise: how far they are from those in a batch, or by its other attention."""
+    """The logits of the model by itself, and their noise: how far they are from those in a batch, or by its other
+    attention."""
     model.set_attn_implementation("eager")
     expected = run(model, tokens)
     others = [run(model, tokens.repeat(2, 1))]

@@ -1,4 +1,4 @@
-"""What can be asked for by name, besides methods (`methods/`) and attention backends (`backends`).
+"""Everything that can be asked for by name, besides methods (`methods/`) and attention backends (`backends`).
 
 An entry is a name and what it names, which is imported when it is used: `--help` answers without torch. Adding one is
 adding an entry, and what it names.

@@ -36,7 +36,7 @@ class Pace:
     block_sec: float
     """To evaluate 256 tokens that see nothing before them but each other."""
     key_sec: float
-    """What these 256 take longer for each token that they see."""
+    """The extra time these 256 take for each token that they see."""
     token_sec: float
     """To decode one by strict StreamingLLM, the ring."""
     total: int
@@ -52,7 +52,8 @@ class Pace:
 
 
 def measure_pace(config: PretrainedConfig, dtype: torch.dtype, total: int) -> Pace:
-    """Of a model of that configuration, by the fastest of a few runs: what else the machine does is not the model's."""
+    """The pace of a model of that configuration, by the fastest of a few runs: what else the machine does is not the
+    model's."""
     models = [_random_model(config, layers, dtype) for layers in (_FEW, _MORE)]
     few, more = (_fastest(loaded, total) for loaded in models)
     layers = config.get_text_config(decoder=True).num_hidden_layers

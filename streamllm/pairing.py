@@ -20,13 +20,13 @@ from .quality import Estimate, median_interval
 
 LEAST_PAIRS, MOST_PAIRS = 12, 100
 FEWEST_PAIRS = 7
-"""Of what takes seconds a token: as many as an interval of 95% needs."""
+"""Pairs for what takes seconds a token: as many as an interval of 95% needs."""
 _PRECISE = 0.01
 """Half the interval's width, as a share of the ratio, at which there are pairs enough."""
 ENOUGH_SEC = 6.0
 _TOO_LONG_SEC = 15.0
 LONGEST_REFERENCE_SEC = 1.0
-"""Of a segment of the reference, however long the other one was."""
+"""The most seconds that a segment of the reference lasts, however long the other one was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,7 @@ def take_pairs(segment: Callable[[], float], reference: Callable[[], float]) -> 
 
 
 def seconds_of_pairs(segment_sec: float) -> float:
-    """What `take_pairs` takes for segments of so long, if their ratio is not known well any sooner."""
+    """The time `take_pairs` takes for segments of this length, if their ratio is not known well any sooner."""
     pair = segment_sec + min(segment_sec, LONGEST_REFERENCE_SEC)
     if LEAST_PAIRS * pair <= ENOUGH_SEC:
         return min(ENOUGH_SEC, MOST_PAIRS * pair)
@@ -87,7 +87,7 @@ def between_references(ms: Sequence[float], reference_ms: Sequence[float], at: f
 
 
 def load_average() -> float:
-    """Of the last minute; NaN where the system does not say."""
+    """The load average over the last minute; NaN where the system does not say."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 

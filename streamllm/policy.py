@@ -110,7 +110,7 @@ class Schedule:
 
     @property
     def state(self) -> tuple[int, int, bool]:
-        """What decides everything that follows."""
+        """Everything that the rest of the schedule depends on."""
         return self.seen % max(self.policy.compress_every, 1), self.held, self.pruning
 
 
@@ -122,7 +122,8 @@ def strict_policy(total: int) -> EvictionPolicy:
 
 
 def for_chunks(policy: EvictionPolicy, prefill: int) -> EvictionPolicy:
-    """Of protocol `chunked`: "a prefill, then one compression" is a policy that prunes after just so many tokens."""
+    """The policy of protocol `chunked`: "a prefill, then one compression" is a policy that prunes after just so many
+    tokens."""
     return EvictionPolicy(n_sink=policy.n_sink, window_size=policy.window_size, compress_every=prefill)
 
 
@@ -151,7 +152,7 @@ def peak_kv(policy: EvictionPolicy, n_tokens: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class SteadyState:
-    """What a full cache settles into: the same `cycle` tokens, prunes included, over and over."""
+    """The state that a full cache settles into: the same `cycle` tokens, prunes included, over and over."""
 
     start: int
     """Tokens processed when the first whole cycle begins."""

@@ -1,4 +1,4 @@
-"""What commands print on standard output, which may be a pipe that nobody reads to its end."""
+"""The commands' standard output, which may be a pipe that nobody reads to its end."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class BackendError(UsageError):
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """What became of an attention call with one backend."""
+    """The outcome of an attention call with one backend."""
 
     backend: Backend
     kernel: str | None
@@ -65,9 +65,9 @@ def probe_backend(
 
 
 def replayed(backend: Backend, loaded: LoadedModel, held: int) -> Backend:
-    """What `auto` is in a step that is captured as a graph: our own kernel, where it runs. There its launches cost
-    nothing (from Python, 150 us each). On an H100 it reads keys faster than flash, and takes a mask, under which
-    torch's kernels but cuDNN's, which plans for every length, are several times slower."""
+    """The backend that `auto` stands for in a step that is captured as a graph: our own kernel, where it runs. There
+    its launches cost nothing (from Python, 150 us each). On an H100 it reads keys faster than flash, and takes a mask,
+    under which torch's kernels but cuDNN's, which plans for every length, are several times slower."""
     if backend.name != "auto" or loaded.device.type != "cuda" or find_spec("triton") is None:
         return backend
     ours = BACKENDS["triton"]
@@ -80,7 +80,7 @@ def _probed(backend: Backend, *what: Any) -> bool:
 
 
 def _heads(loaded: LoadedModel) -> tuple[int, int]:
-    """Of queries, and of keys and values."""
+    """The number of query heads, and of key and value heads."""
     heads = loaded.config.num_attention_heads
     return heads, getattr(loaded.config, "num_key_value_heads", None) or heads
 

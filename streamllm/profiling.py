@@ -42,7 +42,7 @@ _STRETCHES = 5
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """Of a GPU a kernel, of a CPU an operator less those that it calls."""
+    """A GPU kernel, or a CPU operator excluding its callees."""
 
     name: str
     calls_per_token: float

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .decoding import Progress
 
 _QUIET_SEC = 2.0
-"""What is shorter shows nothing."""
+"""Anything shorter shows nothing."""
 LINE_SEC = 30.0
 _FRAME_SEC = 0.5
 

@@ -66,7 +66,7 @@ class _Mean:
 
 
 class QualityComparison:
-    """What is said of policies' losses on one text, beside a reference's and a baseline's.
+    """Compares policies' losses on one text with a reference's and a baseline's.
 
     Re-computation, the usual baseline, costs so much that it is known at a sample of tokens only; the reference (strict
     StreamingLLM) and the policies are known at every one. What hangs on the sample is therefore the difference between

@@ -27,11 +27,11 @@ GROUP = 32
 kernel of CPUs reads rows in steps of 8 or, with AVX-512, of 16, past the end if it must."""
 
 Weights = Callable[[], Tensor]
-"""What a quantized layer's weights (out, in) stand for, in float32; made when asked for, as it takes memory."""
+"""The weights (out, in) that a quantized layer stands for, in float32; made when asked for, as it takes memory."""
 
 
 class QuantizedLinear(nn.Module):
-    """What replaces a linear layer; a quantizer has its own `product`."""
+    """A module that replaces a linear layer; a quantizer has its own `product`."""
 
     in_features: int
     out_features: int
@@ -121,12 +121,12 @@ def _int4_weights(rounded: Tensor, scales_and_zeros: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Quantizer:
-    """What an entry of `options.QUANTIZATIONS` names."""
+    """An entry of `options.QUANTIZATIONS`."""
 
     replacement: Callable[[nn.Linear], tuple[QuantizedLinear, Weights]]
-    """Of a linear layer. Raises ImportError without torchao."""
+    """The replacement for a linear layer. Raises ImportError without torchao."""
     outputs: int = 1
-    """What a layer's outputs must be a multiple of."""
+    """A layer's outputs must be a multiple of this."""
 
 
 INT8 = Quantizer(Int8Linear.of)

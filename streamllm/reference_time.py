@@ -18,9 +18,9 @@ from .results.schema import AnyRow, Row
 Kind = tuple[Any, ...]
 
 WORKER = ("device", "threads", "software")
-"""What tells the kinds of workers apart: times of different kinds do not compare."""
+"""The properties that tell the kinds of workers apart: times of different kinds do not compare."""
 _KIND = ("model", "model_digest", "dtype", "quantization", "reference_total", *WORKER)
-"""What the reference's time depends on."""
+"""Everything that the reference's time depends on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class ReferenceTime:
 
     device: str
     threads: int | None
-    """Of a CPU."""
+    """Threads of a CPU."""
     ms: float
     low: float
     high: float
@@ -46,7 +46,7 @@ class ReferenceTime:
 
 
 def kind(row: AnyRow) -> Kind:
-    """What a row was timed beside: the reference's weights are its own, unless it says whose."""
+    """The kind of reference that a row was timed beside: its weights are the row's own, unless the row says whose."""
     if "reference_digest" in row:
         row = {**row, "model_digest": row["reference_digest"], "quantization": None}
     return tuple(row.get(name) for name in _KIND)
@@ -74,7 +74,7 @@ class ReferencePool:
         return ReferenceTime(named["device"], named["threads"], median, low, high, len(ordered))
 
     def times(self) -> list[ReferenceTime]:
-        """Of each kind, the one with the most timings first."""
+        """One time for each kind, the one with the most timings first."""
         found = [time for of in self._ordered if (time := self.time(of)) is not None]
         return sorted(found, key=lambda time: -time.timings)
 
@@ -108,7 +108,8 @@ def _half(row: AnyRow, end: str) -> float:
 
 
 def _quantile(ordered: Sequence[float], share: float) -> float:
-    """Of ascending values, between neighbours in proportion. No numpy: this is read before anything heavy is there."""
+    """A quantile of ascending values, between neighbours in proportion. No numpy: this is read before anything heavy is
+    there."""
     place = share * (len(ordered) - 1)
     below = math.floor(place)
     above = min(below + 1, len(ordered) - 1)

@@ -54,7 +54,7 @@ class Rotary:
         self.embedding.forward = self._embed
 
     def _embed(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """What the model's rotary embedding returns: position_ids (batch, n) -> cos and sin (batch, n, _). Models of
+        """The result of the model's rotary embedding: position_ids (batch, n) -> cos and sin (batch, n, _). Models of
         images and text give positions for time, height and width (3, batch, n), which are one and the same for text."""
         if position_ids.ndim == 3:
             if not (position_ids == position_ids[:1]).all():
@@ -145,7 +145,7 @@ def _rotary_embedding(model: PreTrainedModel) -> Any:
 
 
 def _other_positions(model: PreTrainedModel, modules: list[nn.Module]) -> str:
-    """What the model has in place of one rotary embedding."""
+    """A description of what the model has in place of one rotary embedding."""
     config = text_config(model)
     several = {name.removesuffix("_inv_freq") for m in modules for name in vars(m).get("_buffers", {})
                if name.endswith("_inv_freq") and "original" not in name}  # fmt: skip

@@ -18,7 +18,7 @@ from .quality import QualityComparison
 BATCH = 8
 """Tokens by which a sample grows."""
 LEAST_TOKENS, MOST_TOKENS = 64, 1024
-"""Of a sample whose size nobody has chosen."""
+"""Limits of a sample whose size nobody has chosen."""
 PRECISION_PERCENT = 0.5
 """Half the interval of re-computation's perplexity against the reference's at which it is known well enough."""
 

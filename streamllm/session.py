@@ -1,4 +1,4 @@
-"""What the commands that measure do alike: load model and text, find the baseline, talk to the terminal."""
+"""Shared by the measuring commands: loading model and text, finding the baseline, talking to the terminal."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ class RingSlots:
     n_sink: int
     """S"""
     count: int
-    """Of all slots."""
+    """Number of all slots."""
 
     @property
     def window(self) -> int:

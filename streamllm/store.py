@@ -166,7 +166,7 @@ def _source(module: str) -> Path:
 
 
 def _code(source: str) -> str:
-    """What the source does: without comments, docstrings and layout."""
+    """The code in the source: without comments, docstrings and layout."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(body := getattr(node, "body", None), list):

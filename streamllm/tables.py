@@ -19,7 +19,7 @@ from typing import Any
 from .errors import TextError
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
-"""Of files that are tables, of whatever case."""
+"""Suffixes of files that are tables, in any case."""
 JOINS = ("lines", "paragraphs")
 """How rows become one text. `lines`: as their own line ends have it, else a line each. `paragraphs`: those that are not
 blank, with an empty line between; so the source documents join WikiText."""
@@ -38,7 +38,7 @@ class Rows:
 
 
 def slug(title: str) -> str:
-    """Of a title what it is found by, and named by in a label: words, without case and apostrophes."""
+    """The form of a title by which it is found, and named in a label: words, without case and apostrophes."""
     return re.sub(r"\W+", "-", re.sub("['’]", "", title)).strip("-").lower()
 
 
@@ -60,7 +60,7 @@ def text_of(rows: Rows, book: str | None, join: str) -> str:
 
 
 def _number_of(rows: Rows, book: str) -> int:
-    """Of the one title that is `book`, or else "`book` by somebody", or else has those words."""
+    """The number of the one title that is `book`, or else "`book` by somebody", or else has those words."""
     column = next((name for name in _TITLES if name in rows.columns), None)
     if column is None:
         raise TextError(
@@ -110,8 +110,8 @@ def file_rows(path: Path, what: str) -> Rows:
 
 
 def _parquet_rows(files: Sequence[str], what: str, damaged: str, fix: str = "") -> Rows:
-    """Of files of one schema, local or an address that fsspec knows. Not by `datasets`: where reading stops before the
-    end, as after a book, the threads of pyarrow's scanner now and then abort the process when it ends."""
+    """Rows from files of one schema, local or an address that fsspec knows. Not by `datasets`: where reading stops
+    before the end, as after a book, the threads of pyarrow's scanner now and then abort the process when it ends."""
     from pyarrow.parquet import ParquetFile
 
     def read(column: str, first: int, count: int | None) -> Iterator[Any]:

@@ -36,7 +36,7 @@ class TextSource:
     dataset_name: str | None = None
     dataset_config: str | None = None
     split: str = "test"
-    """Of the data set."""
+    """Split of the data set."""
     offset: int = 0
     """Tokens of the text to skip; what the tokenizer puts before every text (its BOS) stays the first token."""
     max_eval_tokens: int | None = None
@@ -49,7 +49,7 @@ class TextSource:
 
     @property
     def name(self) -> str:
-        """Of the data set or file."""
+        """Name of the data set or file."""
         if self.dataset_name is not None:
             return Path(self.dataset_name).name
         file = self.text or self.token_ids
@@ -99,7 +99,7 @@ class TextSource:
             raise TextError(f"join {self.join!r}: of many rows, and a book is one; leave --join out")
 
     def _asked_of_rows(self) -> str:
-        """What only rows can give, as a message names it; empty: nothing."""
+        """The option that only rows can satisfy, as a message names it; empty: none."""
         if self.book is not None:
             return f"book {self.book!r}"
         return f"join {self.join!r}" if self.join != "lines" else ""

@@ -31,10 +31,11 @@ from .probing import replayed
 from .quality import Estimate, median_interval
 
 SEGMENT_TOKENS = 8
-"""Of a segment at least: fewer would time how the caches of a CPU are filled anew after the other decoder's turn."""
+"""Least tokens in a segment: fewer would time how the caches of a CPU are filled anew after the other decoder's
+turn."""
 SEGMENT_SEC = 0.1
 LONGEST_SEGMENT_SEC = 0.25
-"""Of what takes longer a token, a segment has fewer tokens than `SEGMENT_TOKENS`, down to one."""
+"""Longest segment: where `SEGMENT_TOKENS` take longer, a segment has fewer tokens, down to one."""
 WARMUP_TOKENS = 16
 _MOST_STRETCHES = 20
 _RECORDED_TOKENS = 256
@@ -61,11 +62,11 @@ class Speed:
     """`bytes_per_token` over the TPOT, as a share of the device's copy bandwidth: 1 is the floor of any decoding."""
     backend_used: str
     seconds: float
-    """What measuring all this took."""
+    """Time to measure all this."""
 
     @property
     def tpot_ms(self) -> Estimate:
-        """Of this timing alone, median over segments."""
+        """Median over the segments of this timing alone."""
         return median_interval(np.array(self.times.ms))
 
 
@@ -140,14 +141,15 @@ class TimedDecoder:
 
 
 def segment_tokens(pace: float, cycle: int, seconds: float = SEGMENT_SEC) -> int:
-    """Of a segment of about that many seconds, in whole cycles. pace: seconds per token."""
+    """The tokens in a segment of about that many seconds, in whole cycles. pace: seconds per token."""
     most = LONGEST_SEGMENT_SEC / pace
     return cycle * math.ceil(max(min(max(SEGMENT_TOKENS, seconds / pace), most), 1) / cycle)
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What everything is timed beside: strict StreamingLLM by the ring, eager, kept warm; one per device and total."""
+    """The reference that everything is timed beside: strict StreamingLLM by the ring, eager, kept warm; one per device
+    and total."""
 
     decoder: TimedDecoder
     cache_bytes: int
@@ -212,8 +214,8 @@ def measure_speed(
 def compile_step(
     loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray, execution: str
 ) -> None:
-    """What a decoder would otherwise compile while it is timed, and others may not be; it takes a minute or two for a
-    model of 32 layers, seconds once the compiler's cache on disk has it."""
+    """Compiles what a decoder would otherwise compile while it is timed, and others may not be; it takes a minute or
+    two for a model of 32 layers, seconds once the compiler's cache on disk has it."""
     if execution != "eager" or backend.library == "triton":
         with backend.active():
             run = TimedDecoder(loaded, method, effective_policy(method, policy), backend, tokens, execution)
@@ -262,8 +264,8 @@ def _started(
 
 
 def bytes_per_token(loaded: LoadedModel, policy: EvictionPolicy) -> int:
-    """What must be read to decode a token with a full cache: every weight (of an embedding that is not also the output
-    layer, one row), and the keys and values of S + W + 1 tokens."""
+    """The bytes that must be read to decode a token with a full cache: every weight (of an embedding that is not also
+    the output layer, one row), and the keys and values of S + W + 1 tokens."""
     model = loaded.model
     embedding, output = model.get_input_embeddings().weight, model.get_output_embeddings()
     weights = sum(parameter.nbytes for parameter in model.parameters())

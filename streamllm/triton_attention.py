@@ -26,7 +26,7 @@ MOST_SPLITS = 128
 """The merge holds one row of each in registers."""
 MERGED_COLUMNS = 16
 _FEWEST_ROWS = 16
-"""Of `tl.dot`: smaller groups of heads are padded to it."""
+"""Rows that `tl.dot` needs: smaller groups of heads are padded to it."""
 
 
 @triton.jit(do_not_specialize=["held", "span", "kv_heads"])
@@ -184,7 +184,7 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 def shapes(group: int, size: int, config: Configuration) -> dict[str, int]:
-    """What `attend_split` is compiled for, besides types."""
+    """The values that `attend_split` is compiled for, besides types."""
     return {
         "group": group,
         "size": size,

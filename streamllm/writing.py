@@ -137,7 +137,7 @@ class Writer:
 
     @property
     def status(self) -> tuple[str, str]:
-        """What it holds, and how far it is."""
+        """The cache's size, and the tokens seen so far with their speed."""
         trained = self.loaded.trained_length
         times = f" ({self.seen / trained:.1f} × trained)" if trained else ""
         return (

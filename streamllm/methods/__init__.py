@@ -62,7 +62,7 @@ def method_named(name: str) -> Method:
 
 
 def module_of(name: str) -> str:
-    """Of the method's file, from the package on: `methods.ring`."""
+    """The module of the method's file, from the package on: `methods.ring`."""
     return ".".join(("methods", *_FILES[name].with_suffix("").parts))
 
 

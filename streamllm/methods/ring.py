@@ -36,7 +36,7 @@ class RingCache(KVCache):
         """Once full: every token evicts one, and none is ever masked."""
         self.evicted_so_far = 0
         self.position = torch.zeros(1, dtype=torch.long, device=self.device)
-        """Of the first new token, in the stream."""
+        """Position of the first new token in the stream."""
         self.evicted = torch.zeros(1, dtype=torch.long, device=self.device)
         self.sink_keys: list[Tensor] = []
         """Per layer (1, KV heads, S, head size), as the model rotated them: each turn starts from these."""
@@ -68,7 +68,7 @@ class RingCache(KVCache):
 
     @property
     def shape(self) -> tuple[int, int, bool, str]:
-        """What a step's code depends on."""
+        """Everything that a step's code depends on."""
         return self.slots.count, self.slots.n_sink, self.always_full, self.backend.name
 
     def _visible(self, positions: Tensor) -> Tensor:

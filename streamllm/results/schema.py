@@ -20,18 +20,18 @@ FORMAT = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Field:
-    """What is known of a knob, a measure or a fact, whoever shows it."""
+    """Everything known of a knob, a measure or a fact, whoever shows it."""
 
     name: str = ""
     """Key of a row; of most exports too."""
     parameter: str = ""
-    """Of a knob, its name in spaces and on command lines."""
+    """A knob's name in spaces and on command lines."""
     header: str = ""
-    """Of a column."""
+    """Header of a column."""
     unit: str = ""
     """Empty where the header says it, or there is none."""
     label: str = ""
-    """Of an axis."""
+    """Label of an axis."""
     short: str = ""
     """Where there is no room for the header."""
     symbol: str = ""
@@ -43,14 +43,14 @@ class Field:
     words: bool = False
     knob: bool = False
     least: int | None = None
-    """Of a knob that is a whole number."""
+    """Least value of a knob that is a whole number."""
     usual: str | int | None = None
-    """What a knob is where nobody says."""
+    """A knob's value where nobody says."""
     objective: Direction | None = None
     """Which way a sweep may optimise it; constraints are on the same measures."""
     told: str = ""
-    """What a search is told in its place: what is known at once, and does not move when the reference's own time or the
-    baseline's quality becomes better known. It is in the same order."""
+    """The value a search is told in its place: one that is known at once, and does not move when the reference's own
+    time or the baseline's quality becomes better known. It is in the same order."""
     mlflow: Literal["param", "metric", "tag"] | None = None
     tag: str = ""
     """Its name in MLflow, where that is another."""
@@ -69,7 +69,7 @@ def _field(header: str = "", **more: Any) -> Any:
 
 
 def _fact(header: str = "", **more: Any) -> Any:
-    """What a row says about itself, in words or a number."""
+    """A fact that a row states about itself, in words or a number."""
     return _field(header, **more)
 
 
@@ -293,13 +293,13 @@ KNOBS = tuple(field for field in FIELDS.values() if field.knob)
 POLICY_KNOBS = tuple(field for field in KNOBS if field.symbol)
 """Those of an `EvictionPolicy`."""
 OBJECTIVES: dict[str, Direction] = {field.name: field.objective for field in FIELDS.values() if field.objective}
-"""What a sweep can optimise, and which way; constraints are on the same measures."""
+"""Measures that a sweep can optimise, and which way; constraints are on the same measures."""
 _TYPES = {field.name: str(field.type) for field in dataclasses.fields(Row)}
 _ENDS = ("_low", "_high", "_std")
 
 
 def told_name(objective: str) -> str:
-    """What a search is told of it."""
+    """The name of the measure that a search is told instead of the objective."""
     return FIELDS[objective].told or objective
 
 
@@ -310,7 +310,8 @@ def knobs_in_short(row: AnyRow, symbols: bool = False) -> str:
 
 
 def dtype_of(key: str) -> str:
-    """Of a column of such values in pandas, which may be missing. Lists, and numbers beside words, are objects."""
+    """The dtype of a column of such values in pandas, which may be missing. Lists, and numbers beside words, are
+    objects."""
     if key not in FIELDS:
         return "Float64"
     kinds = {"int": "Int64", "float": "Float64", "str": "string", "bool": "boolean"}

@@ -18,7 +18,7 @@ from .schema import Row
 from .study_folder import StudyFolder, read_rows
 
 EXPERIMENT = "streamllm-sweep"
-"""Of all studies in MLflow."""
+"""The name of the experiment in MLflow that holds all studies."""
 VIEW = "mlflow.sharedViewState."
 """Tag of an MLflow experiment: a view of it, at the address `#/experiments/ID/runs?viewStateShareKey=NAME`."""
 
@@ -60,7 +60,7 @@ class StudyResults:
 
     @cached_property
     def front(self) -> list[Row]:
-        """Of the confirmed trials, where there are any, those that can be told apart. Computed once."""
+        """The front: of the confirmed trials, where there are any, those that can be told apart. Computed once."""
         return study_front(self.trials, self.objectives)
 
 
