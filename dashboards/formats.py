@@ -161,7 +161,7 @@ FORMATS: dict[str, Format] = {
     "parquet": Format("parquet", parquet),
     "html": Format("html", html_page),
 }
-"""By the name that `--format` takes."""
+"""The formats by the name that `--format` takes."""
 
 _ROWS_OF_A_PAGE = 50
 _STYLE = (

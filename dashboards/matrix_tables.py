@@ -106,7 +106,7 @@ def _measured(row: Row, baseline: Row) -> Row:
 def matrix_tables(
     name: str, description: str, documents: Sequence[Mapping[str, Any]], columns: Mapping[str, Sequence[str]]
 ) -> dict[str, Table]:
-    """By the suffix of the file's name: a table per protocol. `columns`: protocol -> measures."""
+    """Tables by the suffix of the file's name: one per protocol. `columns`: protocol -> measures."""
     rows = matrix_rows(documents)
     protocols = list(dict.fromkeys(str(row["protocol"]) for row in rows))
     tables = {}

@@ -49,7 +49,7 @@ class Recommendation:
 def recommend(
     front: Sequence[AnyRow], objectives: Mapping[str, str], max_ppl_increase: float | None = None
 ) -> Recommendation:
-    """A row from every front that is not empty.
+    """Recommends a row of every front that is not empty.
 
     max_ppl_increase: over re-computation, in percent; the recommended one then is the fastest within that."""
     if not front:

@@ -31,7 +31,7 @@ from streamllm.results.study_folder import StudyFolder
 
 _HOST = "127.0.0.1"
 _PORTS = 100
-"""Tried from the one that is wanted."""
+"""Ports tried, from the one that is wanted."""
 _START_SEC, _END_SEC = 120.0, 8.0
 _LAST_LINES = 8
 _ENDS_WITH_US = """

@@ -77,7 +77,7 @@ def pareto_table(
 
 
 def _with_fixed(study: StudyResults, rows: Sequence[AnyRow]) -> list[AnyRow]:
-    """And those that they are compared with."""
+    """The rows, and those that they are compared with."""
     return [*rows, *(row for row in (study.strict, study.baseline) if row is not None)]
 
 

@@ -152,7 +152,7 @@ def _versions(key: Mapping[str, Any]) -> str:
 
 
 def _cells(row: AnyRow, names: Sequence[str]) -> str:
-    """As a table shows them."""
+    """The named cells as a table shows them."""
     columns = [BY_KEY[name] for name in names]
     return ", ".join(f"{column.title} {text}" for column in columns if (text := column.text(row)))
 

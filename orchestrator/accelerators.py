@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from streamllm.errors import UsageError
 
 VISIBLE = ("CUDA_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK", "ONEAPI_DEVICE_SELECTOR")
-"""By which Ray gives a process its accelerator: NVIDIA's, AMD's, Intel's, and Intel's in earlier versions of Ray."""
+"""Variables by which Ray assigns an accelerator: NVIDIA's, AMD's, Intel's, and Intel's in earlier versions of Ray."""
 
 ONE_EACH = {f"RAY_EXPERIMENTAL_NOSET_{name}": "" for name in VISIBLE}
 """Settings of a worker: whoever started Ray may have told it to leave those alone, and all would use the first."""

@@ -30,7 +30,7 @@ _FRONT_ROWS = 5
 _WORKERS = 8
 """Shown one by one; of more, how many do what."""
 _LINE_SEC = 10.0
-"""Between lines about one and the same thing, where there is no live view."""
+"""Seconds between lines about one and the same thing, where there is no live view."""
 
 
 class Backlog(Protocol):
@@ -97,7 +97,7 @@ class Display:
         self._live.stop()
 
     def _say_where(self) -> None:
-        """That it goes on, where there is no live view and nothing else has been said for a while."""
+        """Says that the sweep goes on, where there is no live view and nothing else has been said for a while."""
         if time.monotonic() - self._noted > LINE_SEC / 2:
             doing = "; ".join(f"worker {worker}: {what}" for worker, what in sorted(self._doing.items())[:_WORKERS])
             self.note(f"{self._so_far()}; {doing or 'workers are starting'}")
@@ -148,7 +148,7 @@ class Display:
         self.note(f"confirming: {candidates - 1} candidates and the baseline, {rounds} rounds")
 
     def draining(self, backlog: int) -> None:
-        """Told again and again while MLflow catches up at the end."""
+        """Called again and again while MLflow catches up at the end."""
         now = time.monotonic()
         if backlog and now - self._said > _LINE_SEC:
             self._said = now

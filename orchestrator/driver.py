@@ -81,7 +81,7 @@ class Driver:
         self._running: dict[int, Task] = {}
         """Worker -> what it measures."""
         self._retries: deque[Task] = deque([STRICT, BASELINE])
-        """To be handed out before anything new is asked for: at first, what trials are compared with."""
+        """Tasks to hand out before anything new is asked for: at first, those that trials are compared with."""
         self._deaths = {STRICT: 0, BASELINE: 0}
         self._sample = BaselineSample(baseline_tokens)
         self._awaits_baseline = bool(_OF_BASELINE & {*map(told_name, study.space.objectives), *_limited(study.space)})
@@ -307,7 +307,7 @@ def _limited(space: SearchSpace) -> list[str]:
 
 
 def _unquantized(digest: str) -> str:
-    """The digest of the weights that were loaded, from that of a model in memory, where its quantization follows."""
+    """The digest of the weights that were loaded, from that of a model in memory, in which its quantization follows."""
     return digest.partition(" ")[0]
 
 

@@ -119,7 +119,8 @@ def _layout(count: int, cpus_per_worker: int, address: str | None) -> WorkerLayo
 
 
 def _cost(configuration: SweepConfiguration, layout: WorkerLayout, rounds: int) -> str:
-    """By the model's pace here, and by the trials of the studies beside this one that used the same model and text."""
+    """The cost by the model's pace here, and by the trials of the studies beside this one that used the same model and
+    text."""
     from streamllm.device import default_device, limit_threads, resolve_dtype
     from streamllm.models import configuration_of
     from streamllm.pace import measure_pace

@@ -29,7 +29,7 @@ _CANDIDATES = 6
 _START_SEC, _END_SEC = 25.0, 15.0
 """Ray and its workers, the model, the checks; tables, figures, MLflow."""
 _SLOWER = 1.2
-"""Than the reference, a method on average."""
+"""Time of a method over the reference's, on average."""
 
 
 @dataclass(frozen=True, slots=True)

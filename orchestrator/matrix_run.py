@@ -136,7 +136,7 @@ class _Bench:
     _loaded: LoadedModel | None = None
     _of: tuple[str, str] | None = None
     _references: dict[int, list[Reference]] = field(default_factory=dict)
-    """By the total that they hold."""
+    """The references by the total that they hold."""
     _texts: dict[TextSource, TokenStream | Exception] = field(default_factory=dict)
 
     def measure(self, planned: Planned) -> dict[str, Any]:
@@ -246,7 +246,7 @@ def _streaming(measurements: Measurements, planned: Planned, baseline: Measured)
 
 
 def _evaluate(measurements: Measurements, planned: Planned, method: str, execution: str, policy: Any) -> Measured:
-    """From the store, if it is there."""
+    """The measurement, from the store if it is there."""
     from streamllm.evaluation import identity
     from streamllm.progress import working
     from streamllm.session import baseline_size

@@ -29,7 +29,7 @@ class WorkerSetup:
     model_digest: str | None = None
     """The digest by which the driver knows the weights; None: not to be checked."""
     text_file_digest: str | None = None
-    """Likewise the file of the text."""
+    """The same for the file of the text."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,7 +130,7 @@ class Sampler:
         front = {id(row) for row in pareto_front([result.row for result in self._recent], self._directions)}
         old, latest = self._recent[: -self._history], self._recent[-self._history :]
         self._recent = [result for result in old if id(result.row) in front][-self._history // 2 :] + latest
-        # Of what nsga2 calls a generation, the latest: whatever is measured counts towards it.
+        # The latest of the generations, as nsga2 calls them: whatever is measured counts towards it.
         self._generation = {optuna.samplers.NSGAIISampler._get_generation_key(): 0}
         for result in self._recent:
             self._add(result)

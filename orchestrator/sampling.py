@@ -18,7 +18,7 @@ _SHARE = 0.25
 
 @dataclass(slots=True)
 class BaselineSample:
-    """Told of everything that was measured, it says whether the sample is to grow next."""
+    """Hears of everything that was measured, and says whether the sample is to grow next."""
 
     wanted: int | None = None
     """Tokens; 0: all; None: until it is precise, within the share of the time, from `LEAST_TOKENS` to `MOST_TOKENS`."""

@@ -39,7 +39,7 @@ _ROW = "row"
 _SKIPPED = "skipped"
 _DEATHS = "deaths"
 _NEIGHBOURS = 8
-"""Tried at each distance, in place of a configuration that was tried already."""
+"""Neighbours tried at each distance, in place of a configuration that was tried already."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -143,7 +143,7 @@ def _measure(
 
 
 def _cores_per_worker(wanted: int, study: Study) -> int:
-    """As many as when the study began: times of one and of two threads do not compare. Raises UsageError."""
+    """The same number as when the study began: times of one and of two threads do not compare. Raises UsageError."""
     if wanted and study.threads and wanted != study.threads:
         raise UsageError(
             f"cpus per worker {wanted}: the times of study {study.name!r} are of {study.threads} a worker; "

@@ -172,7 +172,7 @@ class _Follower:
 
 
 def _whole_lines(file: IO[str]) -> Iterator[Row]:
-    """From where the file stands to the last line that has its end."""
+    """The rows from where the file stands to the last line that has its end."""
     while True:
         position = file.tell()
         line = file.readline()

@@ -35,7 +35,7 @@ class Worker:
         self.setup = setup
         self._on_accelerator = on_accelerator
         self._models: OrderedDict[str, Measurements] = OrderedDict()
-        """By quantization, the one used last at the end."""
+        """One for each quantization, the one used last at the end."""
         self._count = cores
         self._owner = owner
 
@@ -163,7 +163,7 @@ class Worker:
         return sum(p.nbytes for model in others for p in (*model.parameters(), *model.buffers())) / 2**20
 
     def _check_same(self) -> None:
-        """That weights and text are those that the driver has under the same names. Raises UsageError."""
+        """Checks that weights and text are those that the driver has under the same names. Raises UsageError."""
         from streamllm.text import file_digest
 
         setup, text = self.setup, file_digest(self.setup.source)

@@ -31,7 +31,7 @@ _COLUMNS = {
     "decode-loop": _TIMED,
     "chunked": _TIMED,
 }
-"""By protocol, where a matrix does not say."""
+"""A table's measures by protocol, where a matrix does not say."""
 
 _BASELINES = ("recompute", "dense")
 _WORDS = {**WORDS, "protocol": tuple(PROTOCOLS), "dtype": DTYPES}
@@ -75,7 +75,7 @@ class Matrix:
     configurations: tuple[Mapping[str, Value], ...] = ()
     """Named settings, which every point of the grid is combined with."""
     max_eval_tokens: Mapping[str, int] = field(default_factory=dict)
-    """By data set; under "" of all others."""
+    """The tokens to evaluate by data set; under "" for all others."""
     file: str = ""
     """Name of the file with a cell's results, less `.json`; {axis} stands for the cell's value. Empty: every axis that
     varies."""

@@ -25,7 +25,7 @@ class Constraint:
         return f"{self.metric} {self.relation} {self.limit:g}"
 
     def excess(self, row: Mapping[str, Any]) -> float:
-        """By how much the row violates it: above 0 if it does, infinite where the metric is missing or not finite."""
+        """How far the row violates it: above 0 if it does, infinite where the metric is missing or not finite."""
         value = row.get(self.metric)
         if not isinstance(value, int | float) or not math.isfinite(value):
             return math.inf

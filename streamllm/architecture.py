@@ -302,8 +302,8 @@ def _check_output(where: str, module: nn.Module, call: _Call, found: Tensor) -> 
 
 @torch.no_grad()
 def check_distance(model: PreTrainedModel, rotary: Rotary, tokens: Tensor) -> None:
-    """By the model's own attention: its first keys turned on by a million positions, and the other tokens that far
-    away, give the logits that the model has where nothing is between them.
+    """Checks by the model's own attention that its first keys turned on by a million positions, and the other tokens
+    that far away, give the logits that the model has where nothing is between them.
 
     The model must rotate by `rotary`. Raises UnsupportedModelError."""
     whole = run(model, tokens)[:, _SINKS:]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .quality import QualityComparison
 
 Measured = tuple[Row, "np.ndarray"]
-"""And losses (n, 2: position, nats)."""
+"""A row, and losses (n, 2: position, nats)."""
 
 AS_BASELINE = {"speedup": 1.0, "ppl_increase_percent": 0.0}
 """The baseline's values beside itself."""

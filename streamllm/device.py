@@ -85,7 +85,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """By the device's own clock, from when it is idle until it is idle again."""
+    """Seconds by the device's own clock, from when it is idle until it is idle again."""
     synchronize(device)
     if device.type == "cpu":
         started = time.perf_counter()

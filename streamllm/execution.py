@@ -153,7 +153,7 @@ class MatrixVectorLinear(nn.Linear):
 
 
 _COPIES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""By model: whatever is compiled of it shares one, and the graphs with it."""
+"""One for each model: whatever is compiled of it shares this, and the graphs with it."""
 
 
 def _for_one_token(model: Any) -> Any:

@@ -225,7 +225,7 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
         self.keys = key_states.new_zeros(batch, heads, self.slots.count, size)
         self.values = value_states.new_zeros(batch, heads, self.slots.count, value_states.shape[3])
         self.sink_keys = self.keys[:, :, : self.slots.n_sink].clone()
-        """As the model rotated them: each turn starts from these."""
+        """The sinks' keys as the model rotated them: each turn starts from these."""
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:

@@ -34,11 +34,11 @@ class Pace:
     """Seconds that a model takes with its cache full, on one worker."""
 
     block_sec: float
-    """To evaluate 256 tokens that see nothing before them but each other."""
+    """Seconds to evaluate 256 tokens that see nothing before them but each other."""
     key_sec: float
-    """The extra time these 256 take for each token that they see."""
+    """The extra seconds that these 256 take for each token that they see."""
     token_sec: float
-    """To decode one by strict StreamingLLM, the ring."""
+    """Seconds to decode one token by strict StreamingLLM, the ring."""
     total: int
     """Tokens in that cache."""
 

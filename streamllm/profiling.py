@@ -146,7 +146,7 @@ def _ranges(loaded: LoadedModel, decoder: Decoder, execution: str) -> Iterator[N
         if execution == "eager":
             for module, part in parts_of(loaded.model):
                 stack.enter_context(_range(module, "forward", part))
-            # What `attend` does besides is the cache's. Torch's own kernels are told by the name of the operator.
+            # Whatever else `attend` does is the cache's. Torch's own kernels are told by the name of the operator.
             for name in ("eager_attention", "_flash_attention_2", "_triton_attention"):
                 stack.enter_context(_range(attention, name, ATTENTION))
         yield

@@ -103,7 +103,7 @@ def speedup(row: AnyRow, baseline: AnyRow) -> dict[str, float]:
 
 
 def _half(row: AnyRow, end: str) -> float:
-    """From the ratio to an end of its interval, in logarithms."""
+    """The distance from the ratio to an end of its interval, in logarithms."""
     return math.log(row.get(f"time_ratio_{end}", row["time_ratio"]) / row["time_ratio"])
 
 

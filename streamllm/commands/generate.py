@@ -99,7 +99,7 @@ def _interruption() -> Iterator[Event]:
 
 
 def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
-    """By the title they are shown under."""
+    """The writers by the title they are shown under."""
     from ..writing import Sampler, Sampling, Writer
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)

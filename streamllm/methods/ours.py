@@ -24,7 +24,7 @@ class RerotatedCache(KVCache):
         self.unmoved: list[Tensor] = []
         """Per layer, the window's keys that the last prune has left, as they came."""
         self.moved = torch.empty(0, dtype=torch.long, device=self.device)
-        """By how many positions each of them was moved since."""
+        """The number of positions that each of them was moved by since."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self.append(layer, key, value)

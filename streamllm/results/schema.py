@@ -95,7 +95,7 @@ class Row(Mapping[str, Any]):
 
     What it lacks is None as an attribute, and missing as a key. Ends of intervals are keys alone."""
 
-    # What was measured.
+    # Facts about what was measured.
     trial: int | str | None = _fact("#", mlflow="tag")
     state: str | None = _fact("state", words=True, mlflow="tag", about="complete or failed")
     model: str | None = _fact("model", words=True, mlflow="tag")
@@ -217,7 +217,7 @@ class Row(Mapping[str, Any]):
         "KV per token", "bytes", None, label="keys and values of a token in all layers, bytes"
     )
 
-    # What became of it.
+    # The outcome of the measurement.
     feasible: bool | None = _fact(mlflow="tag", viewed=True)
     violated: str | None = _fact("violated", words=True)
     reason: str | None = _fact("reason", words=True, mlflow="tag", viewed=True)
