@@ -86,7 +86,11 @@ def _row(role: str, values: Mapping[str, Any], shared: Mapping[str, Any]) -> dic
 
 def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """Its single values, under our names."""
-    single = {name: value for name, value in values.items() if not isinstance(value, dict | list) and value is not None}
+    single = {
+        name: value
+        for name, value in values.items()
+        if name != "format" and not isinstance(value, dict | list) and value is not None
+    }
     renamed = {_SPELLINGS[name]: value for name, value in single.items() if name in _SPELLINGS}
     return renamed | {name: value for name, value in single.items() if name not in _SPELLINGS}
 

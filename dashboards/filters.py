@@ -10,7 +10,7 @@ from itertools import chain
 from typing import TypeVar
 
 from streamllm.errors import UsageError
-from streamllm.results.schema import AnyRow
+from streamllm.results.schema import FIELDS, AnyRow
 
 R = TypeVar("R", bound=AnyRow)
 
@@ -23,7 +23,9 @@ def select(rows: Sequence[R], where: str) -> list[R]:
     """The rows for which the condition is true: SQL (SQLite's) over their values, a missing or NaN one being NULL.
 
     Nothing of it is run as Python, and there is nothing but the rows for it to read. Raises UsageError."""
-    known = _columns(rows)
+    there = _columns(rows)
+    lower = {name.lower() for name in there}
+    known = [*there, *(name for name in FIELDS if name.lower() not in lower)]  # what no row has is NULL
     condition = _NAME.sub(lambda match: _sql_name(match, known), where)
     said = {match[3].strip("`").lower() for match in _NAME.finditer(condition) if match[3]}
     used = [name for name in known if name.lower() in said]
@@ -37,7 +39,7 @@ def select(rows: Sequence[R], where: str) -> list[R]:
         try:
             found = database.execute(f"SELECT number FROM trials WHERE ({condition}\n) ORDER BY number").fetchall()
         except (sqlite3.Error, sqlite3.Warning) as error:
-            raise UsageError(_explained(where, str(error), known)) from None
+            raise UsageError(_explained(where, str(error), there)) from None
     return [rows[number] for (number,) in found]
 
 

@@ -138,7 +138,7 @@ def _table(title: str, description: str, rows: Sequence[AnyRow], measures: Seque
         columns=(*shown, *measured, *([_STATE] if reasons else [])),
         rows=noted,
         notes=(_ABOUT[protocol], *about, *_warnings(rows), *reasons),
-        data_columns=_data_columns(rows),
+        data_columns=_data_columns(rows, measured),
     )
 
 
@@ -161,9 +161,9 @@ def _warnings(rows: Sequence[AnyRow]) -> list[str]:
     return list(dict.fromkeys(f"Warning, {row['configuration'] or row['method']}: {row['warning']}." for row in warned))
 
 
-def _data_columns(rows: Sequence[AnyRow]) -> tuple[Column, ...]:
+def _data_columns(rows: Sequence[AnyRow], measured: Sequence[Column]) -> tuple[Column, ...]:
     names = ("protocol", "model", "device", "n_tokens", "evaluated_tokens", "state", "reason")
-    every = [*_SETTINGS, *(Column(name, name) for name in names), BY_KEY["peak_kv"], *_MEASURES.values()]
+    every = [*_SETTINGS, *(Column(name, name) for name in names), BY_KEY["peak_kv"], *measured, *_MEASURES.values()]
     columns = {column.key: column for column in every if any(column.key in row for row in rows)}
     return tuple(columns.values())
 

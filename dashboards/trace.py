@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from streamllm.errors import UsageError
+from streamllm.reference_time import WORKER
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import FIXED, StudyResults
 from streamllm.store import MeasurementStore
@@ -106,7 +107,7 @@ def _times(study: StudyResults, row: AnyRow, store: MeasurementStore) -> Iterato
     else:
         yield from _entry("timing", row.get("speed_entry"), store)
     for unit in study.references:
-        if (unit.device, unit.threads) == (row.get("device"), row.get("threads")):
+        if (unit.device, unit.threads, unit.software) == tuple(row.get(name) for name in WORKER):
             yield "unit", f"{unit}: what the ratio is multiplied with"
     if "speedup" in row and study.baseline is not None and row["trial"] != "baseline":
         whose = "times in the same rounds" if row.get("rounds") else _short(study.baseline.get("speed_entry"))

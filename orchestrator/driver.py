@@ -221,8 +221,10 @@ class Driver:
             differ = "; ".join(
                 f"{name} {value}, then {was or 'not known'}"
                 for (name, value), (_, was) in zip(found, self._kind, strict=True)
-                if value != was
+                if value != was and was is not None
             )
+            if not differ:  # an older study does not say with which versions
+                return
             self.note(f"warning: worker {worker} is of another kind than when the study began: {differ}")
 
     def _measured(self, task: Task, measurement: TrialMeasurement, worker: int) -> None:

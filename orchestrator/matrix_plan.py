@@ -98,6 +98,12 @@ def make_plan(arguments: argparse.Namespace) -> MatrixPlan:
             text = replace(text, max_eval_tokens=matrix.tokens_of(text.name))
         file = folder / "results" / f"{matrix.stem(cell)}.json"
         cells.append(Planned(cell, arguments.model, text, policy_of(cell, cap), matrix.baseline, file))
+    wide = next((one for one in cells if one.cell.window_size and one.policy.kept + one.policy.cache_slack > cap), None)
+    if wide is not None and arguments.cap is not None:
+        raise UsageError(
+            f"cap {cap}: a cell of the matrix has its own window of {wide.cell.window_size} tokens, "
+            f"{wide.policy.kept + wide.policy.cache_slack} with sinks and slack; leave --cap out"
+        )
     return MatrixPlan(name, folder, matrix, cap, cells, arguments.cpus_per_worker or None)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from dashboards.findings import Findings, findings
 from dashboards.recommendation import recommended, record
-from streamllm.results.schema import FIELDS, KNOBS, AnyRow, knobs_in_short, told_name
+from streamllm.results.schema import FIELDS, FORMAT, KNOBS, AnyRow, knobs_in_short, told_name
 from streamllm.results.study import EXPERIMENT, VIEW, StudyResults, view_of
 from streamllm.store import MeasurementStore
 
@@ -208,7 +208,7 @@ class Projection:
 
     def _log_artifacts(self, run: str, row: AnyRow) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "result.json").write_text(json.dumps(dict(row), indent=1) + "\n")
+            (Path(folder) / "result.json").write_text(json.dumps({"format": FORMAT, **row}, indent=1) + "\n")
             losses = self._store.losses_file(row["quality_entry"]) if "quality_entry" in row else None
             if losses is not None and losses.is_file():
                 shutil.copyfile(losses, Path(folder) / "losses.npy")

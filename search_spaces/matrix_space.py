@@ -23,7 +23,7 @@ from .knobs import LEAST, WORDS
 from .reader import Reader, SpaceError, compose
 from .space import Value
 
-MEASURES = tuple(field.name for field in FIELDS.values() if field.decimals is not None and not field.of_study)
+MEASURES = tuple(field.name for field in FIELDS.values() if field.mlflow == "metric" and not field.of_study)
 """Measures that a matrix's table can show."""
 _TIMED = ("perplexity", "ppl_increase_percent", "runtime_sec", "runtime_change_percent", "tpot_ms", "speedup")
 _COLUMNS = {

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from bisect import insort
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .results.schema import AnyRow, Row
@@ -35,6 +35,10 @@ class ReferenceTime:
     low: float
     high: float
     timings: int
+    software: str | None = None
+    """Versions that the times depend on, where the rows say them."""
+    told: bool = False
+    """Whether another time is told from it by nothing else."""
 
     def __str__(self) -> str:
         """A sentence without its end."""
@@ -42,7 +46,8 @@ class ReferenceTime:
         spread = (
             f", {self.low:.3g} to {self.high:.3g} in nine of ten of {self.timings} timings" if self.timings > 1 else ""
         )
-        return f"{self.ms:.3g} ms on {self.device}{threads}{spread}"
+        versions = f", {self.software or 'versions not known'}" if self.told else ""
+        return f"{self.ms:.3g} ms on {self.device}{threads}{versions}{spread}"
 
 
 def kind(row: AnyRow) -> Kind:
@@ -71,11 +76,13 @@ class ReferencePool:
             return None
         low, median, high = (_quantile(ordered, share) for share in (0.05, 0.5, 0.95))
         named = dict(zip(_KIND, of, strict=True))
-        return ReferenceTime(named["device"], named["threads"], median, low, high, len(ordered))
+        return ReferenceTime(named["device"], named["threads"], median, low, high, len(ordered), named["software"])
 
     def times(self) -> list[ReferenceTime]:
         """One time for each kind, the one with the most timings first."""
         found = [time for of in self._ordered if (time := self.time(of)) is not None]
+        alike = Counter((time.device, time.threads) for time in found)
+        found = [replace(time, told=alike[time.device, time.threads] > 1) for time in found]
         return sorted(found, key=lambda time: -time.timings)
 
     def with_time(self, row: Row) -> Row:

@@ -144,3 +144,10 @@ class PretendRounds:
     def wait(self, timeout):
         if self._events:
             yield self._events.pop(0)
+
+
+def test_who_timed_the_rounds_takes_the_place_of_who_searched(tmp_path):
+    confirmed = [{"trial": 0, "rounds": 3, "time_ratio": 1.0, "device": "a GPU"}]
+    study = load_study(str(write_study(tmp_path, [row(0, 2.0, 1.0, device="a CPU", threads=4)], confirmed=confirmed)))
+    assert (study.trials[0].device, study.trials[0].threads) == ("a GPU", None)
+    assert study.searched[1].threads == 4

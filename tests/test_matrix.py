@@ -121,6 +121,8 @@ def test_a_cap_names_the_matrix_and_is_every_cells_total(tmp_path):
     assert {planned.policy.kept for planned in plan.cells if planned.cell.protocol != "chunked"} == {64}
     with pytest.raises(UsageError, match="cap 257: must be 1 to 256"):
         make_plan(parser().parse_args(["--space", "comprehensive", "--cap", "257"]))
+    with pytest.raises(UsageError, match="its own window of 256 tokens, 264 with sinks and slack; leave --cap out"):
+        make_plan(parser().parse_args(["--space", "attention_report", "--cap", "128"]))
 
 
 def test_a_book_names_the_matrix_and_its_cells_and_needs_a_data_set(monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
@@ -249,17 +250,27 @@ class Row(Mapping[str, Any]):
     def __or__(self, values: Mapping[str, Any]) -> Row:
         """The row with these values; None takes one away. Raises ValueError for keys that are none of a row's."""
         fields, ends = _sorted(values)
-        kept = {key: end for key, end in (self.ends | ends).items() if end is not None}
-        return replace(self, **fields, ends=kept)
+        return self._with(fields, self.ends | ends)
+
+    def __eq__(self, other: object) -> bool:
+        return vars(self) == vars(other) if isinstance(other, Row) else super().__eq__(other)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def _with(self, fields: Mapping[str, Any], ends: Mapping[str, Any]) -> Self:
+        """A copy with other fields; `dataclasses.replace` would set each of eighty anew."""
+        copied = copy(self)
+        vars(copied).update(fields, ends={key: end for key, end in ends.items() if end is not None})
+        return copied
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Self:
+    def of(cls, values: Mapping[str, Any]) -> Row:
         """Raises ValueError for keys that are none of a row's."""
         fields, ends = _sorted(values)
-        return cls(**fields, ends={key: end for key, end in ends.items() if end is not None})
+        return _EMPTY._with(fields, ends)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str) -> Self:
+    def from_json(cls, values: Mapping[str, Any], where: str) -> Row:
         """`where`: for the message. Raises UsageError for a row of a later version, or with keys that are none of a
         row's. Older rows might have any: those that mean nothing any more are left out."""
         written = values.get("format", 2)
@@ -275,6 +286,9 @@ class Row(Mapping[str, Any]):
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **self}
+
+
+_EMPTY = Row()
 
 
 def _named(field: Field, name: str) -> Field:

@@ -12,7 +12,7 @@ from typing import Any
 from search_spaces import Constraint, judged
 
 from ..errors import UsageError
-from ..reference_time import ReferencePool, ReferenceTime, speedup
+from ..reference_time import WORKER, ReferencePool, ReferenceTime, speedup
 from .front import study_front
 from .schema import Row
 from .study_folder import StudyFolder, read_rows
@@ -73,7 +73,7 @@ def load_study(study: str) -> StudyResults:
     configuration = found.read_configuration()
     increases, confirmed = ({row.trial: row for row in read_rows(path)} for path in (found.increases, found.confirmed))
     measured = [row | increases.get(row.trial, _NOTHING) for row in read_rows(found.trials)]
-    merged = [row | confirmed.get(row.trial, _NOTHING) for row in measured]
+    merged = [_confirmed(row, confirmed.get(row.trial)) for row in measured]
     pool = ReferencePool([*measured, *(row for row in merged if row.rounds)])
     fixed = {row.trial: pool.with_time(_as_unit(row)) for row in merged if row.trial in FIXED}
     baseline = fixed.get("baseline")
@@ -95,6 +95,13 @@ FIXED = ("strict", "baseline")
 
 
 _NOTHING: Mapping[str, Any] = {}
+
+
+def _confirmed(row: Row, again: Row | None) -> Row:
+    """With what the rounds say in its place; who timed them, and what is not known of them, included."""
+    if again is None:
+        return row
+    return row | (dict.fromkeys(WORKER) if again.device is not None else _NOTHING) | again
 
 
 def _as_unit(row: Row) -> Row:

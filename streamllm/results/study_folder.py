@@ -9,6 +9,7 @@ trials, `fronts.jsonl` the front each time a sweep ended, `outcome.json` how the
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -121,6 +122,6 @@ def append_line(path: Path, line: str) -> None:
     if path.is_file():
         content = path.read_bytes()
         if not content.endswith(b"\n"):
-            path.write_bytes(content[: content.rfind(b"\n") + 1])
+            os.truncate(path, content.rfind(b"\n") + 1)
     with path.open("a") as file:
         file.write(f"{line}\n")

@@ -6,7 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestrator.tracking import PARENT_PARAMS
-from search_spaces import OBJECTIVES, SearchSpace
+from search_spaces import SearchSpace
+from streamllm.results.schema import OBJECTIVES
 from streamllm.text import TextSource
 
 

@@ -20,8 +20,10 @@ from typing import Any
 
 from orchestrator.options import SAMPLERS
 from orchestrator.study import OpenTrial, Study
-from search_spaces import OBJECTIVES, SearchSpace, load_space, told_name
+from search_spaces import SearchSpace, load_space
 from streamllm.results.front import hypervolume
+from streamllm.results.schema import FIELDS, OBJECTIVES, told_name
+from streamllm.results.schema import Row as TrialRow
 
 HERE = Path(__file__).parent
 SPACE = HERE / "samplers.yaml"
@@ -65,10 +67,10 @@ class MeasuredSpace:
         self._middle = {name: median(row[name] for row in rows) for name in self._directions}
         self._all = self._volume([row | {"state": "complete"} for row in rows])
 
-    def row(self, trial: OpenTrial) -> Row:
+    def row(self, trial: OpenTrial) -> TrialRow:
         measured = self._rows[tuple(trial.params[name] for name in self._names)]
         names = (*self._directions, "reference_tpot_ms")
-        return {"trial": trial.number, "state": "complete"} | {name: measured[name] for name in names}
+        return TrialRow(trial=trial.number, state="complete") | {name: measured[name] for name in names}
 
     def share(self, rows: Sequence[Row]) -> float:
         """Of the hypervolume that the whole space has, from the median of every objective: to be better is no feat."""
@@ -130,18 +132,19 @@ def pace(sampler: str, trials: int, in_flight: int = 64, parts: int = 10) -> Row
     """Milliseconds per ask and tell, of the wall clock and of this process, in each part of a study; and the seconds it
     takes to open it again."""
 
-    def answer(trial: OpenTrial) -> Row:
+    def answer(trial: OpenTrial) -> TrialRow:
         params, noise = trial.params, random.Random(trial.number)
         cost = 8 / (1 + params["n_sink"]) + 0.02 * params["compress_every"] + noise.random() - 1
-        return {
+        values = {
             "trial": trial.number,
             "state": "complete",
             "time_ratio": 1 + 0.01 * params["n_sink"] + 2 / params["compress_every"] + 0.1 * noise.random(),
             "reference_tpot_ms": 10 + noise.random(),
             "ppl_vs_strict_percent": cost,
             "ppl_increase_percent": cost + 1,
-            **{f"metric {index}": noise.random() for index in range(30)},  # rows are as long as real ones
         }
+        others = [name for name, field in FIELDS.items() if field.mlflow == "metric" and name not in values]
+        return TrialRow.of(values | {name: noise.random() for name in others})  # rows are as long as real ones
 
     with tempfile.TemporaryDirectory() as folder:
         journal, file = Path(folder) / "journal.log", Path(folder) / "paced.yaml"
