@@ -173,7 +173,7 @@ def test_runs_are_found_by_what_they_are_and_carry_what_was_measured(study):
     assert runs["1"].data.metrics["tpot_ms"] == 2.5, "the confirmed one"
     assert (runs["1"].info.end_time, runs["1"].info.start_time) == (1_700_000_000_000, 1_699_999_997_500)
     result = client.download_artifacts(runs["1"].info.run_id, "")
-    assert json.loads(Path(result, "result.json").read_text()) == ROWS[2]
+    assert Row.from_json(json.loads(Path(result, "result.json").read_text()), "MLflow") == ROWS[2]
     assert np.array_equal(np.load(f"{result}/losses.npy"), LOSSES)
     assert {"pareto.md", "pareto.csv", "pareto.png", "results_summary.png", "report.html", "sweep.json"} <= {
         file.path for file in client.list_artifacts(runs[""].info.run_id)
