@@ -14,7 +14,7 @@ from typing import Any
 
 from streamllm.errors import UsageError
 from streamllm.reference_time import WORKER
-from streamllm.results.schema import AnyRow
+from streamllm.results.schema import POLICY_KNOBS, AnyRow
 from streamllm.results.study import FIXED, StudyResults
 from streamllm.store import MeasurementStore
 
@@ -26,13 +26,7 @@ _LABEL = 12
 """Characters of a line's heading."""
 _DIGITS = 16
 """Digits of an entry's name that are enough to find its file."""
-_POLICY = {
-    "n_sink": "sinks",
-    "window_size": "window",
-    "compress_every": "prune every",
-    "cache_slack": "slack",
-    "max_drop": "max drop",
-}
+_POLICY = {field.name: field.header for field in POLICY_KNOBS}
 _QUALITY = ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent", "peak_kv")
 _SPEED = ("tpot_ms", "speedup", "front_probability")
 

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dashboards import report
 from dashboards.figures import write_figures
 from dashboards.pareto import export, print_table
 from dashboards.published import write_published
 from dashboards.recommendation import recommended, record
-from dashboards.report import FIGURES
+from dashboards.report import FIGURES, write_report
 from streamllm.printing import say
 from streamllm.results.front import dominators
 from streamllm.results.schema import AnyRow
@@ -122,5 +121,5 @@ def write_outputs(results: StudyResults) -> list[Path]:
     main table too."""
     figures = write_figures([results], results.folder, ("png",), only=FIGURES).paths
     theirs = write_published(results) if results.configuration.get("space", {}).get("name") == "paper" else []
-    html = report.write_report(results, figures=figures)
+    html = write_report(results, figures=figures)
     return [*export(results, ("md", "csv")), *theirs, *figures, html]
