@@ -106,7 +106,7 @@ def default_block(loaded: LoadedModel) -> int:
     if loaded.device.type == "cpu":
         return 256
     fitting = free_memory(loaded.device) // (8 * _LOGIT_BYTES * loaded.vocabulary)
-    return max(128, min(1024, 2 ** int(math.log2(max(fitting, 1)))))
+    return max(128, min(2048, 2 ** int(math.log2(max(fitting, 1)))))
 
 
 _LOGIT_BYTES = 32
