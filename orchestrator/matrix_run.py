@@ -232,7 +232,8 @@ def _baseline(measurements: Measurements, planned: Planned) -> Measured:
     cell, policy = planned.cell, planned.policy
     if planned.baseline == "recompute":
         policy = baseline_policy(policy, cell.protocol, measurements.loaded.trained_length)
-    record, losses = _evaluate(measurements, planned, planned.baseline, "eager", policy)
+    what = Configuration(planned.baseline, policy, cell.attn_backend)
+    record, losses = _evaluate(measurements, cell.protocol, what)
     comparison = compare_quality(measurements, cell.protocol, losses)
     if comparison is not None:
         record = record | sampled(losses, comparison, len(measurements.stream.tokens) - 1)
@@ -240,29 +241,30 @@ def _baseline(measurements: Measurements, planned: Planned) -> Measured:
 
 
 def _streaming(measurements: Measurements, planned: Planned, baseline: Measured) -> Row:
-    record, losses = _evaluate(measurements, planned, planned.cell.method, planned.cell.execution, planned.policy)
-    comparison = compare_quality(measurements, planned.cell.protocol, baseline[1])
+    cell = planned.cell
+    what = Configuration(cell.method, planned.policy, cell.attn_backend, cell.execution)
+    record, losses = _evaluate(measurements, cell.protocol, what)
+    comparison = compare_quality(measurements, cell.protocol, baseline[1])
     return record | compared(record, losses, baseline, comparison)
 
 
-def _evaluate(measurements: Measurements, planned: Planned, method: str, execution: str, policy: Any) -> Measured:
+def _evaluate(measurements: Measurements, protocol: str, what: Configuration) -> Measured:
     """The measurement, from the store if it is there."""
     from streamllm.evaluation import identity
     from streamllm.progress import working
     from streamllm.session import baseline_size
 
-    protocol = planned.cell.protocol
     size = baseline_size(measurements, "auto") if protocol == "fast" else None
-    with working(method, "timing") as progress:
+    with working(what.method, "timing") as progress:
         measurement, fresh = measurements.whole(
             protocol,
-            Configuration(method, policy, planned.cell.attn_backend, execution),
+            what,
             progress=progress,
             leases=leases_on(measurements.loaded.device.type),
             size=size,
         )
     assert measurement.losses is not None
-    record = identity(measurements.loaded, measurements.stream, method, policy, protocol, execution)
+    record = identity(measurements.loaded, what, measurements.stream, protocol)
     more = {"reused": not fresh, "reference_total": measurements.total}
     return Row.of(record | measurement.record | more), measurement.losses
 

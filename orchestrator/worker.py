@@ -108,12 +108,10 @@ class Worker:
 
         what = spec.configuration
         measurements, leases = self._measurements_of(spec), leases_on(self.loaded.device.type)
-        quality, fresh_quality = measurements.quality(
-            what.method, what.policy, leases.computing, size=FixedSize(spec.sampled_tokens)
-        )
+        quality, fresh_quality = measurements.quality(what, leases.computing, size=FixedSize(spec.sampled_tokens))
         speed, fresh_speed = measurements.speed(what, leases)
         assert quality.losses is not None
-        record = identity(measurements.loaded, self.stream, what.method, what.policy, "fast", what.execution)
+        record = identity(measurements.loaded, what, self.stream, "fast")
         record["reference_total"] = self.setup.total
         if what.quantization is not None:
             record |= {"quantization": what.quantization, "reference_digest": self.loaded.digest}

@@ -11,13 +11,12 @@ import numpy as np
 import torch
 
 from .attention import fuses, recorded_kernel
-from .backends import Backend
+from .configuration import Configuration
 from .decoding import Progress, negative_log_likelihood
 from .device import synchronize
 from .errors import UsageError
 from .methods import make_decoder
 from .model import LoadedModel
-from .policy import EvictionPolicy
 from .timing import attention_spans
 
 CONTINUATION_TOKENS = 32
@@ -43,11 +42,8 @@ class ChunkRun:
 @torch.inference_mode()
 def chunk_losses(
     loaded: LoadedModel,
+    what: Configuration,
     tokens: np.ndarray,
-    method: str,
-    policy: EvictionPolicy,
-    backend: Backend,
-    execution: str = "eager",
     progress: Progress | None = None,
     pause: Callable[[], None] = lambda: None,
 ) -> ChunkRun:
@@ -56,7 +52,7 @@ def chunk_losses(
 
     "A prefill of R tokens, then one compression" is a policy: one that prunes every R tokens, without slack and limit.
     Raises UsageError for a text shorter than a chunk."""
-    prefill, kept = policy.compress_every, policy.kept
+    prefill, kept = what.policy.compress_every, what.policy.kept
     if prefill <= kept:
         raise UsageError(
             f"prefill_tokens {prefill}: must exceed n_sink + window_size = {kept}, or there is nothing to compress; "
@@ -70,21 +66,21 @@ def chunk_losses(
         )
     stream = torch.from_numpy(tokens).to(loaded.device)
     first = stream[: prefill + CONTINUATION_TOKENS + 1]
-    with recorded_kernel(backend) as recorder:  # a first chunk that warms up and does not count
-        _chunk(loaded, first, method, policy, backend, execution)
-    if execution == "compile" and fuses(backend, loaded.device):
+    with recorded_kernel(what.kernel) as recorder:  # a first chunk that warms up and does not count
+        _chunk(loaded, what, first)
+    if what.execution == "compile" and fuses(what.kernel, loaded.device):
         recorder.kernels.add("fused")
 
     def timed_chunk(timed: LoadedModel, begin: Callable[[], object]) -> None:
         begin()
-        _chunk(timed, first, method, policy, backend, execution)
+        _chunk(timed, what, first)
 
     attn_ms = sum(attention_spans(loaded, timed_chunk)[loaded.config.num_hidden_layers :])  # but for the prefill's
     losses, clocks = [], []
     pause()
     for start in starts:
         piece = stream[start : start + prefill + CONTINUATION_TOKENS + 1]
-        chunk_loss, readings = _chunk(loaded, piece, method, policy, backend, execution)
+        chunk_loss, readings = _chunk(loaded, what, piece)
         losses.append(chunk_loss.cpu().numpy())
         clocks.append(readings)
         pause()
@@ -105,12 +101,10 @@ def chunk_losses(
     )
 
 
-def _chunk(
-    loaded: LoadedModel, piece: torch.Tensor, method: str, policy: EvictionPolicy, backend: Backend, execution: str
-) -> tuple[torch.Tensor, list[float]]:
+def _chunk(loaded: LoadedModel, what: Configuration, piece: torch.Tensor) -> tuple[torch.Tensor, list[float]]:
     """piece (R + continuation + 1) -> the continuation's losses, and the clock before, between and after."""
-    prefill = policy.compress_every
-    decoder = make_decoder(method, loaded, policy, backend, execution)
+    prefill = what.policy.compress_every
+    decoder = make_decoder(loaded, what)
     synchronize(loaded.device)
     clock = [time.perf_counter()]
     decoder.feed(piece[:prefill])

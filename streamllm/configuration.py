@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
+from .backends import BACKENDS, Backend
+from .methods import method_named
 from .policy import EvictionPolicy
 from .results.schema import AnyRow, knobs_in_short
 
@@ -17,6 +19,16 @@ class Configuration:
     execution: str = "eager"
     quantization: str | None = None
     """How the weights are quantized; None: as the model was loaded."""
+
+    @property
+    def effective(self) -> EvictionPolicy:
+        """The part of the policy that the method means: `window` has no sinks, `dense` never evicts. Raises UsageError
+        for a policy that it can do nothing with."""
+        return method_named(self.method).effective(self.policy)
+
+    @property
+    def kernel(self) -> Backend:
+        return BACKENDS[self.backend]
 
     @classmethod
     def of_row(cls, row: AnyRow) -> Configuration:

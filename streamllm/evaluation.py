@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .backends import BACKENDS, Backend
+from .backends import BACKENDS
 from .block_parallel import block_parallel_losses
 from .chunked import chunk_losses
 from .conditions import kind_of_worker
+from .configuration import Configuration
 from .decoding import Progress, decode_loop
 from .device import cpu_capability, peak_memory
-from .methods import effective_policy, make_decoder, sampled_losses
+from .methods import make_decoder, sampled_losses
 from .model import LoadedModel
 from .pairing import PairedTimes, between_references, load_average
 from .policy import EvictionPolicy, peak_kv, steady_state
@@ -57,19 +58,18 @@ class Quality:
 
 def measure_quality(
     loaded: LoadedModel,
+    what: Configuration,
     stream: TokenStream,
-    method: str,
-    policy: EvictionPolicy,
     progress: Progress | None = None,
     positions: np.ndarray | None = None,
 ) -> Quality:
     """Protocol `fast`: every token, block-parallel; of `recompute`, those at ascending `positions`.
 
     Raises NonFiniteLossError; UnsupportedModelError if the model itself attends to fewer keys than the policy holds."""
-    policy = effective_policy(method, policy)
+    policy = what.effective
     started = time.perf_counter()
     n_losses = len(stream.tokens) - 1
-    losses_at = sampled_losses(method)
+    losses_at = sampled_losses(what.method)
     peak = peak_kv(policy, n_losses) if losses_at is None else min(policy.kept, n_losses)
     loaded.check_span(peak)
     if losses_at is not None:
@@ -113,27 +113,24 @@ def speed_summary(speed: Speed, requested: str) -> dict[str, Any]:
 
 
 Evaluator = Callable[
-    [LoadedModel, TokenStream, str, EvictionPolicy, Backend, Reference, str, Progress | None],
+    [LoadedModel, Configuration, TokenStream, Reference, Progress | None],
     tuple[Quality, dict[str, Any]],
 ]
-"""The type of function that an entry of `options.PROTOCOLS` names: (model, text, method, policy, backend, reference,
-execution, progress) -> the quality, and the record of quality and speed."""
+"""The type of function that an entry of `options.PROTOCOLS` names: (model, configuration, text, reference, progress)
+-> the quality, and the record of quality and speed."""
 
 
 def evaluate_fast(
     loaded: LoadedModel,
+    what: Configuration,
     stream: TokenStream,
-    method: str,
-    policy: EvictionPolicy,
-    backend: Backend,
     reference: Reference,
-    execution: str = "eager",
     progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
     """Quality block-parallel, speed from a steady-state sample. Raises as `measure_quality`."""
-    quality = measure_quality(loaded, stream, method, policy, progress)
-    speed = measure_speed(loaded, method, policy, backend, stream.tokens, reference, execution)
-    return quality, fast_record(quality.summary(), speed_summary(speed, backend.name))
+    quality = measure_quality(loaded, what, stream, progress)
+    speed = measure_speed(loaded, what, stream.tokens, reference)
+    return quality, fast_record(quality.summary(), speed_summary(speed, what.backend))
 
 
 def fast_record(quality: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any]:
@@ -143,17 +140,14 @@ def fast_record(quality: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any
 
 def evaluate_decode_loop(
     loaded: LoadedModel,
+    what: Configuration,
     stream: TokenStream,
-    method: str,
-    policy: EvictionPolicy,
-    backend: Backend,
     reference: Reference,
-    execution: str = "eager",
     progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
     """Quality and speed from decoding every token one by one; `prefill_sec` is until the cache is full, the TPOT that
     of the rest, in turn with segments of the reference. Raises as `measure_quality`."""
-    policy = effective_policy(method, policy)
+    policy = what.effective
     n_losses = len(stream.tokens) - 1
     peak = peak_kv(policy, n_losses)
     loaded.check_span(peak)
@@ -165,12 +159,12 @@ def evaluate_decode_loop(
         if done in marks:
             reference_ms.append(reference.segment())
 
-    with backend.active(), peak_memory(loaded.device) as memory:
-        decoder = make_decoder(method, loaded, policy, backend, execution)
+    with what.kernel.active(), peak_memory(loaded.device) as memory:
+        decoder = make_decoder(loaded, what)
         run = decode_loop(decoder, stream.tokens, loaded.device, progress, [1, *marks], pause)
-    with backend.active():
-        attn_ms = attention_ms(loaded, method, policy, backend, stream.tokens, execution)
-        used = used_backend(loaded, method, policy, backend, stream.tokens, execution)
+    with what.kernel.active():
+        attn_ms = attention_ms(loaded, what, stream.tokens)
+        used = used_backend(loaded, what, stream.tokens)
     check_finite(run.losses, str(loaded.dtype))
     warning = _warning(loaded, policy, run.peak_kv, n_losses)
     quality = Quality(run.losses, np.arange(n_losses), run.peak_kv, run.runtime_sec, warning)
@@ -183,18 +177,15 @@ def evaluate_decode_loop(
         "peak_memory_mb": memory.megabytes - reference.cache_bytes / 2**20,
         "runtime_sec": run.runtime_sec,
         "backend": used,
-        "backend_requested": backend.name,
+        "backend_requested": what.backend,
     }
 
 
 def evaluate_chunked(
     loaded: LoadedModel,
+    what: Configuration,
     stream: TokenStream,
-    method: str,
-    policy: EvictionPolicy,
-    backend: Backend,
     reference: Reference,
-    execution: str = "eager",
     progress: Progress | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
     """Quality and speed from chunks of the text, each with a cache of its own: a prefill of `compress_every` tokens in
@@ -203,18 +194,15 @@ def evaluate_chunked(
     turns with segments of the reference.
 
     Raises NonFiniteLossError, UnsupportedModelError; UsageError for a text shorter than a chunk."""
-    policy = replace(policy, cache_slack=0, max_drop=0)
+    policy = replace(what.policy, cache_slack=0, max_drop=0)
     loaded.check_span(policy.compress_every)
     started, at, load = time.perf_counter(), time.time(), load_average()
     reference_ms: list[float] = []
-    with backend.active(), peak_memory(loaded.device) as memory:
+    with what.kernel.active(), peak_memory(loaded.device) as memory:
         run = chunk_losses(
             loaded,
+            replace(what, policy=policy),
             stream.tokens,
-            method,
-            policy,
-            backend,
-            execution,
             progress,
             pause=lambda: reference_ms.append(reference.segment()),
         )
@@ -234,18 +222,11 @@ def evaluate_chunked(
         "prefill_tokens": policy.compress_every,
         "continuation_tokens": run.continuation_tokens,
         "backend": run.backend_used,
-        "backend_requested": backend.name,
+        "backend_requested": what.backend,
     }
 
 
-def identity(
-    loaded: LoadedModel,
-    stream: TokenStream,
-    method: str,
-    policy: EvictionPolicy,
-    protocol: str,
-    execution: str = "eager",
-) -> dict[str, Any]:
+def identity(loaded: LoadedModel, what: Configuration, stream: TokenStream, protocol: str) -> dict[str, Any]:
     """The subject of an evaluation: the part of a flat result that is known beforehand."""
     return {
         "model": loaded.name,
@@ -256,13 +237,13 @@ def identity(
         "n_tokens": len(stream.tokens),
         "bos": stream.bos,
         "kv_bytes_per_token": loaded.kv_bytes,
-        "method": method,
+        "method": what.method,
         "protocol": protocol,
-        **asdict(effective_policy(method, policy)),
+        **asdict(what.effective),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         **kind_of_worker(loaded.device),
         "cpu_capability": cpu_capability() if loaded.device.type == "cpu" else None,
-        "execution": execution,
+        "execution": what.execution,
         "version": __version__,
     }
 

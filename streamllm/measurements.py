@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
-from .backends import Backend
 from .conditions import of_quality, of_speed
+from .configuration import Configuration
 from .decoding import Progress
 from .device import foreign_processes
 from .evaluation import Quality, fast_record, identity, measure_quality, speed_summary
@@ -19,15 +19,12 @@ from .methods import sampled_losses
 from .model import LoadedModel
 from .options import PROTOCOLS
 from .pairing import PairedTimes
-from .policy import EvictionPolicy, strict_policy
-from .probing import resolve_backend
+from .policy import strict_policy
+from .probing import runnable
 from .sample import FixedSize, SampleSize, sample_batches
 from .store import Measurement, MeasurementStore, entry_name
 from .text import TokenStream
 from .timing import Reference, compile_step, measure_speed, measure_times
-
-if TYPE_CHECKING:
-    from .configuration import Configuration
 
 Lease = Callable[[], AbstractContextManager[Any]]
 
@@ -69,12 +66,11 @@ class Measurements:
 
     def strict(self, lease: Lease = nullcontext, progress: Progress | None = None) -> tuple[Measurement, bool]:
         """Quality of the reference: its losses at every token are what all others are compared with."""
-        return self.quality("ring", strict_policy(self.total), lease, progress)
+        return self.quality(Configuration("ring", strict_policy(self.total)), lease, progress)
 
     def quality(
         self,
-        method: str,
-        policy: EvictionPolicy,
+        what: Configuration,
         lease: Lease = nullcontext,
         progress: Progress | None = None,
         size: SampleSize | None = None,
@@ -82,23 +78,23 @@ class Measurements:
         """Protocol `fast`. It depends neither on the cache implementation nor on the hardware: once per policy.
 
         Of a method that is sampled, what is stored counts whole, and grows to `size` (`LEAST_TOKENS`)."""
-        if sampled_losses(method) is not None:
-            return self._sample(method, policy, lease, progress, size or FixedSize())
+        if sampled_losses(what.method) is not None:
+            return self._sample(what, lease, progress, size or FixedSize())
 
-        key = self._quality_key(method, policy)
+        key = self._quality_key(what)
 
         def measure() -> Measurement:
-            return _as_measurement(measure_quality(self.loaded, self.stream, method, policy, progress), key)
+            return _as_measurement(measure_quality(self.loaded, what, self.stream, progress), key)
 
         return self._once(key, measure, lease)
 
     def _sample(
-        self, method: str, policy: EvictionPolicy, lease: Lease, progress: Progress | None, size: SampleSize
+        self, what: Configuration, lease: Lease, progress: Progress | None, size: SampleSize
     ) -> tuple[Measurement, bool]:
         """Batch by batch, each kept as soon as it is there."""
         parts: list[Measurement] = []
         fresh = False
-        for key, positions in self._batches(method, policy):
+        for key, positions in self._batches(what):
             part = self.store.get(key)
             if part is None:
                 table = _table(parts)
@@ -107,27 +103,27 @@ class Measurements:
                 if progress is not None:
                     progress(len(table), max(size.expected(table), len(table) + 1))
                 with lease():
-                    quality = measure_quality(self.loaded, self.stream, method, policy, positions=positions)
+                    quality = measure_quality(self.loaded, what, self.stream, positions=positions)
                 part, fresh = _as_measurement(quality, key), True
                 self.store.put(key, part)
             parts.append(part)
-        joined = self._joined(method, policy, parts)
+        joined = self._joined(what, parts)
         if progress is not None:
             progress(len(_table(parts)), len(_table(parts)))
         return joined, fresh
 
-    def _batches(self, method: str, policy: EvictionPolicy) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
+    def _batches(self, what: Configuration) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
         """The parts of a sample: keys in the store, positions in the text."""
-        key = self._quality_key(method, policy)
-        for number, positions in enumerate(sample_batches(len(self.stream.tokens), policy.kept)):
+        key = self._quality_key(what)
+        for number, positions in enumerate(sample_batches(len(self.stream.tokens), what.policy.kept)):
             yield key | {"batch": number}, positions
 
-    def _joined(self, method: str, policy: EvictionPolicy, parts: Sequence[Measurement]) -> Measurement:
+    def _joined(self, what: Configuration, parts: Sequence[Measurement]) -> Measurement:
         """The parts of a sample as one measurement, with a file of its losses."""
         table, first = _table(parts), parts[0].record
         seconds = sum(part.record["quality_sec"] for part in parts)
         quality = Quality(table[:, 1], table[:, 0], first["peak_kv"], seconds, first.get("warning"))
-        key = self._quality_key(method, policy) | {"tokens": len(table)}
+        key = self._quality_key(what) | {"tokens": len(table)}
         return self._once(key, lambda: _as_measurement(quality, key))[0]
 
     def speed(
@@ -144,7 +140,7 @@ class Measurements:
         def measure() -> Measurement:
             prepared = self._prepared(what, leases, strict)
             with leases.timing():
-                speed = measure_speed(*prepared, self.reference, what.execution)
+                speed = measure_speed(self.loaded, prepared, self.stream.tokens, self.reference)
             record = speed_summary(speed, what.backend) | {"speed_entry": entry_name(key)}
             record["peak_memory_mb"] -= self.neighbours()
             if foreign := foreign_processes(self.loaded.device):
@@ -157,16 +153,14 @@ class Measurements:
         """The times alone, taken now and not kept: a round of confirming is kept whole, or not at all."""
         prepared = self._prepared(what, leases)
         with leases.timing():
-            return measure_times(*prepared, self.reference, what.execution)
+            return measure_times(self.loaded, prepared, self.stream.tokens, self.reference)
 
-    def _prepared(
-        self, what: Configuration, leases: Leases, strict: bool = False
-    ) -> tuple[LoadedModel, str, EvictionPolicy, Backend, np.ndarray]:
-        """The arguments of a timing, with the step compiled beforehand: others may time meanwhile."""
+    def _prepared(self, what: Configuration, leases: Leases, strict: bool = False) -> Configuration:
+        """With the kernel that runs, and its step compiled beforehand: others may time meanwhile."""
         with leases.computing():
-            backend = resolve_backend(what.backend, self.loaded, what.policy.kept, strict)
-            compile_step(self.loaded, what.method, what.policy, backend, self.stream.tokens, what.execution)
-        return self.loaded, what.method, what.policy, backend, self.stream.tokens
+            what = runnable(what, self.loaded, strict)
+            compile_step(self.loaded, what, self.stream.tokens)
+        return what
 
     def whole(
         self,
@@ -180,7 +174,7 @@ class Measurements:
     ) -> tuple[Measurement, bool]:
         """Quality and speed by any protocol; they come from the same run in all but `fast`. Measured once per run."""
         if protocol == "fast":
-            quality, fresh = self.quality(what.method, what.policy, leases.computing, progress, size)
+            quality, fresh = self.quality(what, leases.computing, progress, size)
             speed, fresh_too = self.speed(what, leases, strict, run)
             return _joined(quality, speed), fresh or fresh_too
 
@@ -189,18 +183,10 @@ class Measurements:
 
         def measure() -> Measurement:
             ahead = what.execution if protocol == "decode-loop" else "eager"  # chunks have one that does not count
-            *_, backend, _ = self._prepared(replace(what, execution=ahead), leases, strict)
+            prepared = replace(self._prepared(replace(what, execution=ahead), leases, strict), execution=what.execution)
             with leases.timing():
-                quality, record = PROTOCOLS[protocol].get()(
-                    self.loaded,
-                    self.stream,
-                    what.method,
-                    what.policy,
-                    backend,
-                    self.reference,
-                    what.execution,
-                    progress,
-                )
+                evaluate = PROTOCOLS[protocol].get()
+                quality, record = evaluate(self.loaded, prepared, self.stream, self.reference, progress)
             named = {"backend_requested": what.backend, "quality_entry": entry, "speed_entry": entry}
             return Measurement(record | named, quality.table)
 
@@ -211,24 +197,24 @@ class Measurements:
         if protocol != "fast":
             key = self._whole_key(protocol, what)
             return self.store.get(_of_run(key, run))
-        quality = self._stored_quality(what.method, what.policy)
+        quality = self._stored_quality(what)
         speed = self.store.get(_of_run(self._speed_key(what), run))
         return _joined(quality, speed) if quality is not None and speed is not None else None
 
-    def _stored_quality(self, method: str, policy: EvictionPolicy) -> Measurement | None:
-        if sampled_losses(method) is None:
-            return self.store.get(self._quality_key(method, policy))
-        stored = (self.store.get(key) for key, _ in self._batches(method, policy))
+    def _stored_quality(self, what: Configuration) -> Measurement | None:
+        if sampled_losses(what.method) is None:
+            return self.store.get(self._quality_key(what))
+        stored = (self.store.get(key) for key, _ in self._batches(what))
         parts = list(takewhile(lambda part: part is not None, stored))
-        return self._joined(method, policy, cast("list[Measurement]", parts)) if parts else None
+        return self._joined(what, cast("list[Measurement]", parts)) if parts else None
 
-    def _quality_key(self, method: str, policy: EvictionPolicy) -> dict[str, Any]:
-        kind = "streaming" if sampled_losses(method) is None else method
+    def _quality_key(self, what: Configuration) -> dict[str, Any]:
+        kind = "streaming" if sampled_losses(what.method) is None else what.method
         names: tuple[str, ...] = ("model_digest", "text_digest", "protocol", "dtype")
         if " " in self.loaded.digest:  # quantized: its kernels round as the machine has them
             names += ("device", "cpu_capability")
-        conditions = of_quality(self.loaded, None if kind == "streaming" else method)
-        return {"kind": f"quality of {kind}"} | conditions | self._identity(method, policy, "fast", names)
+        conditions = of_quality(self.loaded, None if kind == "streaming" else what.method)
+        return {"kind": f"quality of {kind}"} | conditions | self._identity(what, "fast", names)
 
     def _speed_key(self, what: Configuration) -> dict[str, Any]:
         names = ("model_digest", "protocol", "dtype", "method", "device", "threads", "cpu_capability")
@@ -237,7 +223,7 @@ class Measurements:
         if self.beside is not None:
             key["reference_digest"] = self.beside.loaded.digest
         conditions = of_speed(self.loaded, what.method, what.backend)
-        return key | conditions | self._identity(what.method, what.policy, "fast", names)
+        return key | conditions | self._identity(what, "fast", names)
 
     def _whole_key(self, protocol: str, what: Configuration) -> dict[str, Any]:
         names = ("model_digest", "text_digest", "protocol", "dtype", "method", "device", "threads", "cpu_capability")
@@ -245,11 +231,11 @@ class Measurements:
         key: dict[str, Any] = {"kind": "evaluation", **how, "reference_total": self.total}
         key["compress_every"] = what.policy.compress_every  # of `recompute` by chunks, the prefill
         conditions = of_speed(self.loaded, what.method, what.backend)
-        return conditions | self._identity(what.method, what.policy, protocol, names) | key
+        return conditions | self._identity(what, protocol, names) | key
 
-    def _identity(self, method: str, policy: EvictionPolicy, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:
-        values = identity(self.loaded, self.stream, method, policy, protocol)
-        return {name: values[name] for name in (*names, *asdict(policy))}
+    def _identity(self, what: Configuration, protocol: str, names: tuple[str, ...]) -> dict[str, Any]:
+        values = identity(self.loaded, what, self.stream, protocol)
+        return {name: values[name] for name in (*names, *asdict(what.policy))}
 
     def _once(
         self, key: dict[str, Any], measure: Callable[[], Measurement], lease: Lease = nullcontext

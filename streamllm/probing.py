@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from itertools import pairwise
@@ -14,6 +14,7 @@ import torch
 
 from .attention import attention, eager_attention, recorded_kernel
 from .backends import BACKENDS, Backend
+from .configuration import Configuration
 from .errors import UsageError
 from .model import LoadedModel
 
@@ -95,15 +96,16 @@ def why_not(name: str, warned: Sequence[str]) -> str | None:
     return next((text for text in reversed(texts) if "not" in text and not text.rstrip().endswith("because:")), None)
 
 
-def resolve_backend(name: str, loaded: LoadedModel, held: int, strict: bool = False) -> Backend:
-    """The backend of that name, probed on the model's device, dtype and heads for one query and `held` keys; `auto`
-    with a warning where it does not run, or, if `strict`, BackendError."""
-    probe = probe_backend(BACKENDS[name], loaded.device, loaded.dtype, loaded.head_size, *_heads(loaded), held)
+def runnable(what: Configuration, loaded: LoadedModel, strict: bool = False) -> Configuration:
+    """Its backend probed on the model's device, dtype and heads for one query and the keys held: `auto` instead, with a
+    warning, where it does not run, or, if `strict`, BackendError."""
+    name, heads = what.backend, _heads(loaded)
+    probe = probe_backend(what.kernel, loaded.device, loaded.dtype, loaded.head_size, *heads, what.policy.kept)
     if probe.available:
-        return probe.backend
+        return what
     where = f"{loaded.device.type} in {str(loaded.dtype).removeprefix('torch.')}"
     problem = f"attention backend {name!r} does not run on {where} ({probe.error or probe.kernel})"
     if strict:
         raise BackendError(f"{problem}; leave out --strict, or ask for one that `streamllm backends` shows")
     warnings.warn(f"{problem}: using 'auto'", stacklevel=2)
-    return BACKENDS["auto"]
+    return replace(what, backend="auto")

@@ -21,12 +21,11 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import profile, record_function
 
 from . import attention
-from .backends import Backend
+from .configuration import Configuration
 from .decoding import Decoder
 from .errors import UsageError
-from .methods import effective_policy
 from .model import LoadedModel
-from .policy import EvictionPolicy, peak_without_end
+from .policy import peak_without_end
 from .timing import TimedDecoder, kernel_profiler, no_garbage_collection, sees_kernels
 
 ATTENTION, MLP, CACHE, ENDS, OTHER = "attention", "MLP", "cache update", "head and embedding", "norms and other"
@@ -82,24 +81,18 @@ class Profile:
 
 @torch.inference_mode()
 def profile_decoding(
-    loaded: LoadedModel,
-    method: str,
-    policy: EvictionPolicy,
-    backend: Backend,
-    tokens: np.ndarray,
-    execution: str = "eager",
-    trace: Path | None = None,
+    loaded: LoadedModel, what: Configuration, tokens: np.ndarray, trace: Path | None = None
 ) -> Profile:
     """Profiles whole prune cycles of a full cache; `trace` gets a Chrome trace (.json or .json.gz), for
     https://ui.perfetto.dev. Raises UsageError for a cycle that is too long to profile, and on a device whose kernels
     torch's profiler does not see."""
     with ExitStack() as stack:
-        stack.enter_context(backend.active())
+        stack.enter_context(what.kernel.active())
         # Names the kernels that inductor makes for a CPU; of no other effect.
         stack.enter_context(torch._inductor.config.patch({"cpp.enable_kernel_profile": True}))
-        policy = effective_policy(method, policy)
+        policy = what.effective
         loaded.check_span(peak_without_end(policy) or policy.kept)
-        run = TimedDecoder(loaded, method, policy, backend, tokens, execution)
+        run = TimedDecoder(loaded, what, tokens)
         if run.period > MOST_TOKENS:
             raise UsageError(
                 f"compress_every {policy.compress_every}: {run.period} tokens from prune to prune, at most "
@@ -110,14 +103,14 @@ def profile_decoding(
         run.prefill()
         run.warm_up()
         paces = [run.decode(count) for _ in range(_STRETCHES)]
-        with _ranges(loaded, run.decoder, execution), _profiler(loaded.device):
+        with _ranges(loaded, run.decoder, what.execution), _profiler(loaded.device):
             run.decode(2)  # starting the profiler for the first time takes a while
-        with _ranges(loaded, run.decoder, execution), _profiler(loaded.device) as profiler:
+        with _ranges(loaded, run.decoder, what.execution), _profiler(loaded.device) as profiler:
             profiled = run.decode(count)
         paces += [run.decode(count) for _ in range(_STRETCHES)]
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
-    rest = OTHER if execution == "eager" else STEP
+    rest = OTHER if what.execution == "eager" else STEP
     busy, kernels, launches = summed(profiler.events(), rest)
     return Profile(
         tokens=count,

@@ -124,7 +124,7 @@ def baseline_runs(
                 )
         losses = measurement.losses
         assert losses is not None
-        record = Row.of(identity(loaded, stream, "recompute", fixed, protocol) | measurement.record)
+        record = Row.of(identity(loaded, what, stream, protocol) | measurement.record)
         record = record | {"reference_total": measurements.total}
         if (comparison := compare_quality(measurements, protocol, losses)) is not None:
             record = record | sampled(losses, comparison, len(stream.tokens) - 1)

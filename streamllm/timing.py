@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import cycle, islice
 from typing import Any
 
@@ -20,10 +20,10 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile, record_function, supported_activities
 
 from .attention import AttentionState, fuses, recorded_kernel
-from .backends import BACKENDS, Backend
+from .configuration import Configuration
 from .decoding import Decoder
 from .device import copy_bandwidth, peak_memory, synchronize
-from .methods import effective_policy, make_decoder
+from .methods import make_decoder
 from .model import LoadedModel
 from .pairing import LONGEST_REFERENCE_SEC, PairedTimes, take_pairs
 from .policy import EvictionPolicy, steady_state, strict_policy
@@ -73,18 +73,11 @@ class Speed:
 class TimedDecoder:
     """A decoder that goes through the phases of a measurement; token ids come from a text, over and over."""
 
-    def __init__(
-        self,
-        loaded: LoadedModel,
-        method: str,
-        policy: EvictionPolicy,
-        backend: Backend,
-        tokens: np.ndarray,
-        execution: str = "eager",
-    ) -> None:
-        self.backend = backend
+    def __init__(self, loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> None:
+        policy = what.effective
+        self.backend = what.kernel
         self.device = loaded.device
-        self.decoder: Decoder = make_decoder(method, loaded, policy, backend, execution)
+        self.decoder: Decoder = make_decoder(loaded, what)
         steady = steady_state(policy)
         prefill = policy.kept - 1
         self.period = steady.cycle if steady else 1
@@ -159,7 +152,7 @@ class Reference:
     def start(cls, loaded: LoadedModel, total: int, tokens: np.ndarray) -> Reference:
         """Holds S + W = `total` tokens."""
         policy = strict_policy(total)
-        decoder = TimedDecoder(loaded, "ring", policy, BACKENDS["auto"], tokens)
+        decoder = TimedDecoder(loaded, Configuration("ring", policy), tokens)
         with no_garbage_collection(), decoder.backend.active():
             decoder.prefill()
             decoder.warm_up()
@@ -173,28 +166,19 @@ class Reference:
 
 
 @torch.inference_mode()
-def measure_speed(
-    loaded: LoadedModel,
-    method: str,
-    policy: EvictionPolicy,
-    backend: Backend,
-    tokens: np.ndarray,
-    reference: Reference,
-    execution: str = "eager",
-) -> Speed:
+def measure_speed(loaded: LoadedModel, what: Configuration, tokens: np.ndarray, reference: Reference) -> Speed:
     """Fills the cache, warms up (compiles, captures), then times segments of whole prune cycles in turn with segments
     of the reference. Speed does not depend on the tokens. Attention's share is taken from eager steps, whatever the
     execution."""
     started = time.perf_counter()
-    policy = effective_policy(method, policy)
-    with backend.active():
-        used = used_backend(loaded, method, policy, backend, tokens, execution)  # initialises libraries too
+    with what.kernel.active():
+        used = used_backend(loaded, what, tokens)  # initialises libraries too
         with peak_memory(loaded.device) as memory:
-            run, filled, first_token, warm_up = _started(loaded, method, policy, backend, tokens, execution)
+            run, filled, first_token, warm_up = _started(loaded, what, tokens)
     times = time_beside(run, reference)
-    with backend.active():
-        attn_ms = attention_ms(loaded, method, policy, backend, tokens, execution)
-    needed = bytes_per_token(loaded, policy)
+    with what.kernel.active():
+        attn_ms = attention_ms(loaded, what, tokens)
+    needed = bytes_per_token(loaded, what.effective)
     return Speed(
         times=times,
         tokens_per_segment=run.segment_length(),
@@ -211,31 +195,21 @@ def measure_speed(
 
 
 @torch.inference_mode()
-def compile_step(
-    loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray, execution: str
-) -> None:
+def compile_step(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> None:
     """Compiles what a decoder would otherwise compile while it is timed, and others may not be; it takes a minute or
     two for a model of 32 layers, seconds once the compiler's cache on disk has it."""
-    if execution != "eager" or backend.library == "triton":
-        with backend.active():
-            run = TimedDecoder(loaded, method, effective_policy(method, policy), backend, tokens, execution)
+    if what.execution != "eager" or what.kernel.library == "triton":
+        with what.kernel.active():
+            run = TimedDecoder(loaded, what, tokens)
             run.prefill()
             run.decode(run.growing + 1)
 
 
 @torch.inference_mode()
-def measure_times(
-    loaded: LoadedModel,
-    method: str,
-    policy: EvictionPolicy,
-    backend: Backend,
-    tokens: np.ndarray,
-    reference: Reference,
-    execution: str = "eager",
-) -> PairedTimes:
+def measure_times(loaded: LoadedModel, what: Configuration, tokens: np.ndarray, reference: Reference) -> PairedTimes:
     """The times alone, of a decoder of their own: what a round of confirming wants."""
-    with backend.active():
-        run, *_ = _started(loaded, method, effective_policy(method, policy), backend, tokens, execution)
+    with what.kernel.active():
+        run, *_ = _started(loaded, what, tokens)
     return time_beside(run, reference)
 
 
@@ -252,12 +226,10 @@ def time_beside(run: TimedDecoder, reference: Reference) -> PairedTimes:
         return take_pairs(segment, lambda: reference.segment(min(length * run.pace, LONGEST_REFERENCE_SEC)))
 
 
-def _started(
-    loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: Backend, tokens: np.ndarray, execution: str
-) -> tuple[TimedDecoder, float, float, int]:
+def _started(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> tuple[TimedDecoder, float, float, int]:
     """A warm decoder; its seconds until filled and until the first token, the tokens it warmed up with."""
     with no_garbage_collection():
-        run = TimedDecoder(loaded, method, policy, backend, tokens, execution)
+        run = TimedDecoder(loaded, what, tokens)
         filled, first_token = run.prefill()
         warm_up, _ = run.warm_up()
     return run, filled, first_token, warm_up
@@ -274,22 +246,14 @@ def bytes_per_token(loaded: LoadedModel, policy: EvictionPolicy) -> int:
     return int(weights + loaded.kv_bytes * (policy.kept + 1))
 
 
-def used_backend(
-    loaded: LoadedModel,
-    method: str,
-    policy: EvictionPolicy,
-    backend: Backend,
-    tokens: np.ndarray,
-    execution: str = "eager",
-) -> str:
+def used_backend(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> str:
     """The attention kernels seen in a cycle of the steady state, or in its first `_RECORDED_TOKENS` tokens, run
     eagerly; or `fused`, if the compiler makes one."""
-    if execution == "compile" and fuses(backend, loaded.device):
+    if what.execution == "compile" and fuses(what.kernel, loaded.device):
         return "fused"
-    if execution != "eager":
-        backend = replayed(backend, loaded, policy.kept)
-    with recorded_kernel(backend) as recorder:
-        run = TimedDecoder(loaded, method, effective_policy(method, policy), backend, tokens)
+    what = _by_eager_steps(what, loaded)
+    with recorded_kernel(what.kernel) as recorder:
+        run = TimedDecoder(loaded, what, tokens)
         run.prefill()
         run.decode(run.growing)
         recorder.kernels.clear()
@@ -298,23 +262,15 @@ def used_backend(
 
 
 @torch.inference_mode()
-def attention_ms(
-    loaded: LoadedModel,
-    method: str,
-    policy: EvictionPolicy,
-    backend: Backend,
-    tokens: np.ndarray,
-    execution: str = "eager",
-) -> float:
+def attention_ms(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> float:
     """Milliseconds per token, in the steady state, in the attention of all layers: taking the new key in, rotation on
-    read, the kernel. Prunes are not in it. By eager steps, with the kernel that `execution` has."""
-    if execution != "eager":
-        backend = replayed(backend, loaded, policy.kept)
+    read, the kernel. Prunes are not in it. By eager steps, with the kernel that the execution has."""
+    what = _by_eager_steps(what, loaded)
     count = 0
 
     def decode(timed: LoadedModel, begin: Callable[[], object]) -> None:
         nonlocal count
-        run = TimedDecoder(timed, method, effective_policy(method, policy), backend, tokens)
+        run = TimedDecoder(timed, what, tokens)
         run.prefill()
         pace = run.decode(run.growing + run.period)
         count = run.whole_cycles(min(WARMUP_TOKENS, max(_ATTENTION_SEC / pace, 1)))
@@ -322,6 +278,13 @@ def attention_ms(
         run.decode(count)
 
     return sum(attention_spans(loaded, decode)) / count
+
+
+def _by_eager_steps(what: Configuration, loaded: LoadedModel) -> Configuration:
+    """With the kernel that its execution has."""
+    if what.execution == "eager":
+        return what
+    return replace(what, execution="eager", backend=replayed(what.kernel, loaded, what.policy.kept).name)
 
 
 def attention_spans(loaded: LoadedModel, work: Callable[[LoadedModel, Callable[[], object]], object]) -> list[float]:

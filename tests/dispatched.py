@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.decoding import Decoder, negative_log_likelihood
 from streamllm.methods import METHODS, make_decoder
 from streamllm.model import LoadedModel
@@ -132,7 +132,7 @@ def on_meta(loaded: LoadedModel) -> LoadedModel:
 
 
 def decoder_of(method: str, loaded: LoadedModel, policy: EvictionPolicy) -> Decoder:
-    return make_decoder(method, loaded, policy, BACKENDS["auto"])
+    return make_decoder(loaded, Configuration(method, policy))
 
 
 def decode(decoder: Decoder, stream: Tensor) -> list[Tensor]:

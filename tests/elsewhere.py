@@ -16,6 +16,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.decoding import decode_loop
 from streamllm.device import default_device, float64_device, unverified
 from streamllm.errors import UsageError
@@ -91,7 +92,7 @@ class MadeElsewhere(TorchFunctionMode):
 def losses(loaded: LoadedModel) -> dict[str, np.ndarray]:
     found = {}
     for method in ("ours", "mit", "ring", "recompute"):
-        decoder = make_decoder(method, loaded, POLICY, BACKENDS["auto"])
+        decoder = make_decoder(loaded, Configuration(method, POLICY))
         found[method] = decode_loop(decoder, TOKENS, loaded.device).losses
     found["block-parallel"] = block_parallel_losses(loaded, TOKENS, POLICY)
     found["windows"] = losses_at(loaded, TOKENS, 12, [2, 3, 20, 25], BACKENDS["auto"])
@@ -107,7 +108,7 @@ def main() -> None:
         found = losses(loaded)
         for execution in ("compile", "cudagraph"):
             try:
-                make_decoder("ring", loaded, POLICY, BACKENDS["auto"], execution)
+                make_decoder(loaded, Configuration("ring", POLICY, execution=execution))
             except UsageError as error:
                 refused.append(str(error))
         exact = float64_device(loaded.device)

@@ -12,6 +12,7 @@ import torch
 
 from streamllm.attention import attention, eager_attention, recorded_kernel
 from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.decoding import negative_log_likelihood
 from streamllm.methods import make_decoder
 from streamllm.models import load_model
@@ -73,7 +74,7 @@ def error(found, query, key, value, scaling, mask):
 
 
 def kernel():
-    from streamllm.triton_attention import Configuration, flash_decoding, split_count
+    from streamllm.triton_attention import flash_decoding, split_count
 
     found = {}
     for heads, kv_heads, size, held, kind, dtype in kernel_cases():
@@ -155,7 +156,7 @@ def golden():
             policy = EvictionPolicy(**entry["policy"])
             if policy.n_sink != 4 or policy.compress_every not in (1, 8):
                 continue
-            decoder = make_decoder("ring", loaded, policy, BACKENDS["auto"])
+            decoder = make_decoder(loaded, Configuration("ring", policy))
             decoder.feed(tokens[:FED])
             for i in range(FED, WRAPPED):
                 decoder.feed(tokens[i : i + 1])

@@ -1,4 +1,5 @@
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -7,11 +8,12 @@ import torch
 from streamllm.attention import attention, eager_attention, fused_attention, recorded_kernel
 from streamllm.backends import BACKENDS, default_backend
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.decoding import decode_loop
 from streamllm.methods import make_decoder
 from streamllm.models import load_model
 from streamllm.policy import EvictionPolicy
-from streamllm.probing import BackendError, probe_backend, resolve_backend, why_not
+from streamllm.probing import BackendError, probe_backend, runnable, why_not
 from streamllm.timing import Reference, measure_speed
 
 from .conftest import FAMILIES, GOLDEN
@@ -26,7 +28,7 @@ def test_what_is_asked_for_is_what_runs(name, golden_model, golden_tokens, monke
     monkeypatch.setattr("streamllm.timing.SEGMENT_SEC", 0.001)
     loaded, policy = golden_model("neox-tiny"), EvictionPolicy(window_size=20)
     reference = Reference.start(loaded, policy.kept, golden_tokens)
-    speed = measure_speed(loaded, "ours", policy, BACKENDS[name], golden_tokens, reference)
+    speed = measure_speed(loaded, Configuration("ours", policy, name), golden_tokens, reference)
     assert speed.backend_used == name
 
 
@@ -57,7 +59,7 @@ def test_math_and_flash_agree_in_logits(family, golden_model, golden_tokens):
     for name in ("math", "flash"):
         loaded = golden_model(family)
         with torch.inference_mode(), BACKENDS[name].active():
-            decoder = make_decoder("ours", loaded, EvictionPolicy(window_size=60), BACKENDS[name])
+            decoder = make_decoder(loaded, Configuration("ours", EvictionPolicy(window_size=60), name))
             with recorded_kernel(BACKENDS[name]) as recorder:
                 logits.append(torch.stack([decoder.feed(torch.tensor([token]))[0] for token in golden_tokens[:200]]))
         assert recorder.used == name
@@ -93,14 +95,14 @@ def test_torchs_reason_is_found_among_all_it_says():
 
 
 def test_a_backend_that_does_not_run_falls_back_with_a_warning_or_is_an_error():
-    loaded = tiny_model("Llama", torch.float32)
+    loaded, asked = tiny_model("Llama", torch.float32), Configuration("ring", EvictionPolicy(window_size=8), "cudnn")
     with pytest.warns(UserWarning, match="'cudnn' does not run on cpu in float32"):
-        assert resolve_backend("cudnn", loaded, 8).name == "auto"
+        assert runnable(asked, loaded) == replace(asked, backend="auto")
     with pytest.raises(BackendError, match=r"'cudnn' does not run .*; leave out --strict"):
-        resolve_backend("cudnn", loaded, 8, strict=True)
+        runnable(asked, loaded, strict=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert resolve_backend("math", loaded, 8).name == "math"
+        assert runnable(replace(asked, backend="math"), loaded).backend == "math"
 
 
 @pytest.mark.parametrize(("value", "backend"), [("1", "flash"), ("0", "math"), ("", "auto"), (None, "auto")])
@@ -121,7 +123,7 @@ def test_gpu_backends_agree_with_the_cpu(name, method, golden_model, golden_toke
         pytest.skip(f"{name} does not run on this GPU")
     tokens, policy = golden_tokens[:200], EvictionPolicy(window_size=60, compress_every=8)
     with BACKENDS[name].active():
-        found = decode_loop(make_decoder(method, loaded, policy, BACKENDS[name]), tokens, loaded.device).losses
+        found = decode_loop(make_decoder(loaded, Configuration(method, policy, name)), tokens, loaded.device).losses
     expected = block_parallel_losses(golden_model("llama-tiny"), tokens, policy)
     assert abs(found - expected).mean() < 0.05
 

@@ -12,6 +12,7 @@ from torch._inductor.utils import run_and_get_code
 
 from streamllm import execution
 from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.methods import make_decoder
 from streamllm.policy import EvictionPolicy
 
@@ -27,7 +28,7 @@ def step_code(backend: str) -> tuple[str, torch.Tensor]:
     loaded = tiny_model("Llama", torch.float32, num_hidden_layers=1)
     policy = EvictionPolicy(n_sink=4, window_size=SLOTS - 5)
     with torch.inference_mode(), BACKENDS[backend].active():
-        decoder = make_decoder("ring", loaded, policy, BACKENDS[backend], "compile")
+        decoder = make_decoder(loaded, Configuration("ring", policy, backend, "compile"))
         decoder.feed(torch.ones(policy.kept, dtype=torch.long))
         _, codes = run_and_get_code(decoder.feed, torch.ones(1, dtype=torch.long))
     (code,) = codes

@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from streamllm import execution
-from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.methods import make_decoder
 from streamllm.policy import EvictionPolicy
 
@@ -42,7 +42,7 @@ def graphs(monkeypatch):
 def decode(loaded, window, compress_every=1):
     """Through more than a whole ring, compiled and eager; the largest difference."""
     policy = EvictionPolicy(n_sink=2, window_size=window, compress_every=compress_every)
-    compiled, eager = (make_decoder("ring", loaded, policy, BACKENDS["auto"], e) for e in ("compile", "eager"))
+    compiled, eager = (make_decoder(loaded, Configuration("ring", policy, execution=e)) for e in ("compile", "eager"))
     tokens = (torch.arange(2 * window + 6) * 7 % 61).split(1)
     with torch.inference_mode():
         return max(float((compiled.feed(token) - eager.feed(token)).abs().max()) for token in tokens)
@@ -72,7 +72,7 @@ def test_a_decoder_keeps_its_graph_while_others_come_and_go(graphs, monkeypatch)
     monkeypatch.setattr(execution, "_compiled", lru_cache(2)(execution._compiled.__wrapped__))
     loaded = tiny_model("Llama", torch.float32, num_hidden_layers=1)
     policy = EvictionPolicy(n_sink=2, window_size=10)
-    decoder = make_decoder("ring", loaded, policy, BACKENDS["auto"], "compile")
+    decoder = make_decoder(loaded, Configuration("ring", policy, execution="compile"))
     first, second = ((torch.arange(count) * 7 % 61).split(1) for count in (40, 20))
     with torch.inference_mode():
         for token in first:

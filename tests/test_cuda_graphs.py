@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.decoding import decode_loop
 from streamllm.methods import make_decoder
 from streamllm.policy import EvictionPolicy
@@ -33,9 +34,9 @@ TOKENS = np.random.default_rng(0).integers(61, size=120)
 )
 def test_replayed_is_eager_over_many_wraps(policy, family):
     loaded = tiny_model(family, torch.float32)
-    eager = decode_loop(make_decoder("ring", loaded, policy, BACKENDS["auto"]), TOKENS, loaded.device).losses
+    eager = decode_loop(make_decoder(loaded, Configuration("ring", policy)), TOKENS, loaded.device).losses
     with pretended_cuda(loaded) as (there, _), BACKENDS["auto"].active():
-        decoder = make_decoder("ring", there, policy, BACKENDS["auto"], "cudagraph")
+        decoder = make_decoder(there, Configuration("ring", policy, execution="cudagraph"))
         replayed = decode_loop(decoder, TOKENS, there.device).losses
     assert decoder._static_step.graph.steps, "nothing was recorded"
     np.testing.assert_allclose(replayed, eager, rtol=0, atol=1e-4)
@@ -45,7 +46,7 @@ def test_a_captured_decoder_goes_with_its_cache_and_graph():
     """At once: what garbage collection finds later would count as the next one's memory."""
     loaded, policy = tiny_model("Llama", torch.float32), EvictionPolicy(n_sink=3, window_size=20)
     with torch.inference_mode(), pretended_cuda(loaded) as (there, _):
-        decoder = make_decoder("ring", there, policy, BACKENDS["auto"], "cudagraph")
+        decoder = make_decoder(there, Configuration("ring", policy, execution="cudagraph"))
         for token in torch.from_numpy(TOKENS[:30]).split(1):
             decoder.feed(token)
         cache = weakref.ref(decoder.cache)
@@ -60,7 +61,7 @@ def test_logits_are_the_callers():
     """The next replay writes where this one did."""
     loaded, policy = tiny_model("Llama", torch.float32), EvictionPolicy(n_sink=3, window_size=20)
     with torch.inference_mode(), pretended_cuda(loaded) as (there, _):
-        decoder = make_decoder("ring", there, policy, BACKENDS["auto"], "cudagraph")
+        decoder = make_decoder(there, Configuration("ring", policy, execution="cudagraph"))
         logits = [decoder.feed(token) for token in torch.from_numpy(TOKENS[:30]).split(1)]
     assert len({x.sum().item() for x in logits}) == 30
 

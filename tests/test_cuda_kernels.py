@@ -9,6 +9,7 @@ import torch
 
 from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.decoding import decode_loop
 from streamllm.methods import make_decoder
 from streamllm.methods.recompute import losses_at
@@ -26,7 +27,7 @@ FAMILIES = ("GPTNeoX", "Llama")
 def kernels(method, policy, loaded, backend="auto"):
     """Those that a loop runs from its first token on."""
     with pretended_cuda(loaded) as (there, pretended), BACKENDS[backend].active():
-        losses = decode_loop(make_decoder(method, there, policy, BACKENDS[backend]), TOKENS, CUDA).losses
+        losses = decode_loop(make_decoder(there, Configuration(method, policy, backend)), TOKENS, CUDA).losses
     assert np.isfinite(losses).all()
     return set(pretended.kernels)
 
@@ -88,9 +89,9 @@ def test_a_prompt_and_a_second_piece_of_text(family, method):
     loaded, policy = tiny_model(family, torch.float32), EvictionPolicy(n_sink=2, window_size=20, compress_every=0)
     pieces = torch.from_numpy(TOKENS[:20]).split([7, 5, 8])
     with torch.inference_mode():
-        expected = make_decoder(method, loaded, policy, BACKENDS["auto"]).feed(torch.cat(pieces), 0)
+        expected = make_decoder(loaded, Configuration(method, policy)).feed(torch.cat(pieces), 0)
         with pretended_cuda(loaded) as (there, pretended), BACKENDS["auto"].active():
-            decoder = make_decoder(method, there, policy, BACKENDS["auto"])
+            decoder = make_decoder(there, Configuration(method, policy))
             found = torch.cat([decoder.feed(piece, 0) for piece in pieces])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert set(pretended.kernels) == {"efficient"}

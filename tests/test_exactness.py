@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.decoding import decode_loop
 from streamllm.errors import UnsupportedModelError
 from streamllm.methods import make_decoder
@@ -35,7 +35,7 @@ def random_tokens(count, seed=0):
 
 
 def loop_losses(method, loaded, policy, tokens):
-    return decode_loop(make_decoder(method, loaded, policy, BACKENDS["auto"]), tokens, loaded.device).losses
+    return decode_loop(make_decoder(loaded, Configuration(method, policy)), tokens, loaded.device).losses
 
 
 @settings(max_examples=40, deadline=None)
@@ -77,7 +77,7 @@ def test_a_ring_that_has_seen_a_million_tokens(family):
     tokens = random_tokens(120)
     expected = block_parallel_losses(tiny_model(family), tokens, policy)
     loaded = tiny_model(family, torch.float32)
-    decoder = make_decoder("ring", loaded, policy, BACKENDS["auto"])
+    decoder = make_decoder(loaded, Configuration("ring", policy))
     losses = []
     with torch.inference_mode():
         for i, (token, target) in enumerate(pairwise(tokens)):
@@ -107,6 +107,6 @@ def test_a_sliding_window_of_the_models_own_bounds_the_cache():
 
     loaded = tiny_model("Mistral", sliding_window=32)
     stream = TokenStream(random_tokens(100), "random", "")
-    measure_quality(loaded, stream, "ours", EvictionPolicy(n_sink=4, window_size=27))
+    measure_quality(loaded, Configuration("ours", EvictionPolicy(n_sink=4, window_size=27)), stream)
     with pytest.raises(UnsupportedModelError, match=r"last 32 tokens only .* holds up to 33"):
-        measure_quality(loaded, stream, "ours", EvictionPolicy(n_sink=4, window_size=28))
+        measure_quality(loaded, Configuration("ours", EvictionPolicy(n_sink=4, window_size=28)), stream)

@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 
 from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.decoding import decode_loop
 from streamllm.errors import UsageError
 from streamllm.methods import check_execution, make_decoder
@@ -34,7 +35,7 @@ def graphs():
 
 def compiled_losses(loaded, policy, tokens, execution="compile", backend="auto"):
     with BACKENDS[backend].active():
-        decoder = make_decoder("ring", loaded, policy, BACKENDS[backend], execution)
+        decoder = make_decoder(loaded, Configuration("ring", policy, backend, execution))
         return decode_loop(decoder, tokens, loaded.device).losses
 
 
@@ -73,14 +74,14 @@ def test_decoders_take_turns(tokens, graphs):
     plain = tiny_model("GPTNeoX", torch.float32)
     full, lazy = EvictionPolicy(n_sink=3, window_size=20), EvictionPolicy(n_sink=3, window_size=16, compress_every=4)
     pairs = [
-        (make_decoder("ring", *settings, "compile"), make_decoder("ring", *settings))
-        for settings in (
-            (first, full, BACKENDS["auto"]),
-            (plain, full, BACKENDS["auto"]),
-            (first, lazy, BACKENDS["auto"]),
-            (quantized, full, BACKENDS["auto"]),
-            (second, full, BACKENDS["math"]),
-            (first, full, BACKENDS["eager"]),
+        [make_decoder(loaded, Configuration("ring", policy, backend, execution)) for execution in ("compile", "eager")]
+        for loaded, policy, backend in (
+            (first, full, "auto"),
+            (plain, full, "auto"),
+            (first, lazy, "auto"),
+            (quantized, full, "auto"),
+            (second, full, "math"),
+            (first, full, "eager"),
         )
     ]
     with torch.inference_mode():
@@ -96,14 +97,14 @@ def test_only_static_steps_are_compiled(golden_model):
     with refused:
         check_execution("ours", "compile")
     with refused:
-        make_decoder("ours", golden_model("llama-tiny"), EvictionPolicy(), BACKENDS["auto"], "compile")
+        make_decoder(golden_model("llama-tiny"), Configuration("ours", EvictionPolicy(), execution="compile"))
 
 
 def test_compiling_leaves_the_model_to_the_others(tokens, graphs):
     """What a compiled decoder changes is its own; only tensors are shared, and let go with the model."""
     loaded, policy = tiny_model("Llama", torch.float32), EvictionPolicy(n_sink=3, window_size=20)
     before = [(module, type(module), dict(vars(module))) for module in loaded.model.modules()]
-    decoder = make_decoder("ring", loaded, policy, BACKENDS["auto"], "compile")
+    decoder = make_decoder(loaded, Configuration("ring", policy, execution="compile"))
     with torch.inference_mode():
         for token in torch.from_numpy(tokens[:40]).split(1):
             decoder.feed(token)
@@ -120,7 +121,7 @@ def test_compiling_leaves_the_model_to_the_others(tokens, graphs):
 def test_a_graph_needs_a_gpu_and_a_growing_ring_is_not_compiled(tokens, graphs):
     loaded = tiny_model("Llama", torch.float32)
     with pytest.raises(UsageError, match=r"needs a CUDA device, the model is on cpu"):
-        make_decoder("ring", loaded, EvictionPolicy(), BACKENDS["auto"], "cudagraph")
+        make_decoder(loaded, Configuration("ring", EvictionPolicy(), execution="cudagraph"))
     never = EvictionPolicy(n_sink=3, window_size=20, compress_every=0)
     expected = block_parallel_losses(loaded, tokens, never)
     np.testing.assert_allclose(compiled_losses(loaded, never, tokens), expected, rtol=0, atol=1e-4)
@@ -142,7 +143,7 @@ def test_changing_the_backend_changes_what_is_compiled(tokens):
     loaded, policy = tiny_model("Llama", torch.float32), EvictionPolicy(n_sink=3, window_size=20)
     for name in ("math", "flash", "math"):
         with BACKENDS[name].active(), torch.inference_mode():
-            decoder = make_decoder("ring", loaded, policy, BACKENDS[name], "compile")
+            decoder = make_decoder(loaded, Configuration("ring", policy, name, "compile"))
             for token in torch.from_numpy(tokens[:40]).split(1):
                 decoder.feed(token)
             with torch.profiler.profile() as profile:

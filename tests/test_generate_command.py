@@ -10,7 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.errors import UsageError
 from streamllm.methods import make_decoder
 from streamllm.models import load_model, load_tokenizer
@@ -28,7 +28,7 @@ def testbed():
 
 
 def writer(testbed, method="ring", temperature=0.0, policy=POLICY, seed=0):
-    decoder = make_decoder(method, testbed[0], policy, BACKENDS["auto"])
+    decoder = make_decoder(testbed[0], Configuration(method, policy))
     return Writer(*testbed, decoder, Sampler(Sampling(temperature, top_k=40), CPU, seed))
 
 
@@ -43,7 +43,7 @@ def test_the_text_is_the_tokens_decoded(testbed):
         assert one.seen == len(tokenizer("The with statement")["input_ids"]) + 120
     assert texts["ring"] == texts["ours"]
     ids = tokenizer("The with statement")["input_ids"]
-    decoder = make_decoder("mit", loaded, POLICY, BACKENDS["auto"])
+    decoder = make_decoder(loaded, Configuration("mit", POLICY))
     with torch.inference_mode():
         for i in range(len(ids) + 119):
             logits = decoder.feed(torch.tensor([ids[i]]))
@@ -58,7 +58,7 @@ def test_a_prompt_longer_than_the_cache_follows_the_policy(testbed):
     one = writer(testbed)
     assert one.read(prompt) == prompt
     assert one.seen > 2 * POLICY.kept and one.decoder.kv_length == POLICY.kept
-    reference = make_decoder("mit", loaded, POLICY, BACKENDS["auto"])
+    reference = make_decoder(loaded, Configuration("mit", POLICY))
     with torch.inference_mode():
         for token in torch.tensor(tokenizer(prompt)["input_ids"]).split(1):
             logits = reference.feed(token)

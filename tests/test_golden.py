@@ -5,6 +5,7 @@ import pytest
 
 from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.decoding import decode_loop
 from streamllm.methods import make_decoder
 from streamllm.policy import EvictionPolicy, peak_kv
@@ -24,7 +25,7 @@ def test_block_parallel(family, entry, golden_model, golden_tokens):
 @pytest.mark.parametrize(("family", "entry"), golden_cases())
 def test_decode_loop(family, entry, method, golden_model, golden_tokens):
     loaded, policy = golden_model(family), EvictionPolicy(**entry["policy"])
-    run = decode_loop(make_decoder(method, loaded, policy, BACKENDS["auto"]), golden_tokens, loaded.device)
+    run = decode_loop(make_decoder(loaded, Configuration(method, policy)), golden_tokens, loaded.device)
     np.testing.assert_allclose(run.losses, entry["losses"], rtol=0, atol=TOLERANCE[family])
     np.testing.assert_allclose(run.losses, block_parallel_losses(loaded, golden_tokens, policy), rtol=0, atol=1e-4)
     assert run.peak_kv == entry["peak_kv"] == peak_kv(policy, len(golden_tokens) - 1)
@@ -34,7 +35,7 @@ def test_decode_loop(family, entry, method, golden_model, golden_tokens):
 def test_block_parallel_is_an_identity_in_float64(family, golden_model, golden_tokens):
     loaded, tokens = golden_model(family, "float64"), golden_tokens[:400]
     policy = EvictionPolicy(n_sink=4, window_size=60, compress_every=16, cache_slack=8, max_drop=3)
-    run = decode_loop(make_decoder("mit", loaded, policy, BACKENDS["auto"]), tokens, loaded.device)
+    run = decode_loop(make_decoder(loaded, Configuration("mit", policy)), tokens, loaded.device)
     for block in (7, 64, 400):
         losses = block_parallel_losses(loaded, tokens, policy, block)
         np.testing.assert_allclose(losses, run.losses, rtol=0, atol=1e-9)
@@ -48,7 +49,7 @@ def test_window_is_ours_without_sinks_and_dense_never_evicts(golden_model, golde
         "dense": EvictionPolicy(n_sink=4, window_size=28, compress_every=0),
     }
     for method, meant in same.items():
-        run = decode_loop(make_decoder(method, loaded, policy, BACKENDS["auto"]), tokens, loaded.device)
+        run = decode_loop(make_decoder(loaded, Configuration(method, policy)), tokens, loaded.device)
         np.testing.assert_allclose(run.losses, block_parallel_losses(loaded, tokens, meant), rtol=0, atol=1e-4)
 
 
@@ -58,7 +59,7 @@ def test_recompute_sees_exactly_the_last_tokens(golden_model, golden_tokens):
 
     loaded, tokens = golden_model("neox-tiny"), golden_tokens[:120]
     run = decode_loop(
-        make_decoder("recompute", loaded, EvictionPolicy(n_sink=4, window_size=28), BACKENDS["auto"]),
+        make_decoder(loaded, Configuration("recompute", EvictionPolicy(n_sink=4, window_size=28))),
         tokens,
         loaded.device,
     )

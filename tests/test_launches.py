@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.methods import make_decoder
 from streamllm.methods.recompute import WholeWindow
 from streamllm.model import LoadedModel
@@ -48,7 +49,7 @@ class Counted:
 
 def of_a_token(method: str, policy: EvictionPolicy, loaded: LoadedModel) -> float:
     """Operators, in the steady state, prunes included."""
-    decoder, counted = make_decoder(method, loaded, policy, BACKENDS["auto"]), Counted()
+    decoder, counted = make_decoder(loaded, Configuration(method, policy)), Counted()
     tokens = torch.ones(3 * policy.kept + 2 * TOKENS, dtype=torch.long).split(1)
     with torch.no_grad():
         for token in tokens[:-TOKENS]:

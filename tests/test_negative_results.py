@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from streamllm.__main__ import main
-from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.decoding import decode_loop, negative_log_likelihood
 from streamllm.methods import make_decoder
 from streamllm.methods.negative.refresh import thinned
@@ -89,7 +89,7 @@ def seen_with_refresh(policy, n_queries):
 def test_a_refreshing_cache_is_what_its_definition_says(position, more):
     policy = RefreshPolicy(n_sink=3, window_size=12, refresh_budget=5, refresh_position=position, **more)
     loaded, tokens = tiny_model("GPTNeoX"), np.random.default_rng(0).integers(61, size=81)
-    run = decode_loop(make_decoder("refresh", loaded, policy, BACKENDS["auto"]), tokens, loaded.device)
+    run = decode_loop(make_decoder(loaded, Configuration("refresh", policy)), tokens, loaded.device)
     seen = seen_with_refresh(policy, 80)
     stream, raw = torch.from_numpy(tokens), torch.zeros(80, dtype=torch.long)
     with torch.inference_mode():
@@ -217,7 +217,7 @@ def test_eager_attention_that_overflows_in_float16_is_a_failure_and_no_number(ev
 
 def test_transformers_static_cache_ends_where_the_ring_goes_on():
     loaded, tokens = tiny_model("Llama", torch.float32), np.random.default_rng(0).integers(61, size=82)
-    ring = make_decoder("ring", loaded, EvictionPolicy(n_sink=4, window_size=11), BACKENDS["auto"])
+    ring = make_decoder(loaded, Configuration("ring", EvictionPolicy(n_sink=4, window_size=11)))
     assert np.isfinite(decode_loop(ring, tokens, loaded.device).losses).all()
     assert ring.cache.keys[0].shape[2] == 16, "slots for S + W and the query's own key"
 

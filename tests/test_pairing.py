@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from streamllm import execution, measurements, pairing, timing
-from streamllm.backends import BACKENDS
 from streamllm.configuration import Configuration
 from streamllm.measurements import Leases, Measurements
 from streamllm.pairing import between_references, in_turn, take_pairs
@@ -79,14 +78,14 @@ def test_a_segment_between_two_of_the_reference_is_beside_their_mean():
 def test_the_reference_is_strict_streamingllm_and_as_fast_as_itself(golden_model, golden_tokens):
     loaded = golden_model("neox-tiny")
     reference = timing.Reference.start(loaded, 32, golden_tokens)
-    times = timing.measure_times(loaded, "ring", strict_policy(32), BACKENDS["auto"], golden_tokens, reference)
+    times = timing.measure_times(loaded, Configuration("ring", strict_policy(32)), golden_tokens, reference)
     assert reference.decoder.decoder.schedule.policy == EvictionPolicy(n_sink=4, window_size=28)
     assert times.ratio.low < 1.1 and times.ratio.high > 0.9, "whatever else runs"
 
 
 def test_segments_have_as_many_tokens_as_time_allows_in_whole_cycles(golden_model, golden_tokens):
     policy = EvictionPolicy(n_sink=2, window_size=30, compress_every=6)
-    run = timing.TimedDecoder(golden_model("neox-tiny"), "ours", policy, BACKENDS["auto"], golden_tokens)
+    run = timing.TimedDecoder(golden_model("neox-tiny"), Configuration("ours", policy), golden_tokens)
     lengths = {}
     for run.pace in (1e-4, 2.5e-3, 0.02, 0.1, 8.0):
         lengths[run.pace] = run.segment_length()
@@ -123,7 +122,7 @@ def test_compiled_and_eager_are_timed_beside_the_same_reference(golden_model, go
     reference = timing.Reference.start(loaded, 32, golden_tokens)
     before = reference.decoder
     policy = EvictionPolicy(n_sink=4, window_size=28)
-    speed = timing.measure_speed(loaded, "mit", policy, BACKENDS["math"], golden_tokens, reference)
+    speed = timing.measure_speed(loaded, Configuration("mit", policy, "math"), golden_tokens, reference)
     assert reference.decoder is before, "it is kept warm"
     assert speed.backend_used == "math" and len(speed.times.ms) == len(speed.times.reference_ms)
     assert torch.isfinite(torch.tensor(speed.times.ms)).all()

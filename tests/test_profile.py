@@ -11,8 +11,8 @@ import torch
 from torch.autograd import DeviceType
 
 from streamllm import attention
-from streamllm.backends import BACKENDS
 from streamllm.commands import profile
+from streamllm.configuration import Configuration
 from streamllm.errors import UsageError
 from streamllm.methods import make_decoder
 from streamllm.policy import EvictionPolicy
@@ -113,7 +113,7 @@ def test_every_family_has_its_parts(family):
 @pytest.mark.parametrize("method", ["ours", "mit", "ring", "recompute"])
 def test_ranges_change_nothing_and_leave_nothing(method, golden_model, golden_tokens):
     loaded = golden_model("llama-tiny")
-    decoders = [make_decoder(method, loaded, POLICY, BACKENDS["eager"]) for _ in range(2)]
+    decoders = [make_decoder(loaded, Configuration(method, POLICY, "eager")) for _ in range(2)]
     before = [set(vars(module)) for module in loaded.model.modules()], set(vars(decoders[0])), dict(vars(attention))
     tokens = torch.from_numpy(golden_tokens[:40]).split(1)
     with torch.inference_mode():
@@ -131,7 +131,7 @@ def test_ranges_change_nothing_and_leave_nothing(method, golden_model, golden_to
 def test_a_profile_adds_up(method, backend, golden_model, golden_tokens):
     loaded = golden_model("neox-tiny")
     policy = EvictionPolicy(n_sink=2, window_size=30, compress_every=8)
-    found = profile_decoding(loaded, method, policy, BACKENDS[backend], golden_tokens)
+    found = profile_decoding(loaded, Configuration(method, policy, backend), golden_tokens)
     assert found.tokens % found.cycle == 0 and found.cycle == (1 if method == "recompute" else 8)
     assert set(found.parts_ms) == {ATTENTION, MLP, ENDS, OTHER} | ({CACHE} if method != "recompute" else set())
     assert min(found.parts_ms.values()) > 0
@@ -151,7 +151,7 @@ def test_a_profile_adds_up(method, backend, golden_model, golden_tokens):
 )
 def test_a_cache_is_not_its_kernel(backend, kernel, golden_model, golden_tokens):
     loaded = golden_model("neox-tiny")
-    decoder = make_decoder("ours", loaded, POLICY, BACKENDS[backend])
+    decoder = make_decoder(loaded, Configuration("ours", POLICY, backend))
     tokens = torch.from_numpy(golden_tokens[:40]).split(1)
     with torch.inference_mode(), _ranges(loaded, decoder, "eager"), _profiler(loaded.device) as profiler:
         for token in tokens:
@@ -164,7 +164,7 @@ def test_a_cache_is_not_its_kernel(backend, kernel, golden_model, golden_tokens)
 def test_too_long_a_cycle(golden_model, golden_tokens):
     policy = EvictionPolicy(n_sink=2, window_size=30, compress_every=600)
     with pytest.raises(UsageError, match="600 tokens from prune to prune, at most 512"):
-        profile_decoding(golden_model("neox-tiny"), "ours", policy, BACKENDS["auto"], golden_tokens)
+        profile_decoding(golden_model("neox-tiny"), Configuration("ours", policy), golden_tokens)
 
 
 def parsed(*arguments):

@@ -5,8 +5,8 @@ import pytest
 import torch
 import transformers
 
-from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.decoding import decode_loop
 from streamllm.device import cpu_capability
 from streamllm.errors import UsageError
@@ -46,7 +46,7 @@ def test_what_it_costs_on_the_testbed(quantization, cost, dtype, testbed_tokens)
 def test_evaluator_and_loop_agree_as_in_bfloat16(quantization, golden_tokens):
     loaded = load_model(str(GOLDEN / "neox-tiny"), "float32", quantization=quantization)
     tokens, policy = golden_tokens[:300], EvictionPolicy(n_sink=4, window_size=60)
-    loop = decode_loop(make_decoder("ring", loaded, policy, BACKENDS["auto"]), tokens, loaded.device).losses
+    loop = decode_loop(make_decoder(loaded, Configuration("ring", policy)), tokens, loaded.device).losses
     assert abs(loop - block_parallel_losses(loaded, tokens, policy)).mean() < 0.02
     golden = json.loads((GOLDEN / "neox-tiny" / "mit_losses.json").read_text())[0]["losses"]
     assert 0 < abs(loop - golden[:299]).mean() < (0.1 if quantization == "int8_weight_only" else 1.0)

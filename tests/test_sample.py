@@ -8,6 +8,7 @@ import pytest
 from streamllm import sample
 from streamllm.arguments import sample_size
 from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.errors import UsageError
 from streamllm.measurements import Measurements
 from streamllm.methods import recompute
@@ -49,11 +50,11 @@ def test_a_sample_grows_where_it_was(measurements, monkeypatch):
         return losses_at(loaded, tokens, window, positions, *rest)
 
     monkeypatch.setattr(recompute, "METHOD", replace(recompute.METHOD, losses_at=counting))
-    first, fresh = measurements.quality("recompute", WINDOW, size=FixedSize(10))
+    first, fresh = measurements.quality(Configuration("recompute", WINDOW), size=FixedSize(10))
     assert fresh and len(first.losses) == len(asked) == 2 * BATCH
-    same, fresh = measurements.quality("recompute", WINDOW, size=FixedSize(10))
+    same, fresh = measurements.quality(Configuration("recompute", WINDOW), size=FixedSize(10))
     assert not fresh and (same.losses == first.losses).all()
-    more, fresh = measurements.quality("recompute", WINDOW, size=FixedSize(40))
+    more, fresh = measurements.quality(Configuration("recompute", WINDOW), size=FixedSize(40))
     assert fresh and len(asked) == len(set(asked)) == 40, "nothing is computed again"
     whole = losses_at(measurements.loaded, measurements.stream.tokens, 24, sorted(asked), BACKENDS["auto"])
     np.testing.assert_allclose(more.losses, np.column_stack((sorted(asked), whole)), atol=1e-6)
@@ -64,7 +65,7 @@ def test_a_sample_grows_where_it_was(measurements, monkeypatch):
 
 def test_all_of_a_text(measurements):
     tokens = len(measurements.stream.tokens)
-    found, _ = measurements.quality("recompute", WINDOW, size=FixedSize(tokens))
+    found, _ = measurements.quality(Configuration("recompute", WINDOW), size=FixedSize(tokens))
     assert found.losses[:, 0].tolist() == list(range(tokens - 1))
 
 

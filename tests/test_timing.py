@@ -6,6 +6,7 @@ import torch
 
 from streamllm import timing
 from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.device import copy_bandwidth
 from streamllm.policy import EvictionPolicy, steady_state
 
@@ -29,7 +30,7 @@ def test_segments_are_whole_prune_cycles_of_a_full_cache(golden_model, golden_to
     reference = timing.Reference.start(loaded, 32, golden_tokens)
     monkeypatch.setattr(timing, "make_decoder", lambda *_: decoders.append(CountingDecoder()) or decoders[-1])
     monkeypatch.setattr(timing, "SEGMENT_SEC", 1e-4)
-    speed = timing.measure_speed(loaded, "ours", policy, BACKENDS["auto"], golden_tokens, reference)
+    speed = timing.measure_speed(loaded, Configuration("ours", policy), golden_tokens, reference)
     steady = steady_state(policy)
     _, timed, _ = decoders  # one shows the kernel, one is timed, one shows attention's share
     assert timed.fed[0] == 31, "the prefill stops short of the first eviction"
@@ -50,7 +51,7 @@ def test_segments_are_whole_prune_cycles_of_a_full_cache(golden_model, golden_to
 )
 def test_warming_up_until_steady(paces, taken, golden_model, golden_tokens, monkeypatch):
     policy = EvictionPolicy(n_sink=2, window_size=30, compress_every=24)
-    run = timing.TimedDecoder(golden_model("neox-tiny"), "ours", policy, BACKENDS["auto"], golden_tokens)
+    run = timing.TimedDecoder(golden_model("neox-tiny"), Configuration("ours", policy), golden_tokens)
     asked, paces = [], iter(paces)
     monkeypatch.setattr(run, "decode", lambda count: asked.append(count) or (next(paces) if len(asked) > 1 else 0.0))
     tokens, pace = run.warm_up()
@@ -63,7 +64,7 @@ def test_attention_is_a_part_of_the_time(golden_model, golden_tokens, monkeypatc
     monkeypatch.setattr(timing, "SEGMENT_SEC", 1e-3)
     loaded, policy = golden_model("neox-tiny"), EvictionPolicy(n_sink=2, window_size=30)
     reference = timing.Reference.start(loaded, 32, golden_tokens)
-    speed = timing.measure_speed(loaded, "mit", policy, BACKENDS["auto"], golden_tokens, reference)
+    speed = timing.measure_speed(loaded, Configuration("mit", policy), golden_tokens, reference)
     assert speed.avg_attn_ms > 0
     assert 0 < speed.prefill_sec <= speed.first_token_latency_sec
     assert speed.bandwidth_utilization == pytest.approx(
@@ -103,5 +104,5 @@ print(nothing.megabytes, memory.megabytes)
 def test_the_kernel_of_compiled_steps_is_named(backend, execution, used, golden_model, golden_tokens):
     policy = EvictionPolicy(n_sink=2, window_size=30)
     with BACKENDS[backend].active():
-        arguments = (golden_model("llama-tiny"), "ring", policy, BACKENDS[backend], golden_tokens)
-        assert timing.used_backend(*arguments, execution) == used
+        what = Configuration("ring", policy, backend, execution)
+        assert timing.used_backend(golden_model("llama-tiny"), what, golden_tokens) == used

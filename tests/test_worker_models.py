@@ -92,7 +92,7 @@ def test_timings_beside_another_models_reference_are_kept_apart(worker_of):
     searched = worker_of()._measurements_of(spec("int8_weight_only"))
     fixed = worker_of("int8_weight_only").measurements
     what = Configuration("ring", POLICY, "math")
-    assert searched._quality_key("ring", POLICY) == fixed._quality_key("ring", POLICY)
+    assert searched._quality_key(Configuration("ring", POLICY)) == fixed._quality_key(Configuration("ring", POLICY))
     assert searched._speed_key(what) == fixed._speed_key(what) | {"reference_digest": searched.beside.loaded.digest}
 
 

@@ -24,6 +24,7 @@ from ..arguments import (
     stream_policy,
     text_source,
 )
+from ..configuration import Configuration
 from ..policy import EvictionPolicy
 from ..printing import say
 from ..progress import working
@@ -98,7 +99,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _losses(measurements: "Measurements", policy: EvictionPolicy, name: str) -> "np.ndarray":
     """(n, 2): position, nats; out of the store if they are there."""
     with working(name) as progress:
-        measurement, _ = measurements.quality("ours", policy, progress=progress)
+        measurement, _ = measurements.quality(Configuration("ours", policy), progress=progress)
     assert measurement.losses is not None
     return measurement.losses
 
@@ -117,7 +118,7 @@ def _record(
     loaded, stream = measurements.loaded, measurements.stream
     own, theirs = (table[["token", name]].to_numpy() for name in ("loss", "reference_loss"))
     return {
-        **identity(loaded, stream, "ours", policy, "fast"),
+        **identity(loaded, Configuration("ours", policy), stream, "fast"),
         "reference_total": reference.kept,
         "peak_kv": int(table["keys"].max()),
         "trained_length": loaded.trained_length,

@@ -191,27 +191,26 @@ def _measure_streaming(
 ) -> "Measured":
     from ..evaluation import identity
     from ..methods import sampled_losses
-    from ..probing import resolve_backend
+    from ..probing import runnable
     from ..timing import compile_step
 
     loaded, stream, protocol = measurements.loaded, measurements.stream, arguments.protocol
+    what = Configuration(method, policy, arguments.attn_backend, arguments.execution)
     then = "compiling and timing" if arguments.execution == "compile" else "timing"
     with working(method, then) as progress:
         if protocol == "fast" and sampled_losses(method) is not None:
             size = baseline_size(measurements, arguments.baseline_tokens)
-            what = Configuration(method, policy, arguments.attn_backend, arguments.execution)
             measurement, _ = measurements.whole(protocol, what, arguments.strict, progress, size=size)
             measured, table = measurement.record, measurement.losses
             assert table is not None
         else:
-            backend = resolve_backend(arguments.attn_backend, loaded, policy.kept, arguments.strict)
+            prepared = runnable(what, loaded, arguments.strict)
             if protocol == "decode-loop":
-                compile_step(loaded, method, policy, backend, stream.tokens, arguments.execution)
-            quality, measured = PROTOCOLS[protocol].get()(
-                loaded, stream, method, policy, backend, measurements.reference, arguments.execution, progress
-            )
+                compile_step(loaded, prepared, stream.tokens)
+            evaluate = PROTOCOLS[protocol].get()
+            quality, measured = evaluate(loaded, prepared, stream, measurements.reference, progress)
             table = quality.table
-    record = Row.of(identity(loaded, stream, method, policy, protocol, arguments.execution) | measured)
+    record = Row.of(identity(loaded, what, stream, protocol) | measured)
     record = record | {"backend_requested": arguments.attn_backend, "reference_total": measurements.total}
     if arguments.overlap:
         record = record | {"overlap": arguments.overlap, "same_policy_as": "overlap 0"}  # with the record's window_size

@@ -27,6 +27,7 @@ from ..arguments import (
     given_stream_policy,
     stream_policy,
 )
+from ..configuration import Configuration
 from ..errors import UsageError
 from ..printing import discard, say
 from ..progress import working
@@ -104,9 +105,8 @@ def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
 
-    from ..backends import BACKENDS
     from ..device import limit_threads
-    from ..methods import effective_policy, make_decoder
+    from ..methods import make_decoder
     from ..models import load_model, load_tokenizer
     from ..policy import peak_without_end
 
@@ -115,19 +115,20 @@ def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
         loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
     tokenizer = load_tokenizer(arguments.model)
     policy = stream_policy(arguments, loaded)
-    for method in (arguments.method, *(["dense"] * arguments.dense)):
-        loaded.check_span(peak_without_end(effective_policy(method, policy)))
-    methods = {f"{arguments.method}: {policy.n_sink} sinks, {policy.window_size} recent tokens": arguments.method}
+    shown = {f"{arguments.method}: {policy.n_sink} sinks, {policy.window_size} recent tokens": arguments.method}
     if arguments.dense:
-        methods["dense: nothing is evicted"] = "dense"
+        shown["dense: nothing is evicted"] = "dense"
+    configurations = {title: Configuration(method, policy) for title, method in shown.items()}
+    for what in configurations.values():
+        loaded.check_span(peak_without_end(what.effective))
     return {
         title: Writer(
             loaded,
             tokenizer,
-            make_decoder(method, loaded, policy, BACKENDS["auto"]),
+            make_decoder(loaded, what),
             Sampler(sampling, loaded.device, arguments.seed),
         )
-        for title, method in methods.items()
+        for title, what in configurations.items()
     }
 
 

@@ -27,6 +27,7 @@ from ..arguments import (
     stream_policy,
     text_source,
 )
+from ..configuration import Configuration
 from ..errors import UsageError
 from ..options import EXECUTIONS
 from ..policy import EvictionPolicy
@@ -90,26 +91,27 @@ def run(arguments: argparse.Namespace) -> int:
     make_room(file)
 
     from ..methods import check_execution
-    from ..probing import resolve_backend
+    from ..probing import runnable
 
     check_execution(arguments.method, arguments.execution)
     loaded, stream = load_model_and_text(arguments)
     policy = stream_policy(arguments, loaded)
+    asked = Configuration(arguments.method, policy, arguments.attn_backend, arguments.execution)
     with messages_on_stderr():
-        backend = resolve_backend(arguments.attn_backend, loaded, policy.kept, arguments.strict)
+        what = runnable(asked, loaded, arguments.strict)
     trace = file.with_name(f"{file.stem}.trace.json.gz")
 
     from ..profiling import profile_decoding
     from ..timing import used_backend
 
-    def profiled(policy: EvictionPolicy, trace: Path | None = None) -> "Profile":
-        return profile_decoding(loaded, arguments.method, policy, backend, stream.tokens, arguments.execution, trace)
-
     with working("profiling"):
-        own = profiled(policy, trace)
-        others = {other: own if other == policy else profiled(other) for other in _others(arguments, policy)}
-    result = _identity(arguments, loaded, stream, policy) | {
-        "backend": used_backend(loaded, arguments.method, policy, backend, stream.tokens, arguments.execution),
+        own = profile_decoding(loaded, what, stream.tokens, trace)
+        others = {
+            other: own if other == policy else profile_decoding(loaded, replace(what, policy=other), stream.tokens)
+            for other in _others(what, arguments.intervals)
+        }
+    result = _identity(loaded, what, stream) | {
+        "backend": used_backend(loaded, what, stream.tokens),
         "backend_requested": arguments.attn_backend,
         **_record(own),
         "intervals": [_interval(found, other) for other, found in others.items()],
@@ -120,24 +122,20 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _identity(
-    arguments: argparse.Namespace, loaded: "LoadedModel", stream: "TokenStream", policy: EvictionPolicy
-) -> dict[str, Any]:
+def _identity(loaded: "LoadedModel", what: Configuration, stream: "TokenStream") -> dict[str, Any]:
     from ..evaluation import identity
 
-    record = identity(loaded, stream, arguments.method, policy, "fast", arguments.execution)
+    record = identity(loaded, what, stream, "fast")
     del record["protocol"]
     return record
 
 
-def _others(arguments: argparse.Namespace, policy: EvictionPolicy) -> list[EvictionPolicy]:
+def _others(what: Configuration, intervals: list[int]) -> list[EvictionPolicy]:
     """The policy at every interval asked for and its own; none where the method does not prune."""
-    from ..methods import effective_policy
-
-    if effective_policy(arguments.method, policy).compress_every != policy.compress_every or not arguments.intervals:
+    own = what.policy.compress_every
+    if what.effective.compress_every != own or not intervals:
         return []
-    intervals = sorted({*arguments.intervals, policy.compress_every} - {0})
-    return [replace(policy, compress_every=interval) for interval in intervals]
+    return [replace(what.policy, compress_every=interval) for interval in sorted({*intervals, own} - {0})]
 
 
 def _record(profiled: "Profile") -> dict[str, Any]:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from ..backends import Backend
+    from ..configuration import Configuration
     from ..decoding import Decoder, Progress
     from ..model import LoadedModel
 
@@ -66,17 +67,10 @@ def module_of(name: str) -> str:
     return ".".join(("methods", *_FILES[name].with_suffix("").parts))
 
 
-def effective_policy(method: str, policy: EvictionPolicy) -> EvictionPolicy:
-    """The policy as the method understands it: `window` has no sinks, `dense` never evicts."""
-    return method_named(method).effective(policy)
-
-
-def make_decoder(
-    method: str, loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str = "eager"
-) -> Decoder:
+def make_decoder(loaded: LoadedModel, what: Configuration) -> Decoder:
     """A decoder with an empty cache. Raises UsageError as `check_execution`, and for what the device lacks."""
-    check_execution(method, execution)
-    return method_named(method).decoder(loaded, effective_policy(method, policy), backend, execution)
+    check_execution(what.method, what.execution)
+    return method_named(what.method).decoder(loaded, what.effective, what.kernel, what.execution)
 
 
 def sampled_losses(method: str) -> SampledLosses | None:

@@ -24,7 +24,7 @@ from unittest.mock import patch
 import torch
 
 from streamllm import architecture, models
-from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.errors import UnsupportedModelError
 from streamllm.generation import StreamingCache
 from streamllm.methods import make_decoder
@@ -101,7 +101,7 @@ def differences_of_policies(name: str, engine: bool, cache: bool) -> dict[str, f
     if engine:
         loaded, policy = models.prepare(random_model(name), name, ""), EvictionPolicy(n_sink=4, window_size=24)
         for method in ("ours", "ring"):
-            decoder = make_decoder(method, loaded, policy, BACKENDS["auto"])
+            decoder = make_decoder(loaded, Configuration(method, policy))
             with torch.inference_mode():
                 found[method] = [decoder.feed(token[0]) for token in stream.split(1, dim=1)][-1][-1]
     if cache:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from streamllm.configuration import Configuration
 from streamllm.device import copy_bandwidth
 from streamllm.options import QUANTIZATIONS
 from streamllm.policy import EvictionPolicy
@@ -33,6 +34,9 @@ class Variant(NamedTuple):
         usual = (self.execution, "eager"), (self.quantization, "none"), (self.backend, "auto")
         other = [value.removesuffix("_weight_only") for value, default in usual if value != default]
         return " ".join([self.method, *policy, *other])
+
+    def on(self, policy: EvictionPolicy) -> Configuration:
+        return Configuration(self.method, policy, self.backend, self.execution)
 
 
 VARIANTS = (
@@ -64,10 +68,7 @@ def main() -> None:
     chosen = VARIANTS + (GPU_VARIANTS if loaded.device.type == "cuda" else ())
     policies = {r: EvictionPolicy(n_sink=4, window_size=arguments.cache - 4, compress_every=r) for r in (1, 64)}
     with no_garbage_collection():
-        variants = {
-            v.name: steady(models[v.quantization], v.method, policies[v.compress_every], v.backend, v.execution)
-            for v in chosen
-        }
+        variants = {v.name: steady(models[v.quantization], v.on(policies[v.compress_every])) for v in chosen}
         variants |= peer_variants(arguments.cache, arguments.dtype, arguments.threads, arguments.shape)
         times = interleaved(variants, arguments.rounds)
     needed = bytes_per_token(loaded, policies[1])

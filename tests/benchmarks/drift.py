@@ -18,6 +18,7 @@ from torch import Tensor
 
 from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.decoding import CachedDecoder, Decoder, negative_log_likelihood, without
 from streamllm.methods import make_decoder
 from streamllm.methods.ours import RerotatedCache
@@ -49,7 +50,7 @@ def naive_losses(loaded: LoadedModel, policy: EvictionPolicy, tokens: np.ndarray
 def loop_losses(
     loaded: LoadedModel, method: str, policy: EvictionPolicy, tokens: np.ndarray, prefilled: int = 1
 ) -> np.ndarray:
-    return _losses(loaded, make_decoder(method, loaded, policy, BACKENDS["auto"]), tokens, prefilled)
+    return _losses(loaded, make_decoder(loaded, Configuration(method, policy)), tokens, prefilled)
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ import torch
 
 from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.decoding import negative_log_likelihood
 from streamllm.device import synchronize
 from streamllm.methods.ours import RerotatedCache
@@ -72,7 +73,7 @@ def main() -> None:
         variants[f"block-parallel R={r}"] = per_token(
             lambda policy=policy: block_parallel_losses(loaded, tokens, policy)
         )
-        variants[f"decode loop: ours R={r}"] = steady(loaded, "ours", policy)
+        variants[f"decode loop: ours R={r}"] = steady(loaded, Configuration("ours", policy))
     times = interleaved(variants, arguments.rounds)
     rows = []
     for name, values in times.items():

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from streamllm.configuration import Configuration
 from streamllm.device import peak_memory
 from streamllm.model import LoadedModel
 from streamllm.policy import EvictionPolicy
@@ -29,7 +30,7 @@ POLICIES = {
 def policy_rows(loaded: LoadedModel, rounds: int) -> list[dict[str, Any]]:
     rows = []
     for setting, policy in POLICIES.items():
-        times = interleaved({method: steady(loaded, method, policy) for method in METHODS}, rounds)
+        times = interleaved({method: steady(loaded, Configuration(method, policy)) for method in METHODS}, rounds)
         row: dict[str, Any] = {"setting": setting}
         for method, values in times.items():
             found = summary(values)
@@ -44,7 +45,7 @@ def policy_rows(loaded: LoadedModel, rounds: int) -> list[dict[str, Any]]:
 
 def stream_rows(loaded: LoadedModel, length: int, parts: int = 8) -> list[dict[str, Any]]:
     """A ring of 252 + 4 over `length` tokens: time per token and peak memory of each part of the stream."""
-    decoder = warm(loaded, "ring", EvictionPolicy())
+    decoder = warm(loaded, Configuration("ring", EvictionPolicy()))
     rows = []
     for part in range(parts):
         with peak_memory(loaded.device) as memory:

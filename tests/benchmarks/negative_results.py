@@ -17,8 +17,8 @@ import numpy as np
 import torch
 import transformers
 
-from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.decoding import decode_loop
 from streamllm.errors import UsageError
 from streamllm.methods import check_execution, make_decoder
@@ -91,7 +91,7 @@ class Quality:
         return block_parallel_losses(loaded, self.tokens, policy)
 
     def refreshed(self, policy: RefreshPolicy) -> np.ndarray:
-        decoder = make_decoder("refresh", self.loaded, policy, BACKENDS["auto"])
+        decoder = make_decoder(self.loaded, Configuration("refresh", policy))
         return decode_loop(decoder, self.tokens, self.loaded.device).losses
 
     def above(self, what: dict[str, Any], losses: np.ndarray, reference: np.ndarray) -> str:
@@ -118,7 +118,7 @@ def measure_speeds(arguments: Any) -> tuple[LoadedModel, Speeds]:
     policy = EvictionPolicy(n_sink=4, window_size=arguments.cache - 4)
     with no_garbage_collection():
         variants = {
-            name: steady(models[quantization], method, policy, execution=execution)
+            name: steady(models[quantization], Configuration(method, policy, execution=execution))
             for name, (method, execution, quantization) in VARIANTS.items()
         }
         return models["none"], Speeds(interleaved(variants, arguments.rounds))

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.device import limit_threads
 from streamllm.model import LoadedModel
 from streamllm.models import load_model
@@ -36,7 +36,7 @@ TOKENS = np.arange(1000)
 """Speed does not depend on them."""
 
 
-class Configuration(NamedTuple):
+class Chosen(NamedTuple):
     method: str
     compress_every: int = 1
     execution: str = "eager"
@@ -46,27 +46,28 @@ class Configuration(NamedTuple):
         return f"{self.method} R={self.compress_every}{'' if self.execution == 'eager' else f' {self.execution}'}"
 
     @property
-    def policy(self) -> EvictionPolicy:
-        return EvictionPolicy(n_sink=4, window_size=TOTAL - 4, compress_every=self.compress_every)
+    def configuration(self) -> Configuration:
+        policy = EvictionPolicy(n_sink=4, window_size=TOTAL - 4, compress_every=self.compress_every)
+        return Configuration(self.method, policy, execution=self.execution)
 
 
 CONFIGURATIONS = (
-    Configuration("ours"),
-    Configuration("ours", 64),
-    Configuration("mit"),
-    Configuration("ring", execution="compile"),
+    Chosen("ours"),
+    Chosen("ours", 64),
+    Chosen("mit"),
+    Chosen("ring", execution="compile"),
 )
 
 
-def paired(loaded: LoadedModel, of: Configuration) -> PairedTimes:
+def paired(loaded: LoadedModel, of: Chosen) -> PairedTimes:
     reference = Reference.start(loaded, TOTAL, TOKENS)
-    return measure_times(loaded, of.method, of.policy, BACKENDS["auto"], TOKENS, reference, of.execution)
+    return measure_times(loaded, of.configuration, TOKENS, reference)
 
 
-def single(loaded: LoadedModel, of: Configuration, segments: int) -> tuple[float, float]:
+def single(loaded: LoadedModel, of: Chosen, segments: int) -> tuple[float, float]:
     """Milliseconds of both, medians over so many segments of the one and as long ones of the other."""
-    own = _alone(warm(loaded, of.method, of.policy, execution=of.execution), segments)
-    return own, _alone(warm(loaded, "ring", strict_policy(TOTAL)), segments)
+    own = _alone(warm(loaded, of.configuration), segments)
+    return own, _alone(warm(loaded, Configuration("ring", strict_policy(TOTAL))), segments)
 
 
 def _alone(decoder: TimedDecoder, segments: int) -> float:
@@ -87,7 +88,7 @@ class Repetition(NamedTuple):
     """Before it; the busy processes are in it only after a minute."""
 
 
-def repeat(loaded: LoadedModel, of: Configuration, repetitions: int) -> list[Repetition]:
+def repeat(loaded: LoadedModel, of: Chosen, repetitions: int) -> list[Repetition]:
     """Single times are as long as the pair timing before them; a first one, not counted, says how long that is."""
     pairs, found = len(paired(loaded, of).ms), []
     for index in range(repetitions):
@@ -106,7 +107,7 @@ def repeat(loaded: LoadedModel, of: Configuration, repetitions: int) -> list[Rep
     return found
 
 
-def row(of: Configuration, repetitions: Sequence[Repetition]) -> dict[str, Any]:
+def row(of: Chosen, repetitions: Sequence[Repetition]) -> dict[str, Any]:
     """Medians over repetitions, and the standard deviation of the logarithm of each."""
     both, alone = (np.array(values) for values in zip(*((one.paired, one.single) for one in repetitions), strict=True))
     quotient = median_interval(both / alone)

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import transformers
 
+from streamllm.configuration import Configuration
 from streamllm.device import default_device, resolve_dtype
 from streamllm.model import LoadedModel
 from streamllm.models import prepare
@@ -177,9 +178,11 @@ def kvpress_variants(cache: int, dtype: str, shape: str) -> dict[str, Callable[[
     return {
         f"{method} R={every} {execution}, Llama": steady(
             loaded,
-            method,
-            EvictionPolicy(n_sink=N_SINK, window_size=cache - N_SINK, compress_every=every),
-            execution=execution,
+            Configuration(
+                method,
+                EvictionPolicy(n_sink=N_SINK, window_size=cache - N_SINK, compress_every=every),
+                execution=execution,
+            ),
         )
         for method, every, execution in ways
     }

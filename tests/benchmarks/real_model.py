@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from streamllm.configuration import Configuration
 from streamllm.device import limit_threads
 from streamllm.figure_style import CYCLE, MARKERS, new_figure, save, style
 from streamllm.measurements import Measurements
@@ -80,7 +81,7 @@ def measure(measurements: Measurements, grid: str) -> list[dict[str, Any]]:
     rows = []
     for curve, at, policy in cells(grid):
         with working(f"{curve}, {at}") as progress:
-            measured, _ = measurements.quality("ours", policy, progress=progress)
+            measured, _ = measurements.quality(Configuration("ours", policy), progress=progress)
         assert measured.losses is not None
         later = measured.losses[measured.losses[:, 0] >= _SINCE.get(grid, 0)]
         reference = references.setdefault("all" if grid == "softlite" else curve, later)

@@ -19,13 +19,11 @@ import numpy as np
 import torch
 import transformers
 
-from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.device import copy_bandwidth, default_device, device_name, limit_threads, resolve_dtype
-from streamllm.methods import effective_policy
 from streamllm.model import LoadedModel
 from streamllm.models import prepare
 from streamllm.pairing import in_turn, load_average
-from streamllm.policy import EvictionPolicy
 from streamllm.quality import median_interval
 from streamllm.quantization import quantize
 from streamllm.timing import LONGEST_SEGMENT_SEC, TimedDecoder
@@ -91,19 +89,15 @@ def asked_for(arguments: argparse.Namespace, quantization: str = "none") -> Load
     return random_model(arguments.shape, arguments.dtype, quantization)
 
 
-def steady(
-    loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: str = "auto", execution: str = "eager"
-) -> Callable[[], float]:
+def steady(loaded: LoadedModel, what: Configuration) -> Callable[[], float]:
     """A warm decoder; the function returned times a segment of whole prune cycles, in ms per token."""
-    return segment_of(warm(loaded, method, policy, backend, execution), SEGMENT_SEC)
+    return segment_of(warm(loaded, what), SEGMENT_SEC)
 
 
-def warm(
-    loaded: LoadedModel, method: str, policy: EvictionPolicy, backend: str = "auto", execution: str = "eager"
-) -> TimedDecoder:
+def warm(loaded: LoadedModel, what: Configuration) -> TimedDecoder:
     """Its cache filled and in its cycle, compiled, its pace known."""
     tokens = np.arange(min(loaded.vocabulary, 4096))
-    decoder = TimedDecoder(loaded, method, effective_policy(method, policy), BACKENDS[backend], tokens, execution)
+    decoder = TimedDecoder(loaded, what, tokens)
     with decoder.backend.active():
         decoder.prefill()
         decoder.warm_up()

@@ -33,9 +33,7 @@ TOTAL = 250
 
 class OnlyQuality(Worker):
     def measure(self, spec: TrialSpec) -> TrialMeasurement:
-        quality, fresh = self.measurements.quality(
-            spec.configuration.method, spec.configuration.policy, computing_lease
-        )
+        quality, fresh = self.measurements.quality(spec.configuration, computing_lease)
         assert fresh and quality.losses is not None
         return TrialMeasurement(Row.of(quality.record), quality.losses, True, False)
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 import transformers
 
-from streamllm.backends import BACKENDS, Backend
+from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.decoding import decode_loop
 from streamllm.device import empty_cache
 from streamllm.methods import make_decoder
@@ -80,23 +81,16 @@ def _all_ways(loaded: LoadedModel, policy: EvictionPolicy, tokens: np.ndarray) -
         heads = config.num_attention_heads, config.num_key_value_heads
         if not probe_backend(backend, loaded.device, loaded.dtype, loaded.head_size, *heads, policy.kept).available:
             continue
-        found += [(f"{method} {name}", loop(loaded, method, policy, backend, tokens)) for method in METHODS]
+        found += [(f"{method} {name}", loop(loaded, Configuration(method, policy, name), tokens)) for method in METHODS]
     return found
 
 
 METHODS = ("mit", "ours", "ring")
 
 
-def loop(
-    loaded: LoadedModel,
-    method: str,
-    policy: EvictionPolicy,
-    backend: Backend,
-    tokens: np.ndarray,
-    execution: str = "eager",
-) -> np.ndarray:
-    with torch.inference_mode(), backend.active():
-        decoder = make_decoder(method, loaded, policy, backend, execution)
+def loop(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> np.ndarray:
+    with torch.inference_mode(), what.kernel.active():
+        decoder = make_decoder(loaded, what)
         return decode_loop(decoder, tokens, loaded.device).losses
 
 

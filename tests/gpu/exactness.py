@@ -11,6 +11,7 @@ import torch
 
 from streamllm.backends import BACKENDS
 from streamllm.block_parallel import block_parallel_losses
+from streamllm.configuration import Configuration
 from streamllm.methods import make_decoder
 from streamllm.methods.ours import RerotatedCache
 from streamllm.model import LoadedModel
@@ -31,11 +32,11 @@ def executions(scale: Scale) -> Result:
             for every in (1, 8):
                 policy = EvictionPolicy(n_sink=4, window_size=44, compress_every=every)
                 tokens = np.random.default_rng(0).integers(VOCABULARY, size=4 * 60)
-                expected = loop(loaded, "ring", policy, BACKENDS["auto"], tokens)
+                expected = loop(loaded, Configuration("ring", policy), tokens)
                 for way in ways:
                     if way == "compile" and dtype == torch.bfloat16 and kv_heads == 8:
                         continue  # a minute of compiling that would show nothing new
-                    found = loop(loaded, "ring", policy, BACKENDS["auto"], tokens, way)
+                    found = loop(loaded, Configuration("ring", policy, execution=way), tokens)
                     error = abs(found - expected)
                     worst = error.max() if dtype == torch.float32 else error.mean()
                     rows.append(
@@ -73,7 +74,7 @@ def _first_wait(loaded: LoadedModel, method: str, policy: EvictionPolicy, execut
     """What raised, in forty tokens of a full cache; empty if nothing did."""
     tokens = torch.arange(110, device=loaded.device).split(1)
     with BACKENDS["auto"].active():
-        decoder = make_decoder(method, loaded, policy, BACKENDS["auto"], execution)
+        decoder = make_decoder(loaded, Configuration(method, policy, execution=execution))
         for token in tokens[:70]:
             decoder.feed(token)
         try:
@@ -106,7 +107,7 @@ def long_streams(method: str, every: int, execution: str, far: bool = False) -> 
         if method == "naive ours":
             found = naive_losses(loaded, policy, tokens)
         else:
-            found = loop(loaded, method, policy, BACKENDS["auto"], tokens, way)
+            found = loop(loaded, Configuration(method, policy, execution=way), tokens)
         error = (found - expected)[-scale.total // 2 :]
         row = {
             "method": method,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from streamllm.configuration import Configuration
 from streamllm.device import foreign_processes
 from streamllm.policy import EvictionPolicy
 from streamllm.timing import no_garbage_collection
@@ -28,7 +29,9 @@ def beside_busy_processes(scale: Scale) -> Result:
     chosen = names if scale.device.type == "cuda" else names[:2]
     with no_garbage_collection():
         ways = {
-            f"{method} {execution}": segment_of(warm(loaded, method, policy, "auto", execution), scale.segment_sec)
+            f"{method} {execution}": segment_of(
+                warm(loaded, Configuration(method, policy, execution=execution)), scale.segment_sec
+            )
             for method, execution in chosen
         }
         alone = interleaved(ways, scale.rounds)

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 
-from streamllm.backends import BACKENDS
+from streamllm.configuration import Configuration
 from streamllm.device import copy_bandwidth
 from streamllm.model import LoadedModel
 from streamllm.policy import EvictionPolicy
@@ -47,16 +48,16 @@ def timed(variant: Variant) -> Callable[[Scale], Result]:
         plain = scale.model()
         loaded = plain if variant.quantization == "none" else scale.model(variant.quantization)
         policy = EvictionPolicy(n_sink=4, window_size=scale.total - 4, compress_every=variant.compress_every)
-        tokens, backend = scale.tokens(4096) % loaded.vocabulary, BACKENDS[variant.backend]
+        tokens, what = scale.tokens(4096) % loaded.vocabulary, variant.on(policy)
         reference = Reference.start(plain, scale.total, tokens)
         started = time.perf_counter()
-        compile_step(loaded, variant.method, policy, backend, tokens, variant.execution)
+        compile_step(loaded, what, tokens)
         compiled = time.perf_counter() - started
         with no_garbage_collection():
-            decoder = warm(loaded, variant.method, policy, variant.backend, variant.execution)
+            decoder = warm(loaded, what)
         times = time_beside(decoder, reference)
-        with backend.active():
-            kernel = used_backend(loaded, variant.method, policy, backend, tokens, variant.execution)
+        with what.kernel.active():
+            kernel = used_backend(loaded, what, tokens)
         del decoder
         milliseconds, bandwidth = summary(list(times.ms)), copy_bandwidth(scale.device)
         needed = bytes_per_token(loaded, policy)
@@ -74,15 +75,15 @@ def timed(variant: Variant) -> Callable[[Scale], Result]:
             row["compile or capture s"] = compiled
         if variant.method != "recompute":
             row["share of copy bandwidth"] = 1e3 * needed / bandwidth / milliseconds["median"]
-            row |= _profiled(loaded, variant, policy, tokens)
+            row |= _profiled(loaded, what, tokens)
         return {"ok": None, "rows": [row], "copy_gb_per_sec": bandwidth / 1e9, "mb_per_token": needed / 1e6}
 
     return check
 
 
-def _profiled(loaded: LoadedModel, variant: Variant, policy: EvictionPolicy, tokens: Any) -> dict[str, Any]:
+def _profiled(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> dict[str, Any]:
     """Launches and kernel time per token, and where the time goes."""
-    found = profile_decoding(loaded, variant.method, policy, BACKENDS[variant.backend], tokens, variant.execution)
+    found = profile_decoding(loaded, what, tokens)
     return {
         "launches": found.launches,
         "kernel ms": sum(found.parts_ms.values()),
