@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 from streamllm.baseline import AS_BASELINE, baseline_policy, compared, sampled
 from streamllm.configuration import Configuration
 from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
+from streamllm.evaluating import compare_quality
 from streamllm.files import write_atomically
 from streamllm.printing import say
 from streamllm.reference_time import with_times
 from streamllm.results.schema import Row
 from streamllm.results.study_folder import StudyFolder
-from streamllm.session import compare_quality
 
 from .lease import leases_on, study_lease
 from .matrix_plan import Document, MatrixPlan, Planned, cost, describe, make_plan
@@ -250,11 +250,11 @@ def _streaming(measurements: Measurements, planned: Planned, baseline: Measured)
 
 def _evaluate(measurements: Measurements, protocol: str, what: Configuration) -> Measured:
     """The measurement, from the store if it is there."""
+    from streamllm.evaluating import baseline_size
     from streamllm.evaluation import identity
     from streamllm.progress import working
-    from streamllm.session import baseline_size
 
-    size = baseline_size(measurements, "auto") if protocol == "fast" else None
+    size = baseline_size(measurements, None) if protocol == "fast" else None
     with working(what.method, "timing") as progress:
         measurement, fresh = measurements.whole(
             protocol,

@@ -9,14 +9,35 @@ from typing import TYPE_CHECKING, Any
 from .environment import wait_passively
 
 if TYPE_CHECKING:
+    from .configuration import Configuration
+    from .evaluating import Evaluation, Measuring, evaluate
     from .generation import StreamingCache
     from .models import load_model
     from .policy import EvictionPolicy
+    from .text import TextSource
 
-__all__ = ["EvictionPolicy", "StreamingCache", "load_model"]
+__all__ = [
+    "Configuration",
+    "Evaluation",
+    "EvictionPolicy",
+    "Measuring",
+    "StreamingCache",
+    "TextSource",
+    "evaluate",
+    "load_model",
+]
 __version__ = "0.1.0"
 
-_HOME = {"EvictionPolicy": "policy", "StreamingCache": "generation", "load_model": "models"}
+_HOME = {
+    "Configuration": "configuration",
+    "Evaluation": "evaluating",
+    "EvictionPolicy": "policy",
+    "Measuring": "evaluating",
+    "StreamingCache": "generation",
+    "TextSource": "text",
+    "evaluate": "evaluating",
+    "load_model": "models",
+}
 """Where each lives; it is imported when it is asked for, as torch takes seconds."""
 
 wait_passively()

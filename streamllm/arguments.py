@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from .backends import BACKENDS, default_backend
 from .environment import default_dataset, default_model
 from .errors import UsageError
+from .evaluating import STORE, Measuring
 from .methods import METHODS, OFFERED
 from .options import DTYPES, PROTOCOLS, QUANTIZATIONS
 from .policy import TOTAL_KV_CAP, EvictionPolicy, for_chunks, with_derived_window
@@ -18,6 +19,7 @@ from .text import TextSource
 
 if TYPE_CHECKING:
     from .model import LoadedModel
+    from .text import TokenStream
 
 
 def add_model_arguments(group: argparse._ArgumentGroup) -> None:
@@ -162,9 +164,9 @@ def add_store_argument(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--store",
         type=Path,
-        default=Path("sweeps/.store"),
+        default=STORE,
         metavar="DIR",
-        help="where measurements are kept and found, shared with sweeps (sweeps/.store)",
+        help=f"where measurements are kept and found, shared with sweeps ({STORE})",
     )
 
 
@@ -184,6 +186,22 @@ def text_source(arguments: argparse.Namespace) -> TextSource:
     )
     source.check()
     return source
+
+
+def load_asked(arguments: argparse.Namespace) -> tuple[LoadedModel, TokenStream]:
+    """The model and the text that were asked for. Raises UsageError."""
+    from .evaluating import load_model_and_text
+    from .session import messages_on_stderr
+
+    chosen = arguments.dtype, arguments.quantization, arguments.threads
+    with messages_on_stderr():
+        return load_model_and_text(arguments.model, text_source(arguments), *chosen)
+
+
+def measuring(arguments: argparse.Namespace) -> Measuring:
+    """Raises UsageError."""
+    tokens = sample_size(arguments.baseline_tokens, arguments.protocol)
+    return Measuring(protocol=arguments.protocol, strict=arguments.strict, baseline_tokens=tokens)
 
 
 def given_policy(arguments: argparse.Namespace) -> EvictionPolicy:

@@ -45,6 +45,14 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch, capsys):
     assert "ppl_vs_strict_percent" in (printed := capsys.readouterr().out) and "tokens" in printed
 
 
+def test_the_readmes_evaluation_runs(tmp_path, monkeypatch, capsys):
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (example,) = re.findall(r"```python\n(from streamllm import .*?)```", readme, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    assert capsys.readouterr().out.strip().endswith("(999, 2)")
+
+
 def test_importing_the_packages_is_instant_and_gives_what_they_offer():
     code = (
         "import sys, streamllm, dashboards; assert not {'torch', 'pandas', 'numpy'} & set(sys.modules), sys.modules\n"

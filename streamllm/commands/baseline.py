@@ -19,14 +19,17 @@ from ..arguments import (
     add_text_arguments,
     complete_policy,
     given_policy,
-    sample_size,
+    load_asked,
+    measuring,
     text_source,
 )
 from ..baseline import average
+from ..configuration import Configuration
 from ..errors import UsageError
+from ..evaluating import baseline_runs, measurements_beside
 from ..printing import say
 from ..reference_time import with_times
-from ..session import baseline_runs, make_room, messages_on_stderr, open_measurements, report
+from ..session import make_room, messages_on_stderr, report
 
 HELP = "measure the re-computation baseline once, for everything that is compared with it"
 
@@ -56,14 +59,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     text_source(arguments)
     given_policy(arguments)
-    sample_size(arguments.baseline_tokens, arguments.protocol)
+    how = measuring(arguments)
     if arguments.runs < 1:
         raise UsageError(f"runs {arguments.runs}: must be a whole number >= 1")
     file = arguments.output_file
     make_room(file)
-    measurements, policy = open_measurements(arguments, lambda loaded: complete_policy(arguments, loaded))
+    loaded, stream = load_asked(arguments)
+    what = Configuration("recompute", complete_policy(arguments, loaded), arguments.attn_backend)
+    measurements = measurements_beside(what.policy, loaded, stream, arguments.store, how.protocol)
     with messages_on_stderr():
-        runs = baseline_runs(measurements, arguments, policy, only_stored=False)
+        runs = baseline_runs(measurements, what, how, arguments.runs)
     records = with_times([run for run, _ in runs])
     (record,) = with_times([average(runs)[0]])
     if file is not None:

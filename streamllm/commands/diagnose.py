@@ -21,15 +21,17 @@ from ..arguments import (
     add_text_arguments,
     add_threads_argument,
     given_stream_policy,
+    load_asked,
     stream_policy,
     text_source,
 )
 from ..configuration import Configuration
+from ..evaluating import measurements_beside
 from ..policy import EvictionPolicy
 from ..printing import say
 from ..progress import working
 from ..results.schema import knobs_in_short
-from ..session import make_room, messages_on_stderr, open_measurements
+from ..session import make_room, messages_on_stderr
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,10 +74,12 @@ def run(arguments: argparse.Namespace) -> int:
     from ..policy import prune_starts
     from ..quality import NonFiniteLossError
 
-    measurements, policy = open_measurements(arguments, lambda loaded: stream_policy(arguments, loaded))
-    n_losses = len(measurements.stream.tokens) - 1
+    loaded, stream = load_asked(arguments)
+    policy = stream_policy(arguments, loaded)
+    measurements = measurements_beside(policy, loaded, stream, arguments.store)
+    n_losses = len(stream.tokens) - 1
     check_prunes(policy, n_losses)
-    reference = reference_policy(policy, n_losses, measurements.loaded.trained_length)
+    reference = reference_policy(policy, n_losses, loaded.trained_length)
     try:
         with messages_on_stderr():
             tables = [
@@ -90,7 +94,7 @@ def run(arguments: argparse.Namespace) -> int:
     table.to_csv(folder / "losses.csv", index=False)
     table.to_parquet(folder / "losses.parquet", index=False)
     title = f"{_title(record)}\n{record['summary']}"
-    draw_diagnosis(spike, table, measurements.loaded.trained_length, title, folder / "spike.png")
+    draw_diagnosis(spike, table, loaded.trained_length, title, folder / "spike.png")
     (folder / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
     say(json.dumps(record) if arguments.json else _report(record, folder))
     return 0

@@ -23,32 +23,24 @@ from ..arguments import (
     add_text_arguments,
     complete_policy,
     given_policy,
-    sample_size,
+    load_asked,
+    measuring,
     text_source,
 )
-from ..baseline import compared, sampled
+from ..baseline import average
 from ..configuration import Configuration
 from ..errors import UsageError
-from ..options import EXECUTIONS, PROTOCOLS
+from ..evaluating import Measuring, baseline_runs, evaluate_loaded, measurements_beside
+from ..options import EXECUTIONS
 from ..policy import EvictionPolicy, RefreshPolicy
 from ..printing import say
-from ..progress import working
 from ..reference_time import with_times
 from ..results.schema import Row
-from ..session import (
-    baseline_size,
-    compare_quality,
-    make_room,
-    measure_baseline,
-    messages_on_stderr,
-    open_measurements,
-    report,
-)
+from ..session import make_room, messages_on_stderr, report
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..baseline import Measured
     from ..measurements import Measurements
 
 HELP = "perplexity, time per token and peak KV of one policy"
@@ -112,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     text_source(arguments)
     given_policy(arguments)
-    sample_size(arguments.baseline_tokens, arguments.protocol)
+    how = measuring(arguments)
     method = _method(arguments)
     file = arguments.per_token_losses
     if file is not None and file.suffix not in (".npy", ".parquet"):
@@ -124,25 +116,22 @@ def run(arguments: argparse.Namespace) -> int:
 
     check_protocol(method, arguments.protocol)
     check_execution(method, arguments.execution)
-    measurements, policy = open_measurements(
-        arguments, lambda loaded: _policy(arguments, complete_policy(arguments, loaded))
-    )
-    result: dict[str, Row] = {}
+    loaded, stream = load_asked(arguments)
+    policy = _policy(arguments, complete_policy(arguments, loaded))
+    what = Configuration(method, policy, arguments.attn_backend, arguments.execution)
+    measurements = measurements_beside(policy, loaded, stream, arguments.store, how.protocol)
     try:
         with messages_on_stderr():
-            baseline = measure_baseline(measurements, arguments, policy, only_stored=arguments.mode == "streaming")
-            if baseline is not None:
-                result["baseline"], losses = baseline
-            if arguments.mode != "baseline":
-                result["streaming"], losses = _measure_streaming(measurements, arguments, method, policy, baseline)
+            result, losses = _measured(measurements, what, how, arguments.mode)
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    result = dict(zip(result, with_times(list(result.values())), strict=True))
+    if arguments.overlap and "streaming" in result:  # with the record's window_size
+        result["streaming"] |= {"overlap": arguments.overlap, "same_policy_as": "overlap 0"}
     if "warning" in result.get("streaming", {}):
         print(f"warning: {result['streaming']['warning']}", file=sys.stderr)
     if file is not None:
-        _write_losses(losses, len(measurements.stream.tokens) - 1, file)
+        _write_losses(losses, len(stream.tokens) - 1, file)
     if arguments.output_file is not None:
         written = {role: row.to_json() for role, row in result.items()}
         arguments.output_file.write_text(json.dumps(written, indent=2) + "\n")
@@ -182,49 +171,19 @@ def _policy(arguments: argparse.Namespace, policy: EvictionPolicy) -> EvictionPo
     return RefreshPolicy(**asdict(policy), refresh_budget=budget, refresh_position=arguments.refresh_position)
 
 
-def _measure_streaming(
-    measurements: "Measurements",
-    arguments: argparse.Namespace,
-    method: str,
-    policy: EvictionPolicy,
-    baseline: "Measured | None",
-) -> "Measured":
-    from ..evaluation import identity
-    from ..methods import sampled_losses
-    from ..probing import runnable
-    from ..timing import compile_step
-
-    loaded, stream, protocol = measurements.loaded, measurements.stream, arguments.protocol
-    what = Configuration(method, policy, arguments.attn_backend, arguments.execution)
-    then = "compiling and timing" if arguments.execution == "compile" else "timing"
-    with working(method, then) as progress:
-        if protocol == "fast" and sampled_losses(method) is not None:
-            size = baseline_size(measurements, arguments.baseline_tokens)
-            measurement, _ = measurements.whole(protocol, what, arguments.strict, progress, size=size)
-            measured, table = measurement.record, measurement.losses
-            assert table is not None
-        else:
-            prepared = runnable(what, loaded, arguments.strict)
-            if protocol == "decode-loop":
-                compile_step(loaded, prepared, stream.tokens)
-            evaluate = PROTOCOLS[protocol].get()
-            quality, measured = evaluate(loaded, prepared, stream, measurements.reference, progress)
-            table = quality.table
-    record = Row.of(identity(loaded, what, stream, protocol) | measured)
-    record = record | {"backend_requested": arguments.attn_backend, "reference_total": measurements.total}
-    if arguments.overlap:
-        record = record | {"overlap": arguments.overlap, "same_policy_as": "overlap 0"}  # with the record's window_size
-    comparison = compare_quality(measurements, protocol, baseline[1] if baseline else None)
-    if baseline is not None:
-        record = record | compared(record, table, baseline, comparison)
-    else:
+def _measured(
+    measurements: "Measurements", what: Configuration, how: Measuring, mode: str
+) -> tuple[dict[str, Row], "np.ndarray"]:
+    """The rows by their role, and the losses (n, 2: position, nats) of what was asked for."""
+    if mode == "baseline":
+        row, losses = average(baseline_runs(measurements, what, how))
+        (row,) = with_times([row])
+        return {"baseline": row}, losses
+    found = evaluate_loaded(measurements, what, how, with_baseline=mode == "both")
+    if found.baseline is None:
         print("no baseline is stored for this: --mode both measures and keeps it", file=sys.stderr)
-        if comparison is not None:
-            record = record | comparison.vs_strict(table).flat("ppl_vs_strict_percent")
-    n_losses = len(stream.tokens) - 1
-    if comparison is not None and len(table) < n_losses:
-        record = record | sampled(table, comparison, n_losses)
-    return record, table
+        return {"streaming": found.row}, found.losses
+    return {"baseline": found.baseline, "streaming": found.row}, found.losses
 
 
 def _write_losses(table: "np.ndarray", n_losses: int, file: Path) -> None:

@@ -24,6 +24,7 @@ from ..arguments import (
     add_text_arguments,
     add_threads_argument,
     given_stream_policy,
+    load_asked,
     stream_policy,
     text_source,
 )
@@ -34,7 +35,7 @@ from ..policy import EvictionPolicy
 from ..printing import say
 from ..progress import working
 from ..results.schema import knobs_in_short
-from ..session import load_model_and_text, make_room, messages_on_stderr
+from ..session import make_room, messages_on_stderr
 
 if TYPE_CHECKING:
     from ..model import LoadedModel
@@ -94,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..probing import runnable
 
     check_execution(arguments.method, arguments.execution)
-    loaded, stream = load_model_and_text(arguments)
+    loaded, stream = load_asked(arguments)
     policy = stream_policy(arguments, loaded)
     asked = Configuration(arguments.method, policy, arguments.attn_backend, arguments.execution)
     with messages_on_stderr():

@@ -1,0 +1,229 @@
+"""One evaluation, from names to a typed result: what `python -m streamllm evaluate` does, from Python too."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .baseline import AS_BASELINE, average, baseline_policy, compared, sampled
+from .configuration import Configuration
+from .options import PROTOCOLS
+from .progress import working
+from .reference_time import with_times
+from .results.schema import Row
+from .text import TextSource
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from .baseline import Measured
+    from .measurements import Measurements
+    from .model import LoadedModel
+    from .policy import EvictionPolicy
+    from .quality import QualityComparison
+    from .sample import SampleSize
+    from .text import TokenStream
+
+
+STORE = Path("sweeps/.store")
+"""Where measurements are kept, unless told otherwise."""
+BASELINE_SEC = 300.0
+"""For which the baseline is sampled, unless told otherwise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measuring:
+    """How it is measured, whatever is evaluated."""
+
+    protocol: str = "fast"
+    """One of `options.PROTOCOLS`."""
+    strict: bool = False
+    """An attention backend that does not run is an error, not a warning."""
+    baseline_tokens: int | None = None
+    """Size of the baseline's sample; 0: all; None: until it is known to 0.5%, or for `BASELINE_SEC`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """The result of `evaluate`."""
+
+    row: Row
+    losses: np.ndarray
+    """(n, 2): position, and float64 nats of the token after it."""
+    baseline: Row | None = None
+    """The re-computation baseline, if there is one."""
+
+
+def evaluate(
+    what: Configuration,
+    model: str = "testbed",
+    source: TextSource | None = None,
+    *,
+    dtype: str = "auto",
+    how: Measuring | None = None,
+    with_baseline: bool = False,
+    threads: int | None = None,
+    store: Path = STORE,
+) -> Evaluation:
+    """What `python -m streamllm evaluate` does. model: testbed, smollm2, a folder, a .gguf file or a hub id; source:
+    the embedded text unless given; threads: of a CPU (torch's default). The baseline is taken from the store, and
+    measured if it is wanted and not there.
+
+    Raises UsageError, UnsupportedModelError, TextError; NonFiniteLossError where a dtype's range is not enough."""
+    from .methods import check_execution, check_protocol
+
+    how = how or Measuring()
+    check_protocol(what.method, how.protocol)
+    check_execution(what.method, what.execution)
+    source = source or TextSource()
+    source.check()
+    loaded, stream = load_model_and_text(model, source, dtype, what.quantization or "none", threads)
+    return evaluate_loaded(
+        measurements_beside(what.policy, loaded, stream, store, how.protocol), what, how, with_baseline
+    )
+
+
+def load_model_and_text(
+    model: str, source: TextSource, dtype: str = "auto", quantization: str = "none", threads: int | None = None
+) -> tuple[LoadedModel, TokenStream]:
+    """Raises UsageError, UnsupportedModelError, TextError."""
+    from .device import limit_threads
+    from .models import load_model, load_tokenizer
+    from .text import load_tokens
+
+    limit_threads(threads)
+    with working(f"loading {model}"):
+        loaded = load_model(model, dtype, quantization=quantization)
+    with working(f"reading {source.label}"):
+        tokenizer = None if source.token_ids is not None else load_tokenizer(model)
+        return loaded, load_tokens(source, tokenizer, loaded.vocabulary)
+
+
+def measurements_beside(
+    policy: EvictionPolicy, loaded: LoadedModel, stream: TokenStream, store: Path, protocol: str = "fast"
+) -> Measurements:
+    """The measurements at the total KV of a policy."""
+    from .measurements import Measurements
+    from .store import MeasurementStore
+
+    total = baseline_policy(policy, protocol, loaded.trained_length).kept
+    return Measurements(MeasurementStore(store), loaded, stream, total)
+
+
+def evaluate_loaded(
+    measurements: Measurements, what: Configuration, how: Measuring, with_baseline: bool = False
+) -> Evaluation:
+    """As `evaluate`."""
+    runs = baseline_runs(measurements, what, how, 1 if with_baseline else 0)
+    baseline = average(runs) if runs else None
+    row, losses = _measured_now(measurements, what, how)
+    comparison = compare_quality(measurements, how.protocol, baseline[1] if baseline else None)
+    if baseline is not None:
+        row = row | compared(row, losses, baseline, comparison)
+    elif comparison is not None:
+        row = row | comparison.vs_strict(losses).flat("ppl_vs_strict_percent")
+    n_losses = len(measurements.stream.tokens) - 1
+    if comparison is not None and len(losses) < n_losses:
+        row = row | sampled(losses, comparison, n_losses)
+    if baseline is None:
+        (row,) = with_times([row])
+        return Evaluation(row, losses)
+    row, beside = with_times([row, baseline[0]])
+    return Evaluation(row, losses, beside)
+
+
+def _measured_now(measurements: Measurements, what: Configuration, how: Measuring) -> Measured:
+    """Of a method that is sampled, what the store has is gone on with."""
+    from .evaluation import identity
+    from .methods import sampled_losses
+    from .probing import runnable
+    from .timing import compile_step
+
+    loaded, stream = measurements.loaded, measurements.stream
+    then = "compiling and timing" if what.execution == "compile" else "timing"
+    with working(what.method, then) as progress:
+        if how.protocol == "fast" and sampled_losses(what.method) is not None:
+            size = baseline_size(measurements, how.baseline_tokens)
+            measurement, _ = measurements.whole(how.protocol, what, how.strict, progress, size=size)
+            record, losses = measurement.record, measurement.losses
+            assert losses is not None
+        else:
+            prepared = runnable(what, loaded, how.strict)
+            if how.protocol == "decode-loop":
+                compile_step(loaded, prepared, stream.tokens)
+            evaluator = PROTOCOLS[how.protocol].get()
+            quality, record = evaluator(loaded, prepared, stream, measurements.reference, progress)
+            losses = quality.table
+    asked = {"backend_requested": what.backend, "reference_total": measurements.total}
+    return Row.of(identity(loaded, what, stream, how.protocol) | record) | asked, losses
+
+
+def compare_quality(
+    measurements: Measurements, protocol: str, baseline: np.ndarray | None = None
+) -> QualityComparison | None:
+    """With strict StreamingLLM at every token, and the baseline's losses where there are any; None by chunks, where a
+    policy's losses are not those of a stream, and where the reference's overflow."""
+    from .quality import NonFiniteLossError, QualityComparison
+
+    if protocol == "chunked":
+        return None
+    try:
+        return QualityComparison(_strict_losses(measurements), baseline)
+    except NonFiniteLossError as error:
+        warnings.warn(f"not compared with strict StreamingLLM: {error}", stacklevel=2)
+        return None
+
+
+def _strict_losses(measurements: Measurements) -> np.ndarray:
+    """Raises NonFiniteLossError."""
+    with working("strict StreamingLLM") as progress:
+        strict, _ = measurements.strict(progress=progress)
+    assert strict.losses is not None
+    return strict.losses
+
+
+def baseline_runs(measurements: Measurements, beside: Configuration, how: Measuring, wanted: int = 1) -> list[Measured]:
+    """Every run of the fixed baseline beside a configuration: all that are stored, and of the first `wanted` those that
+    are not."""
+    from .evaluation import identity
+
+    loaded, stream, protocol = measurements.loaded, measurements.stream, how.protocol
+    size = None if not wanted or protocol != "fast" else baseline_size(measurements, how.baseline_tokens)
+    what = Configuration("recompute", baseline_policy(beside.policy, protocol, loaded.trained_length), beside.backend)
+    runs: list[Measured] = []
+    for number in itertools.count():
+        stored = measurements.find(protocol, what, run=number)
+        if stored is None and number >= wanted:
+            return runs
+        if stored is not None and (not wanted or protocol != "fast"):
+            measurement, fresh = stored, False
+        else:
+            name = "baseline" if wanted == 1 else f"baseline, run {number + 1} of {wanted}"
+            with working(name, "timing") as progress:
+                measurement, fresh = measurements.whole(
+                    protocol, what, strict=how.strict, progress=progress, run=number, size=size
+                )
+        losses = measurement.losses
+        assert losses is not None
+        row = Row.of(identity(loaded, what, stream, protocol) | measurement.record)
+        row = row | {"reference_total": measurements.total}
+        if (comparison := compare_quality(measurements, protocol, losses)) is not None:
+            row = row | sampled(losses, comparison, len(stream.tokens) - 1)
+        runs.append((row | AS_BASELINE | {"reused": not fresh}, losses))
+    raise AssertionError("unreachable: the store is finite")
+
+
+def baseline_size(measurements: Measurements, tokens: int | None) -> SampleSize:
+    """How large the baseline's sample has to become; tokens: as `Measuring.baseline_tokens`."""
+    from .quality import NonFiniteLossError
+    from .sample import LEAST_TOKENS, AutoSize, FixedSize
+
+    if tokens is not None:
+        return FixedSize(tokens or len(measurements.stream.tokens))
+    try:
+        return AutoSize(_strict_losses(measurements), BASELINE_SEC)
+    except NonFiniteLossError:  # said when qualities are compared
+        return FixedSize(LEAST_TOKENS)
