@@ -16,7 +16,7 @@ from streamllm.results.study import StudyResults, load_study
 
 from . import kinds
 from .columns import shown_columns
-from .formats import FORMATS, Table
+from .formats import FORMATS, Table, write_file
 from .recommendation import percent
 from .table import dispensable, pareto_table
 from .terminal import Line, View, lines, wrapped
@@ -41,12 +41,7 @@ def write(table: Table, formats: Sequence[str], folder: Path, stem: str = "paret
     paths = []
     for name in formats:
         path = folder / f"{stem}.{FORMATS[name].suffix}"
-        content = FORMATS[name].write(table)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-        except OSError as error:
-            raise UsageError(f"output {str(path)!r}: cannot be written ({error.strerror})") from error
+        write_file(path, FORMATS[name].write(table))
         paths.append(path)
     return paths
 

@@ -13,15 +13,15 @@ from streamllm.printing import say
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults, load_study
 
-from .columns import BY_KEY, Column
+from .columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
 from .formats import FORMATS, Table
 from .pareto import parse_formats, show, write
 
 _COLUMNS = (
     Column("label", "method", words=True),
-    *(BY_KEY[key] for key in ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop")),
+    *POLICY_COLUMNS,
     BY_KEY["tpot_ms"],
-    Column("speedup", "speedup", "×", 2),
+    SPEEDUP,
     BY_KEY["perplexity"],
     BY_KEY["ppl_increase_percent"],
     Column("published_speedup", "theirs: speedup", "×", words=True),
