@@ -31,7 +31,7 @@ _LIKELY = 0.5
 """P(front) below which another is recommended, if one is left."""
 COSTS = ("ppl_vs_strict_percent", "ppl_increase_percent")
 """Measures of lost quality, 0 being no loss; the first that a row has counts. The former has the narrower interval."""
-_QUALITY = (*COSTS, "perplexity")
+QUALITIES = (*COSTS, "perplexity")
 _SPEED = ("tpot_ms", "speedup")
 _SUPERLATIVES = dict.fromkeys(_SPEED, "fastest") | {"peak_kv": "smallest", "peak_memory_mb": "smallest"}
 
@@ -205,7 +205,7 @@ class _Goal:
 
     @classmethod
     def of(cls, objectives: Mapping[str, str]) -> _Goal:
-        names = [name for name in objectives if name not in _QUALITY]
+        names = [name for name in objectives if name not in QUALITIES]
         name = next((name for name in names if name in _SPEED), names[0] if names else _SPEED[0])
         return cls(name, objectives.get(name, "minimize"))
 
@@ -231,7 +231,9 @@ def _passed_over(front: Sequence[AnyRow], chosen: AnyRow, goal: _Goal) -> str:
     best = goal.best(front)
     if goal.value(best) >= goal.value(chosen):
         return ""
-    reason, name = ("is seldom on the front", "front_probability") if least_cost(best) <= 0 else ("costs", cost_of(best))
+    reason, name = (
+        ("is seldom on the front", "front_probability") if least_cost(best) <= 0 else ("costs", cost_of(best))
+    )
     return f"Trial {best['trial']} is the {goal.superlative}, but {reason}, {_with(best, (goal.name, name))}."
 
 

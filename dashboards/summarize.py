@@ -30,10 +30,9 @@ EVALUATION_COLUMNS = (
 def summary_table(rows: Sequence[AnyRow], folder: Path) -> Table:
     """The rows by model, data set and protocol, the baseline first; columns that no row has are left out."""
 
-    def order(row: AnyRow) -> tuple[str, ...]:
-        role = "" if row.get("role") == "baseline" else "others"
-        names = ("model", "dataset", "protocol", "", "method", "file")
-        return tuple(str(row.get(name, "")) if name else role for name in names)
+    def order(row: AnyRow) -> tuple[list[str], bool, str, str]:
+        group = [str(row.get(key, "")) for key in ("model", "dataset", "protocol")]
+        return group, row.get("role") != "baseline", str(row.get("method", "")), str(row.get("file", ""))
 
     protocols = {row.get("protocol") for row in rows}
     notes = ("Times by different protocols are not comparable.",) if len(protocols) > 1 else ()

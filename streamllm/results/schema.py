@@ -178,9 +178,7 @@ class Row(Mapping[str, Any]):
     tokens_per_segment: int | None = _fact()
     warmup_tokens: int | None = _fact()
     speed_sec: float | None = _measure("timing", "s", 1, about="that the timing took")
-    speed_entry: str | Sequence[str] | None = _fact(
-        about="name of the store's entry with the times; of several runs, each"
-    )
+    speed_entry: str | None = _fact(about="name of the store's entry with the times; of several runs, each")
     reference_total: int | None = _fact(about="total KV of strict StreamingLLM beside it")
     reference_digest: str | None = _fact(about="its weights, where they are others")
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict
 
-from ..files import Json, Scalar, write_atomically
+from ..files import Scalar, write_atomically
 from .schema import Row
 
 
