@@ -45,7 +45,7 @@ def read_results(folder: Path) -> tuple[list[dict[str, Scalar]], list[str]]:
     """A row per result of the folder's `*.json`, subfolders included, with its `file` and `role`; and a line per file
     that has none. Raises UsageError if the folder is none."""
     if not folder.is_dir():
-        raise UsageError(f"results {str(folder)!r}: no such folder")
+        raise UsageError(f"results {str(folder)!r}: no such folder; give the one with the JSON files")
     rows: list[dict[str, Scalar]] = []
     problems = []
     for path in sorted(folder.rglob("*.json")):

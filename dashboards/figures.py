@@ -186,10 +186,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Draw the figures of studies, and of folders of JSON results of `streamllm evaluate`.",
     )
     parser.add_argument(
-        "study", nargs="+", metavar="STUDY", help="a name under sweeps/, the path of an output folder, or of results"
+        "study",
+        nargs="+",
+        metavar="STUDY",
+        help="a name under sweeps/, or the path of an output folder or of a folder of results",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="(the study's folder; of several, here)")
-    parser.add_argument("--format", nargs="+", choices=("png", "pdf"), default=["png", "pdf"], help="(both)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where files are written (the study's folder; of several, here)"
+    )
+    parser.add_argument("--format", nargs="+", choices=("png", "pdf"), default=["png", "pdf"], help="formats (both)")
     return parser.parse_args(argv)
 
 

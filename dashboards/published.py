@@ -99,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "figures that they published.",
     )
     parser.add_argument("study", metavar="STUDY", help="a name under sweeps/, or the path of an output folder")
-    parser.add_argument("--format", default="md,latex", metavar="LIST", help=f"of {', '.join(FORMATS)} (md,latex)")
+    parser.add_argument(
+        "--format", default="md,latex", metavar="LIST", help=f"formats, of {', '.join(FORMATS)} (md,latex)"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where files are written (the study's folder)")
     arguments = parser.parse_args(argv)
     try:

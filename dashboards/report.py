@@ -212,7 +212,8 @@ def _measured(study: StudyResults) -> str:
         count = sum(bool(row.get("rounds")) for row in rows)
         said.append(
             f"Confirming: after the search {count} candidates and the baseline were timed again in {rounds} rounds, "
-            f"each in turn on one worker. The front and its values are of these measurements: a search picks luck."
+            f"each in turn on one worker. The front and its values are of these measurements, as a search picks "
+            f"lucky ones."
         )
     said.append(
         "On the front are the feasible trials that no other one beats in every objective. Objectives: "

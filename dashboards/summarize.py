@@ -45,13 +45,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folder = arguments.results_dir or arguments.folder
         if folder is None:
-            raise UsageError("results: give the folder with the JSON files")
+            raise UsageError("no folder given: name RESULTS_DIR, the folder with the JSON files")
         chosen = _format(arguments.format, arguments.output_file)
         rows, problems = read_results(folder)
         for problem in problems:
             print(f"warning: left out {problem}", file=sys.stderr)
         if not rows:
-            raise UsageError(f"results {str(folder)!r}: no JSON file in it has results of `streamllm evaluate`")
+            raise UsageError(
+                f"results {str(folder)!r}: no JSON file in it has results, as `streamllm evaluate --output-file` writes"
+            )
         content = FORMATS[chosen].write(summary_table(rows, folder))
         if arguments.output_file is None:
             say(content)
@@ -70,8 +72,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("folder", nargs="?", type=Path, metavar="RESULTS_DIR", help="searched with its subfolders")
     parser.add_argument("--results-dir", type=Path, metavar="DIR", help="the same, as the source documents spell it")
-    parser.add_argument("--format", choices=FORMATS, help="(what the output file's name says, or md)")
-    parser.add_argument("--output-file", type=Path, metavar="FILE", help="(standard output)")
+    parser.add_argument("--format", choices=FORMATS, help="format (by the output file's name, or md)")
+    parser.add_argument("--output-file", type=Path, metavar="FILE", help="where the table is written (standard output)")
     return parser.parse_args(argv)
 
 

@@ -45,7 +45,7 @@ def pareto_table(
     max_ppl_increase: of what is recommended, over re-computation, in percent."""
     chosen = [filtered(study, where) for study in studies]
     if where is not None and not any(study.trials for study in chosen):
-        raise UsageError(f"where {where!r}: none of the {sum(len(study.trials) for study in studies)} trials is such")
+        raise UsageError(f"where {where!r}: none of the {sum(len(study.trials) for study in studies)} trials meets it")
     fronts = [study.front for study in chosen]
     shown = [study.trials if everything else front for study, front in zip(chosen, fronts, strict=True)]
     timed_on = kinds.letters([[*rows, *study.fixed] for study, rows in zip(studies, shown, strict=True)])

@@ -111,7 +111,9 @@ class _SpaceReader(Reader):
         if "choices" not in keys:
             return self.range(name, node, keys)
         if extra := keys.keys() - {"choices", "cuda", "when"}:
-            raise self.fail(node, f"{name}: has choices, so {', '.join(sorted(extra))} cannot be meant")
+            raise self.fail(
+                node, f"{name}: has choices, so {', '.join(sorted(extra))} cannot be meant; leave one of them out"
+            )
         everywhere = self.distinct(name, [keys["choices"]])
         if "cuda" not in keys:
             return everywhere

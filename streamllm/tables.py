@@ -48,11 +48,12 @@ def slug(title: str) -> str:
 def text_of(rows: Rows, book: str | None, join: str) -> str:
     """One row, by its number from 0 or its title, or (None) all of them joined. Raises TextError."""
     if "text" not in rows.columns:
-        raise TextError(f"{rows.what}: no column 'text' among {', '.join(rows.columns) or 'none'}")
+        columns = ", ".join(rows.columns) or "none"
+        raise TextError(f"{rows.what}: no column 'text' among {columns}; the text must be in a column of that name")
     if book is None:
         texts = list(rows.read("text", 0, None))
         if not texts:
-            raise TextError(f"{rows.what}: no rows")
+            raise TextError(f"{rows.what}: no rows; give another file or --split")
         return _joined(_strings(rows, texts, 0), join)
     number = int(book) if re.fullmatch(r"-?\d+", book) else _number_of(rows, book)
     texts = list(rows.read("text", number, 1)) if number >= 0 else []

@@ -308,7 +308,7 @@ def test_filters(study, where, trials):
         ("1) union select 1 --", "where '1) union select 1 --':"),
         ("1; drop table trials", "where '1; drop table trials':"),
         ("__import__('os').system('true')", "where"),
-        ("tpot_ms < 0", "none of the 10 trials is such"),
+        ("tpot_ms < 0", "none of the 10 trials meets it"),
     ],
 )
 def test_a_filter_that_cannot_be_meant_is_one_line_with_exit_code_2(study, where, message, capsys):

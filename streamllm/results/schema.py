@@ -128,11 +128,11 @@ class Row(Mapping[str, Any]):
     n_sink: int | None = _tokens("sinks", "S", 0, 4, "sinks S, tokens", "first tokens never evicted")
     window_size: int | None = _tokens("window", "W", 1, None, "window W, tokens", "recent tokens kept by a prune")
     compress_every: int | None = _tokens("prune every", "R", 0, 1, "pruned every R tokens",
-                                         "prune only when R divides the token count; 0 never")  # fmt: skip
+                                         "prune only when R divides the token count; 0: never")  # fmt: skip
     cache_slack: int | None = _tokens("slack", "σ", 0, 0, "slack σ, tokens", "prune only above S + W + slack tokens",
                                       short="slack")  # fmt: skip
     max_drop: int | None = _tokens("max drop", "δ", 0, 0, "max drop δ, tokens (0: no limit)",
-                                   "evict at most so many tokens after a token; 0 no limit", short="drop")  # fmt: skip
+                                   "evict at most so many tokens at a time; 0: no limit", short="drop")  # fmt: skip
     refresh_budget: int | None = _fact(about="tokens that method refresh puts back")
     refresh_position: str | None = _fact()
     overlap: int | None = _fact()
