@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folder = arguments.results_dir or arguments.folder
         if folder is None:
-            raise UsageError("no folder given: name RESULTS_DIR, the folder with the JSON files")
+            raise UsageError("no RESULTS_DIR: give the folder with the JSON files")
         chosen = _format(arguments.format, arguments.output_file)
         rows, problems = read_results(folder)
         for problem in problems:
