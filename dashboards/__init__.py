@@ -1,6 +1,6 @@
 """Pareto tables and figures of finished and running sweeps; from Python, `load_study` gives them as pandas' frames."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .frames import load_study
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 __all__ = ["load_study"]
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name != "load_study":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .frames import load_study

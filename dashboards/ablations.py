@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from streamllm.results.schema import POLICY_KNOBS, AnyRow
+from streamllm.files import Scalar
+from streamllm.results.schema import POLICY_KNOBS, AnyRow, knobs_in_short, number
 
-from .style import CYCLE, LABELS, MARKERS, NoDataError, new_figure
+from .recommendation import COSTS
+from .style import CYCLE, LABELS, MARKERS, NoDataError, interval_errors, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 LETTERS = {field.name: field.symbol for field in POLICY_KNOBS}
 KNOBS = tuple(LETTERS)
-_QUALITIES = ("ppl_vs_strict_percent", "ppl_increase_percent")
-"""The first that the rows have is shown."""
 _LINES = 4
 """Shown at most: those with the most values."""
 
@@ -28,7 +28,7 @@ def ablation(rows: Sequence[AnyRow], knob: str) -> Figure:
     if not lines:
         raise NoDataError(f"no two trials that differ in {knob} alone")
     every = [row for _, line in lines for row in line]
-    quality = next((name for name in _QUALITIES if all(name in row for row in every)), _QUALITIES[-1])
+    quality = next((name for name in COSTS if all(name in row for row in every)), COSTS[-1])
     figure = new_figure(8.4, 3.4)
     panels = figure.subplots(1, 2)
     for metric, axes in zip(("tpot_ms", quality), panels, strict=True):
@@ -49,7 +49,7 @@ def ablation(rows: Sequence[AnyRow], knob: str) -> Figure:
 def ablation_lines(rows: Sequence[AnyRow], knob: str) -> list[tuple[str, list[AnyRow]]]:
     """The longest lines with their labels, each in the knob's order. The window is no setting of its own but what the
     others leave of the total, unless it is the knob."""
-    settings: dict[tuple[Any, ...], dict[int, AnyRow]] = defaultdict(dict)
+    settings: dict[tuple[Scalar, ...], dict[int, AnyRow]] = defaultdict(dict)
     for row in rows:
         if _complete(row) and row.get("method") != "recompute":
             settings[_others(row, knob)][row[knob]] = row
@@ -61,39 +61,33 @@ def _untold(lines: Sequence[Sequence[AnyRow]], metric: str) -> str:
     """Says so where no two points of any line can be told apart: their intervals share a value."""
 
     def told(line: Sequence[AnyRow]) -> bool:
-        known = [row for row in line if isinstance(row.get(metric), int | float)]
+        known = [row for row in line if number(row, metric) is not None]
         lows, highs = ([row.get(f"{metric}_{end}", row[metric]) for row in known] for end in ("low", "high"))
         return bool(known) and max(lows) > min(highs)
 
     return "" if any(told(line) for line in lines) else "\nno difference beyond the intervals"
 
 
-def _others(row: AnyRow, knob: str) -> tuple[Any, ...]:
+def _others(row: AnyRow, knob: str) -> tuple[Scalar, ...]:
     names = ("model", "dataset", "protocol", "method", "backend", "execution", "quantization", *KNOBS)
     total = row["n_sink"] + row["window_size"] + row.get("cache_slack", 0) if knob != "window_size" else None
     return total, *(row.get(name) for name in names if name not in (knob, "window_size"))
 
 
 def _complete(row: AnyRow) -> bool:
-    numbers = [row.get(name) for name in (*KNOBS, "tpot_ms")]
-    return row.get("state") == "complete" and all(isinstance(n, int | float) and math.isfinite(n) for n in numbers)
+    return row.get("state") == "complete" and all(number(row, name) is not None for name in (*KNOBS, "tpot_ms"))
 
 
 def _label(row: AnyRow, knob: str) -> str:
-    knobs = [f"{LETTERS[name]}={row[name]}" for name in KNOBS if name not in (knob, "window_size")]
+    knobs = knobs_in_short({name: row[name] for name in KNOBS if name not in (knob, "window_size")}, symbols=True)
     how = [str(row[name]) for name in ("method", "backend") if name in row]
     how += [str(row[name]) for name in ("execution", "quantization") if row.get(name) not in ("eager", "none", None)]
-    return " ".join([*how, *knobs])
+    return " ".join([*how, knobs])
 
 
-def _draw(axes: Any, line: Sequence[AnyRow], knob: str, metric: str, color: str, marker: str, label: str) -> None:
-    line = [row for row in line if isinstance(row.get(metric), int | float)]
-    values = [row[metric] for row in line]
-    errors = [
-        [max(row[metric] - row.get(f"{metric}_low", row[metric]), 0) for row in line],
-        [max(row.get(f"{metric}_high", row[metric]) - row[metric], 0) for row in line],
-    ]
+def _draw(axes: Axes, line: Sequence[AnyRow], knob: str, metric: str, color: str, marker: str, label: str) -> None:
+    line = [row for row in line if number(row, metric) is not None]
     axes.errorbar(
-        [row[knob] for row in line], values, yerr=errors, color=color, marker=marker, markersize=5, linewidth=1.2,
-        elinewidth=0.7, capsize=2, label=label,
+        [row[knob] for row in line], [row[metric] for row in line], yerr=interval_errors(line, metric), color=color,
+        marker=marker, markersize=5, linewidth=1.2, elinewidth=0.7, capsize=2, label=label,
     )  # fmt: skip

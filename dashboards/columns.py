@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow
 
@@ -32,6 +32,11 @@ class Column:
         return f"{self.header} ({self.unit})" if self.unit else self.header
 
     @property
+    def heading(self) -> str:
+        """The title where there is little room: nearly all are tokens, which is not said."""
+        return self.header if self.unit == "tokens" else self.title
+
+    @property
     def keys(self) -> tuple[str, ...]:
         """The row's keys that the column shows, including those of the interval."""
         return (self.key, f"{self.key}_low", f"{self.key}_high") if self.interval else (self.key,)
@@ -50,6 +55,7 @@ class Column:
         return f"{_fixed(value, decimals)} [{_fixed(low, decimals)}, {_fixed(high, decimals)}]"
 
 
+POLICY_COLUMNS = tuple(Column.of(field.name) for field in POLICY_KNOBS)
 _PLACED = (
     Column("place", "place", words=True),
     Column("dominated_by", "dominated by"),
@@ -60,7 +66,7 @@ COLUMNS = (
     Column.of("trial"),
     Column("recommended", "recommended", words=True),
     *map(Column.of, ("method", "backend", "backend_requested", "execution", "quantization")),
-    *map(Column.of, (field.name for field in POLICY_KNOBS)),
+    *POLICY_COLUMNS,
     *map(Column.of, ("peak_kv", "peak_memory_mb", "tpot_ms", "speedup", "rounds", "front_probability")),
     *map(Column.of, ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent")),
     *_PLACED,
@@ -68,6 +74,8 @@ COLUMNS = (
 """Columns of a study's table, in order. The last three come from `pareto_table`, the others from rows."""
 
 BY_KEY = {column.key: column for column in COLUMNS}
+SPEEDUP = replace(BY_KEY["speedup"], decimals=2, interval=False)
+"""For tables that have no room for its interval."""
 
 _WHERE_THERE = {
     "study",
@@ -82,21 +90,24 @@ _WHERE_THERE = {
 
 
 def shown_columns(rows: Sequence[AnyRow], objectives: Collection[str] = ()) -> tuple[Column, ...]:
-    """All but those that say nothing: execution or quantization where no row has any, the backend asked for where it is
-    the one that ran, memory where it is no objective, the rounds of confirming where they are the same in every row."""
+    """All but those that say nothing: settings that go without saying, memory where it is no objective, the rounds of
+    confirming where they are the same in every row."""
     present = {key for row in rows for key in _WHERE_THERE if row.get(key) is not None}
-    needless = _WHERE_THERE - present
-    if all(row.get("execution", "eager") == "eager" for row in rows):
-        needless.add("execution")
-    if all(row.get("quantization", "none") == "none" for row in rows):
-        needless.add("quantization")
-    if all(row.get("backend_requested") in (row.get("backend"), None) or "backend" not in row for row in rows):
-        needless.add("backend_requested")
+    needless = (_WHERE_THERE - present) | unsaid_settings(rows)
     if "peak_memory_mb" not in objectives:
         needless.add("peak_memory_mb")
     if len({row.get("rounds", 0) for row in rows if row.get("state") == "complete"}) < 2:
         needless.add("rounds")
     return tuple(column for column in COLUMNS if column.key not in needless)
+
+
+def unsaid_settings(rows: Sequence[AnyRow]) -> set[str]:
+    """Execution or quantization where all rows have the usual one, the backend asked for where it is the one that
+    ran."""
+    names = ("execution", "quantization")
+    unsaid = {name for name in names if all(row.get(name, FIELDS[name].usual) == FIELDS[name].usual for row in rows)}
+    granted = (row.get("backend_requested") in (row.get("backend"), None) or "backend" not in row for row in rows)
+    return unsaid | {"backend_requested"} if all(granted) else unsaid
 
 
 def interval_decimals(low: float, high: float, otherwise: int) -> int:

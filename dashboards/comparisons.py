@@ -6,18 +6,22 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow, knobs_in_short
+from streamllm.files import Scalar
+from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow, knobs_in_short, number
 
 from .columns import interval_decimals
 from .style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PURPLE, SKY, VERMILLION, NoDataError, new_figure
 
 if TYPE_CHECKING:
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 BASELINE = "recompute"
-_NAMES = {BASELINE: "re-computation (baseline)", "ours": "StreamingLLM", "streaming": "StreamingLLM", "mit": "MIT"}
+BASELINE_LABEL = "re-computation (baseline)"
+_NAMES = {BASELINE: BASELINE_LABEL, "ours": "StreamingLLM", "streaming": "StreamingLLM", "mit": "MIT"}
 _COLORS = {BASELINE: GREY, "ours": BLUE, "streaming": BLUE, "mit": ORANGE, "kvpress": VERMILLION, "ring": GREEN}
 _COLORS |= {"window": PURPLE, "dense": SKY, "recommended": BLACK}
 _HATCHES = {"math": "///", "eager": "xxx", "efficient": "...", "cudnn": "\\\\\\", "flash_attention_2": "---"}
@@ -41,14 +45,14 @@ class Series:
         if self.name:
             return self.name
         if self.method == BASELINE:
-            return _NAMES[BASELINE]
+            return BASELINE_LABEL
         words = (self.backend, self.execution, self.quantization)
         how = ", ".join(word for word in words if word not in ("", "eager", "none"))
         how = how or self.backend
         return f"{_NAMES.get(self.method, self.method)}{f' ({how})' if how else ''}"
 
     @property
-    def order(self) -> tuple[Any, ...]:
+    def order(self) -> tuple[int, str, str, str, bool, str]:
         place = _ORDER.index(self.method) if self.method in _ORDER else len(_ORDER)
         return place, self.method, self.execution, self.quantization, self.backend == "flash", self.backend
 
@@ -77,7 +81,7 @@ def comparison(
         bars(axes, groups, kinds, metric)
     for axes in list(panels)[len(metrics) :]:
         axes.remove()
-    handles: dict[str, Any] = {}
+    handles: dict[str, Artist] = {}
     for axes in figure.axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     names = [series.label for series in kinds if series.label in handles]
@@ -89,7 +93,7 @@ def comparison(
 def comparable(rows: Sequence[AnyRow], protocols: Sequence[str | None], metric: str) -> list[Group]:
     """Per model and data set what was measured by the first protocol there is, at the policy that most series share,
     and the recommended trial. Raises NoDataError."""
-    having = [row for row in rows if _sound(row) and _number(row.get(metric))]
+    having = [row for row in rows if _sound(row) and number(row, metric)]
     places: dict[tuple[str, str], list[AnyRow]] = defaultdict(list)
     for row in having:
         if row.get("protocol") in protocols:
@@ -112,7 +116,7 @@ def comparable(rows: Sequence[AnyRow], protocols: Sequence[str | None], metric: 
 
 def _at_shared_policy(rows: Sequence[AnyRow]) -> tuple[dict[Series, AnyRow], str]:
     """If several trials of a series use that policy, the last one counts."""
-    policies: dict[tuple[Any, ...], dict[Series, AnyRow]] = defaultdict(dict)
+    policies: dict[tuple[int | None, ...], dict[Series, AnyRow]] = defaultdict(dict)
     always: dict[Series, AnyRow] = {}
     recommended = ""
     for row in rows:
@@ -139,7 +143,7 @@ def _policy(row: AnyRow) -> str:
 
 
 def bars(
-    axes: Any,
+    axes: Axes,
     groups: Sequence[Group],
     kinds: Sequence[Series],
     metric: str,
@@ -151,10 +155,10 @@ def bars(
         start = place
         for series in kinds:
             row = group.rows.get(series)
-            value = _number(row.get(metric)) if row is not None else None
+            value = number(row, metric) if row is not None else None
             if row is None or value is None or (series.method == BASELINE and metric == "ppl_increase_percent"):
                 continue
-            low, high = (_number(row.get(f"{metric}_{end}")) for end in ("low", "high"))
+            low, high = (number(row, f"{metric}_{end}") for end in ("low", "high"))
             if low is None or high is None:
                 low = high = value
             errors = [[max(value - low, 0)], [max(high - value, 0)]] if low < high else None
@@ -190,9 +194,9 @@ def runtime(rows: Sequence[AnyRow]) -> Figure:
 
 def backends(rows: Sequence[AnyRow]) -> Figure:
     """Time per token of the trials that differ in nothing but math or flash. Raises NoDataError."""
-    pairs: dict[tuple[Any, ...], dict[str, AnyRow]] = defaultdict(dict)
+    pairs: dict[tuple[Scalar, ...], dict[str, AnyRow]] = defaultdict(dict)
     for row in rows:
-        if _sound(row) and row.get("backend") in ("math", "flash") and _number(row.get("tpot_ms")):
+        if _sound(row) and row.get("backend") in ("math", "flash") and number(row, "tpot_ms"):
             names = ("model", "dataset", "protocol", "method", "execution", "quantization", *_KNOBS)
             pairs[tuple(row.get(name) for name in names)][row["backend"]] = row
     both = [pair for pair in pairs.values() if len(pair) == 2 and pair["math"]["method"] != BASELINE][:_PAIRS]
@@ -221,9 +225,5 @@ _PAIRS = 10
 
 def _sound(row: AnyRow) -> bool:
     """Whether it is complete, and nothing that it measured is not finite."""
-    measures = (row.get(name, 0.0) for name in ("perplexity", "tpot_ms", "ppl_increase_percent"))
-    return row.get("state") == "complete" and all(_number(value) is not None for value in measures)
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+    measured = [name for name in ("perplexity", "tpot_ms", "ppl_increase_percent") if name in row]
+    return row.get("state") == "complete" and all(number(row, name) is not None for name in measured)

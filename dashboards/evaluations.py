@@ -7,9 +7,9 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from streamllm.errors import UsageError
+from streamllm.files import Json, Scalar
 
 _SPELLINGS = {
     "model_name": "model",
@@ -41,12 +41,12 @@ _IN_NAMES = {
 """Facts that the source documents' file names give."""
 
 
-def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+def read_results(folder: Path) -> tuple[list[dict[str, Scalar]], list[str]]:
     """A row per result of the folder's `*.json`, subfolders included, with its `file` and `role`; and a line per file
     that has none. Raises UsageError if the folder is none."""
     if not folder.is_dir():
-        raise UsageError(f"results {str(folder)!r}: no such folder")
-    rows: list[dict[str, Any]] = []
+        raise UsageError(f"results {str(folder)!r}: no such folder; give the one with the JSON files")
+    rows: list[dict[str, Scalar]] = []
     problems = []
     for path in sorted(folder.rglob("*.json")):
         name = str(path.relative_to(folder))
@@ -61,7 +61,7 @@ def read_results(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
     return rows, problems
 
 
-def _results(document: Any, name: str) -> Iterator[dict[str, Any]]:
+def _results(document: Json, name: str) -> Iterator[dict[str, Scalar]]:
     if not isinstance(document, dict):
         return
     objects = {role: _renamed(value) for role, value in document.items() if isinstance(value, dict)}
@@ -79,14 +79,14 @@ def _results(document: Any, name: str) -> Iterator[dict[str, Any]]:
         yield _row(role, values, {k: v for k, v in shared.items() if not (is_baseline and k in _NOT_THE_BASELINES)})
 
 
-def _row(role: str, values: Mapping[str, Any], shared: Mapping[str, Any]) -> dict[str, Any]:
-    usual = {"method": "recompute" if role == "baseline" else role} if role else {}
+def _row(role: str, values: Mapping[str, Scalar], shared: Mapping[str, Scalar]) -> dict[str, Scalar]:
+    usual: dict[str, Scalar] = {"method": "recompute" if role == "baseline" else role} if role else {}
     return {"role": role, "state": "complete", **usual, **shared, **values}
 
 
-def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+def _renamed(values: Mapping[str, Json]) -> dict[str, Scalar]:
     """Its single values, under our names."""
-    single = {
+    single: dict[str, Scalar] = {
         name: value
         for name, value in values.items()
         if name != "format" and not isinstance(value, dict | list) and value is not None
@@ -95,10 +95,10 @@ def _renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     return renamed | {name: value for name, value in single.items() if name not in _SPELLINGS}
 
 
-def _is_result(values: Mapping[str, Any]) -> bool:
+def _is_result(values: Mapping[str, Scalar]) -> bool:
     return any(isinstance(values.get(name), int | float) for name in _MEASURES)
 
 
-def _said_by(name: str) -> dict[str, Any]:
+def _said_by(name: str) -> dict[str, Scalar]:
     found = {key: re.search(pattern, name) for key, pattern in _IN_NAMES.items()}
     return {key: match[1].replace("_loop", "-loop") for key, match in found.items() if match is not None}

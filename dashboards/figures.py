@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from streamllm.errors import UsageError
 from streamllm.printing import say
 from streamllm.results.front import hypervolume
-from streamllm.results.schema import AnyRow, knobs_in_short
+from streamllm.results.schema import AnyRow, knobs_in_short, number
 from streamllm.results.study import StudyResults, is_study, load_study
 
 from .ablations import KNOBS, ablation
 from .columns import BY_KEY
-from .comparisons import backends, comparison, runtime
+from .comparisons import BASELINE_LABEL, backends, comparison, runtime
 from .evaluations import read_results
 from .importance import importance
 from .kv_length import kv_length
-from .recommendation import recommended
-from .style import BLUE, GREY, LABELS, VERMILLION, NoDataError, new_figure, save, style
+from .recommendation import QUALITIES, recommended
+from .style import BLUE, GREY, LABELS, VERMILLION, NoDataError, interval_errors, new_figure, save, style
 
 if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_ON_FRONT, _OTHERS, _ONCE, _RECOMMENDED, _BASELINE, _STRICT = (
+_ON_FRONT, _OTHERS, _ONCE, _RECOMMENDED, _STRICT = (
     "Pareto front",
     "other trials",
     "measured once, in the search",
     "recommended",
-    "re-computation (baseline)",
     "strict StreamingLLM (reference)",
 )
-_QUALITIES = ("ppl_vs_strict_percent", "ppl_increase_percent", "perplexity")
 _LISTED = 16
 _APART = (36, 18)
 """Pixels, of which there are a hundred to the inch, between numbered points, across and upwards."""
@@ -55,7 +54,7 @@ def pareto(study: StudyResults) -> Figure:
         raise NoDataError("no trial is complete and feasible")
     on_front = {row["trial"] for row in front}
     others = [row for row in study.trials if row["state"] == "complete" and row["trial"] not in on_front]
-    others = [row for row in others if _finite(row, x) and _finite(row, y)]
+    others = [row for row in others if number(row, x) is not None and number(row, y) is not None]
     figure = new_figure(11, 5.5)
     axes = figure.subplots()
     few = len(others) <= _WITH_INTERVALS
@@ -77,7 +76,7 @@ def pareto(study: StudyResults) -> Figure:
     listing = "\n".join(_describe(row, (x, y)) for row in front[:_LISTED])
     more = f"\n… and {len(front) - _LISTED} more" if len(front) > _LISTED else ""
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    order = (_ON_FRONT, _OTHERS, _ONCE, _RECOMMENDED, _BASELINE, _STRICT)
+    order = (_ON_FRONT, _OTHERS, _ONCE, _RECOMMENDED, BASELINE_LABEL, _STRICT)
     labels = [label for label in order if label in handles]
     legend = figure.legend(
         [handles[label] for label in labels],
@@ -187,10 +186,15 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Draw the figures of studies, and of folders of JSON results of `streamllm evaluate`.",
     )
     parser.add_argument(
-        "study", nargs="+", metavar="STUDY", help="a name under sweeps/, the path of an output folder, or of results"
+        "study",
+        nargs="+",
+        metavar="STUDY",
+        help="a name under sweeps/, or the path of an output folder or of a folder of results",
     )
-    parser.add_argument("--output", type=Path, metavar="DIR", help="(the study's folder; of several, here)")
-    parser.add_argument("--format", nargs="+", choices=("png", "pdf"), default=["png", "pdf"], help="(both)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help="where files are written (the study's folder; of several, here)"
+    )
+    parser.add_argument("--format", nargs="+", choices=("png", "pdf"), default=["png", "pdf"], help="formats (both)")
     return parser.parse_args(argv)
 
 
@@ -202,7 +206,7 @@ def _rows(study: StudyResults) -> list[AnyRow]:
 
 
 def _scatter(
-    axes: Any,
+    axes: Axes,
     rows: Sequence[AnyRow],
     x: str,
     y: str,
@@ -216,8 +220,8 @@ def _scatter(
         axes.errorbar(
             [row[x] for row in rows],
             [row[y] for row in rows],
-            xerr=_errors(rows, x) if intervals else None,
-            yerr=_errors(rows, y) if intervals else None,
+            xerr=interval_errors(rows, x) if intervals else None,
+            yerr=interval_errors(rows, y) if intervals else None,
             fmt=marker,
             color=color,
             markersize=6 if intervals else 3,
@@ -229,9 +233,9 @@ def _scatter(
         )
 
 
-def _number(axes: Any, rows: Sequence[AnyRow], x: str, y: str) -> None:
+def _number(axes: Axes, rows: Sequence[AnyRow], x: str, y: str) -> None:
     """Trial numbers beside the points; of points so close that they would cover each other, the first one's."""
-    said: list[Any] = []
+    said: list[np.ndarray] = []
     for row in rows:
         place = axes.transData.transform((row[x], row[y]))
         if all(abs((place - other) / _APART).max() > 1 for other in said):
@@ -239,19 +243,19 @@ def _number(axes: Any, rows: Sequence[AnyRow], x: str, y: str) -> None:
             said.append(place)
 
 
-def _mark_recommended(axes: Any, study: StudyResults, x: str, y: str) -> None:
+def _mark_recommended(axes: Axes, study: StudyResults, x: str, y: str) -> None:
     row = recommended(study, study.front).row
     if row is not None:
         axes.plot(row[x], row[y], "o", markersize=14, markerfacecolor="none", color=VERMILLION, label=_RECOMMENDED)
 
 
-def _mark_baselines(axes: Any, study: StudyResults, y: str) -> None:
+def _mark_baselines(axes: Axes, study: StudyResults, y: str) -> None:
     """Lines across at the qualities that everything is compared with, where they are in sight."""
-    for row, label, line in ((study.baseline, _BASELINE, "--"), (study.strict, _STRICT, ":")):
+    for row, label, line in ((study.baseline, BASELINE_LABEL, "--"), (study.strict, _STRICT, ":")):
         if (
             row is not None
-            and y in _QUALITIES
-            and _finite(row, y)
+            and y in QUALITIES
+            and number(row, y) is not None
             and axes.get_ylim()[0] <= row[y] <= axes.get_ylim()[1]
         ):
             axes.axhline(row[y], color="0.3", linewidth=1, linestyle=line, label=label)
@@ -259,13 +263,13 @@ def _mark_baselines(axes: Any, study: StudyResults, y: str) -> None:
 
 def _volume(study: StudyResults, rows: Sequence[AnyRow]) -> str:
     worst = {
-        name: (min if direction == "maximize" else max)(row[name] for row in rows if _finite(row, name))
+        name: (min if direction == "maximize" else max)(row[name] for row in rows if number(row, name) is not None)
         for name, direction in study.objectives.items()
     }
     return f"hypervolume up to the worst trial {hypervolume(study.front, study.objectives, worst):.4g}"
 
 
-def _limit(axes: Any, rows: Sequence[AnyRow], x: str, y: str) -> None:
+def _limit(axes: Axes, rows: Sequence[AnyRow], x: str, y: str) -> None:
     """The axes span the points, not the widest interval; far points bend the axis instead of flattening it."""
     for values, set_limits in (([row[x] for row in rows], axes.set_xlim), ([row[y] for row in rows], axes.set_ylim)):
         margin = 0.08 * (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
@@ -278,20 +282,6 @@ def _limit(axes: Any, rows: Sequence[AnyRow], x: str, y: str) -> None:
         axes.set_yscale("symlog", linthresh=3 * usual, linscale=2)
         axes.set_ylim(min(min(row[y] for row in rows) - usual, 0), 1.5 * size[-1])
         axes.yaxis.set_major_formatter(ScalarFormatter())
-
-
-def _errors(rows: Sequence[AnyRow], name: str) -> list[list[float]] | None:
-    if not any(f"{name}_low" in row for row in rows):
-        return None
-    return [
-        [max(row[name] - row.get(f"{name}_low", row[name]), 0) for row in rows],
-        [max(row.get(f"{name}_high", row[name]) - row[name], 0) for row in rows],
-    ]
-
-
-def _finite(row: AnyRow, name: str) -> bool:
-    value = row.get(name)
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _describe(row: AnyRow, objectives: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults
 
 from .columns import interval_decimals
-from .recommendation import recommended
+from .recommendation import COSTS, cost_of, least_cost, recommended
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +42,7 @@ def findings(study: StudyResults, front: Sequence[AnyRow]) -> Findings:
 def costs_nothing(row: AnyRow) -> bool:
     """Whether the interval of the row's perplexity increase, over strict StreamingLLM where that is known, reaches down
     to none."""
-    name = _cost_name(row)
-    low = row.get(f"{name}_low", row.get(name))
-    return low is not None and low <= 0
-
-
-def _cost_name(row: AnyRow) -> str:
-    return "ppl_vs_strict_percent" if "ppl_vs_strict_percent" in row else "ppl_increase_percent"
+    return least_cost(row) <= 0
 
 
 def configuration_words(row: AnyRow) -> str:
@@ -89,7 +83,7 @@ def _speed(row: AnyRow) -> str:
 
 
 def _cost(row: AnyRow) -> str:
-    name = _cost_name(row)
+    name = cost_of(row) or COSTS[-1]
     value = row[name]
     low, high = row.get(f"{name}_low", value), row.get(f"{name}_high", value)
     places = interval_decimals(low, high, 1)

@@ -14,8 +14,10 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
 
 from .columns import Column
@@ -163,6 +165,16 @@ FORMATS: dict[str, Format] = {
 }
 """The formats by the name that `--format` takes."""
 
+
+def write_file(path: Path, content: str | bytes) -> None:
+    """Creates the folder too. Raises UsageError if it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    except OSError as error:
+        raise UsageError(f"output {str(path)!r}: cannot be written ({error.strerror})") from error
+
+
 _ROWS_OF_A_PAGE = 50
 _STYLE = (
     "body{font:14px system-ui,sans-serif;margin:2em;color-scheme:light dark}"
@@ -208,5 +220,5 @@ def _in_standard_fonts(character: str) -> bool:
     return " " <= character <= "~" or ("À" <= character <= "ÿ" and character not in _BEYOND_OT1)
 
 
-def _finite(value: Any) -> Any:
+def _finite(value: object) -> object:
     return None if isinstance(value, float) and not math.isfinite(value) else value

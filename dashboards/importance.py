@@ -7,11 +7,13 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from itertools import islice
 from random import Random
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from streamllm.results.schema import AnyRow
+from streamllm.files import Scalar
+from streamllm.results.schema import AnyRow, number
 from streamllm.results.study import StudyResults
 
+from .recommendation import COSTS
 from .style import BLUE, LABELS, ORANGE, PURPLE, NoDataError, new_figure
 
 if TYPE_CHECKING:
@@ -105,12 +107,12 @@ def chance_effects(rows: Sequence[AnyRow], objective: str, shuffles: int = 200) 
     return found
 
 
-def _groups(rows: Sequence[AnyRow], objective: str) -> dict[str, dict[Any, list[float]]]:
+def _groups(rows: Sequence[AnyRow], objective: str) -> dict[str, dict[Scalar, list[float]]]:
     """Knob -> value -> the objective's logarithms; of knobs with several values, where there are trials enough."""
     values = {row["trial"]: v for row in rows if (v := _logarithm(row, objective)) is not None}
     if len(values) < _FEWEST:
         return {}
-    by_knob: dict[str, dict[Any, list[float]]] = {knob: defaultdict(list) for knob in _KNOBS}
+    by_knob: dict[str, dict[Scalar, list[float]]] = {knob: defaultdict(list) for knob in _KNOBS}
     for row in rows:
         if row["trial"] in values:
             knobs = {"total_kv": row["n_sink"] + row["window_size"] + row["cache_slack"], **row}
@@ -120,14 +122,14 @@ def _groups(rows: Sequence[AnyRow], objective: str) -> dict[str, dict[Any, list[
 
 
 def _logarithm(row: AnyRow, objective: str) -> float | None:
-    value = row.get(objective)
-    if row.get("state") != "complete" or not isinstance(value, int | float) or not math.isfinite(value):
+    value = number(row, objective)
+    if row.get("state") != "complete" or value is None:
         return None
-    value = 1 + value / 100 if objective in ("ppl_vs_strict_percent", "ppl_increase_percent") else value
+    value = 1 + value / 100 if objective in COSTS else value
     return math.log(value) if value > 0 else None
 
 
-def _epsilon_squared(groups: Mapping[Any, Sequence[float]]) -> float | None:
+def _epsilon_squared(groups: Mapping[Scalar, Sequence[float]]) -> float | None:
     every = [value for group in groups.values() for value in group]
     if len(every) <= len(groups):
         return None

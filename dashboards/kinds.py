@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from string import ascii_uppercase
-from typing import Any
 
 from streamllm.reference_time import WORKER
 from streamllm.results.schema import AnyRow
@@ -16,10 +15,10 @@ from streamllm.results.schema import AnyRow
 from .columns import Column
 
 TIMED_ON = Column("timed_on", "timed on", words=True)
-SPELLED_OUT = tuple(Column(name, name, words=name != "threads") for name in WORKER)
+SPELLED_OUT = tuple(map(Column.of, WORKER))
 """For files that programs read."""
 
-Kind = tuple[Any, ...]
+Kind = tuple[str | int | None, ...]
 
 
 def letters(studies: Sequence[Sequence[AnyRow]]) -> dict[Kind, str]:
@@ -42,7 +41,7 @@ def notes(known: Mapping[Kind, str]) -> list[str]:
     return [*said, "Times of different kinds of worker do not compare."] if said else []
 
 
-def described(row: Mapping[str, Any]) -> str:
+def described(row: AnyRow) -> str:
     """Device, threads and versions, as far as they are known."""
     count = row.get("threads")
     threads = f"{count} thread{'s' * (count > 1)}" if count else None

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
+from streamllm.configuration import Configuration
 from streamllm.policy import EvictionPolicy, evicted_before
-from streamllm.results.schema import AnyRow, knobs_in_short
+from streamllm.results.schema import knobs_in_short
 from streamllm.results.study import StudyResults
 
 from .style import CYCLE, NoDataError, new_figure
@@ -20,7 +21,8 @@ _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 def kv_length(study: StudyResults) -> Figure:
     """Raises NoDataError for an empty front."""
-    policies = list(dict.fromkeys(_policy(row) for row in study.front if row["compress_every"] > 0))[:_LINES]
+    policies = list(dict.fromkeys(Configuration.of_row(row).policy for row in study.front if row["compress_every"] > 0))
+    policies = policies[:_LINES]
     if not policies:
         raise NoDataError("no policy on the front ever evicts")
     cap = study.configuration["cap"]
@@ -32,7 +34,7 @@ def kv_length(study: StudyResults) -> Figure:
     for policy, color, dashes in zip(policies, CYCLE, _DASHES, strict=False):
         tokens, keys = keys_attended(policy, n_tokens)
         how = {"color": color, "linestyle": dashes, "linewidth": 1.3}
-        whole.plot(tokens, keys, label=_label(policy), **how)
+        whole.plot(tokens, keys, label=knobs_in_short(asdict(policy), symbols=True), **how)
         steady.plot(tokens[filled:], keys[filled:], **how)
     for axes in (whole, steady):
         axes.axhline(cap, color="0.4", linewidth=0.8)
@@ -48,11 +50,3 @@ def kv_length(study: StudyResults) -> Figure:
 def keys_attended(policy: EvictionPolicy, n_tokens: int) -> tuple[range, list[int]]:
     """Tokens from 1, and the keys that each query attends to, its own included."""
     return range(1, n_tokens + 1), [t + 1 - gone for t, gone in enumerate(evicted_before(policy, n_tokens))]
-
-
-def _policy(row: AnyRow) -> EvictionPolicy:
-    return EvictionPolicy(**{field.name: row[field.name] for field in fields(EvictionPolicy)})
-
-
-def _label(policy: EvictionPolicy) -> str:
-    return knobs_in_short(asdict(policy), symbols=True)

@@ -10,7 +10,7 @@ from streamllm.reference_time import ReferencePool
 from streamllm.results.schema import AnyRow, Row
 
 from .ablations import LETTERS
-from .columns import BY_KEY, Column
+from .columns import BY_KEY, POLICY_COLUMNS, Column
 from .comparisons import Group, Series, bars
 from .formats import Table
 from .style import CYCLE, new_figure, save, style
@@ -31,21 +31,14 @@ FIGURES = (
 
 _SETTINGS = (
     Column("configuration", "configuration", words=True),
-    Column("dataset", "data set", words=True),
-    Column("dtype", "dtype", words=True),
-    Column("quantization", "quantization", words=True),
-    BY_KEY["method"],
+    *map(Column.of, ("dataset", "dtype", "quantization", "method")),
     Column("backend_requested", "attention", words=True),
     Column("backend", "kernel", words=True),
     BY_KEY["execution"],
-    *(BY_KEY[key] for key in ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop")),
+    *POLICY_COLUMNS,
 )
 _MEASURES = {
-    **{column.key: column for column in EVALUATION_COLUMNS},
-    **{column.key: column for column in (BY_KEY["ppl_increase_percent"], BY_KEY["tpot_ms"])},
-    "runtime_change_percent": Column("runtime_change_percent", "runtime change %", "", 1),
-    "decode_sec": Column("decode_sec", "total time", "s", 2),
-    "speedup": Column("speedup", "speedup", "×", 2),
+    column.key: column for column in (*EVALUATION_COLUMNS, *map(Column.of, ("runtime_change_percent", "decode_sec")))
 }
 _ALWAYS = {"dataset", "method"}
 _NOTES = {
@@ -163,7 +156,7 @@ def _warnings(rows: Sequence[AnyRow]) -> list[str]:
 
 def _data_columns(rows: Sequence[AnyRow], measured: Sequence[Column]) -> tuple[Column, ...]:
     names = ("protocol", "model", "device", "n_tokens", "evaluated_tokens", "state", "reason")
-    every = [*_SETTINGS, *(Column(name, name) for name in names), BY_KEY["peak_kv"], *measured, *_MEASURES.values()]
+    every = [*_SETTINGS, *map(Column.of, names), BY_KEY["peak_kv"], *measured, *_MEASURES.values()]
     columns = {column.key: column for column in every if any(column.key in row for row in rows)}
     return tuple(columns.values())
 

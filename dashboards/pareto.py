@@ -16,7 +16,7 @@ from streamllm.results.study import StudyResults, load_study
 
 from . import kinds
 from .columns import shown_columns
-from .formats import FORMATS, Table
+from .formats import FORMATS, Table, write_file
 from .recommendation import percent
 from .table import dispensable, pareto_table
 from .terminal import Line, View, lines, wrapped
@@ -41,12 +41,7 @@ def write(table: Table, formats: Sequence[str], folder: Path, stem: str = "paret
     paths = []
     for name in formats:
         path = folder / f"{stem}.{FORMATS[name].suffix}"
-        content = FORMATS[name].write(table)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(content.encode() if isinstance(content, str) else content)
-        except OSError as error:
-            raise UsageError(f"output {str(path)!r}: cannot be written ({error.strerror})") from error
+        write_file(path, FORMATS[name].write(table))
         paths.append(path)
     return paths
 
@@ -90,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _traced(studies: Sequence[StudyResults], trial: str) -> str:
     """Raises UsageError."""
     if len(studies) > 1:
-        raise UsageError(f"trace {trial!r}: of one study, {len(studies)} are given")
+        raise UsageError(f"trace {trial!r}: follows a trial of one study, {len(studies)} are given; name one")
     from .trace import trace
 
     return trace(studies[0], trial)
@@ -115,14 +110,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "study", nargs="+", metavar="STUDY", help="a name under sweeps/, or the path of an output folder"
     )
-    parser.add_argument("--format", default="md,csv", metavar="LIST", help=f"of {', '.join(FORMATS)} (md,csv)")
+    parser.add_argument("--format", default="md,csv", metavar="LIST", help=f"formats, of {', '.join(FORMATS)} (md,csv)")
     parser.add_argument(
         "--all", action="store_true", help="every finished trial, with the one of the front that dominates it"
     )
     parser.add_argument(
         "--where",
         metavar="CONDITION",
-        help="only trials such as backend = 'flash' and ppl_increase_percent < 3; the front is theirs",
+        help="only trials that meet it, such as backend = 'flash' and ppl_increase_percent < 3; the front is theirs",
     )
     parser.add_argument(
         "--max-ppl-increase",

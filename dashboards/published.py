@@ -13,15 +13,15 @@ from streamllm.printing import say
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults, load_study
 
-from .columns import BY_KEY, Column
+from .columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
 from .formats import FORMATS, Table
 from .pareto import parse_formats, show, write
 
 _COLUMNS = (
     Column("label", "method", words=True),
-    *(BY_KEY[key] for key in ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop")),
+    *POLICY_COLUMNS,
     BY_KEY["tpot_ms"],
-    Column("speedup", "speedup", "×", 2),
+    SPEEDUP,
     BY_KEY["perplexity"],
     BY_KEY["ppl_increase_percent"],
     Column("published_speedup", "theirs: speedup", "×", words=True),
@@ -99,7 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "figures that they published.",
     )
     parser.add_argument("study", metavar="STUDY", help="a name under sweeps/, or the path of an output folder")
-    parser.add_argument("--format", default="md,latex", metavar="LIST", help=f"of {', '.join(FORMATS)} (md,latex)")
+    parser.add_argument(
+        "--format", default="md,latex", metavar="LIST", help=f"formats, of {', '.join(FORMATS)} (md,latex)"
+    )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where files are written (the study's folder)")
     arguments = parser.parse_args(argv)
     try:

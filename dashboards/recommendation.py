@@ -9,14 +9,15 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
+from streamllm.configuration import Configuration
 from streamllm.errors import UsageError
 from streamllm.results.front import objective_values
-from streamllm.results.schema import AnyRow
+from streamllm.results.schema import FIELDS, AnyRow, number
 from streamllm.results.study import StudyResults
+from streamllm.text import TextSource
 
 from .columns import BY_KEY, Column
 
@@ -28,9 +29,9 @@ _LEAST_BEND = 0.05
 see."""
 _LIKELY = 0.5
 """P(front) below which another is recommended, if one is left."""
-_COSTS = ("ppl_vs_strict_percent", "ppl_increase_percent")
+COSTS = ("ppl_vs_strict_percent", "ppl_increase_percent")
 """Measures of lost quality, 0 being no loss; the first that a row has counts. The former has the narrower interval."""
-_QUALITY = (*_COSTS, "perplexity")
+QUALITIES = (*COSTS, "perplexity")
 _SPEED = ("tpot_ms", "speedup")
 _SUPERLATIVES = dict.fromkeys(_SPEED, "fastest") | {"peak_kv": "smallest", "peak_memory_mb": "smallest"}
 
@@ -56,7 +57,7 @@ def recommend(
         return Recommendation(None, "none", "Nothing is recommended: the front is empty, no trial is on it.")
     if max_ppl_increase is None:
         return _balanced(front, objectives)
-    if not any(_is_number(row.get("ppl_increase_percent")) for row in front):
+    if all(number(row, "ppl_increase_percent") is None for row in front):
         found = _balanced(front, objectives)
         unknown = f"The limit of {max_ppl_increase:g}% says nothing, as no point was compared with re-computation."
         return Recommendation(found.row, found.kind, f"{unknown} {found.why}")
@@ -77,7 +78,7 @@ def advice(study: StudyResults, found: Recommendation) -> list[str]:
     return [found.why, MEASURED_BY + reproduce_command(study, found.row)]
 
 
-def record(study: StudyResults, found: Recommendation) -> dict[str, Any]:
+def record(study: StudyResults, found: Recommendation) -> dict[str, int | str | None]:
     """For JSON; trial and command are None where nothing is recommended."""
     row = found.row
     return {
@@ -101,44 +102,32 @@ def percent(text: str) -> float:
 
 def reproduce_command(study: StudyResults, row: AnyRow) -> str:
     """The command that measures that trial again, beside its baseline."""
-    source = study.configuration["source"]
-    store = study.files.store
+    settings, what, store = study.configuration, Configuration.of_row(row), study.files.store
     given = {
-        "model": study.configuration["model"],
+        "model": settings["model"],
         "dtype": row.get("dtype"),
-        "quantization": row.get("quantization", study.configuration["quantization"]),
-        "text": source["text"],
-        "token-ids": source["token_ids"],
-        "dataset-name": source["dataset_name"],
-        "dataset-config": source["dataset_config"],
-        "split": source.get("split"),
-        "book": source.get("book"),
-        "join": source.get("join"),
-        "offset": source["offset"],
-        "max-eval-tokens": source["max_eval_tokens"],
-        "method": row["method"],
-        "n-sink": row["n_sink"],
-        "window-size": row["window_size"],
-        "compress-every": row["compress_every"],
-        "cache-slack": row["cache_slack"],
-        "max-drop": row["max_drop"],
-        "attn-backend": row["backend_requested"],
-        "execution": row.get("execution", "eager"),
+        "quantization": what.quantization or settings["quantization"],
+        **settings["source"],
+        "method": what.method,
+        **asdict(what.policy),
+        "attn_backend": what.backend,
+        "execution": what.execution,
         "threads": row.get("threads"),
         "store": store if store.resolve() != Path("sweeps/.store").resolve() else None,
     }
-    usual = {"quantization": "none", "split": "test", "join": "lines", "offset": 0, "execution": "eager"}
-    flags = [
-        f"--{flag}={value}" if str(value).startswith("-") else f"--{flag} {shlex.quote(str(value))}"
-        for flag, value in given.items()
-        if value is not None and usual.get(flag) != value
-    ]
+    unsaid = asdict(TextSource()) | {name: FIELDS[name].usual for name in ("quantization", "execution")}
+    said = {name: value for name, value in given.items() if value is not None and value != unsaid.get(name)}
+    flags = (_flag(name.replace("_", "-"), str(value)) for name, value in said.items())
     return " ".join(("python -m streamllm evaluate --mode both", *flags))
+
+
+def _flag(name: str, value: str) -> str:
+    return f"--{name}={shlex.quote(value)}" if value.startswith("-") else f"--{name} {shlex.quote(value)}"
 
 
 def _balanced(front: Sequence[AnyRow], objectives: Mapping[str, str]) -> Recommendation:
     if len(front) == 1:
-        shown = _with(front[0], (*objectives, _cost_of(front[0]), "front_probability"))
+        shown = _with(front[0], (*objectives, cost_of(front[0]), "front_probability"))
         return _of(front[0], "only", f"it alone is on the front, no other trial beats it in anything, {shown}")
     bends, no_knee = _bends(front, objectives)
     if no_knee:
@@ -170,14 +159,14 @@ def _bends(front: Sequence[AnyRow], objectives: Mapping[str, str]) -> tuple[list
 
 def _cheapest(front: Sequence[AnyRow], objectives: Mapping[str, str], no_knee: str) -> Recommendation:
     """The recommendation for a front without a knee."""
-    priced = [row for row in front if _cost_of(row)]
-    free = [row for row in priced if _low(row) <= 0]
+    priced = [row for row in front if cost_of(row)]
+    free = [row for row in priced if least_cost(row) <= 0]
     goal = _Goal.of(objectives)
     if free:
         row = goal.best(_likely(free))
         kind, why = "no cost", f"of the front's points that cost no measurable quality the {goal.superlative}"
     elif priced:
-        row = min(_likely(priced), key=lambda one: (one[_cost_of(one)], goal.value(one)))
+        row = min(_likely(priced), key=lambda one: (one[cost_of(one)], goal.value(one)))
         kind, why = (
             "least cost",
             "all points of the front cost quality, by more than their intervals, and it costs least",
@@ -185,13 +174,13 @@ def _cheapest(front: Sequence[AnyRow], objectives: Mapping[str, str], no_knee: s
     else:
         row = goal.best(_likely(front))
         kind, why = "quality unknown", f"the {goal.superlative} of the front, at a cost in quality that nobody measured"
-    shown = _with(row, (goal.name, _cost_of(row), "front_probability"))
+    shown = _with(row, (goal.name, cost_of(row), "front_probability"))
     more = _passed_over(front, row, goal) if kind == "no cost" else ""
     return _of(row, kind, f"{why}, {shown}; the front has no knee, as {no_knee}", more)
 
 
 def _within(front: Sequence[AnyRow], objectives: Mapping[str, str], limit: float) -> Recommendation:
-    known = [row for row in front if _is_number(row.get("ppl_increase_percent"))]
+    known = [row for row in front if number(row, "ppl_increase_percent") is not None]
     inside = [row for row in known if row["ppl_increase_percent"] <= limit]
     goal = _Goal.of(objectives)
     names = (goal.name, "ppl_increase_percent", "front_probability")
@@ -216,7 +205,7 @@ class _Goal:
 
     @classmethod
     def of(cls, objectives: Mapping[str, str]) -> _Goal:
-        names = [name for name in objectives if name not in _QUALITY]
+        names = [name for name in objectives if name not in QUALITIES]
         name = next((name for name in names if name in _SPEED), names[0] if names else _SPEED[0])
         return cls(name, objectives.get(name, "minimize"))
 
@@ -242,23 +231,21 @@ def _passed_over(front: Sequence[AnyRow], chosen: AnyRow, goal: _Goal) -> str:
     best = goal.best(front)
     if goal.value(best) >= goal.value(chosen):
         return ""
-    reason, name = ("is seldom on the front", "front_probability") if _low(best) <= 0 else ("costs", _cost_of(best))
+    reason, name = (
+        ("is seldom on the front", "front_probability") if least_cost(best) <= 0 else ("costs", cost_of(best))
+    )
     return f"Trial {best['trial']} is the {goal.superlative}, but {reason}, {_with(best, (goal.name, name))}."
 
 
-def _cost_of(row: AnyRow) -> str:
+def cost_of(row: AnyRow) -> str:
     """The measure of what the row costs in quality; empty if it has none."""
-    return next((name for name in _COSTS if _is_number(row.get(name))), "")
+    return next((name for name in COSTS if number(row, name) is not None), "")
 
 
-def _low(row: AnyRow) -> float:
-    """The least that the row may cost in quality; NaN if that is unknown."""
-    name = _cost_of(row)
+def least_cost(row: AnyRow) -> float:
+    """The least that the row may cost in quality: the low end of its interval; NaN if that is unknown."""
+    name = cost_of(row)
     return float(row.get(f"{name}_low", row[name])) if name else math.nan
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _of(row: AnyRow, kind: str, why: str, more: str = "") -> Recommendation:

@@ -13,10 +13,9 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 from streamllm.errors import UsageError
 from streamllm.files import write_atomically
@@ -25,14 +24,14 @@ from streamllm.results.schema import FIELDS, OBJECTIVES, AnyRow
 from streamllm.results.study import FIXED, StudyResults, load_study
 
 from . import kinds
-from .columns import COLUMNS, Column, shown_columns
+from .columns import COLUMNS, Column, shown_columns, unsaid_settings
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
 from .findings import Findings, findings
 
 _PAGE = Path(__file__).parent / "page"
 _AXES = ("tpot_ms", "ppl_vs_strict_percent", "ppl_increase_percent", *OBJECTIVES)
 """Offered in this order, each once."""
-_LABELS = {column.key: column.header if column.unit == "tokens" else column.title for column in COLUMNS} | {
+_LABELS = {column.key: column.heading for column in COLUMNS} | {
     name: FIELDS[name].label for name in ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent")
 }
 _DECIMALS = {column.key: column.decimals for column in COLUMNS if column.decimals is not None}
@@ -96,7 +95,7 @@ def _summary(found: Findings) -> str:
 
 
 def _front_table(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | None) -> str:
-    rows = [*front, *(row for row in (study.strict, study.baseline) if row is not None)]
+    rows = [*front, *study.fixed]
     timed_on = kinds.letters([rows])
     columns = (*shown_columns(front, study.objectives), *([kinds.TIMED_ON] if timed_on else []))
     marked = recommended["trial"] if recommended is not None else None
@@ -123,8 +122,7 @@ def _front_note(study: StudyResults, front: Sequence[AnyRow]) -> str:
             " Times are of rounds after the search. P(front) is the share of draws from the measurements in which no "
             "other candidate is better; what cannot be told from a row of the front is left out."
         )
-    rows = [*front, *(row for row in (study.strict, study.baseline) if row is not None)]
-    return escape(" ".join([text, *kinds.notes(kinds.letters([rows]))]))
+    return escape(" ".join([text, *kinds.notes(kinds.letters([[*front, *study.fixed]]))]))
 
 
 def _data(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | None) -> str:
@@ -154,17 +152,12 @@ def _data(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | No
 
 
 def _needless(rows: Sequence[AnyRow]) -> set[str]:
-    """Columns that say nothing: an execution, a quantization or a state that all rows share, or a requested backend
-    that is the one that ran."""
-    eager = all(row.get("execution", "eager") == "eager" for row in rows)
-    whole = all(row.get("quantization", "none") == "none" for row in rows)
-    granted = all(row.get("backend", row.get("backend_requested")) == row.get("backend_requested") for row in rows)
+    """Columns that say nothing: settings that go without saying, and a state that all rows share."""
     complete = all(row["state"] == "complete" for row in rows)
-    needless = {"execution": eager, "quantization": whole, "backend_requested": granted, "state": complete}
-    return {key for key, says_nothing in needless.items() if says_nothing}
+    return unsaid_settings(rows) | ({"state"} if complete else set())
 
 
-def _shown(value: Any) -> Any:
+def _shown(value: object) -> object:
     if isinstance(value, float):
         return float(f"{value:.{_DIGITS}g}") if math.isfinite(value) else None
     return value
@@ -219,7 +212,8 @@ def _measured(study: StudyResults) -> str:
         count = sum(bool(row.get("rounds")) for row in rows)
         said.append(
             f"Confirming: after the search {count} candidates and the baseline were timed again in {rounds} rounds, "
-            f"each in turn on one worker. The front and its values are of these measurements: a search picks luck."
+            f"each in turn on one worker. The front and its values are of these measurements, as a search picks "
+            f"lucky ones."
         )
     said.append(
         "On the front are the feasible trials that no other one beats in every objective. Objectives: "
@@ -292,7 +286,7 @@ def _environment(study: StudyResults) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def _values(settings: dict[str, Any], rows: Sequence[AnyRow], key: str, digest: str = "") -> str:
+def _values(settings: Mapping[str, object], rows: Sequence[AnyRow], key: str, digest: str = "") -> str:
     """The different values that the rows have, with the first digits of the digest that goes with them."""
     found = dict.fromkeys(
         f"{row[key]}" + (f" ({str(row[digest])[:12]})" if digest in row else "") for row in rows if row.get(key)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from streamllm.figure_style import (
     BLACK,
     BLUE,
@@ -17,7 +19,7 @@ from streamllm.figure_style import (
     save,
     style,
 )
-from streamllm.results.schema import FIELDS
+from streamllm.results.schema import FIELDS, AnyRow
 
 __all__ = [
     "BLACK",
@@ -32,6 +34,7 @@ __all__ = [
     "SKY",
     "VERMILLION",
     "NoDataError",
+    "interval_errors",
     "new_figure",
     "save",
     "style",
@@ -39,6 +42,17 @@ __all__ = [
 
 LABELS = {field.name: field.label for field in FIELDS.values() if field.label}
 """Labels of axes."""
+
+
+def interval_errors(rows: Sequence[AnyRow], name: str) -> list[list[float]] | None:
+    """How far the intervals reach below and above the values, as matplotlib's `errorbar` takes it; None where no row
+    has one."""
+    if not any(f"{name}_low" in row for row in rows):
+        return None
+    return [
+        [max(row[name] - row.get(f"{name}_low", row[name]), 0) for row in rows],
+        [max(row.get(f"{name}_high", row[name]) - row[name], 0) for row in rows],
+    ]
 
 
 class NoDataError(Exception):

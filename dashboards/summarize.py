@@ -4,45 +4,35 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from streamllm.errors import UsageError
 from streamllm.printing import say
+from streamllm.results.schema import AnyRow
 
-from .columns import BY_KEY, Column
+from .columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
 from .evaluations import read_results
-from .formats import FORMATS, Table
+from .formats import FORMATS, Table, write_file
 
 EVALUATION_COLUMNS = (
-    Column("model", "model", words=True),
-    Column("dataset", "data set", words=True),
-    Column("n_tokens", "text", "tokens"),
-    Column("protocol", "protocol", words=True),
-    *(BY_KEY[key] for key in ("method", "backend", "execution")),
-    Column("quantization", "quantization", words=True),
-    *(BY_KEY[key] for key in ("n_sink", "window_size", "compress_every", "cache_slack", "max_drop", "peak_kv")),
-    BY_KEY["perplexity"],
-    BY_KEY["ppl_increase_percent"],
-    BY_KEY["tpot_ms"],
-    Column("speedup", "speedup", "×", 2),
-    Column("decode_toks_per_sec", "decoding", "tokens/s", 1),
-    Column("runtime_sec", "runtime", "s", 2),
-    Column("prefill_sec", "prefill", "s", 3),
-    Column("first_token_latency_sec", "first token", "s", 3),
-    Column("avg_attn_ms", "attention", "ms/token", 2),
+    *map(Column.of, ("model", "dataset", "n_tokens", "protocol")),
+    *(BY_KEY[key] for key in ("method", "backend", "execution", "quantization")),
+    *POLICY_COLUMNS,
+    *(BY_KEY[key] for key in ("peak_kv", "perplexity", "ppl_increase_percent", "tpot_ms")),
+    SPEEDUP,
+    *map(Column.of, ("decode_toks_per_sec", "runtime_sec", "prefill_sec", "first_token_latency_sec", "avg_attn_ms")),
     BY_KEY["peak_memory_mb"],
     Column("file", "file", words=True),
 )
 
 
-def summary_table(rows: Sequence[Mapping[str, Any]], folder: Path) -> Table:
+def summary_table(rows: Sequence[AnyRow], folder: Path) -> Table:
     """The rows by model, data set and protocol, the baseline first; columns that no row has are left out."""
 
-    def order(row: Mapping[str, Any]) -> tuple[Any, ...]:
-        words = [str(row.get(key, "")) for key in ("model", "dataset", "protocol")]
-        return *words, row.get("role") != "baseline", str(row.get("method", "")), str(row.get("file", ""))
+    def order(row: AnyRow) -> tuple[list[str], bool, str, str]:
+        group = [str(row.get(key, "")) for key in ("model", "dataset", "protocol")]
+        return group, row.get("role") != "baseline", str(row.get("method", "")), str(row.get("file", ""))
 
     protocols = {row.get("protocol") for row in rows}
     notes = ("Times by different protocols are not comparable.",) if len(protocols) > 1 else ()
@@ -55,14 +45,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         folder = arguments.results_dir or arguments.folder
         if folder is None:
-            raise UsageError("results: give the folder with the JSON files")
+            raise UsageError("no RESULTS_DIR: give the folder with the JSON files")
         chosen = _format(arguments.format, arguments.output_file)
         rows, problems = read_results(folder)
         for problem in problems:
             print(f"warning: left out {problem}", file=sys.stderr)
         if not rows:
-            raise UsageError(f"results {str(folder)!r}: no JSON file in it has results of `streamllm evaluate`")
-        _write(FORMATS[chosen].write(summary_table(rows, folder)), arguments.output_file)
+            raise UsageError(
+                f"results {str(folder)!r}: no JSON file in it has results, as `streamllm evaluate --output-file` writes"
+            )
+        content = FORMATS[chosen].write(summary_table(rows, folder))
+        if arguments.output_file is None:
+            say(content)
+        else:
+            write_file(arguments.output_file, content)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -76,8 +72,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("folder", nargs="?", type=Path, metavar="RESULTS_DIR", help="searched with its subfolders")
     parser.add_argument("--results-dir", type=Path, metavar="DIR", help="the same, as the source documents spell it")
-    parser.add_argument("--format", choices=FORMATS, help="(what the output file's name says, or md)")
-    parser.add_argument("--output-file", type=Path, metavar="FILE", help="(standard output)")
+    parser.add_argument("--format", choices=FORMATS, help="format (by the output file's name, or md)")
+    parser.add_argument("--output-file", type=Path, metavar="FILE", help="where the table is written (standard output)")
     return parser.parse_args(argv)
 
 
@@ -89,18 +85,6 @@ def _format(name: str | None, file: Path | None) -> str:
     if file.suffix not in by_suffix:
         raise UsageError(f"output {str(file)!r}: must end in {', '.join(by_suffix)}, or give --format")
     return by_suffix[file.suffix]
-
-
-def _write(content: str | bytes, file: Path | None) -> None:
-    data = content.encode() if isinstance(content, str) else content
-    if file is None:
-        say(data)
-        return
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_bytes(data)
-    except OSError as error:
-        raise UsageError(f"output {str(file)!r}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

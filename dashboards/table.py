@@ -45,10 +45,10 @@ def pareto_table(
     max_ppl_increase: of what is recommended, over re-computation, in percent."""
     chosen = [filtered(study, where) for study in studies]
     if where is not None and not any(study.trials for study in chosen):
-        raise UsageError(f"where {where!r}: none of the {sum(len(study.trials) for study in studies)} trials is such")
+        raise UsageError(f"where {where!r}: none of the {sum(len(study.trials) for study in studies)} trials meets it")
     fronts = [study.front for study in chosen]
     shown = [study.trials if everything else front for study, front in zip(chosen, fronts, strict=True)]
-    timed_on = kinds.letters([_with_fixed(study, rows) for study, rows in zip(studies, shown, strict=True)])
+    timed_on = kinds.letters([[*rows, *study.fixed] for study, rows in zip(studies, shown, strict=True)])
     rows: list[AnyRow] = []
     baselines: list[AnyRow] = []
     advised: list[str] = []
@@ -59,7 +59,7 @@ def pareto_table(
         for row in kinds.marked(_placed(study, front) if everything else front, timed_on):
             rows.append({**row, **more, **({"recommended": found.kind} if row["trial"] == marked else {})})
         advised += [f"{name}: {text}" if name and text == found.why else text for text in advice(study, found)]
-        baselines += [{**row, **more} for row in kinds.marked(_with_fixed(study, []), timed_on)]
+        baselines += [{**row, **more} for row in kinds.marked(study.fixed, timed_on)]
     objectives = {name for study in studies for name in study.objectives}
     return Table(
         title=f"{'Trials' if everything else 'Pareto front'} of {', '.join(dict.fromkeys(s.name for s in studies))}",
@@ -74,11 +74,6 @@ def pareto_table(
         ),
         dispensable=dispensable(objectives),
     )
-
-
-def _with_fixed(study: StudyResults, rows: Sequence[AnyRow]) -> list[AnyRow]:
-    """The rows, and those that they are compared with."""
-    return [*rows, *(row for row in (study.strict, study.baseline) if row is not None)]
 
 
 def dispensable(objectives: Collection[str]) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow
+from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow, knobs_in_short
 
 from .columns import Column
 from .formats import Table
@@ -165,14 +165,9 @@ def _column_block(column: Column, rows: Sequence[AnyRow], count: int, form: _For
         in_words = number >= count and column.key in (*_SETTINGS, "trial")
         cells.append([""] if in_words else _cell(column, row, form))
     width = max((_length(line) for cell in cells for line in cell), default=0)
-    title = _LETTERS.get(column.key, column.header) if form.letters else _title(column)
+    title = _LETTERS.get(column.key, column.header) if form.letters else column.heading
     head = _broken(title, width)
     return _Block((column.key,), head, cells, column.words, max(width, *map(_length, head)))
-
-
-def _title(column: Column) -> str:
-    """Nearly all are tokens."""
-    return column.header if column.unit == "tokens" else column.title
 
 
 def _broken(title: str, width: int) -> list[str]:
@@ -242,7 +237,7 @@ def _baseline_words(row: AnyRow) -> str:
     whose = f"{row['trial']} of {row['study']}" if "study" in row else str(row["trial"])
     if row.get("method") == "recompute":
         return f"{whose}: recompute, the last {row['n_sink'] + row['window_size']} tokens"
-    policy = " ".join(f"{field.short}={row[field.name]}" for field in POLICY_KNOBS if row.get(field.name))
+    policy = knobs_in_short({name: value for name, value in row.items() if value != 0})
     return f"{whose}: {row.get('method', '')} {row.get('backend', '')} {policy}"
 
 
@@ -259,7 +254,7 @@ def _records(table: Table, columns: Sequence[Column], width: int | None) -> Iter
     """A paragraph per row, for what has no room for a table."""
     for row in (*table.rows, *table.baselines):
         heading = _heading(table, row)
-        values = [f"{_title(column)} {text}" for column in columns if (text := _text(column, row))]
+        values = [f"{column.heading} {text}" for column in columns if (text := _text(column, row))]
         text = f"{heading + '; ' if heading else ''}{', '.join(values)}"
         for number, line in enumerate(textwrap.wrap(text, max((width or 80) - 2, 20), break_on_hyphens=False)):
             yield Line(f"{'  ' if number else ''}{line}", "bold" * bool(row.get("recommended")))

@@ -10,7 +10,6 @@ import math
 import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from streamllm.errors import UsageError
 from streamllm.reference_time import WORKER
@@ -36,13 +35,13 @@ Pair = tuple[str, str]
 
 def trace(study: StudyResults, trial: str) -> str:
     """A text of 80 columns. trial: a number, or what trials are compared with. Raises UsageError."""
-    rows = {str(row["trial"]): row for row in (*study.trials, study.strict, study.baseline) if row is not None}
+    rows = {str(row["trial"]): row for row in (*study.trials, *study.fixed)}
     if trial not in rows:
         numbers = [name for name in rows if name not in FIXED]
         known = [f"{len(numbers)} trials, up to {max(numbers, key=int)}"] if numbers else []
         known += [name for name in FIXED if name in rows]
         raise UsageError(f"trace {trial!r}: no such trial; study {study.name!r} has {', '.join(known) or 'none yet'}")
-    row, store = rows[trial], MeasurementStore(study.folder.parent / ".store")
+    row, store = rows[trial], MeasurementStore(study.files.store)
     pairs = [
         ("study", f"{study.name}, in {study.folder}"),
         *_measured(row),
@@ -114,7 +113,7 @@ def _rounds(study: StudyResults, row: AnyRow) -> Iterator[Pair]:
     if not numbers:
         yield "confirmed", f"in {row['rounds']} rounds, whose lines in rounds.jsonl were not noted then"
         return
-    path = study.folder / "rounds.jsonl"
+    path = study.files.rounds
     lines = path.read_text().splitlines() if path.is_file() else []
     gone = "" if len(lines) >= max(numbers) else ", which are there no more"
     yield "confirmed", f"{path}, lines {', '.join(map(str, numbers))}{gone}"
@@ -126,12 +125,12 @@ def _rounds(study: StudyResults, row: AnyRow) -> Iterator[Pair]:
         yield f"line {number}", f"ratio {middle:.4g} of {len(ratios)} pairs, {when}, on {described(times)}"
 
 
-def _entry(heading: str, names: Any, store: MeasurementStore) -> Iterator[Pair]:
+def _entry(heading: str, names: str | None, store: MeasurementStore) -> Iterator[Pair]:
     """For each of the store's entries, its file and what its key says about code, versions and machine."""
     if not names:
         yield heading, "the entry was not noted when this was measured"
         return
-    for name in str(names).split():
+    for name in names.split():
         key = store.key(name)
         yield heading, f"{_short(name)}" + ("" if key is not None else ", which is in the store no more")
         if key is not None:
@@ -139,7 +138,7 @@ def _entry(heading: str, names: Any, store: MeasurementStore) -> Iterator[Pair]:
             yield "", _versions(key)
 
 
-def _versions(key: Mapping[str, Any]) -> str:
+def _versions(key: Mapping[str, object]) -> str:
     """The parts of an entry's key that belong neither to the model, nor to the text, nor to the policy."""
     names = ("torch", "transformers", "torchao", "kvpress", "flash-attn", "triton", "python", "cuda", "rocm", "driver",
              "omp_wait_policy", "device", "threads", "cpu_capability")  # fmt: skip
@@ -157,20 +156,20 @@ def _number(row: AnyRow, name: str) -> str:
     return f"{row[name]:.4g}{ends}" if name in row else "not known"
 
 
-def _short(name: Any) -> str:
+def _short(name: str | None) -> str:
     """An entry as the pattern of its file below the store."""
-    return f"{str(name)[:2]}/{str(name)[:_DIGITS]}*.json" if name else "an entry that was not noted"
+    return f"{name[:2]}/{name[:_DIGITS]}*.json" if name else "an entry that was not noted"
 
 
 def _title(row: AnyRow) -> str:
     return str(row["trial"]) if row["trial"] in FIXED else f"trial {row['trial']}"
 
 
-def _named(name: Any, digest: Any, more: Any) -> str:
-    return ", ".join(str(part) for part in (name, f"digest {str(digest)[:_DIGITS]}" if digest else None, more) if part)
+def _named(name: str | None, digest: str | None, more: str | None) -> str:
+    return ", ".join(str(part) for part in (name, f"digest {digest[:_DIGITS]}" if digest else None, more) if part)
 
 
-def _date(seconds: Any) -> str:
+def _date(seconds: float | None) -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds)) if seconds is not None else "no one knows when"
 
 

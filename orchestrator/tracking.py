@@ -47,7 +47,9 @@ class Projection:
 
     Raises whatever MLflow raises, which may be anything; after that, `open` finds out anew what is there."""
 
-    def __init__(self, configuration: dict[str, Any], store: MeasurementStore, tracking_uri: str | None = None) -> None:
+    def __init__(
+        self, configuration: Mapping[str, Any], store: MeasurementStore, tracking_uri: str | None = None
+    ) -> None:
         self._configuration = configuration
         self._store = store
         self._uri = tracking_uri

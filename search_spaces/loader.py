@@ -68,7 +68,7 @@ class _SpaceReader(Reader):
             name=self.path.stem,
             description=str(self.scalar(entries["description"])) if "description" in entries else "",
             cap=cap,
-            cap_accounting=self.word(entries, "cap_accounting", _ACCOUNTINGS, "nominal"),
+            cap_accounting=self.accounting(entries.get("cap_accounting")),
             objectives=self.objectives(entries.get("objectives")),
             parameters=parameters,
             known=(),
@@ -79,13 +79,13 @@ class _SpaceReader(Reader):
         known = self.sequence(entries["known"], "known") if "known" in entries else []
         return replace(space, known=tuple(self.known(entry, space) for entry in known if not self.is_of_cuda(entry)))
 
+    def accounting(self, node: yaml.Node | None) -> CapAccounting:
+        return "nominal" if node is None else self.word(node, "cap_accounting", _ACCOUNTINGS)
+
     def objectives(self, node: yaml.Node | None) -> tuple[str, ...]:
         if node is None:
             return ("tpot_ms", "ppl_vs_strict_percent")
-        values = [self.scalar(entry) for entry in self.sequence(node, "objectives")]
-        for entry, value in zip(node.value, values, strict=True):
-            if value not in OBJECTIVES:
-                raise self.fail(entry, f"objective {value!r}: must be one of {', '.join(OBJECTIVES)}")
+        values = [self.word(entry, "objective", tuple(OBJECTIVES)) for entry in self.sequence(node, "objectives")]
         if len(values) not in (2, 3) or len(set(values)) < len(values):
             raise self.fail(node, "objectives: give two or three different ones")
         return tuple(values)
@@ -111,7 +111,9 @@ class _SpaceReader(Reader):
         if "choices" not in keys:
             return self.range(name, node, keys)
         if extra := keys.keys() - {"choices", "cuda", "when"}:
-            raise self.fail(node, f"{name}: has choices, so {', '.join(sorted(extra))} cannot be meant")
+            raise self.fail(
+                node, f"{name}: has choices, so {', '.join(sorted(extra))} cannot be meant; leave one of them out"
+            )
         everywhere = self.distinct(name, [keys["choices"]])
         if "cuda" not in keys:
             return everywhere
@@ -148,7 +150,7 @@ class _SpaceReader(Reader):
     def range(self, name: str, node: yaml.Node, keys: dict[str, yaml.Node]) -> tuple[int, ...]:
         if not {"low", "high"} <= keys.keys():
             raise self.fail(node, f"{name}: needs choices, or low and high")
-        log = self.word(keys, "log", (True, False), False)
+        log = "log" in keys and self.word(keys["log"], "log", (True, False))
         least = max(LEAST[name], 1 if log else 0)
         low, high = (self.whole(keys[end], f"{name} {end}", least) for end in ("low", "high"))
         if low > high:
@@ -164,7 +166,7 @@ class _SpaceReader(Reader):
     def value(self, name: str, node: yaml.Node) -> Value:
         if name in LEAST:
             return self.whole(node, name, LEAST[name])
-        return str(self.word({name: node}, name, WORDS[name], None))
+        return self.word(node, name, WORDS[name])
 
     def conditional(self, given: dict[str, yaml.Node]) -> dict[str, yaml.Node]:
         """Parameter -> its `when`."""

@@ -147,7 +147,7 @@ class _MatrixReader(Reader):
             name=self.path.stem,
             description=str(self.scalar(entries["description"])) if "description" in entries else "",
             cap=self.whole(entries["cap"], "cap", 1) if "cap" in entries else TOTAL_KV_CAP,
-            baseline=self.word(entries, "baseline", _BASELINES, "recompute"),
+            baseline=self.word(entries["baseline"], "baseline", _BASELINES) if "baseline" in entries else "recompute",
             axes={name: self.values(name, axis) for name, axis in grid.items()},
             configurations=self.configurations(entries["configurations"], grid) if "configurations" in entries else (),
             max_eval_tokens=self.lengths(entries["max_eval_tokens"]) if "max_eval_tokens" in entries else {},
@@ -173,7 +173,7 @@ class _MatrixReader(Reader):
         if name in LEAST:
             return self.whole(node, name, LEAST[name])
         if name in _WORDS:
-            return str(self.word({name: node}, name, _WORDS[name], None))
+            return self.word(node, name, _WORDS[name])
         return str(self.scalar(node))
 
     def configurations(self, node: yaml.Node, grid: Mapping[str, yaml.Node]) -> tuple[Mapping[str, Value], ...]:
@@ -203,7 +203,7 @@ class _MatrixReader(Reader):
 
     def columns(self, node: yaml.Node) -> tuple[str, ...]:
         entries = self.sequence(node, "columns")
-        return tuple(str(self.word({"columns": entry}, "columns", MEASURES, None)) for entry in entries)
+        return tuple(self.word(entry, "columns", MEASURES) for entry in entries)
 
     def check_files(self, matrix: Matrix, node: yaml.Node) -> None:
         """Every cell has a file of its own."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import yaml
 
 from streamllm.errors import UsageError
+
+T = TypeVar("T")
 
 FOLDER = Path(__file__).parent
 SHIPPED = tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
@@ -56,7 +58,7 @@ class Reader:
             raise self.fail(node, f"{what} must be a list of at least one entry")
         return list(node.value)
 
-    def scalar(self, node: yaml.Node) -> Any:
+    def scalar(self, node: yaml.Node) -> object:
         if not isinstance(node, yaml.ScalarNode):
             raise self.fail(node, "a single value is expected here")
         return yaml.safe_load(yaml.serialize(node))
@@ -67,10 +69,9 @@ class Reader:
             raise self.fail(node, f"{key} {value!r}: must be a whole number >= {least}")
         return value
 
-    def word(self, entries: dict[str, yaml.Node], key: str, allowed: Sequence[Any], default: Any) -> Any:
-        if key not in entries:
-            return default
-        value = self.scalar(entries[key])
-        if value not in allowed:
-            raise self.fail(entries[key], f"{key} {value!r}: must be one of {', '.join(map(str, allowed))}")
-        return value
+    def word(self, node: yaml.Node, key: str, allowed: Sequence[T]) -> T:
+        value = self.scalar(node)
+        for word in allowed:
+            if word == value:
+                return word
+        raise self.fail(node, f"{key} {value!r}: must be one of {', '.join(map(str, allowed))}")

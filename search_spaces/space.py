@@ -6,9 +6,10 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from streamllm.policy import CapAccounting
+from streamllm.results.schema import AnyRow, number
 
 Value = str | int
 
@@ -24,18 +25,18 @@ class Constraint:
     def __str__(self) -> str:
         return f"{self.metric} {self.relation} {self.limit:g}"
 
-    def excess(self, row: Mapping[str, Any]) -> float:
+    def excess(self, row: AnyRow) -> float:
         """How far the row violates it: above 0 if it does, infinite where the metric is missing or not finite."""
-        value = row.get(self.metric)
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        value = number(row, self.metric)
+        if value is None:
             return math.inf
         return value - self.limit if self.relation == "<=" else self.limit - value
 
 
-def judged(row: Mapping[str, Any], constraints: Iterable[Constraint]) -> dict[str, Any]:
+def judged(row: AnyRow, constraints: Iterable[Constraint]) -> dict[str, bool | str]:
     """Whether the measured row is `feasible`; if not, what is `violated`."""
     violated = [str(constraint) for constraint in constraints if constraint.excess(row) > 0]
-    return {"feasible": not violated} | ({"violated": ", ".join(violated)} if violated else {})
+    return {"feasible": False, "violated": ", ".join(violated)} if violated else {"feasible": True}
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,6 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
 
 import torch
 
@@ -33,7 +32,7 @@ from .model import LoadedModel
 from .store import code_digest
 
 
-def of_quality(loaded: LoadedModel, method: str | None) -> dict[str, Any]:
+def of_quality(loaded: LoadedModel, method: str | None) -> dict[str, str | None]:
     """For a key. method: None of a quality that the policy alone decides, whatever implements it."""
     names = ["torch", "transformers"]
     names += ["torchao"] * (" " in loaded.digest) + ["kvpress"] * (method == "kvpress")
@@ -41,13 +40,13 @@ def of_quality(loaded: LoadedModel, method: str | None) -> dict[str, Any]:
     return {"code": code_digest(*methods)} | {name: installed(name) for name in names}
 
 
-def of_speed(loaded: LoadedModel, method: str, attn_backend: str) -> dict[str, Any]:
+def of_speed(loaded: LoadedModel, method: str, attn_backend: str) -> dict[str, str | None]:
     """For a key."""
     more = {"flash-attn": installed("flash-attn")} if BACKENDS[attn_backend].library == "flash_attn" else {}
     return of_quality(loaded, method) | software(loaded.device) | more
 
 
-def kind_of_worker(device: torch.device) -> dict[str, Any]:
+def kind_of_worker(device: torch.device) -> dict[str, str | int | None]:
     """The part of a row that says who timed it: times of workers that differ in any of it do not compare. See
     `reference_time`."""
     return {
@@ -57,17 +56,16 @@ def kind_of_worker(device: torch.device) -> dict[str, Any]:
     }
 
 
-def software(device: torch.device) -> dict[str, Any]:
+def software(device: torch.device) -> dict[str, str | None]:
     """Versions that every time on that device depends on, the reference's too."""
-    found: dict[str, Any] = {name: installed(name) for name in ("torch", "transformers")}
-    found["python"] = platform.python_version()
+    found = {name: installed(name) for name in ("torch", "transformers")} | {"python": platform.python_version()}
     if device.type == "cpu":
         return found | {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
     runtime = {"cuda": torch.version.cuda, "rocm": torch.version.hip} if device.type == "cuda" else {}
     return found | {"triton": installed("triton")} | runtime | {"driver": _driver(device.type)}
 
 
-def described(versions: Mapping[str, Any]) -> str:
+def described(versions: Mapping[str, str | None]) -> str:
     """Names and values of what is there, on one line."""
     return ", ".join(f"{name} {value}" for name, value in versions.items() if value is not None)
 

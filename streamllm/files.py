@@ -1,10 +1,16 @@
-"""Writing files so that readers see the old one or the new one, never a part, a crash of the machine included."""
+"""Files: what JSON holds, and writing so that readers see the old file or the new one, never a part, a crash of the
+machine included."""
 
 from __future__ import annotations
 
 import os
 import uuid
 from pathlib import Path
+from typing import TypeAlias
+
+Scalar: TypeAlias = str | int | float | bool | None
+Json: TypeAlias = "dict[str, Json] | list[Json] | Scalar"
+"""What `json.loads` returns."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:

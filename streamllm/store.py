@@ -10,6 +10,7 @@ import ast
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -19,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UsageError
-from .files import write_atomically
+from .files import Json, write_atomically
 from .methods import module_of
 
 MEASURING_CODE = (
@@ -83,7 +84,7 @@ class MeasurementStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def get(self, key: dict[str, Any]) -> Measurement | None:
+    def get(self, key: Mapping[str, object]) -> Measurement | None:
         """The measurement of that key; a damaged entry is kept aside as `.damaged` and counts as missing."""
         path = self._path(key)
         try:
@@ -101,7 +102,7 @@ class MeasurementStore:
                 path.rename(path.with_suffix(".damaged"))
             return None
 
-    def put(self, key: dict[str, Any], measurement: Measurement) -> None:
+    def put(self, key: Mapping[str, object], measurement: Measurement) -> None:
         """Raises StoreError, and leaves nothing half-written behind."""
         path = self._path(key)
         losses = b""
@@ -126,10 +127,10 @@ class MeasurementStore:
                 f"command again; what is finished is kept"
             ) from error
 
-    def key(self, name: str) -> dict[str, Any] | None:
+    def key(self, name: str) -> dict[str, Json] | None:
         """All that determined the entry of that name; None if it is not there, or is damaged."""
         try:
-            key: dict[str, Any] = json.loads(self.losses_file(name).with_suffix(".json").read_bytes())["key"]
+            key: dict[str, Json] = json.loads(self.losses_file(name).with_suffix(".json").read_bytes())["key"]
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return key
@@ -143,11 +144,11 @@ class MeasurementStore:
         table: np.ndarray = np.load(self.losses_file(name), allow_pickle=False)
         return table
 
-    def _path(self, key: dict[str, Any]) -> Path:
+    def _path(self, key: Mapping[str, object]) -> Path:
         return self.losses_file(entry_name(key)).with_suffix(".json")
 
 
-def entry_name(key: dict[str, Any]) -> str:
+def entry_name(key: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
 
 

@@ -9,14 +9,17 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, TYPE_CHECKING
 
 from .errors import TextError
+
+if TYPE_CHECKING:
+    from datasets import DatasetBuilder, IterableDataset
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 """Suffixes of files that are tables, in any case."""
@@ -33,7 +36,7 @@ class Rows:
     what: str
     """For messages, as "data set 'pg19'"."""
     columns: Sequence[str]
-    read: Callable[[str, int, int | None], Iterator[Any]]
+    read: Callable[[str, int, int | None], Iterator[object]]
     """(column, first row, how many; None: all that follow) -> the column's values there, none past the end."""
 
 
@@ -45,11 +48,12 @@ def slug(title: str) -> str:
 def text_of(rows: Rows, book: str | None, join: str) -> str:
     """One row, by its number from 0 or its title, or (None) all of them joined. Raises TextError."""
     if "text" not in rows.columns:
-        raise TextError(f"{rows.what}: no column 'text' among {', '.join(rows.columns) or 'none'}")
+        columns = ", ".join(rows.columns) or "none"
+        raise TextError(f"{rows.what}: no column 'text' among {columns}; the text must be in a column of that name")
     if book is None:
         texts = list(rows.read("text", 0, None))
         if not texts:
-            raise TextError(f"{rows.what}: no rows")
+            raise TextError(f"{rows.what}: no rows; give another file or --split")
         return _joined(_strings(rows, texts, 0), join)
     number = int(book) if re.fullmatch(r"-?\d+", book) else _number_of(rows, book)
     texts = list(rows.read("text", number, 1)) if number >= 0 else []
@@ -87,11 +91,11 @@ def _number_of(rows: Rows, book: str) -> int:
     return found[0]
 
 
-def _strings(rows: Rows, texts: list[Any], first: int) -> list[str]:
+def _strings(rows: Rows, texts: Sequence[object], first: int) -> list[str]:
     for number, text in enumerate(texts, first + 1):
         if not isinstance(text, str):
             raise TextError(f"{rows.what}: 'text' of row {number} is {text!r}, not a string; mend or remove that row")
-    return texts
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _joined(texts: list[str], join: str) -> str:
@@ -114,7 +118,7 @@ def _parquet_rows(files: Sequence[str], what: str, damaged: str, fix: str = "") 
     before the end, as after a book, the threads of pyarrow's scanner now and then abort the process when it ends."""
     from pyarrow.parquet import ParquetFile
 
-    def read(column: str, first: int, count: int | None) -> Iterator[Any]:
+    def read(column: str, first: int, count: int | None) -> Iterator[object]:
         last = math.inf if count is None else first + count
         before = 0
         for name in files:
@@ -133,12 +137,13 @@ def _parquet_rows(files: Sequence[str], what: str, damaged: str, fix: str = "") 
         return Rows(what, file.schema_arrow.names, read)
 
 
-def _opened(name: str) -> Any:
+def _opened(name: str) -> AbstractContextManager[IO[bytes]]:
     if "://" not in name:
         return Path(name).open("rb")
     import fsspec
 
-    return fsspec.open(name, "rb")
+    remote: AbstractContextManager[IO[bytes]] = fsspec.open(name, "rb")
+    return remote
 
 
 def _json_rows(path: Path, what: str) -> Rows:
@@ -153,7 +158,7 @@ def _json_rows(path: Path, what: str) -> Rows:
     if lacking is not None:
         return Rows(what, list(lacking) if isinstance(lacking, dict) else [], lambda *_: iter(()))
 
-    def read(column: str, first: int, count: int | None) -> Iterator[Any]:
+    def read(column: str, first: int, count: int | None) -> Iterator[object]:
         return (row.get(column) for row in islice(rows, first, None if count is None else first + count))
 
     return Rows(what, list(rows[0]) if rows else ["text"], read)
@@ -181,8 +186,8 @@ def dataset_rows(name: str, config: str | None, split: str, what: str, by_file: 
     return _streamed_rows(builder, split, files, what)
 
 
-def _streamed_rows(builder: Any, split: str, files: list[str], what: str) -> Rows:
-    def read(column: str, first: int, count: int | None) -> Iterator[Any]:
+def _streamed_rows(builder: DatasetBuilder, split: str, files: list[str], what: str) -> Rows:
+    def read(column: str, first: int, count: int | None) -> Iterator[object]:
         with _explained(what):
             last = None if count is None else first + count
             yield from (row[column] for row in islice(_stream(builder, split, files), first, last))
@@ -192,11 +197,11 @@ def _streamed_rows(builder: Any, split: str, files: list[str], what: str) -> Row
         return Rows(what, stream.column_names or list(next(iter(stream), {"text": None})), read)
 
 
-def _document_rows(builder: Any, split: str, files: list[str], what: str) -> Rows:
+def _document_rows(builder: DatasetBuilder, split: str, files: list[str], what: str) -> Rows:
     """A row per text file."""
     builder.config.sample_by, builder.config.encoding = "document", "utf-8-sig"
 
-    def read(column: str, first: int, count: int | None) -> Iterator[Any]:
+    def read(column: str, first: int, count: int | None) -> Iterator[object]:
         chosen = files[first : None if count is None else first + count]
         if column == "title":
             yield from (PurePosixPath(file).stem for file in chosen)
@@ -207,7 +212,7 @@ def _document_rows(builder: Any, split: str, files: list[str], what: str) -> Row
     return Rows(what, ["title", "text"], read)
 
 
-def _stream(builder: Any, split: str, files: list[str]) -> Any:
+def _stream(builder: DatasetBuilder, split: str, files: list[str]) -> IterableDataset:
     """Rows (dict) of a split, of these files only: the builder would look into the first file of every split."""
     if files:
         builder.config.data_files = {split: files}

@@ -308,7 +308,7 @@ def test_filters(study, where, trials):
         ("1) union select 1 --", "where '1) union select 1 --':"),
         ("1; drop table trials", "where '1; drop table trials':"),
         ("__import__('os').system('true')", "where"),
-        ("tpot_ms < 0", "none of the 10 trials is such"),
+        ("tpot_ms < 0", "none of the 10 trials meets it"),
     ],
 )
 def test_a_filter_that_cannot_be_meant_is_one_line_with_exit_code_2(study, where, message, capsys):
@@ -408,7 +408,11 @@ def test_the_command_names_all_that_decides_the_trial(tmp_path, monkeypatch):
     trial = row(3, 3.0, 2.0, method="ring", n_sink=32, window_size=200, compress_every=16, cache_slack=24, max_drop=8)
     trial |= {"backend_requested": "math", "execution": "compile", "threads": 2, "dtype": "bfloat16"}
     write_study(
-        tmp_path, [trial], source=source | {"max_eval_tokens": 500}, model="-odd/model", quantization="int8_weight_only"
+        tmp_path,
+        [trial],
+        source=source | {"max_eval_tokens": 500},
+        model="-odd/my model",
+        quantization="int8_weight_only",
     )
     arguments = parsed(reproduce_command(load_study("s"), trial))
     assert given_policy(arguments) == EvictionPolicy(
@@ -417,7 +421,7 @@ def test_the_command_names_all_that_decides_the_trial(tmp_path, monkeypatch):
     assert {name: getattr(arguments, name) for name in ("method", "attn_backend", "execution", "threads", "dtype")} == {
         "method": "ring", "attn_backend": "math", "execution": "compile", "threads": 2, "dtype": "bfloat16",
     }  # fmt: skip
-    assert (arguments.model, arguments.quantization) == ("-odd/model", "int8_weight_only")
+    assert (arguments.model, arguments.quantization) == ("-odd/my model", "int8_weight_only")
     assert (arguments.text, arguments.offset, arguments.max_eval_tokens) == (Path("my book.txt"), 7, 500)
     assert arguments.store == Path("sweeps/.store") and arguments.mode == "both"
     (tmp_path / "elsewhere").mkdir()

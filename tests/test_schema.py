@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 import pickle
 from dataclasses import fields
 
@@ -13,7 +14,7 @@ from orchestrator import tracking
 from search_spaces.knobs import LEAST, USUAL
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy
-from streamllm.results.schema import FIELDS, FORMAT, KNOBS, OBJECTIVES, POLICY_KNOBS, Row, told_name
+from streamllm.results.schema import FIELDS, FORMAT, KNOBS, OBJECTIVES, POLICY_KNOBS, Row, number, told_name
 from streamllm.results.study_folder import append_row, read_rows, write_rows
 
 VALUES = {"trial": 3, "method": "ours", "n_sink": 0, "feasible": False, "tpot_ms": 2.5, "tpot_ms_low": 2.25}
@@ -41,8 +42,15 @@ def test_rows_are_versioned_and_unknown_keys_are_refused(tmp_path):
     assert older == VALUES
     with pytest.raises(UsageError, match=rf"here: has rows of format {FORMAT + 1}, this version reads {FORMAT}"):
         Row.from_json(VALUES | {"format": FORMAT + 1}, "here")
+    with pytest.raises(UsageError, match="here: has rows of format new"):
+        Row.from_json(VALUES | {"format": "new"}, "here")
     with pytest.raises(UsageError, match="here: key 'joy': no knob, measure or fact of a row"):
         Row.from_json(VALUES | {"format": FORMAT, "joy": 1}, "here")
+
+
+def test_a_number_is_one_that_is_there_and_finite():
+    row = {"a": 2, "b": 0.0, "c": math.nan, "d": math.inf, "e": "3", "f": None}
+    assert [number(row, name) for name in "abcdefg"] == [2.0, 0.0, None, None, None, None, None]
 
 
 def test_what_shows_and_searches_follows_from_the_fields():

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
-from .schema import AnyRow
+from .schema import AnyRow, number
 
 R = TypeVar("R", bound=AnyRow)
 
@@ -93,8 +93,6 @@ def objective_values(row: AnyRow, objectives: Mapping[str, str]) -> tuple[float,
     """The row's objectives, all to be minimised; None if it cannot be on a front."""
     if row.get("state") != "complete" or not row.get("feasible", True):
         return None
-    values = [row.get(name) for name in objectives]
-    if not all(isinstance(value, int | float) and math.isfinite(value) for value in values):
-        return None
-    signs = (-1.0 if direction == "maximize" else 1.0 for direction in objectives.values())
-    return tuple(sign * float(value) for sign, value in zip(signs, values, strict=True) if value is not None)
+    signs = {name: -1.0 if direction == "maximize" else 1.0 for name, direction in objectives.items()}
+    values = tuple(sign * value for name, sign in signs.items() if (value := number(row, name)) is not None)
+    return values if len(values) == len(objectives) else None

@@ -7,12 +7,14 @@ made of these fields. A new measure is a line in `Row`, and the place that compu
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from typing import Any, Literal, Self
 
 from ..errors import UsageError
+from ..files import Json
 
 Direction = Literal["minimize", "maximize"]
 FORMAT = 3
@@ -65,29 +67,25 @@ class Field:
     """A line of help."""
 
 
-def _field(header: str = "", **more: Any) -> Any:
+def _fact(header: str = "", **more: Any) -> Any:
+    """A fact that a row states about itself, in words or a number."""
     return dataclasses.field(default=None, metadata={"field": Field(header=header, **more)})
 
 
-def _fact(header: str = "", **more: Any) -> Any:
-    """A fact that a row states about itself, in words or a number."""
-    return _field(header, **more)
-
-
 def _word(header: str, usual: str, **more: Any) -> Any:
-    return _field(header, words=True, knob=True, usual=usual, label=header, mlflow="tag", **more)
+    return _fact(header, words=True, knob=True, usual=usual, label=header, mlflow="tag", **more)
 
 
 def _tokens(header: str, symbol: str, least: int, usual: int | None, label: str, about: str, **more: Any) -> Any:
     """A knob that is a number of tokens."""
-    return _field(
+    return _fact(
         header, symbol=symbol, unit="tokens", label=label, knob=True, least=least, usual=usual, about=about,
         **{"short": symbol, "mlflow": "param", "viewed": True} | more,
     )  # fmt: skip
 
 
 def _measure(header: str, unit: str = "", decimals: int | None = 2, **more: Any) -> Any:
-    return _field(header, unit=unit, decimals=decimals, mlflow="metric", **more)
+    return _fact(header, unit=unit, decimals=decimals, mlflow="metric", **more)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -130,11 +128,11 @@ class Row(Mapping[str, Any]):
     n_sink: int | None = _tokens("sinks", "S", 0, 4, "sinks S, tokens", "first tokens never evicted")
     window_size: int | None = _tokens("window", "W", 1, None, "window W, tokens", "recent tokens kept by a prune")
     compress_every: int | None = _tokens("prune every", "R", 0, 1, "pruned every R tokens",
-                                         "prune only when R divides the token count; 0 never")  # fmt: skip
+                                         "prune only when R divides the token count; 0: never")  # fmt: skip
     cache_slack: int | None = _tokens("slack", "σ", 0, 0, "slack σ, tokens", "prune only above S + W + slack tokens",
                                       short="slack")  # fmt: skip
     max_drop: int | None = _tokens("max drop", "δ", 0, 0, "max drop δ, tokens (0: no limit)",
-                                   "evict at most so many tokens after a token; 0 no limit", short="drop")  # fmt: skip
+                                   "evict at most so many tokens at a time; 0: no limit", short="drop")  # fmt: skip
     refresh_budget: int | None = _fact(about="tokens that method refresh puts back")
     refresh_position: str | None = _fact()
     overlap: int | None = _fact()
@@ -180,9 +178,7 @@ class Row(Mapping[str, Any]):
     tokens_per_segment: int | None = _fact()
     warmup_tokens: int | None = _fact()
     speed_sec: float | None = _measure("timing", "s", 1, about="that the timing took")
-    speed_entry: str | Sequence[str] | None = _fact(
-        about="name of the store's entry with the times; of several runs, each"
-    )
+    speed_entry: str | None = _fact(about="name of the store's entry with the times; of several runs, each")
     reference_total: int | None = _fact(about="total KV of strict StreamingLLM beside it")
     reference_digest: str | None = _fact(about="its weights, where they are others")
 
@@ -228,7 +224,7 @@ class Row(Mapping[str, Any]):
     finished_at: float | None = _fact(about="seconds since 1970")
     commit: str | None = _fact(mlflow="tag")
 
-    ends: dict[str, Any] = dataclasses.field(default_factory=dict)
+    ends: dict[str, object] = dataclasses.field(default_factory=dict)
     """`NAME_low`, `NAME_high`, and of several runs `NAME_std`."""
 
     def __getitem__(self, key: str) -> Any:
@@ -247,7 +243,7 @@ class Row(Mapping[str, Any]):
     def __len__(self) -> int:
         return sum(1 for _ in self)
 
-    def __or__(self, values: Mapping[str, Any]) -> Row:
+    def __or__(self, values: Mapping[str, object]) -> Row:
         """The row with these values; None takes one away. Raises ValueError for keys that are none of a row's."""
         fields, ends = _sorted(values)
         return self._with(fields, self.ends | ends)
@@ -257,25 +253,25 @@ class Row(Mapping[str, Any]):
 
     __hash__ = None  # type: ignore[assignment]
 
-    def _with(self, fields: Mapping[str, Any], ends: Mapping[str, Any]) -> Self:
+    def _with(self, fields: Mapping[str, object], ends: Mapping[str, object]) -> Self:
         """A copy with other fields; `dataclasses.replace` would set each of eighty anew."""
         copied = copy(self)
         vars(copied).update(fields, ends={key: end for key, end in ends.items() if end is not None})
         return copied
 
     @classmethod
-    def of(cls, values: Mapping[str, Any]) -> Row:
+    def of(cls, values: Mapping[str, object]) -> Row:
         """Raises ValueError for keys that are none of a row's."""
         fields, ends = _sorted(values)
         return _EMPTY._with(fields, ends)
 
     @classmethod
-    def from_json(cls, values: Mapping[str, Any], where: str) -> Row:
+    def from_json(cls, values: Mapping[str, object], where: str) -> Row:
         """`where`: for the message. Raises UsageError for a row of a later version, or with keys that are none of a
         row's. Older rows might have any: those that mean nothing any more are left out."""
         written = values.get("format", 2)
         values = {key: value for key, value in values.items() if key != "format"}
-        if written > FORMAT:
+        if not isinstance(written, int) or written > FORMAT:
             raise UsageError(f"{where}: has rows of format {written}, this version reads {FORMAT}; use a newer one")
         if written < FORMAT:
             values = {key: value for key, value in values.items() if _is_key(key)}
@@ -284,7 +280,7 @@ class Row(Mapping[str, Any]):
         except ValueError as error:
             raise UsageError(f"{where}: {error}") from None
 
-    def to_json(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Json]:
         return {"format": FORMAT, **self}
 
 
@@ -323,6 +319,12 @@ def knobs_in_short(row: AnyRow, symbols: bool = False) -> str:
     return " ".join(f"{letter}={value}" for letter, value in named if value is not None)
 
 
+def number(row: AnyRow, name: str) -> float | None:
+    """The value; None if there is none, or none that is finite."""
+    value = row.get(name)
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
 def dtype_of(key: str) -> str:
     """The dtype of a column of such values in pandas, which may be missing. Lists, and numbers beside words, are
     objects."""
@@ -332,7 +334,7 @@ def dtype_of(key: str) -> str:
     return kinds.get(_TYPES[key].removesuffix(" | None"), "object")
 
 
-def _sorted(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _sorted(values: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
     """Fields, and ends of intervals. Raises ValueError."""
     fields = {key: value for key, value in values.items() if key in FIELDS}
     ends = {key: value for key, value in values.items() if key not in FIELDS}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 from search_spaces import Constraint, judged
 
@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..reference_time import WORKER, ReferencePool, ReferenceTime, speedup
 from .front import study_front
 from .schema import Row
-from .study_folder import StudyFolder, read_rows
+from .study_folder import StudyFolder, StudySettings, read_rows
 
 EXPERIMENT = "streamllm-sweep"
 """The name of the experiment in MLflow that holds all studies."""
@@ -35,7 +35,7 @@ class StudyResults:
 
     name: str
     folder: Path
-    configuration: dict[str, Any]
+    configuration: StudySettings
     baseline: Row | None
     trials: Sequence[Row]
     strict: Row | None = None
@@ -55,6 +55,11 @@ class StudyResults:
         return StudyFolder(self.folder)
 
     @property
+    def fixed(self) -> list[Row]:
+        """What the trials are compared with, as far as it is known: strict StreamingLLM, then the baseline."""
+        return [row for row in (self.strict, self.baseline) if row is not None]
+
+    @property
     def is_confirmed(self) -> bool:
         return any(row.get("rounds") for row in self.trials)
 
@@ -70,16 +75,18 @@ def load_study(study: str) -> StudyResults:
     if found is None:
         known = ", ".join(sorted(path.parent.name for path in Path("sweeps").glob("*/trials.jsonl"))) or "none yet"
         raise UsageError(f"study {study!r}: neither a folder with results nor one of sweeps/ ({known})")
-    configuration = found.read_configuration()
+    configuration = cast(StudySettings, found.read_configuration())
     increases, confirmed = ({row.trial: row for row in read_rows(path)} for path in (found.increases, found.confirmed))
     measured = [row | increases.get(row.trial, _NOTHING) for row in read_rows(found.trials)]
     merged = [_confirmed(row, confirmed.get(row.trial)) for row in measured]
     pool = ReferencePool([*measured, *(row for row in merged if row.rounds)])
     fixed = {row.trial: pool.with_time(_as_unit(row)) for row in merged if row.trial in FIXED}
     baseline = fixed.get("baseline")
-    constraints = [Constraint(**limit) for limit in configuration.get("space", {}).get("constraints", ())]
+    space = configuration.get("space")
+    limits = space.get("constraints", []) if space is not None else []
+    constraints = [Constraint(**limit) for limit in limits]
     return StudyResults(
-        name=str(configuration["study"]),
+        name=configuration["study"],
         folder=found.path,
         configuration=configuration,
         baseline=baseline,
@@ -94,7 +101,7 @@ FIXED = ("strict", "baseline")
 """In place of a trial's number."""
 
 
-_NOTHING: Mapping[str, Any] = {}
+_NOTHING: Mapping[str, object] = {}
 
 
 def _confirmed(row: Row, again: Row | None) -> Row:

@@ -14,10 +14,44 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired, TypedDict
 
-from ..files import write_atomically
+from ..files import Scalar, write_atomically
 from .schema import Row
+
+
+class SpaceSettings(TypedDict):
+    """The space that is searched."""
+
+    name: str
+    cap_accounting: NotRequired[str]
+    constraints: NotRequired[list[Limit]]
+
+
+class Limit(TypedDict):
+    metric: str
+    relation: Literal["<=", ">="]
+    limit: float
+
+
+class StudySettings(TypedDict):
+    """The keys of `sweep.json` that tables, figures and the report read; older studies lack some."""
+
+    study: str
+    summary: str
+    model: str
+    quantization: str
+    source: dict[str, Scalar]
+    """Fields of a `TextSource`."""
+    cap: int
+    objectives: dict[str, str]
+    """Name -> "minimize" or "maximize"."""
+    seed: int
+    commit: str
+    space: NotRequired[SpaceSettings]
+    sampler: NotRequired[str]
+    max_ppl_increase: NotRequired[float | None]
+    versions: NotRequired[dict[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +108,7 @@ class StudyFolder:
     def read_configuration(self) -> dict[str, Any]:
         return dict(json.loads(self.configuration.read_text()))
 
-    def write_configuration(self, values: Mapping[str, Any]) -> None:
+    def write_configuration(self, values: Mapping[str, object]) -> None:
         write_atomically(self.configuration, json.dumps(values, indent=2) + "\n")
 
     def read_outcome(self) -> tuple[str | None, float | None]:
