@@ -363,7 +363,7 @@ def test_work_is_timed_by_the_accelerators_own_clock(monkeypatch):
     assert done == ["waited", "worked", "waited"]
 
 
-@pytest.mark.parametrize(("free", "block"), [(80e9, 1024), (2e9, 128), (8e9, 512), (1e6, 128)])
+@pytest.mark.parametrize(("free", "block"), [(80e9, 2048), (2e9, 128), (8e9, 512), (1e6, 128)])
 def test_blocks_are_as_large_as_an_accelerators_memory_allows(free, block, golden_model, monkeypatch):
     """By a vocabulary of 50,304."""
     monkeypatch.setattr(block_parallel, "free_memory", lambda of: int(free))

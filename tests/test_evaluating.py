@@ -21,14 +21,15 @@ def test_it_is_what_the_command_does(tmp_path, monkeypatch, capsys):
     found = streamllm.evaluate(RING, source=SHORT, how=how, with_baseline=True, store=tmp_path / "store")
     assert isinstance(found.row, Row) and found.losses.shape == (199, 2)
     assert found.row["speedup"] > 1 and found.baseline["method"] == "recompute"
-    options = "--method ring --window-size 60 --max-eval-tokens 200 --mode both --baseline-tokens 8".split()
+    options = ["--method", "ring", "--window-size", "60", "--max-eval-tokens", "200", "--mode", "both"]
+    options += ["--baseline-tokens", "8"]
     losses, output = tmp_path / "losses.parquet", tmp_path / "both.json"
     files = ["--per-token-losses", str(losses), "--output-file", str(output), "--store", str(tmp_path / "store")]
     monkeypatch.setattr("sys.argv", ["streamllm", "evaluate", *options, *files, "--json"])
     assert main() == 0
     said, written = json.loads(capsys.readouterr().out), json.loads(output.read_text())
     assert written["streaming"] == said and written["baseline"]["reused"], "the baseline is the store's now"
-    assert set(found.row) == set(said) and set(found.baseline) == set(written["baseline"])
+    assert set(found.row.to_json()) == set(said) and set(found.baseline.to_json()) == set(written["baseline"])
     for name in ("perplexity", "perplexity_low", "ppl_vs_strict_percent", "ppl_increase_percent", "method", "total_kv"):
         assert found.row.get(name) == said.get(name), name
     np.testing.assert_array_equal(found.losses[:, 1], pd.read_parquet(losses)["loss"])
