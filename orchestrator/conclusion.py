@@ -61,7 +61,7 @@ def conclude(configuration: SweepConfiguration, tracker: Tracker, display: Displ
 
 def _next_steps(configuration: SweepConfiguration) -> str:
     python = _python()
-    more = f" with --trials {2 * configuration.trials}" if configuration.time_budget is None else ""
+    more = f" with --trials {2 * configuration.trials}" if configuration.search.time_budget is None else ""
     return "\n".join(
         (
             f"report    {configuration.output}/report.html; tables and figures beside it",

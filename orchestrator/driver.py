@@ -57,6 +57,7 @@ class Driver:
         trials: int,
         observers: list[Observer],
         note: Callable[[str], None] = lambda _: None,
+        *,
         until: float = math.inf,
         confirm: int = 0,
         baseline_tokens: int | None = None,

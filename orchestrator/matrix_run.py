@@ -5,7 +5,6 @@ A cell that is finished is never measured again; one that fails leaves its reaso
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import sys
@@ -27,7 +26,7 @@ from streamllm.results.study_folder import StudyFolder
 from streamllm.session import compare_quality
 
 from .lease import leases_on, study_lease
-from .matrix_plan import Document, MatrixPlan, Planned, cost, describe, make_plan
+from .matrix_plan import Document, MatrixPlan, MatrixRequest, Planned, cost, describe, make_plan
 
 if TYPE_CHECKING:
     from streamllm.baseline import Measured
@@ -46,10 +45,10 @@ class _SpoiledError(RuntimeError):
     """Nothing can be measured by this process any more."""
 
 
-def run_matrix(arguments: argparse.Namespace) -> int:
+def run_matrix(request: MatrixRequest, dry_run: bool) -> int:
     """The exit code: 1 if a cell failed. Raises UsageError."""
-    plan = make_plan(arguments)
-    if arguments.dry_run:
+    plan = make_plan(request)
+    if dry_run:
         say(describe(plan))
         return 0
     plan.folder.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from streamllm.errors import UsageError
 from streamllm.store import StoreError
 
 from .accelerators import ONE_EACH
+from .configuration import WorkerSettings
 from .lease import this_process
 from .messages import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
 from .worker import Worker
@@ -70,22 +71,17 @@ class _Worker:
 
 
 class WorkerPool:
-    """Starts `count` workers and passes trials to them.
+    """Starts workers and passes trials to them.
 
-    0 is one per accelerator, or per `cpus_per_worker` cores where there is none, and as many more as the cluster grows
-    by. `cpus_per_worker` 0: one core, or with a `count` an equal share. Timeouts are in seconds; without one, a trial
-    has an hour or ten times the slowest so far. `note` is given lines for the user. Raises UsageError.
+    A `count` of 0 is one per accelerator, or per `cpus` cores where there is none, and as many more as the cluster
+    grows by. `note` is given lines for the user. Raises UsageError.
     """
 
     def __init__(
         self,
         setup: WorkerSetup,
-        count: int = 0,
-        address: str | None = None,
+        settings: WorkerSettings,
         *,
-        cpus_per_worker: int = 0,
-        trial_timeout: float | None = None,
-        load_timeout: float = 1800.0,
         note: Callable[[str], None] = lambda _: None,
         worker_class: type[Worker] = Worker,
     ) -> None:
@@ -94,11 +90,11 @@ class WorkerPool:
         self._ray = ray
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
-            init_ray(address)
+            init_ray(settings.address)
         self._setup = setup
-        self._count = count
-        self.trial_timeout = trial_timeout
-        self._load_timeout = load_timeout
+        self._count = settings.count
+        self.trial_timeout = settings.trial_timeout
+        self._load_timeout = settings.load_timeout
         self._note = note
         self._class = worker_class
         self._slowest = 0.0
@@ -111,9 +107,9 @@ class WorkerPool:
         """Set by a Ctrl-C, whose exception a library may have swallowed."""
         try:
             self._on_accelerators = self._total("GPU") > 0
-            self._cores = cpus_per_worker or self._share()
-            self._check_room(count)
-            for index in range(count or self._capacity()):
+            self._cores = settings.cpus or self._share()
+            self._check_room(self._count)
+            for index in range(self._count or self._capacity()):
                 self._start(index)
         except BaseException:
             self.shutdown()

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.configuration import WorkerSettings
 from orchestrator.driver import Driver
 from orchestrator.messages import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.pool import WorkerPool
@@ -102,7 +103,9 @@ def ours(folder: Path, trials: int, workers: int) -> dict[str, float]:
     (folder / "sweep.json").write_text(json.dumps(settings))
     rows = TrialsFile(StudyFolder(folder), [])
     tracker = Tracker(Projection(settings, MeasurementStore(folder / "store")), rows)
-    pool = WorkerPool(WorkerSetup("", TextSource(), "", "", folder / "store", CAP), workers, worker_class=Idle)
+    pool = WorkerPool(
+        WorkerSetup("", TextSource(), "", "", folder / "store", CAP), WorkerSettings(count=workers), worker_class=Idle
+    )
     try:
         Driver(study, pool, CAP, trials, [times, rows, tracker]).run()
     finally:
