@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dashboards.figures import write_figures
+from dashboards.findings import findings
 from dashboards.pareto import export, print_table
 from dashboards.published import write_published
 from dashboards.recommendation import recommended, record
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .configuration import SweepConfiguration
     from .display import Display
     from .tracker import Tracker
+    from .tracking import Report
 
 
 def conclude(configuration: SweepConfiguration, tracker: Tracker, display: Display) -> None:
@@ -32,21 +34,21 @@ def conclude(configuration: SweepConfiguration, tracker: Tracker, display: Displ
     from .tracking import one_line
 
     results = load_study(str(configuration.output))
-    report = [configuration.folder.configuration]
+    files = [configuration.folder.configuration]
     if results.trials:
         keep_recommendation(results)
         for reason in keep_front(results):
             display.note(reason)
         print_table(results)
         try:
-            report += write_outputs(results)
+            files += write_outputs(results)
         except Exception as error:  # the results are complete without it
             display.note(
                 f"warning: the report could not be written ({one_line(error)}); "
                 f"{_python()} -m dashboards.report {configuration.output} tries again"
             )
     try:
-        problem = tracker.finish(report, display.draining)
+        problem = tracker.finish(report_of(results, files), display.draining)
     except KeyboardInterrupt:
         problem = "interrupted"
     if problem is not None:
@@ -86,6 +88,14 @@ def keep_recommendation(results: StudyResults) -> None:
     """Adds what is recommended, why and its command to `sweep.json`."""
     found = record(results, recommended(results, results.front))
     results.files.write_configuration(results.files.read_configuration() | {"recommendation": found})
+
+
+def report_of(results: StudyResults, files: Sequence[Path]) -> Report:
+    """What MLflow shows of the whole study."""
+    from .tracking import Report
+
+    advised = record(results, recommended(results, results.front))
+    return Report(files, findings(results, results.front).paragraphs, advised["trial"], advised["command"])
 
 
 def keep_front(results: StudyResults) -> list[str]:

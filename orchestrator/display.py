@@ -21,10 +21,10 @@ from streamllm.progress import LINE_SEC, regularly, spoken
 from streamllm.reference_time import ReferencePool
 from streamllm.results.front import hypervolume, pareto_front
 from streamllm.results.schema import OBJECTIVES, Row, told_name
+from streamllm.results.study import BASELINE, STRICT
 
 from .messages import TrialSpec
 from .plot import Plot
-from .rows import BASELINE, STRICT
 
 _FRONT_ROWS = 5
 _WORKERS = 8

@@ -14,10 +14,11 @@ from search_spaces import SearchSpace
 from streamllm.errors import UsageError
 from streamllm.reference_time import WORKER
 from streamllm.results.schema import Row, told_name
+from streamllm.results.study import BASELINE, STRICT
 
 from .messages import TrialMeasurement, TrialSpec
 from .pool import Finished, SweepError, WorkerPool
-from .rows import BASELINE, STRICT, failed_row, fixed_row, fixed_spec, increases, trial_row
+from .rows import failed_row, fixed_row, fixed_spec, increases, trial_row
 from .sampling import BaselineSample
 from .study import OpenTrial, Study
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from streamllm.baseline import AS_BASELINE, baseline_policy, compared, sampled
+from streamllm.baseline import as_baseline, baseline_policy, compared
 from streamllm.configuration import Configuration
 from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
 from streamllm.files import write_atomically
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from streamllm.baseline import Measured
     from streamllm.measurements import Measurements
     from streamllm.model import LoadedModel
+    from streamllm.policy import EvictionPolicy
     from streamllm.text import TextSource, TokenStream
     from streamllm.timing import Reference
 
@@ -232,10 +233,7 @@ def _baseline(measurements: Measurements, planned: Planned) -> Measured:
     if planned.baseline == "recompute":
         policy = baseline_policy(policy, cell.protocol, measurements.loaded.trained_length)
     record, losses = _evaluate(measurements, planned, planned.baseline, "eager", policy)
-    comparison = compare_quality(measurements, cell.protocol, losses)
-    if comparison is not None:
-        record = record | sampled(losses, comparison, len(measurements.stream.tokens) - 1)
-    return record | AS_BASELINE, losses
+    return as_baseline(record, losses, compare_quality(measurements, cell.protocol, losses)), losses
 
 
 def _streaming(measurements: Measurements, planned: Planned, baseline: Measured) -> Row:
@@ -244,7 +242,9 @@ def _streaming(measurements: Measurements, planned: Planned, baseline: Measured)
     return record | compared(record, losses, baseline, comparison)
 
 
-def _evaluate(measurements: Measurements, planned: Planned, method: str, execution: str, policy: Any) -> Measured:
+def _evaluate(
+    measurements: Measurements, planned: Planned, method: str, execution: str, policy: EvictionPolicy
+) -> Measured:
     """The measurement, from the store if it is there."""
     from streamllm.evaluation import identity
     from streamllm.progress import working

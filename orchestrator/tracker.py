@@ -21,7 +21,7 @@ from streamllm.results.schema import Row
 from streamllm.results.study import load_study
 
 from .messages import TrialSpec
-from .tracking import Projection, one_line
+from .tracking import Projection, Report, one_line
 from .trials_file import TrialsFile
 
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 1.0, 60.0
@@ -74,7 +74,7 @@ class Tracker:
 
     def finish(
         self,
-        report: list[Path],
+        report: Report,
         progress: Callable[[int], None],
         patience_sec: float = 20.0,
         limit_sec: float = 600.0,
@@ -112,7 +112,7 @@ class _Follower:
         self._trials = trials
         self._longest_pause_sec = longest_pause_sec
         self._pause = _FIRST_PAUSE_SEC
-        self._report: list[Path] | None = None
+        self._report: Report | None = None
         self._failed = False
         self._done = 0
 
@@ -158,7 +158,7 @@ class _Follower:
                 self._wait(_FIRST_PAUSE_SEC)
         if self._failed:  # what was asked for in vain may have been done after all
             self._projection.open()
-        self._projection.close(load_study(str(self._trials.parent)), self._report or [])
+        self._projection.close(load_study(str(self._trials.parent)), self._report or Report())
         self._say()
 
     def _wait(self, seconds: float) -> None:

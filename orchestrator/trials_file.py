@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from streamllm.results.schema import Row
+from streamllm.results.study import FIXED
 from streamllm.results.study_folder import StudyFolder, append_row, read_rows, write_rows
 
 from .messages import TrialSpec
-from .rows import BASELINE, STRICT
 
 _OF_A_START = {"reused", "finished_at", "commit"}
 """Keys that differ in the rows of reference and baseline each time a sweep goes on."""
@@ -22,7 +22,7 @@ class TrialsFile:
         """Writes what the study has finished; what trials are compared with, itself no trial, stays as it was."""
         folder.forget_the_end()
         self.path = folder.trials
-        self._fixed = {row.trial: row for row in read_rows(self.path) if row.trial in (STRICT, BASELINE)}
+        self._fixed = {row.trial: row for row in read_rows(self.path) if row.trial in FIXED}
         written = [*self._fixed.values(), *rows]
         self.count = len(written)
         write_rows(self.path, written)
@@ -34,7 +34,7 @@ class TrialsFile:
         pass
 
     def trial_finished(self, row: Row) -> None:
-        if row.trial in (STRICT, BASELINE):
+        if row.trial in FIXED:
             before = self._fixed.get(row.trial)
             if before is not None and _measured(row) == _measured(before):
                 return

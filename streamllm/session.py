@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .arguments import sample_size, text_source
-from .baseline import AS_BASELINE, average, baseline_policy, sampled
+from .baseline import as_baseline, average, baseline_policy
 from .configuration import Configuration
 from .errors import UsageError
 from .progress import working
@@ -125,10 +125,8 @@ def baseline_runs(
         losses = measurement.losses
         assert losses is not None
         record = Row.of(identity(loaded, stream, "recompute", fixed, protocol) | measurement.record)
-        record = record | {"reference_total": measurements.total}
-        if (comparison := compare_quality(measurements, protocol, losses)) is not None:
-            record = record | sampled(losses, comparison, len(stream.tokens) - 1)
-        runs.append((record | AS_BASELINE | {"reused": not fresh}, losses))
+        record = as_baseline(record, losses, compare_quality(measurements, protocol, losses))
+        runs.append((record | {"reference_total": measurements.total, "reused": not fresh}, losses))
     raise AssertionError("unreachable: the store is finite")
 
 
