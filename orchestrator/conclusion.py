@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dashboards.figures import write_figures
 from dashboards.findings import findings
@@ -115,7 +115,7 @@ def keep_front(results: StudyResults) -> list[str]:
     return reasons
 
 
-def _why_left(row: AnyRow, better: AnyRow | None, front: Sequence[Any]) -> str:
+def _why_left(row: AnyRow, better: AnyRow | None, front: Sequence[int]) -> str:
     if not row.get("feasible", True):
         return f"measured again, it breaks {row['violated']}"
     if better is not None:

@@ -7,19 +7,41 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Literal, TypedDict, cast
 
 from search_spaces import Cell, Matrix, load_matrix
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy, for_chunks, with_derived_window
-from streamllm.results.schema import knobs_in_short
+from streamllm.results.schema import AnyRow, knobs_in_short
 from streamllm.text import TextSource
 
 from .configuration import check_least, total_kv
 
-Document = dict[str, Any]
-"""A cell's file: `settings`, `state`; if that is complete the objects `baseline` and, but for the baseline's own cell,
-`streaming`; else the `reason`."""
+
+class Outcome(TypedDict, total=False):
+    """What became of a cell."""
+
+    state: Literal["complete", "unavailable", "failed"]
+    reason: str
+    """Why it is not complete: then there is nothing else."""
+    backend: str
+    dataset: str
+    protocol: str
+    baseline: AnyRow
+    streaming: AnyRow
+    """Not in the baseline's own cell; nor is the speedup."""
+    speedup: float
+
+
+class Document(Outcome, total=False):
+    """A cell's file."""
+
+    cell: str
+    settings: dict[str, object]
+    measured_sec: float
+    finished_at: float
+    """Seconds since 1970."""
+    commit: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,12 +79,12 @@ class Planned:
     file: Path
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Everything that the command says about the result."""
         cell = asdict(replace(self.cell, dataset=None, total_kv=None, window_size=None))
         settings = {"model": self.model, "dataset": self.source.label, "baseline": self.baseline}
         settings |= {name: value for name, value in cell.items() if value is not None} | asdict(self.policy)
-        return json.loads(json.dumps(settings | {"source": asdict(self.source)}, default=str))
+        return dict(json.loads(json.dumps(settings | {"source": asdict(self.source)}, default=str)))
 
 
 @dataclass(frozen=True)
@@ -198,7 +220,7 @@ def _read(file: Path) -> Document | None:
         settings["source"] = asdict(TextSource()) | settings["source"]  # an older file has what it lacks as by default
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
-    return document
+    return cast(Document, document)
 
 
 def _check_settings(planned: Planned, document: Document) -> None:
@@ -212,5 +234,6 @@ def _check_settings(planned: Planned, document: Document) -> None:
         )
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {**settings, **settings.get("source", {}), "source": None}
+def _flat(settings: Mapping[str, object]) -> dict[str, object]:
+    source = settings.get("source")
+    return {**settings, **(source if isinstance(source, dict) else {}), "source": None}

@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from streamllm.results.schema import Row
 from streamllm.results.study import load_study
 
-from .messages import TrialSpec
+from .messages import TrialSpec, WorkerDescription
 from .tracking import Projection, Report, one_line
 from .trials_file import TrialsFile
 
@@ -51,7 +51,7 @@ class Tracker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
-    def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
+    def worker_ready(self, worker: int, description: WorkerDescription) -> None:
         pass
 
     def trial_started(self, worker: int, spec: TrialSpec) -> None:

@@ -17,11 +17,15 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from streamllm.results.schema import FIELDS, FORMAT, KNOBS, AnyRow, knobs_in_short, told_name
 from streamllm.results.study import EXPERIMENT, FIXED, VIEW, StudyResults, view_of
 from streamllm.store import MeasurementStore
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 _PARAMS = (*(field.name for field in KNOBS), "dtype")
 _TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if field.mlflow == "tag"}
@@ -57,7 +61,10 @@ class Projection:
 
     Raises whatever MLflow raises, which may be anything; after that, `open` finds out anew what is there."""
 
-    def __init__(self, configuration: dict[str, Any], store: MeasurementStore, tracking_uri: str | None = None) -> None:
+    def __init__(
+        self, configuration: Mapping[str, Any], store: MeasurementStore, tracking_uri: str | None = None
+    ) -> None:
+        """configuration: what `sweep.json` says."""
         self._configuration = configuration
         self._store = store
         self._uri = tracking_uri
@@ -160,7 +167,7 @@ class Projection:
         if (parent.status, parent.end_time) != (status or "KILLED", ended):
             self._client.set_terminated(self._runs[""], status or "KILLED", ended)
 
-    def _known_runs(self) -> Iterator[Any]:
+    def _known_runs(self) -> Iterator[Run]:
         """The study's runs, the oldest first."""
         token, condition = None, f"tags.study_id = '{self._configuration['study_id']}'"
         while True:
@@ -262,7 +269,7 @@ def shortened(note: str) -> str:
     return "\n".join([*lines[:kept], "", f"({len(lines) - kept} more lines are in the artifact pareto.md)"])
 
 
-def _client(tracking_uri: str | None) -> Any:
+def _client(tracking_uri: str | None) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the result's
@@ -294,7 +301,7 @@ def _same(one: float | None, other: float) -> bool:
     return one is not None and (one == other or (math.isnan(one) and math.isnan(other)))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from streamllm.results.schema import Row
 from streamllm.results.study import FIXED
 from streamllm.results.study_folder import StudyFolder, append_row, read_rows, write_rows
 
-from .messages import TrialSpec
+from .messages import TrialSpec, WorkerDescription
 
 _OF_A_START = {"reused", "finished_at", "commit"}
 """Keys that differ in the rows of reference and baseline each time a sweep goes on."""
@@ -27,7 +26,7 @@ class TrialsFile:
         self.count = len(written)
         write_rows(self.path, written)
 
-    def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
+    def worker_ready(self, worker: int, description: WorkerDescription) -> None:
         pass
 
     def trial_started(self, worker: int, spec: TrialSpec) -> None:
@@ -43,5 +42,5 @@ class TrialsFile:
         self.count += 1
 
 
-def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(row: Row) -> dict[str, object]:
     return {name: value for name, value in row.items() if name not in _OF_A_START}
