@@ -9,6 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from streamllm.arguments import percent
 from streamllm.errors import UsageError
 from streamllm.printing import say
 from streamllm.results.schema import AnyRow
@@ -17,7 +18,6 @@ from streamllm.results.study import StudyResults, load_study
 from . import kinds
 from .columns import shown_columns
 from .formats import FORMATS, Table, write_file
-from .recommendation import percent
 from .table import dispensable, pareto_table
 from .terminal import Line, View, lines, wrapped
 

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from streamllm.configuration import Configuration
-from streamllm.errors import UsageError
 from streamllm.results.front import objective_values
 from streamllm.results.schema import FIELDS, AnyRow, number
 from streamllm.results.study import StudyResults
@@ -78,7 +77,14 @@ def advice(study: StudyResults, found: Recommendation) -> list[str]:
     return [found.why, MEASURED_BY + reproduce_command(study, found.row)]
 
 
-def record(study: StudyResults, found: Recommendation) -> dict[str, int | str | None]:
+class Record(TypedDict):
+    trial: int | str | None
+    kind: str
+    why: str
+    command: str | None
+
+
+def record(study: StudyResults, found: Recommendation) -> Record:
     """For JSON; trial and command are None where nothing is recommended."""
     row = found.row
     return {
@@ -87,17 +93,6 @@ def record(study: StudyResults, found: Recommendation) -> dict[str, int | str | 
         "why": found.why,
         "command": None if row is None else reproduce_command(study, row),
     }
-
-
-def percent(text: str) -> float:
-    """A limit to the perplexity increase as it is typed. Raises UsageError."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not -100 < value < math.inf:
-        raise UsageError(f"max-ppl-increase {text!r}: must be a number of percent above -100, for example 3")
-    return value
 
 
 def reproduce_command(study: StudyResults, row: AnyRow) -> str:

@@ -46,7 +46,7 @@ def own_accelerator(is_given: bool) -> Accelerator | None:
     if not is_given:
         if count:
             raise UsageError(
-                f"torch sees {count} x {default_device().type} on {host}, Ray none: all workers would share the first; "
+                f"torch sees {count} x {default_device().type} on {host}, Ray sees none: all would share the first; "
                 f"start Ray with --num-gpus {count}, or hide them from both with CUDA_VISIBLE_DEVICES= (or its like)"
             )
         return None

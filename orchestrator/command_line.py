@@ -6,12 +6,18 @@ import argparse
 import os
 import re
 from dataclasses import replace
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search_spaces import SHIPPED, load_space
-from streamllm.arguments import add_model_arguments, add_sample_argument, add_text_arguments, sample_size, text_source
+from streamllm.arguments import (
+    add_model_arguments,
+    add_sample_argument,
+    add_text_arguments,
+    percent,
+    sample_size,
+    text_source,
+)
 from streamllm.environment import HELP
 from streamllm.errors import UsageError
 
@@ -19,8 +25,10 @@ from .options import SAMPLERS
 
 if TYPE_CHECKING:
     from search_spaces import SearchSpace
+    from streamllm.text import TextSource
 
-    from .configuration import SweepConfiguration
+    from .configuration import Identity, SweepConfiguration
+    from .matrix_plan import MatrixRequest
 
 _EXAMPLES = """examples:
   python -m orchestrator.sweep                                  the embedded model and text: minutes, no GPU, no network
@@ -89,10 +97,14 @@ def parser() -> argparse.ArgumentParser:
         "--trial-timeout",
         type=float,
         metavar="SEC",
-        help="a worker that is longer at a trial is ended (an hour, or ten times the slowest trial so far)",
+        help="a worker that takes longer for a trial is ended (an hour, or ten times the slowest trial so far)",
     )
     how.add_argument(
-        "--load-timeout", type=float, default=1800.0, metavar="SEC", help="so is one that loads for longer (1800)"
+        "--load-timeout",
+        type=float,
+        default=1800.0,
+        metavar="SEC",
+        help="one that loads for longer is ended too (1800)",
     )
     how.add_argument(
         "--confirm",
@@ -107,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         metavar="PERCENT",
         help="recommend the fastest whose perplexity is at most so much above re-computation's (the front's knee)",
     )
-    how.add_argument("--seed", type=int, default=0, metavar="N", help="of the search (0)")
+    how.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the search (0)")
     how.add_argument("--address", metavar="ADDRESS", help="join a Ray cluster, for example 'auto' (start one here)")
 
     how.add_argument(
@@ -120,96 +132,94 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_matrix_options(arguments: argparse.Namespace) -> None:
-    """Raises UsageError for an option that a matrix, which searches nothing, cannot heed."""
+def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
+    """Raises UsageError, for an option too that a matrix, which searches nothing, cannot heed."""
+    from .matrix_plan import MatrixRequest
+
     usual = parser().parse_args([])
     given = [name for name in _OF_SEARCHES if getattr(arguments, name) != getattr(usual, name)]
     if given:
         raise UsageError(
-            f"{', '.join('--' + name.replace('_', '-') for name in given)}: of searches; the matrix "
+            f"{', '.join('--' + name.replace('_', '-') for name in given)}: for searches only; the matrix "
             f"{arguments.space!r} measures each of its cells once, in this process; leave it out"
         )
+    return MatrixRequest(
+        space=arguments.space,
+        model=arguments.model,
+        source=text_source(arguments),
+        names_text=(arguments.text, arguments.token_ids, arguments.dataset_name) != (None, None, None),
+        dtype=arguments.dtype,
+        quantization=arguments.quantization,
+        cap=arguments.cap,
+        threads=arguments.cpus_per_worker or None,
+        study=arguments.study,
+        output=arguments.output,
+    )
 
 
 def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     """Checks all that can be checked before anything is started. Raises UsageError."""
-    from dashboards.recommendation import percent
+    from .configuration import ConfirmSettings, SearchSettings, SweepConfiguration, WorkerSettings
 
     source = text_source(arguments)
     space = load_space(arguments.space)
-    for name, least in (("trials", 1), ("workers", 0), ("cpus_per_worker", 0), ("seed", 0), ("confirm", 0)):
-        value = getattr(arguments, name)
-        if value is not None and value < least:
-            raise UsageError(f"{name} {value}: must be a whole number >= {least}")
-    for name in ("trial_timeout", "load_timeout"):
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            raise UsageError(f"{name} {value}: must be seconds > 0")
-    time_budget = None if arguments.time_budget is None else seconds(arguments.time_budget)
+    search = SearchSettings(
+        trials=arguments.trials,
+        time_budget=None if arguments.time_budget is None else seconds(arguments.time_budget),
+        sampler=arguments.sampler,
+        baseline_tokens=sample_size(arguments.baseline_tokens),
+    )
+    workers = WorkerSettings(
+        count=arguments.workers,
+        cpus=arguments.cpus_per_worker,
+        address=arguments.address,
+        trial_timeout=arguments.trial_timeout,
+        load_timeout=arguments.load_timeout,
+    )
     limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
+    confirm = ConfirmSettings(rounds=arguments.confirm, max_ppl_increase=limit)
+    identity = _identity(arguments, source, space)
+    configuration = SweepConfiguration(
+        output=arguments.output or Path("sweeps") / identity.study,
+        identity=identity.with_digests(),
+        search=search,
+        workers=workers,
+        confirm=confirm,
+    )
+    on_cuda = load_space(arguments.space, {"cuda"}).under(identity.cap)
+    if on_cuda == identity.space or configuration.goes_on():  # a study keeps the space it began with
+        return configuration
+    if not _has_cuda(arguments.address, arguments.dry_run):
+        return configuration
+    return replace(configuration, identity=replace(configuration.identity, space=on_cuda))
+
+
+def _identity(arguments: argparse.Namespace, source: TextSource, space: SearchSpace) -> Identity:
+    from streamllm.models import trained_length
+
+    from .configuration import Identity, total_kv
+
     label = Path(arguments.model).name or arguments.model
     of_cap = f"-{arguments.cap}" if arguments.cap is not None else ""
-    study = arguments.study or f"{label}-{source.label}-{space.name}{of_cap}"
-    if not re.fullmatch(r"[\w.][\w.+-]*", study):
-        raise UsageError(f"study {study!r}: use letters, digits, '.', '_', '+' and '-' only")
-
-    from streamllm.methods import check_protocol
-    from streamllm.models import trained_length, weights_digest
-    from streamllm.text import file_digest
-
-    from .configuration import SweepConfiguration, total_kv
-    from .study import check_cap
-
-    for method in space.parameters.get("method", ()):
-        check_protocol(str(method), "fast")
-    _check_quantizations(space, arguments.quantization)
     cap = total_kv(arguments.cap, space.cap, trained_length(arguments.model))
-    space = space.under(cap)
-    check_cap(space, cap)
-    configuration = SweepConfiguration(
-        study=study,
-        output=arguments.output or Path("sweeps") / study,
+    return Identity(
+        study=arguments.study or f"{label}-{source.label}-{space.name}{of_cap}",
         model=arguments.model,
         source=source,
         dtype=arguments.dtype,
         quantization=arguments.quantization,
-        space=space,
+        space=space.under(cap),
         cap=cap,
-        trials=arguments.trials or (16 if time_budget is None else space.size),
-        workers=arguments.workers,
         seed=arguments.seed,
-        sampler=arguments.sampler,
-        time_budget=time_budget,
-        baseline_tokens=sample_size(arguments.baseline_tokens),
-        max_ppl_increase=limit,
-        model_digest=weights_digest(arguments.model),
-        text_file_digest=file_digest(source),
     )
-    on_cuda = load_space(arguments.space, {"cuda"}).under(cap)
-    if on_cuda == space or configuration.goes_on() or not _has_cuda(arguments):  # a study keeps the space it began with
-        return configuration
-    trials = arguments.trials or (16 if time_budget is None else on_cuda.size)
-    return replace(configuration, space=on_cuda, trials=trials)
 
 
-def _check_quantizations(space: SearchSpace, given: str) -> None:
-    """Raises UsageError for one beside those that the space has, or without the library that makes them."""
-    wanted = space.parameters.get("quantization")
-    if wanted is None:
-        return
-    if given != "none":
-        own = ", ".join(map(str, wanted))
-        raise UsageError(f"quantization {given!r}: the space {space.name!r} has its own ({own}); leave it out")
-    if set(wanted) != {"none"} and find_spec("torchao") is None:
-        raise UsageError(f"quantization {str(wanted[-1])!r}: needs torchao; pip install -e '.[quant]'")
-
-
-def _has_cuda(arguments: argparse.Namespace) -> bool:
+def _has_cuda(address: str | None, dry_run: bool) -> bool:
     """Whether workers will be on CUDA devices; a dry run does not join a cluster to ask, and takes it for granted."""
     from .device_kinds import device_kinds
 
-    joins = arguments.address is not None or bool(os.environ.get("RAY_ADDRESS"))
-    return (arguments.dry_run and joins) or "cuda" in device_kinds(arguments.address)
+    joins = address is not None or bool(os.environ.get("RAY_ADDRESS"))
+    return (dry_run and joins) or "cuda" in device_kinds(address)
 
 
 def seconds(text: str) -> float:

@@ -8,9 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dashboards.figures import write_figures
+from dashboards.findings import findings
 from dashboards.pareto import export, print_table
 from dashboards.published import write_published
 from dashboards.recommendation import recommended, record
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from .configuration import SweepConfiguration
     from .display import Display
     from .tracker import Tracker
+    from .tracking import Report
 
 
 def conclude(configuration: SweepConfiguration, tracker: Tracker, display: Display) -> None:
@@ -32,21 +34,21 @@ def conclude(configuration: SweepConfiguration, tracker: Tracker, display: Displ
     from .tracking import one_line
 
     results = load_study(str(configuration.output))
-    report = [configuration.folder.configuration]
+    files = [configuration.folder.configuration]
     if results.trials:
         keep_recommendation(results)
         for reason in keep_front(results):
             display.note(reason)
         print_table(results)
         try:
-            report += write_outputs(results)
+            files += write_outputs(results)
         except Exception as error:  # the results are complete without it
             display.note(
                 f"warning: the report could not be written ({one_line(error)}); "
                 f"{_python()} -m dashboards.report {configuration.output} tries again"
             )
     try:
-        problem = tracker.finish(report, display.draining)
+        problem = tracker.finish(report_of(results, files), display.draining)
     except KeyboardInterrupt:
         problem = "interrupted"
     if problem is not None:
@@ -61,7 +63,7 @@ def conclude(configuration: SweepConfiguration, tracker: Tracker, display: Displ
 
 def _next_steps(configuration: SweepConfiguration) -> str:
     python = _python()
-    more = f" with --trials {2 * configuration.trials}" if configuration.time_budget is None else ""
+    more = f" with --trials {2 * configuration.trials}" if configuration.search.time_budget is None else ""
     return "\n".join(
         (
             f"report    {configuration.output}/report.html; tables and figures beside it",
@@ -88,6 +90,14 @@ def keep_recommendation(results: StudyResults) -> None:
     results.files.write_configuration(results.files.read_configuration() | {"recommendation": found})
 
 
+def report_of(results: StudyResults, files: Sequence[Path]) -> Report:
+    """What MLflow shows of the whole study."""
+    from .tracking import Report
+
+    advised = record(results, recommended(results, results.front))
+    return Report(files, findings(results, results.front).paragraphs, advised["trial"], advised["command"])
+
+
 def keep_front(results: StudyResults) -> list[str]:
     """Adds the study's front to `fronts.jsonl`. Returns why trials are no longer on it, a line each."""
     path, front = results.files.fronts, results.front
@@ -105,7 +115,7 @@ def keep_front(results: StudyResults) -> list[str]:
     return reasons
 
 
-def _why_left(row: AnyRow, better: AnyRow | None, front: Sequence[Any]) -> str:
+def _why_left(row: AnyRow, better: AnyRow | None, front: Sequence[int]) -> str:
     if not row.get("feasible", True):
         return f"measured again, it breaks {row['violated']}"
     if better is not None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import uuid
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import streamllm
 from search_spaces import SearchSpace
@@ -19,37 +21,29 @@ from streamllm.results.schema import OBJECTIVES
 from streamllm.results.study_folder import StudyFolder
 from streamllm.text import TextSource
 
+from .options import SAMPLERS
+from .points import check_cap, check_methods
+
 _FORMAT = 2
 """Format of a study's rows: from 2 on their times are ratios to a reference's."""
-
-_MAY_CHANGE = {
-    "study_id",
-    "sampler",
-    "trials",
-    "time_budget",
-    "baseline_tokens",
-    "max_ppl_increase",
-    "workers",
-    "output",
-    "summary",
-    "versions",
-    "commit",
-}
-"""Settings that may differ when a study is continued."""
+_TRIALS = 16
 
 
 def total_kv(given: int | None, cap: int, trained: int | None) -> int:
     """The given value, or else the space's cap, but no more than the trained length. Raises UsageError."""
     most = min(cap, trained or cap)
     if given is not None and not 1 <= given <= most:
-        raise UsageError(f"cap {given}: must be 1 to {most}, what the space and the model's trained length allow")
+        raise UsageError(f"cap {given}: must be from 1 to {most}, by the space and the model's trained length")
     return given or most
 
 
-@dataclass(frozen=True, slots=True)
-class SweepConfiguration:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Identity:
+    """Everything that makes a sweep this study and no other: none of it may change when the study goes on.
+
+    Raises UsageError for what can be seen to be wrong without reading weights or text."""
+
     study: str
-    output: Path
     model: str
     source: TextSource
     dtype: str
@@ -57,21 +51,101 @@ class SweepConfiguration:
     space: SearchSpace
     cap: int
     """Total KV: the space's cap, or the model's trained length where that is shorter."""
-    trials: int
-    workers: int
-    """0: one per accelerator, or per core."""
-    seed: int
-    sampler: str = "auto"
-    time_budget: float | None = None
-    """Seconds after which all should be finished."""
-    baseline_tokens: int | None = None
-    """Size of the baseline's sample; 0: all; None: as many as a share of the time allows."""
-    max_ppl_increase: float | None = None
-    """Percent over re-computation that what is recommended may cost; None: the front's knee is."""
+    seed: int = 0
     model_digest: str = ""
     """Digest of the weights, as this process finds them: the hub's commit, or a hash of the files."""
     text_file_digest: str | None = None
     """Digest of the file that the text is read from; None if there is no such file."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[\w.][\w.+-]*", self.study):
+            raise UsageError(f"study {self.study!r}: use letters, digits, '.', '_', '+' and '-' only")
+        check_least(0, seed=self.seed)
+        check_methods(self.space)
+        _check_quantizations(self.space, self.quantization)
+        check_cap(self.space, self.cap)
+
+    def with_digests(self) -> Identity:
+        """With those of weights and text, which are read for it."""
+        from streamllm.models import weights_digest
+        from streamllm.text import file_digest
+
+        return replace(self, model_digest=weights_digest(self.model), text_file_digest=file_digest(self.source))
+
+    def to_dict(self) -> dict[str, object]:
+        """As JSON has it."""
+        values = asdict(self)
+        values["space"]["parameters"] = {name: list(choices) for name, choices in self.space.parameters.items()}
+        values["space"]["known"] = [dict(known) for known in self.space.known]
+        values["objectives"] = {name: OBJECTIVES[name] for name in self.space.objectives}
+        return _as_json(values | {"format": _FORMAT})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSettings:
+    """How a study is searched. This and all that follows may change when it goes on."""
+
+    trials: int | None = None
+    """Configurations in all; None: 16, or those that fit in the time budget."""
+    time_budget: float | None = None
+    """Seconds after which all should be finished."""
+    sampler: str = "auto"
+    baseline_tokens: int | None = None
+    """Size of the baseline's sample; 0: all; None: as many as a share of the time allows."""
+
+    def __post_init__(self) -> None:
+        check_least(1, trials=self.trials)
+        check_least(0, baseline_tokens=self.baseline_tokens)
+        _check_seconds(time_budget=self.time_budget)
+        if self.sampler not in SAMPLERS:
+            raise UsageError(f"sampler {self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerSettings:
+    """Who measures."""
+
+    count: int = 0
+    """0: one per accelerator, or per core."""
+    cpus: int = 0
+    """Cores that each owns; 0: one, or an equal share."""
+    address: str | None = None
+    """Of a Ray cluster to join; None: one is started here."""
+    trial_timeout: float | None = None
+    """Seconds after which a worker that measures is ended; None: an hour, or ten times the slowest trial so far."""
+    load_timeout: float = 1800.0
+    """Seconds after which one that loads is."""
+
+    def __post_init__(self) -> None:
+        check_least(0, workers=self.count, cpus_per_worker=self.cpus)
+        _check_seconds(trial_timeout=self.trial_timeout, load_timeout=self.load_timeout)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConfirmSettings:
+    """What comes after the search."""
+
+    rounds: int = 3
+    """In which the front's times are taken again."""
+    max_ppl_increase: float | None = None
+    """Percent over re-computation that what is recommended may cost; None: the front's knee is."""
+
+    def __post_init__(self) -> None:
+        check_least(0, confirm=self.rounds)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SweepConfiguration:
+    output: Path
+    identity: Identity
+    search: SearchSettings = field(default_factory=SearchSettings)
+    workers: WorkerSettings = field(default_factory=WorkerSettings)
+    confirm: ConfirmSettings = field(default_factory=ConfirmSettings)
+
+    @property
+    def trials(self) -> int:
+        """How many configurations are measured in all, at most."""
+        return self.search.trials or (_TRIALS if self.search.time_budget is None else self.identity.space.size)
 
     @property
     def folder(self) -> StudyFolder:
@@ -87,24 +161,32 @@ class SweepConfiguration:
 
     @property
     def summary(self) -> str:
+        what = self.identity
         return (
-            f"{self.model} on {self.source.label}, space {self.space.name}, "
-            f"total KV {self.cap} ({self.space.cap_accounting})"
+            f"{what.model} on {what.source.label}, space {what.space.name}, "
+            f"total KV {what.cap} ({what.space.cap_accounting})"
         )
 
-    def to_dict(self, study_id: str) -> dict[str, Any]:
-        values = asdict(self)
-        values["space"]["parameters"] = {name: list(choices) for name, choices in self.space.parameters.items()}
-        values["space"]["known"] = [dict(known) for known in self.space.known]
-        values |= {
+    def to_dict(self, study_id: str) -> dict[str, object]:
+        """What `sweep.json` says: flat, as older studies have it."""
+        search, workers, confirm = self.search, self.workers, self.confirm
+        return self.identity.to_dict() | {
+            "output": str(self.output),
+            "trials": self.trials,
+            "time_budget": search.time_budget,
+            "sampler": search.sampler,
+            "baseline_tokens": search.baseline_tokens,
+            "workers": workers.count,
+            "cpus_per_worker": workers.cpus,
+            "trial_timeout": workers.trial_timeout,
+            "load_timeout": workers.load_timeout,
+            "confirm": confirm.rounds,
+            "max_ppl_increase": confirm.max_ppl_increase,
             "study_id": study_id,
-            "format": _FORMAT,
             "summary": self.summary,
-            "objectives": {name: OBJECTIVES[name] for name in self.space.objectives},
             "versions": _versions(),
             "commit": commit(),
         }
-        return json.loads(json.dumps(values, default=str))
 
     def check(self) -> str | None:
         """The id of the study that is there already; None if there is none.
@@ -114,14 +196,13 @@ class SweepConfiguration:
             return None
         before = self.folder.read_configuration()
         before["source"] = asdict(TextSource()) | before["source"]  # an older study has what it lacks as by default
-        study_id = str(before["study_id"])
-        changed = _differences(before, self.to_dict(study_id))
+        changed = _differences(before, self.identity.to_dict())
         if changed:
             raise UsageError(
-                f"study {self.study!r} exists with other settings ({'; '.join(changed)}); "
+                f"study {self.identity.study!r} exists with other settings ({'; '.join(changed)}); "
                 f"repeat those, or give another --study"
             )
-        return study_id
+        return str(before["study_id"])
 
     def goes_on(self) -> bool:
         """Whether there is a study, and of this very sweep."""
@@ -137,6 +218,32 @@ class SweepConfiguration:
         study_id = self.check() or uuid.uuid4().hex
         self.folder.write_configuration(self.to_dict(study_id))
         return study_id
+
+
+def check_least(least: int, **values: int | None) -> None:
+    """values: by the options' names. Raises UsageError."""
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UsageError(f"{name} {value}: must be a whole number >= {least}")
+
+
+def _check_seconds(**values: float | None) -> None:
+    """Raises UsageError."""
+    for name, value in values.items():
+        if value is not None and not value > 0:
+            raise UsageError(f"{name} {value}: must be a number of seconds > 0")
+
+
+def _check_quantizations(space: SearchSpace, given: str) -> None:
+    """Raises UsageError for one beside those that the space has, or without the library that makes them."""
+    wanted = space.parameters.get("quantization")
+    if wanted is None:
+        return
+    if given != "none":
+        own = ", ".join(map(str, wanted))
+        raise UsageError(f"quantization {given!r}: the space {space.name!r} has its own ({own}); leave it out")
+    if set(wanted) != {"none"} and find_spec("torchao") is None:
+        raise UsageError(f"quantization {str(wanted[-1])!r}: needs torchao; pip install -e '.[quant]'")
 
 
 _PACKAGES = ("streamllm/", "orchestrator/", "search_spaces/", "dashboards/")
@@ -166,19 +273,24 @@ def _git(folder: Path, *arguments: str) -> str:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True).stdout
 
 
-def _differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+def _as_json(values: dict[str, object]) -> dict[str, object]:
+    """The values as they come back from a file."""
+    return dict(json.loads(json.dumps(values, default=str)))
+
+
+def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
     changed = []
-    for name in now:
-        if name not in _MAY_CHANGE and before.get(name) != now[name]:
-            if isinstance(now[name], dict) and isinstance(before.get(name), dict):
-                inner = [key for key in now[name] if before[name].get(key) != now[name][key]]
-                changed += [f"{name}.{key}: {before[name].get(key)!r} then, {now[name][key]!r} now" for key in inner]
-            else:
-                changed.append(f"{name}: {_shown(name, before.get(name))} then, {_shown(name, now[name])} now")
+    for name, value in now.items():
+        was = before.get(name)
+        if isinstance(value, dict) and isinstance(was, dict):
+            inner = [key for key in value if was.get(key) != value[key]]
+            changed += [f"{name}.{key}: {was.get(key)!r} then, {value[key]!r} now" for key in inner]
+        elif was != value:
+            changed.append(f"{name}: {_shown(name, was)} then, {_shown(name, value)} now")
     return changed
 
 
-def _shown(name: str, value: Any) -> str:
+def _shown(name: str, value: object) -> str:
     return f"{value:.12}..." if name.endswith("digest") and value else repr(value)
 
 

@@ -6,7 +6,6 @@ A search picks lucky noise; what it measured does not count here. Fronts are mad
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
@@ -68,34 +67,37 @@ def confirmed_rows(
     by their lines in the file, all from one kind of worker."""
     names = [str(row["trial"]) for row in (baseline, *rows)]
     logs, draws = time_draws([np.array(_equally_long([one.ratios[name] for one in rounds])) for name in names])
-    added: list[dict[str, Any]] = [
-        {
-            "trial": row["trial"],
-            "rounds": len(rounds),
-            "round_lines": [one.line for one in rounds],
-            **_raw([one.times[name] for one in rounds]),
-            **_estimate("time_ratio", logs[index], draws[:, index]),
-            **(
-                _estimate("speedup", logs[0] - logs[index], draws[:, 0] - draws[:, index])
-                if index
-                else {"speedup": 1.0}
-            ),
-        }
+    added = [
+        Row.of(
+            {
+                "trial": row["trial"],
+                "rounds": len(rounds),
+                "round_lines": [one.line for one in rounds],
+                **_raw([one.times[name] for one in rounds]),
+                **_estimate("time_ratio", logs[index], draws[:, index]),
+                **(
+                    _estimate("speedup", logs[0] - logs[index], draws[:, 0] - draws[:, index])
+                    if index
+                    else {"speedup": 1.0}
+                ),
+            }
+        )
         for index, (row, name) in enumerate(zip((baseline, *rows), names, strict=True))
     ]
-    if rows:
-        points = np.stack(
-            [
-                _objective_draws(name, direction, rows, draws[:, 1:], comparison, losses_of)
-                for name, direction in objectives.items()
-            ],
-            axis=-1,
-        )
-        told = not_told_from(points)
-        for values, probability, others in zip(added[1:], front_probabilities(points), told, strict=True):
-            values["front_probability"] = float(probability)
-            values["not_told_from"] = [rows[other]["trial"] for other in others]
-    return [Row.of(values) for values in added]
+    if not rows:
+        return added
+    points = np.stack(
+        [
+            _objective_draws(name, direction, rows, draws[:, 1:], comparison, losses_of)
+            for name, direction in objectives.items()
+        ],
+        axis=-1,
+    )
+    beside = zip(added[1:], front_probabilities(points), not_told_from(points), strict=True)
+    return added[:1] + [
+        values | {"front_probability": float(probability), "not_told_from": [rows[other]["trial"] for other in others]}
+        for values, probability, others in beside
+    ]
 
 
 def _objective_draws(
@@ -122,7 +124,7 @@ def _equally_long(series: Sequence[Sequence[float]]) -> list[list[float]]:
     return [list(one[:length]) for one in series]
 
 
-def _raw(times: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _raw(times: Sequence[AnyRow]) -> AnyRow:
     """The clock's own readings, over the rounds."""
     own = [one["measured_tpot_ms"] for one in times]
     return {

@@ -7,9 +7,9 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Protocol
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -21,10 +21,10 @@ from streamllm.progress import LINE_SEC, regularly, spoken
 from streamllm.reference_time import ReferencePool
 from streamllm.results.front import hypervolume, pareto_front
 from streamllm.results.schema import OBJECTIVES, Row, told_name
+from streamllm.results.study import BASELINE, STRICT
 
-from .messages import TrialSpec
+from .messages import TrialSpec, WorkerDescription
 from .plot import Plot
-from .rows import BASELINE, STRICT
 
 _FRONT_ROWS = 5
 _WORKERS = 8
@@ -106,7 +106,7 @@ class Display:
         self._noted = time.monotonic()
         self.console.print(Text(message), soft_wrap=True)
 
-    def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
+    def worker_ready(self, worker: int, description: WorkerDescription) -> None:
         where = f"GPU {description['visible_devices']}, " if description["visible_devices"] else ""
         cores = ",".join(map(str, description["cores"])) or "all"
         self._doing[worker] = "idle"
@@ -156,7 +156,7 @@ class Display:
 
     def view(self) -> Group:
         """The live view."""
-        parts: list[Any] = [self._progress(), self._workers()]
+        parts: list[RenderableType] = [self._progress(), self._workers()]
         if (plot := self._plot()) is not None:
             parts.append(plot)
         front = [self._times.with_time(row) for row in self._front[:_FRONT_ROWS]]
@@ -233,7 +233,7 @@ class Display:
     def _mlflow(self) -> str | None:
         backlog, problem = self._tracking.backlog, self._tracking.problem
         if problem is not None:
-            return f"MLflow: {backlog} runs behind, tried again and again: {problem}"
+            return f"MLflow: {backlog} runs behind, still trying: {problem}"
         return f"MLflow: {backlog} runs behind" if backlog else None
 
 

@@ -8,16 +8,17 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from statistics import median
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
 from streamllm.reference_time import WORKER
 from streamllm.results.schema import Row, told_name
+from streamllm.results.study import BASELINE, STRICT
 
-from .messages import TrialMeasurement, TrialSpec
+from .messages import TrialMeasurement, TrialSpec, WorkerDescription
 from .pool import Finished, SweepError, WorkerPool
-from .rows import BASELINE, STRICT, failed_row, fixed_row, fixed_spec, increases, trial_row
+from .rows import failed_row, fixed_row, fixed_spec, increases, trial_row
 from .sampling import BaselineSample
 from .study import OpenTrial, Study
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from streamllm.quality import QualityComparison
 
-Kind = tuple[tuple[str, Any], ...]
+Kind = tuple[tuple[str, object], ...]
 """A kind of worker: names and values of `reference_time.WORKER`."""
 Task = OpenTrial | str
 """A trial; or the name of what trials are compared with, STRICT or BASELINE."""
@@ -41,7 +42,7 @@ _DEATHS = 2
 class Observer(Protocol):
     """Watches a sweep: the display, MLflow."""
 
-    def worker_ready(self, worker: int, description: dict[str, Any]) -> None: ...
+    def worker_ready(self, worker: int, description: WorkerDescription) -> None: ...
 
     def trial_started(self, worker: int, spec: TrialSpec) -> None: ...
 
@@ -57,6 +58,7 @@ class Driver:
         trials: int,
         observers: list[Observer],
         note: Callable[[str], None] = lambda _: None,
+        *,
         until: float = math.inf,
         confirm: int = 0,
         baseline_tokens: int | None = None,
@@ -102,7 +104,7 @@ class Driver:
         """Kind of the workers when the study began; in a new study, the first one's."""
 
     @property
-    def confirming(self) -> tuple[tuple[int, ...], dict[str, Any]]:
+    def confirming(self) -> tuple[tuple[int, ...], dict[str, object]]:
         """Workers that are ready and have nothing to do, all of one kind, whose times compare, and that kind: the
         study's or, where none is of it any more, that of most of them."""
         kinds = Counter(self._kinds[worker] for worker in self._idle)
@@ -197,10 +199,10 @@ class Driver:
         if not finished.died:
             self._idle.append(worker)
 
-    def _check_same(self, description: Mapping[str, Any]) -> None:
+    def _check_same(self, description: WorkerDescription) -> None:
         """A study is of one model and one text, whoever measures and whenever. Raises UsageError."""
-        for what in ("model", "text"):
-            found = description.get(f"{what}_digest")
+        digests = {"model": description.get("model_digest"), "text": description.get("text_digest")}
+        for what, found in digests.items():
             if found is None:
                 continue
             found = _unquantized(found)
@@ -211,7 +213,7 @@ class Driver:
                     f"files have been changed; put them back, or give another --study"
                 )
 
-    def _check_kind(self, worker: int, description: Mapping[str, Any]) -> None:
+    def _check_kind(self, worker: int, description: WorkerDescription) -> None:
         """Warns of a worker whose times do not compare with the study's; tables tell them apart, and it does not
         confirm."""
         found = self._kinds[worker] = _kind(description)
@@ -299,7 +301,7 @@ class Driver:
             observer.trial_finished(row)
 
 
-def _kind(of: Mapping[str, Any]) -> Kind:
+def _kind(of: Mapping[str, object]) -> Kind:
     """The kind in a worker's description, or in a row."""
     return tuple((name, of.get(name)) for name in WORKER)
 

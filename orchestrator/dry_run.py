@@ -5,46 +5,47 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from search_spaces import SearchSpace
+from search_spaces import SearchSpace, Value
 from streamllm.errors import UsageError
 from streamllm.progress import spoken, working
 from streamllm.results.schema import OBJECTIVES, Row
 from streamllm.results.study_folder import StudyFolder, read_rows
 
-from .configuration import SweepConfiguration
+from .configuration import Identity, SweepConfiguration, WorkerSettings
 from .estimate import estimate
 from .options import AUTO_TPE_TRIALS
-from .study import configuration_of
+from .points import configuration_of
 
 
-def describe(configuration: SweepConfiguration, address: str | None, cpus_per_worker: int, rounds: int) -> str:
+def describe(configuration: SweepConfiguration) -> str:
     """The resolved configuration for people. Raises UsageError if the study exists with other settings."""
     exists = configuration.check() is not None
-    space, cap, source = configuration.space, configuration.cap, configuration.source
+    what, search = configuration.identity, configuration.search
+    space, cap, source = what.space, what.cap, what.source
     limits = f"up to {configuration.trials} trials"
-    if configuration.time_budget is not None:
-        limits += f", finished after about {configuration.time_budget:g} s"
+    if search.time_budget is not None:
+        limits += f", finished after about {search.time_budget:g} s"
     shortened = f"; the space says {space.cap}" if cap < space.cap else ""
-    auto = f" (tpe for {AUTO_TPE_TRIALS} trials, then nsga2)" if configuration.sampler == "auto" else ""
-    layout = _layout(configuration.workers, cpus_per_worker, address)
+    auto = f" (tpe for {AUTO_TPE_TRIALS} trials, then nsga2)" if search.sampler == "auto" else ""
+    layout = _layout(configuration.workers)
     sections: dict[str, list[str]] = {
-        "study": [f"{configuration.study}, {'goes on' if exists else 'new'}", str(configuration.output)],
-        "model": [f"{configuration.model}, dtype {configuration.dtype}, quantization {configuration.quantization}"],
+        "study": [f"{what.study}, {'goes on' if exists else 'new'}", str(configuration.output)],
+        "model": [f"{what.model}, dtype {what.dtype}, quantization {what.quantization}"],
         "text": [f"{source.label}, {_tokens(source.offset, source.max_eval_tokens)}"],
         "space": [f"{space.name}: {space.description}", f"{space.size} configurations"],
         "total KV": [f"{cap} ({space.cap_accounting} accounting{shortened})"],
-        "parameters": [*_parameters(space), f"{'window_size':15}{_windows(configuration)}"],
+        "parameters": [*_parameters(space), f"{'window_size':15}{_windows(space)}"],
         "objectives": [f"{name} ({OBJECTIVES[name]})" for name in space.objectives],
         "constraints": [str(constraint) for constraint in space.constraints] or ["none"],
-        "sampler": [f"{configuration.sampler}{auto}, seed {configuration.seed}"],
-        "known first": [_known(params, configuration) for params in space.known] or ["none"],
+        "sampler": [f"{search.sampler}{auto}, seed {what.seed}"],
+        "known first": [_known(params, space, cap) for params in space.known] or ["none"],
         "limits": [limits],
         "workers": [layout.words],
-        "cost": [_cost(configuration, layout, rounds)],
+        "cost": [_cost(configuration, layout)],
     }
     lines = []
     for title, entries in sections.items():
@@ -69,8 +70,7 @@ def _parameters(space: SearchSpace) -> list[str]:
     return lines
 
 
-def _windows(configuration: SweepConfiguration) -> str:
-    space = configuration.space
+def _windows(space: SearchSpace) -> str:
     if space.cap_accounting == "peak":
         return "as large as lets no query attend to more than the total"
     sums = [int(end(space.parameters[name])) for end in (min, max) for name in ("n_sink", "cache_slack")]  # type: ignore[operator]
@@ -79,9 +79,9 @@ def _windows(configuration: SweepConfiguration) -> str:
     return f"{least} to {most}: what the total leaves beside sinks and slack"
 
 
-def _known(params: Any, configuration: SweepConfiguration) -> str:
+def _known(params: Mapping[str, Value], space: SearchSpace, cap: int) -> str:
     try:
-        return str(configuration_of(dict(params), configuration.space, configuration.cap))
+        return str(configuration_of(params, space, cap))
     except UsageError as error:
         return f"left out: {error}"
 
@@ -95,11 +95,12 @@ class WorkerLayout:
     words: str
 
 
-def _layout(count: int, cpus_per_worker: int, address: str | None) -> WorkerLayout:
-    cores = f"{cpus_per_worker} cores" if cpus_per_worker > 1 else "core"
-    if address is not None:
-        words = f"{count or f'one per accelerator, or per {cores},'} of the cluster at {address}"
-        return WorkerLayout(count or 1, cpus_per_worker or None, words)
+def _layout(workers: WorkerSettings) -> WorkerLayout:
+    count, cpus = workers.count, workers.cpus
+    cores = f"{cpus} cores" if cpus > 1 else "core"
+    if workers.address is not None:
+        words = f"{count or f'one per accelerator, or per {cores},'} of the cluster at {workers.address}"
+        return WorkerLayout(count or 1, cpus or None, words)
     from torch import accelerator
 
     from streamllm.device import default_device, device_name
@@ -108,8 +109,8 @@ def _layout(count: int, cpus_per_worker: int, address: str | None) -> WorkerLayo
         count = count or accelerators
         return WorkerLayout(count, None, f"{count}, each with one of {accelerators} x {device_name(default_device())}")
     here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = count or max(here // max(cpus_per_worker, 1), 1)
-    each = cpus_per_worker or max(here // count, 1)
+    count = count or max(here // max(cpus, 1), 1)
+    each = cpus or max(here // count, 1)
     if not 1 <= count <= here // each:
         raise UsageError(
             f"workers {count}: there is room for {here // each} with {each} of the {here} cores each; "
@@ -118,43 +119,43 @@ def _layout(count: int, cpus_per_worker: int, address: str | None) -> WorkerLayo
     return WorkerLayout(count, each, f"{count}, each with {each} of {here} cores; no accelerator here")
 
 
-def _cost(configuration: SweepConfiguration, layout: WorkerLayout, rounds: int) -> str:
+def _cost(configuration: SweepConfiguration, layout: WorkerLayout) -> str:
     """The cost by the model's pace here, and by the trials of the studies beside this one that used the same model and
     text."""
     from streamllm.device import default_device, limit_threads, resolve_dtype
     from streamllm.models import configuration_of
     from streamllm.pace import measure_pace
 
+    what, budget = configuration.identity, configuration.search.time_budget
     rows = [row for path in configuration.output.parent.glob("*/trials.jsonl") for row in _like(path, configuration)]
-    tokens = max((row["n_tokens"] for row in rows), default=0) or _length(configuration)
+    tokens = max((row["n_tokens"] for row in rows), default=0) or _length(what)
     if not tokens:
         return "unknown, as is how long the text is before it is downloaded; --max-eval-tokens N says it"
     limit_threads(layout.threads)
-    dtype = resolve_dtype(configuration.dtype, default_device())
+    dtype = resolve_dtype(what.dtype, default_device())
     with working("running a few layers, for the cost"):
-        pace = measure_pace(configuration_of(configuration.model), dtype, configuration.cap)
-    found = estimate(pace, tokens, configuration, layout.count, rounds, rows)
-    budget = configuration.time_budget
+        pace = measure_pace(configuration_of(what.model), dtype, what.cap)
+    found = estimate(pace, tokens, configuration, layout.count, rows)
     if budget is None or found.seconds < budget:
         return str(found)
     fitting = max(int((budget - found.seconds) / found.trial) + found.trials, 0)
     return f"{spoken(budget)}, in which about {fitting} trials fit ({found.source})"
 
 
-def _length(configuration: SweepConfiguration) -> int:
+def _length(what: Identity) -> int:
     """The text's length in tokens; 0 if that cannot be told without downloading it."""
     from streamllm.models import load_tokenizer
     from streamllm.text import load_tokens, local_data
 
-    source = configuration.source
+    source = what.source
     if source.dataset_name is not None and local_data(source.dataset_name) is None:
         return source.max_eval_tokens or 0
-    tokenizer = None if source.token_ids is not None else load_tokenizer(configuration.model)
+    tokenizer = None if source.token_ids is not None else load_tokenizer(what.model)
     return len(load_tokens(source, tokenizer, sys.maxsize).tokens)
 
 
 def _like(path: Path, configuration: SweepConfiguration) -> list[Row]:
-    now = configuration.to_dict("")
+    now = configuration.identity.to_dict()
     try:
         before = StudyFolder(path.parent).read_configuration()
         rows = read_rows(path)

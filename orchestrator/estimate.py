@@ -17,7 +17,7 @@ from streamllm.results.schema import Row
 from streamllm.sample import LEAST_TOKENS, MOST_TOKENS
 from streamllm.timing import WARMUP_TOKENS, segment_tokens
 
-from .study import configuration_of
+from .points import configuration_of
 
 if TYPE_CHECKING:
     from streamllm.pace import Pace
@@ -67,10 +67,10 @@ def estimate(
     n_tokens: int,
     configuration: SweepConfiguration,
     workers: int,
-    rounds: int,
     like: Sequence[Row],
 ) -> Estimate:
-    """like: trials that were measured alike, which are believed more than the pace is."""
+    """workers: how many there will be.
+    like: trials that were measured alike, which are believed more than the pace is."""
     trials = configuration.trials
     policies = _policies(configuration)
     losses = pace.losses(n_tokens) * len(set(policies)) / len(policies)
@@ -86,7 +86,7 @@ def estimate(
         losses=losses,
         timing=timing,
         baseline=baseline_timing + (pace.losses(n_tokens) + sample) / workers,
-        confirming=rounds * (_CANDIDATES * 0.7 * timing + baseline_timing),
+        confirming=configuration.confirm.rounds * (_CANDIDATES * 0.7 * timing + baseline_timing),
         trials=trials,
         workers=workers,
         source=source,
@@ -107,7 +107,7 @@ def timing_sec(pace: Pace, policy: EvictionPolicy) -> float:
 
 
 def _sample_sec(configuration: SweepConfiguration, n_tokens: int, window: float, trials_sec: float) -> float:
-    wanted = configuration.baseline_tokens
+    wanted = configuration.search.baseline_tokens
     if wanted is not None:
         return min(wanted or n_tokens, n_tokens) * window
     return min(max(LEAST_TOKENS * window, trials_sec / 3), MOST_TOKENS * window)
@@ -115,14 +115,14 @@ def _sample_sec(configuration: SweepConfiguration, n_tokens: int, window: float,
 
 def _policies(configuration: SweepConfiguration) -> list[EvictionPolicy]:
     """Such as the search will try: those known first, then any of the space."""
-    space, chance = configuration.space, random.Random(0)
+    space, cap, chance = configuration.identity.space, configuration.identity.cap, random.Random(0)
     drawn = [dict(known) for known in space.known[: configuration.trials]]
     while len(drawn) < min(configuration.trials, 100):
         drawn.append(space.draw(lambda _, choices: chance.choice(choices)))
     policies = []
     for params in drawn:
         try:
-            policies.append(configuration_of(params, space, configuration.cap).policy)
+            policies.append(configuration_of(params, space, cap).policy)
         except UsageError:
             continue
-    return policies or [strict_policy(configuration.cap)]
+    return policies or [strict_policy(cap)]

@@ -2,26 +2,69 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Literal, TypedDict, cast
 
 from search_spaces import Cell, Matrix, load_matrix
-from streamllm.arguments import text_source
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy, for_chunks, with_derived_window
-from streamllm.results.schema import knobs_in_short
+from streamllm.results.schema import AnyRow, knobs_in_short
 from streamllm.text import TextSource
 
-from .configuration import total_kv
+from .configuration import check_least, total_kv
 
-Document = dict[str, Any]
-"""A cell's file: `settings`, `state`; if that is complete the objects `baseline` and, but for the baseline's own cell,
-`streaming`; else the `reason`."""
+
+class Outcome(TypedDict, total=False):
+    """What became of a cell."""
+
+    state: Literal["complete", "unavailable", "failed"]
+    reason: str
+    """Why it is not complete: then there is nothing else."""
+    backend: str
+    dataset: str
+    protocol: str
+    baseline: AnyRow
+    streaming: AnyRow
+    """Not in the baseline's own cell; nor is the speedup."""
+    speedup: float
+
+
+class Document(Outcome, total=False):
+    """A cell's file."""
+
+    cell: str
+    settings: dict[str, object]
+    measured_sec: float
+    finished_at: float
+    """Seconds since 1970."""
+    commit: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MatrixRequest:
+    """What a user asks of a matrix. Raises UsageError for a number of threads that cannot be."""
+
+    space: str
+    """Its name or file."""
+    model: str
+    source: TextSource
+    names_text: bool
+    """Whether the text was named, and so replaces the matrix' own data sets."""
+    dtype: str
+    quantization: str
+    cap: int | None
+    """Total KV; None: the matrix', or the trained length."""
+    threads: int | None
+    """None: torch's default."""
+    study: str | None
+    output: Path | None
+
+    def __post_init__(self) -> None:
+        check_least(0, cpus_per_worker=self.threads)
 
 
 @dataclass(frozen=True)
@@ -36,12 +79,12 @@ class Planned:
     file: Path
 
     @property
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Everything that the command says about the result."""
         cell = asdict(replace(self.cell, dataset=None, total_kv=None, window_size=None))
         settings = {"model": self.model, "dataset": self.source.label, "baseline": self.baseline}
         settings |= {name: value for name, value in cell.items() if value is not None} | asdict(self.policy)
-        return json.loads(json.dumps(settings | {"source": asdict(self.source)}, default=str))
+        return dict(json.loads(json.dumps(settings | {"source": asdict(self.source)}, default=str)))
 
 
 @dataclass(frozen=True)
@@ -70,41 +113,39 @@ class MatrixPlan:
         return {file: document for file, document in found.items() if document is not None}
 
 
-def make_plan(arguments: argparse.Namespace) -> MatrixPlan:
+def make_plan(request: MatrixRequest) -> MatrixPlan:
     """Checks all that can be checked before anything is loaded. Raises UsageError."""
-    matrix = load_matrix(arguments.space)
-    given = (arguments.text, arguments.token_ids, arguments.dataset_name) != (None, None, None)
-    source = text_source(arguments)
-    if given or "dataset" not in matrix.axes:
+    matrix, source = load_matrix(request.space), request.source
+    named = request.names_text or "dataset" not in matrix.axes
+    if named:
         matrix = matrix.with_axis("dataset", source.label)
-    for axis, usual in (("dtype", "auto"), ("quantization", "none")):
-        if getattr(arguments, axis) != usual:
-            matrix = matrix.with_axis(axis, getattr(arguments, axis))
+    elif source.label != source.name:  # STREAMLLM_DATASET, which the matrix' own data sets replace
+        raise UsageError("book, split and join: are for one data set, the matrix has several; give --dataset-name too")
+    for axis, value, usual in (("dtype", request.dtype, "auto"), ("quantization", request.quantization, "none")):
+        if value != usual:
+            matrix = matrix.with_axis(axis, value)
 
     from streamllm.models import trained_length
 
-    cap = total_kv(arguments.cap, matrix.cap, trained_length(arguments.model))
-    named = given or "dataset" not in load_matrix(arguments.space).axes
-    if not named and source.label != source.name:  # STREAMLLM_DATASET, which the matrix' own data sets replace
-        raise UsageError("book, split and join: of one data set, and the matrix has several; give --dataset-name too")
-    label = Path(arguments.model).name or arguments.model
-    of_cap = [] if arguments.cap is None else [str(arguments.cap)]
-    name = arguments.study or "-".join([label, *([source.label] if named else []), matrix.name, *of_cap])
-    folder = arguments.output or Path("sweeps") / name
+    cap = total_kv(request.cap, matrix.cap, trained_length(request.model))
+    label = Path(request.model).name or request.model
+    of_cap = [] if request.cap is None else [str(request.cap)]
+    name = request.study or "-".join([label, *([source.label] if named else []), matrix.name, *of_cap])
+    folder = request.output or Path("sweeps") / name
     cells = []
     for cell in matrix.cells():
         text = source if named else replace(source, text=None, token_ids=None, dataset_name=cell.dataset)
         if text.max_eval_tokens is None:
             text = replace(text, max_eval_tokens=matrix.tokens_of(text.name))
         file = folder / "results" / f"{matrix.stem(cell)}.json"
-        cells.append(Planned(cell, arguments.model, text, policy_of(cell, cap), matrix.baseline, file))
+        cells.append(Planned(cell, request.model, text, policy_of(cell, cap), matrix.baseline, file))
     wide = next((one for one in cells if one.cell.window_size and one.policy.kept + one.policy.cache_slack > cap), None)
-    if wide is not None and arguments.cap is not None:
+    if wide is not None and request.cap is not None:
         raise UsageError(
             f"cap {cap}: a cell of the matrix has its own window of {wide.cell.window_size} tokens, "
             f"{wide.policy.kept + wide.policy.cache_slack} with sinks and slack; leave --cap out"
         )
-    return MatrixPlan(name, folder, matrix, cap, cells, arguments.cpus_per_worker or None)
+    return MatrixPlan(name, folder, matrix, cap, cells, request.threads)
 
 
 def policy_of(cell: Cell, cap: int) -> EvictionPolicy:
@@ -179,7 +220,7 @@ def _read(file: Path) -> Document | None:
         settings["source"] = asdict(TextSource()) | settings["source"]  # an older file has what it lacks as by default
     except (FileNotFoundError, ValueError, LookupError, TypeError):
         return None
-    return document
+    return cast(Document, document)
 
 
 def _check_settings(planned: Planned, document: Document) -> None:
@@ -193,5 +234,6 @@ def _check_settings(planned: Planned, document: Document) -> None:
         )
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    return {**settings, **settings.get("source", {}), "source": None}
+def _flat(settings: Mapping[str, object]) -> dict[str, object]:
+    source = settings.get("source")
+    return {**settings, **(source if isinstance(source, dict) else {}), "source": None}

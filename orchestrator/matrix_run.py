@@ -5,7 +5,6 @@ A cell that is finished is never measured again; one that fails leaves its reaso
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import sys
@@ -14,9 +13,9 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from streamllm.baseline import AS_BASELINE, baseline_policy, compared, sampled
+from streamllm.baseline import as_baseline, baseline_policy, compared
 from streamllm.configuration import Configuration
 from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
 from streamllm.evaluating import compare_quality
@@ -27,7 +26,7 @@ from streamllm.results.schema import Row
 from streamllm.results.study_folder import StudyFolder
 
 from .lease import leases_on, study_lease
-from .matrix_plan import Document, MatrixPlan, Planned, cost, describe, make_plan
+from .matrix_plan import Document, MatrixPlan, MatrixRequest, Outcome, Planned, cost, describe, make_plan
 
 if TYPE_CHECKING:
     from streamllm.baseline import Measured
@@ -46,10 +45,10 @@ class _SpoiledError(RuntimeError):
     """Nothing can be measured by this process any more."""
 
 
-def run_matrix(arguments: argparse.Namespace) -> int:
+def run_matrix(request: MatrixRequest, dry_run: bool) -> int:
     """The exit code: 1 if a cell failed. Raises UsageError."""
-    plan = make_plan(arguments)
-    if arguments.dry_run:
+    plan = make_plan(request)
+    if dry_run:
         say(describe(plan))
         return 0
     plan.folder.mkdir(parents=True, exist_ok=True)
@@ -101,7 +100,7 @@ def _attempt(bench: _Bench, planned: Planned) -> Document:
 
     started = time.monotonic()
     try:
-        outcome = {"state": "complete", **bench.measure(planned)}
+        outcome = bench.measure(planned)
     except (UnavailableError, UnsupportedModelError) as error:
         outcome = {"state": "unavailable", "reason": str(error)}
     except (StoreError, _OtherMachineError):
@@ -115,8 +114,14 @@ def _attempt(bench: _Bench, planned: Planned) -> Document:
     empty_cache()
     from .configuration import commit
 
-    stamp = {"measured_sec": time.monotonic() - started, "finished_at": time.time(), "commit": commit()}
-    return {"cell": planned.file.stem, **outcome, "settings": planned.settings, **stamp}
+    return {
+        "cell": planned.file.stem,
+        **outcome,
+        "settings": planned.settings,
+        "measured_sec": time.monotonic() - started,
+        "finished_at": time.time(),
+        "commit": commit(),
+    }
 
 
 def _named(error: Exception, reason: str) -> str:
@@ -139,8 +144,8 @@ class _Bench:
     """The references by the total that they hold."""
     _texts: dict[TextSource, TokenStream | Exception] = field(default_factory=dict)
 
-    def measure(self, planned: Planned) -> dict[str, Any]:
-        """The objects of the cell's file."""
+    def measure(self, planned: Planned) -> Outcome:
+        """Raises whatever the libraries raise, and UsageError where a cell cannot be measured here."""
         from streamllm.methods import check_execution, check_protocol
 
         cell = planned.cell
@@ -151,15 +156,25 @@ class _Bench:
         _info("  evaluating the baseline...")
         baseline = _baseline(measurements, planned)
         _info(f"  baseline {_numbers(baseline[0])}")
-        common = {"backend": baseline[0]["backend"], "dataset": planned.source.label, "protocol": cell.protocol}
+        common: Outcome = {
+            "state": "complete",
+            "backend": baseline[0]["backend"],
+            "dataset": planned.source.label,
+            "protocol": cell.protocol,
+        }
         if cell.method == planned.baseline:
             return {**common, "baseline": with_times([baseline[0]])[0].to_json()}
         _info(f"  evaluating {_method(cell.method)}...")
         streaming = _streaming(measurements, planned, baseline)
         _info(f"  {_method(cell.method)} {_numbers(streaming)}")
-        common |= {"backend": streaming["backend"], "speedup": streaming["speedup"]}
         both = with_times([baseline[0], streaming])
-        return {**common, "baseline": both[0].to_json(), "streaming": both[1].to_json()}
+        return {
+            **common,
+            "backend": streaming["backend"],
+            "speedup": streaming["speedup"],
+            "baseline": both[0].to_json(),
+            "streaming": both[1].to_json(),
+        }
 
     def _measurements(self, planned: Planned) -> Measurements:
         from streamllm.measurements import Measurements
@@ -234,10 +249,7 @@ def _baseline(measurements: Measurements, planned: Planned) -> Measured:
         policy = baseline_policy(policy, cell.protocol, measurements.loaded.trained_length)
     what = Configuration(planned.baseline, policy, cell.attn_backend)
     record, losses = _evaluate(measurements, cell.protocol, what)
-    comparison = compare_quality(measurements, cell.protocol, losses)
-    if comparison is not None:
-        record = record | sampled(losses, comparison, len(measurements.stream.tokens) - 1)
-    return record | AS_BASELINE, losses
+    return as_baseline(record, losses, compare_quality(measurements, cell.protocol, losses)), losses
 
 
 def _streaming(measurements: Measurements, planned: Planned, baseline: Measured) -> Row:

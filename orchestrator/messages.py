@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
 import numpy as np
 
@@ -32,6 +33,32 @@ class WorkerSetup:
     """The same for the file of the text."""
 
 
+class WorkerPlace(TypedDict):
+    """Where a worker's process is."""
+
+    host: str
+    pid: int
+
+
+class WorkerDescription(WorkerPlace):
+    """What a worker that is ready says of itself."""
+
+    device: str
+    threads: int | None
+    """Of a CPU."""
+    software: str
+    """Versions that its times depend on."""
+    visible_devices: str
+    """Its accelerator, as Ray has it; empty if it has none."""
+    cores: list[int]
+    """Those it is pinned to; empty if it is not."""
+    model_digest: str
+    text_digest: str
+    n_tokens: int
+    """Of the text."""
+    warnings: list[str]
+
+
 @dataclass(frozen=True, slots=True)
 class TrialSpec:
     """The specification of what one trial measures."""
@@ -45,6 +72,8 @@ class TrialSpec:
 
 @dataclass(frozen=True, slots=True)
 class TrialMeasurement:
+    """A worker's answer to a `TrialSpec`."""
+
     record: Row
     """Identity, quality and speed, flat; of a round of confirming, the times."""
     losses: np.ndarray | None

@@ -16,14 +16,15 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, Protocol, cast
 
 from streamllm.errors import UsageError
 from streamllm.store import StoreError
 
 from .accelerators import ONE_EACH
+from .configuration import WorkerSettings
 from .lease import this_process
-from .messages import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
+from .messages import TrialMeasurement, TrialSpec, WorkerDescription, WorkerPlace, WorkerSetup, WorkerUnusableError
 from .worker import Worker
 
 _DEATHS_IN_A_ROW = 3
@@ -38,6 +39,27 @@ _LOOK_SEC = 1.0
 _GROW_SEC = 5.0
 
 
+Answer = WorkerPlace | WorkerDescription | TrialMeasurement
+
+
+class _Promise(Protocol):
+    """Ray's reference to what a call will return."""
+
+    def future(self) -> Future[Answer]: ...
+
+
+class _Method(Protocol):
+    def remote(self, *arguments: object) -> _Promise: ...
+
+
+class _Actor(Protocol):
+    """Ray's handle of a `Worker`."""
+
+    place: _Method
+    load: _Method
+    measure: _Method
+
+
 class SweepError(RuntimeError):
     """The sweep cannot go on; what is finished is kept."""
 
@@ -47,7 +69,7 @@ class Finished:
     """A worker's answer: a description of itself when it became ready, a measurement, or why there is none."""
 
     worker: int
-    description: dict[str, Any] | None = None
+    description: WorkerDescription | None = None
     measurement: TrialMeasurement | None = None
     error: str | None = None
     died: bool = False
@@ -57,7 +79,7 @@ class Finished:
 
 @dataclass(slots=True)
 class _Worker:
-    actor: Any
+    actor: _Actor
     state: Literal["pending", "loading", "idle", "measuring", "lost"]
     since: float
     """When it came into that state, by the monotonic clock."""
@@ -70,22 +92,17 @@ class _Worker:
 
 
 class WorkerPool:
-    """Starts `count` workers and passes trials to them.
+    """Starts workers and passes trials to them.
 
-    0 is one per accelerator, or per `cpus_per_worker` cores where there is none, and as many more as the cluster grows
-    by. `cpus_per_worker` 0: one core, or with a `count` an equal share. Timeouts are in seconds; without one, a trial
-    has an hour or ten times the slowest so far. `note` is given lines for the user. Raises UsageError.
+    A `count` of 0 is one per accelerator, or per `cpus` cores where there is none, and as many more as the cluster
+    grows by. `note` is given lines for the user. Raises UsageError.
     """
 
     def __init__(
         self,
         setup: WorkerSetup,
-        count: int = 0,
-        address: str | None = None,
+        settings: WorkerSettings,
         *,
-        cpus_per_worker: int = 0,
-        trial_timeout: float | None = None,
-        load_timeout: float = 1800.0,
         note: Callable[[str], None] = lambda _: None,
         worker_class: type[Worker] = Worker,
     ) -> None:
@@ -94,16 +111,16 @@ class WorkerPool:
         self._ray = ray
         self._started_ray = not ray.is_initialized()
         if self._started_ray:
-            init_ray(address)
+            init_ray(settings.address)
         self._setup = setup
-        self._count = count
-        self.trial_timeout = trial_timeout
-        self._load_timeout = load_timeout
+        self._count = settings.count
+        self.trial_timeout = settings.trial_timeout
+        self._load_timeout = settings.load_timeout
         self._note = note
         self._class = worker_class
         self._slowest = 0.0
         self._workers: dict[int, _Worker] = {}
-        self._answers: queue.SimpleQueue[tuple[int, int, Future[Any]]] = queue.SimpleQueue()
+        self._answers: queue.SimpleQueue[tuple[int, int, Future[Answer]]] = queue.SimpleQueue()
         self._calls = itertools.count()
         self._looked = self._grown = self._able = time.monotonic()
         self._next_note_sec = _PENDING_NOTE_SEC
@@ -111,16 +128,16 @@ class WorkerPool:
         """Set by a Ctrl-C, whose exception a library may have swallowed."""
         try:
             self._on_accelerators = self._total("GPU") > 0
-            self._cores = cpus_per_worker or self._share()
-            self._check_room(count)
-            for index in range(count or self._capacity()):
+            self._cores = settings.cpus or self._share()
+            self._check_room(self._count)
+            for index in range(self._count or self._capacity()):
                 self._start(index)
         except BaseException:
             self.shutdown()
             raise
 
     def submit(self, worker: int, spec: TrialSpec) -> None:
-        self._call(worker, "measuring", "measure", spec)
+        self._call(worker, "measuring", self._workers[worker].actor.measure, spec)
 
     def wait(self, timeout: float) -> Iterator[Finished]:
         """Everything that finished within `timeout` seconds, all that is there at once. Raises SweepError if no worker
@@ -170,7 +187,7 @@ class WorkerPool:
         room = self._capacity()
         if not room:
             most = max((int(node.get("CPU", 0)) for node in self._nodes()), default=0)
-            raise UsageError(f"cpus per worker {self._cores}: no node has more than {most}")
+            raise UsageError(f"cpus per worker {self._cores}: no node has more than {most}; give {most} or fewer")
         if count > room:
             what = "accelerator" if self._on_accelerators else "core" if self._cores == 1 else f"{self._cores} cores"
             raise UsageError(
@@ -187,20 +204,20 @@ class WorkerPool:
             name=None,
             runtime_env={"env_vars": _settings() | ONE_EACH | {"OMP_NUM_THREADS": str(self._cores)}},
         )
-        handle = actor.remote(self._setup, self._cores, this_process(), self._on_accelerators)
+        handle: _Actor = actor.remote(self._setup, self._cores, this_process(), self._on_accelerators)
         self._workers[index] = _Worker(handle, "pending", 0.0, -1, deaths)
-        self._call(index, "pending", "place")
+        self._call(index, "pending", handle.place)
 
     def _call(
-        self, index: int, state: Literal["pending", "loading", "measuring"], method: str, *arguments: Any
+        self, index: int, state: Literal["pending", "loading", "measuring"], method: _Method, *arguments: object
     ) -> None:
         worker = self._workers[index]
         call = worker.call = next(self._calls)
         _enter(worker, state)
-        future: Future[Any] = getattr(worker.actor, method).remote(*arguments).future()
+        future = method.remote(*arguments).future()
         future.add_done_callback(lambda done: self._answers.put((index, call, done)))
 
-    def _receive(self, index: int, call: int, answer: Future[Any]) -> Finished | None:
+    def _receive(self, index: int, call: int, answer: Future[Answer]) -> Finished | None:
         worker = self._workers[index]
         if call != worker.call:
             return None
@@ -208,16 +225,17 @@ class WorkerPool:
         if error is not None:
             return self._failure(index, error)
         value = answer.result()
+        if isinstance(value, TrialMeasurement):
+            worker.deaths = 0
+            self._slowest = max(self._slowest, _enter(worker, "idle"))
+            return Finished(index, measurement=value)
         if worker.state == "pending":
             worker.host = value["host"]
-            self._call(index, "loading", "load")
+            self._call(index, "loading", worker.actor.load)
             return None
         worker.deaths = 0
-        took = _enter(worker, "idle")
-        if not isinstance(value, TrialMeasurement):
-            return Finished(index, description=value)
-        self._slowest = max(self._slowest, took)
-        return Finished(index, measurement=value)
+        _enter(worker, "idle")
+        return Finished(index, description=cast(WorkerDescription, value))
 
     def _failure(self, index: int, error: BaseException) -> Finished:
         """A method that raised, or a worker that is no more."""
@@ -337,7 +355,7 @@ def init_ray(address: str | None) -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # idle processes, which none of ours can be
     os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: beside a busy process they get a thirtieth
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = address or os.environ.get("RAY_ADDRESS")
     if address is None:
         address = "local"  # Ray would join whatever cluster this machine has been part of last

@@ -10,9 +10,9 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from streamllm.configuration import Configuration
 from streamllm.methods import METHODS
@@ -29,7 +29,7 @@ _ATTEMPTS = 2
 class Pool(Protocol):
     def submit(self, worker: int, spec: TrialSpec) -> None: ...
 
-    def wait(self, timeout: float) -> Any: ...
+    def wait(self, timeout: float) -> Iterable[Finished]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ class Round:
 
     ratios: dict[str, list[float]]
     """Time over the reference's, segment by segment."""
-    times: dict[str, dict[str, Any]]
+    times: dict[str, AnyRow]
     """The raw milliseconds of both, when, the load, and the kind of worker."""
     failed: dict[str, str]
     """Why a candidate has no times."""
@@ -51,7 +51,7 @@ class Round:
     def members(self) -> set[str]:
         return {*self.ratios, *self.failed}
 
-    def is_of(self, kind: Mapping[str, Any]) -> bool:
+    def is_of(self, kind: Mapping[str, object]) -> bool:
         """Whether today's code measured it, on that kind of worker."""
         alike = (time.get(name) == value for time in self.times.values() for name, value in kind.items())
         return self.code == _code() and all(alike)
@@ -70,7 +70,7 @@ def take_rounds(
     count: int,
     announce: Callable[[int, TrialSpec], None],
     until: float = math.inf,
-    kind: Mapping[str, Any] | None = None,
+    kind: Mapping[str, object] | None = None,
 ) -> list[Round]:
     """`count` rounds of all `rows`, each on the next of the ready `workers`; fewer, but one, where the next would not
     be finished `until` then, by the monotonic clock. Those that are there count, if every one of the rows is in them,
@@ -126,7 +126,7 @@ class _Turns:
         pool: Pool,
         workers: Sequence[int],
         announce: Callable[[int, TrialSpec], None],
-        kind: Mapping[str, Any],
+        kind: Mapping[str, object],
     ) -> None:
         self._pool = pool
         self._kind = kind

@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from streamllm.baseline import AS_BASELINE, compared, sampled
+from streamllm.baseline import as_baseline, compared, sampled
 from streamllm.configuration import Configuration
 from streamllm.policy import EvictionPolicy, strict_policy
-from streamllm.results.schema import Row
+from streamllm.results.schema import AnyRow, Row
+from streamllm.results.study import BASELINE, STRICT
 
 from .configuration import commit
 from .messages import TrialMeasurement, TrialSpec
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     import numpy as np
 
     from streamllm.quality import QualityComparison
-
-STRICT, BASELINE = "strict", "baseline"
-"""Names for what everything is compared with, in place of a trial's number."""
 
 
 def fixed_spec(name: str, cap: int, sampled_tokens: int = 0) -> TrialSpec:
@@ -41,10 +39,8 @@ def fixed_row(
     row = measurement.record | {"trial": name, "state": "complete"}
     losses = measurement.losses
     assert losses is not None
-    if name == BASELINE:
-        row = row | sampled(losses, comparison, measurement.record["n_tokens"] - 1) | AS_BASELINE
-    else:
-        row = row | _beside(measurement, baseline, comparison)
+    is_baseline = name == BASELINE
+    row = as_baseline(row, losses, comparison) if is_baseline else row | _beside(measurement, baseline, comparison)
     return row | {"reused": _reused(measurement), **_stamp()}
 
 
@@ -76,9 +72,7 @@ def increases(rows: Iterable[Row], comparison: QualityComparison, losses_of: Cal
     return added
 
 
-def _beside(
-    measurement: TrialMeasurement, baseline: TrialMeasurement | None, comparison: QualityComparison
-) -> dict[str, Any]:
+def _beside(measurement: TrialMeasurement, baseline: TrialMeasurement | None, comparison: QualityComparison) -> AnyRow:
     losses = measurement.losses
     assert losses is not None
     if baseline is None:
@@ -107,8 +101,8 @@ def failed_row(trial: OpenTrial, reason: str, worker: int) -> Row:
         "feasible": False,
         "worker": worker,
     }
-    return Row.of(values | asdict(what.policy) | _stamp())
+    return Row.of({**values, **asdict(what.policy), **_stamp()})
 
 
-def _stamp() -> dict[str, Any]:
+def _stamp() -> AnyRow:
     return {"finished_at": time.time(), "commit": commit()}

@@ -16,7 +16,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
@@ -25,14 +24,12 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search_spaces import SearchSpace, Value, judged
-from streamllm.configuration import Configuration
 from streamllm.errors import UsageError
-from streamllm.methods import check_execution
-from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
 from streamllm.reference_time import ReferencePool
 from streamllm.results.schema import OBJECTIVES, Row, told_name
 
 from .messages import TrialSpec
+from .points import configuration_of
 from .samplers import Result, Sampler, Suggestion
 
 _ROW = "row"
@@ -47,7 +44,7 @@ class OpenTrial:
     """A trial that was asked for and not told yet."""
 
     number: int
-    params: dict[str, Any]
+    params: dict[str, Value]
     spec: TrialSpec
 
 
@@ -185,7 +182,7 @@ class Study:
             trial.set_user_attr(_SKIPPED, reason)
             self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
-    def _created(self, params: dict[str, Value], state: TrialState, attributes: dict[str, Any] | None = None) -> Trial:
+    def _created(self, params: dict[str, Value], state: TrialState, attributes: dict[str, str] | None = None) -> Trial:
         """In one line of the journal: all of it is there after a kill, or none."""
         chosen: dict[str, Value] = {}
         distributions: dict[str, BaseDistribution] = {}
@@ -246,31 +243,12 @@ def _row(trial: FrozenTrial) -> Row:
     return Row.from_json(trial.user_attrs[_ROW], f"trial {trial.number} of the journal")
 
 
-def configuration_of(params: dict[str, Any], space: SearchSpace, cap: int) -> Configuration:
-    """The configuration that a point of the space stands for; its window is what its total KV leaves."""
-    knobs = {name: params[name] for name in ("n_sink", "compress_every", "cache_slack", "max_drop")}
-    policy = with_derived_window(EvictionPolicy(**knobs), min(params["total_kv"], cap), space.cap_accounting)
-    check_execution(params["method"], params["execution"])
-    chosen = (params["attn_backend"], params["execution"], params.get("quantization"))
-    return Configuration(params["method"], policy, *chosen)
-
-
-def check_cap(space: SearchSpace, cap: int) -> None:
-    """Raises PolicyError if the cap, or the largest total KV searched, leaves some point of the space no window."""
-    widest = {name: max(int(x) for x in space.parameters[name]) for name in ("n_sink", "cache_slack")}
-    largest = max(int(x) for x in space.parameters["total_kv"])
-    try:
-        with_derived_window(EvictionPolicy(**widest), min(cap, largest))
-    except PolicyError as error:
-        raise PolicyError(f"space {space.name!r}: {error}") from error
-
-
 class _Journal(JournalFileBackend):  # type: ignore[misc]
     """Optuna's journal file, flushed to the disk with every write; writes that belong together go in one."""
 
-    _held: list[dict[str, Any]] | None = None
+    _held: list[dict[str, object]] | None = None
 
-    def append_logs(self, logs: list[dict[str, Any]]) -> None:
+    def append_logs(self, logs: list[dict[str, object]]) -> None:
         if self._held is not None:
             self._held += logs
         else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import math
 import signal
 import sys
@@ -10,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,10 +19,10 @@ from streamllm.errors import UsageError
 from streamllm.printing import say
 from streamllm.results.study_folder import write_rows
 
-from .command_line import check_matrix_options, parser, resolve
+from .command_line import matrix_request, parser, resolve
 
 if TYPE_CHECKING:
-    from .configuration import SweepConfiguration
+    from .configuration import SweepConfiguration, WorkerSettings
     from .display import Display
     from .driver import Driver, Observer
     from .pool import WorkerPool
@@ -37,26 +37,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_matrix(arguments.space):
             from .matrix_run import run_matrix
 
-            check_matrix_options(arguments)
-            return run_matrix(arguments)
+            return run_matrix(matrix_request(arguments), arguments.dry_run)
         from .lease import study_lease
 
         configuration = resolve(arguments)
         if arguments.dry_run:
             from .dry_run import describe
 
-            say(describe(configuration, arguments.address, arguments.cpus_per_worker, arguments.confirm))
+            say(describe(configuration))
             return 0
         configuration.output.mkdir(parents=True, exist_ok=True)
         with study_lease(configuration.folder):
-            until = started + (configuration.time_budget or math.inf)
-            return _sweep(configuration, configuration.claim(), arguments, until)
+            until = started + (configuration.search.time_budget or math.inf)
+            return _sweep(configuration, configuration.claim(), until)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse.Namespace, until: float) -> int:
+def _sweep(configuration: SweepConfiguration, study_id: str, until: float) -> int:
     """`until`: when all should be finished, by the monotonic clock."""
     from streamllm.store import MeasurementStore
 
@@ -67,21 +66,15 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
     from .tracking import Projection
     from .trials_file import TrialsFile
 
-    study = Study(
-        configuration.study,
-        configuration.journal,
-        configuration.space,
-        configuration.cap,
-        configuration.seed,
-        configuration.sampler,
-    )
+    what, sampler = configuration.identity, configuration.search.sampler
+    study = Study(what.study, configuration.journal, what.space, what.cap, what.seed, sampler)
     trials = TrialsFile(configuration.folder, study.rows)
     store = MeasurementStore(configuration.store)
     projection = Projection(configuration.to_dict(study_id), store)
     tracker = Tracker(projection, trials)
-    display = Display(configuration.trials, study.rows, configuration.space.objectives, tracker, until=until)
+    display = Display(configuration.trials, study.rows, what.space.objectives, tracker, until=until)
     _introduce(configuration, study, display)
-    driver, status, code = _measure(configuration, arguments, study, [trials, display, tracker], display, until)
+    driver, status, code = _measure(configuration, study, [trials, display, tracker], display, until)
     if found := driver.increases(store.losses):
         write_rows(configuration.folder.increases, found)
     configuration.folder.write_outcome(status)
@@ -91,7 +84,6 @@ def _sweep(configuration: SweepConfiguration, study_id: str, arguments: argparse
 
 def _measure(
     configuration: SweepConfiguration,
-    arguments: argparse.Namespace,
     study: Study,
     observers: list[Observer],
     display: Display,
@@ -102,35 +94,37 @@ def _measure(
     from .messages import WorkerSetup
     from .pool import SweepError, WorkerPool
 
+    what, search, rounds = configuration.identity, configuration.search, configuration.confirm.rounds
     setup = WorkerSetup(
-        model=configuration.model,
-        source=configuration.source,
-        dtype=configuration.dtype,
-        quantization=configuration.quantization,
+        model=what.model,
+        source=what.source,
+        dtype=what.dtype,
+        quantization=what.quantization,
         store=configuration.store.absolute(),
-        total=configuration.cap,
+        total=what.cap,
         directory=Path.cwd(),
-        model_digest=configuration.model_digest,
-        text_file_digest=configuration.text_file_digest,
+        model_digest=what.model_digest,
+        text_file_digest=what.text_file_digest,
     )
     with display:
         display.note("starting Ray and its workers")
-        pool = WorkerPool(
-            setup,
-            configuration.workers,
-            arguments.address,
-            cpus_per_worker=_cores_per_worker(arguments.cpus_per_worker, study),
-            trial_timeout=arguments.trial_timeout,
-            load_timeout=arguments.load_timeout,
-            note=display.note,
+        pool = WorkerPool(setup, _with_the_cores_of(study, configuration.workers), note=display.note)
+        driver = Driver(
+            study,
+            pool,
+            what.cap,
+            configuration.trials,
+            observers,
+            display.note,
+            until=until,
+            confirm=rounds,
+            baseline_tokens=search.baseline_tokens,
         )
-        limits = (until, arguments.confirm, configuration.baseline_tokens)
-        driver = Driver(study, pool, configuration.cap, configuration.trials, observers, display.note, *limits)
         try:
             with _interruptible(pool):
                 driver.run()
-                if arguments.confirm:
-                    _confirm(configuration, driver, display, arguments.confirm, until)
+                if rounds:
+                    _confirm(configuration, driver, display, until)
         except SweepError as error:
             display.note(f"error: {error}")
             return driver, "FAILED", 1
@@ -142,14 +136,15 @@ def _measure(
     return driver, "FINISHED", 0
 
 
-def _cores_per_worker(wanted: int, study: Study) -> int:
-    """The same number as when the study began: times of one and of two threads do not compare. Raises UsageError."""
-    if wanted and study.threads and wanted != study.threads:
+def _with_the_cores_of(study: Study, workers: WorkerSettings) -> WorkerSettings:
+    """The same number for each as when the study began: times of one and of two threads do not compare. Raises
+    UsageError."""
+    if workers.cpus and study.threads and workers.cpus != study.threads:
         raise UsageError(
-            f"cpus per worker {wanted}: the times of study {study.name!r} are of {study.threads} a worker; "
+            f"cpus per worker {workers.cpus}: study {study.name!r} was timed with {study.threads} per worker; "
             f"leave it out, or give another --study"
         )
-    return wanted or study.threads
+    return replace(workers, cpus=workers.cpus or study.threads)
 
 
 @contextmanager
@@ -171,7 +166,7 @@ def _interruptible(pool: WorkerPool) -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display, rounds: int, until: float) -> None:
+def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display, until: float) -> None:
     """Times the front's candidates again and writes `confirmed.jsonl`. What then still looks better than the front
     without having been confirmed is confirmed too."""
     from streamllm.results.study import load_study
@@ -180,7 +175,7 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display
     from .confirm import candidates, confirmed_rows, unconfirmed_better
     from .rounds import read_rounds, take_rounds
 
-    folder, store = configuration.folder, MeasurementStore(configuration.store)
+    folder, store, rounds = configuration.folder, MeasurementStore(configuration.store), configuration.confirm.rounds
     results = load_study(str(folder.path))
     earlier = {trial for one in read_rounds(folder) for trial in one.members}
     chosen = added = candidates(results.trials, results.objectives, earlier)
@@ -216,9 +211,10 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display
 
 
 def _introduce(configuration: SweepConfiguration, study: Study, display: Display) -> None:
-    display.note(f"study {configuration.study}: {configuration.summary}")
-    if configuration.cap < configuration.space.cap:
-        display.note(f"total KV is capped at {configuration.cap} here; the space says {configuration.space.cap}")
+    what = configuration.identity
+    display.note(f"study {what.study}: {configuration.summary}")
+    if what.cap < what.space.cap:
+        display.note(f"total KV is capped at {what.cap} here; the space says {what.space.cap}")
     if study.rows:
         display.note(f"going on: {len(study.rows)} of {configuration.trials} trials are finished")
 

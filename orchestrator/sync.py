@@ -17,7 +17,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("study", metavar="STUDY", help="a name under sweeps/, or the path of an output folder")
     parser.add_argument(
-        "--tracking-uri", metavar="URI", help="of MLflow ($MLFLOW_TRACKING_URI, or its own default store)"
+        "--tracking-uri", metavar="URI", help="address of MLflow ($MLFLOW_TRACKING_URI, or its own default store)"
     )
     return parser.parse_args(argv)
 
@@ -48,7 +48,7 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     from streamllm.results.study_folder import read_rows
     from streamllm.store import MeasurementStore
 
-    from .conclusion import write_outputs
+    from .conclusion import report_of, write_outputs
     from .tracking import Projection, one_line
 
     results = load_study(folder)
@@ -58,7 +58,7 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
         projection.open()
         for row in track(rows, "MLflow", console=Console(stderr=True), transient=True):
             projection.log(row)
-        projection.close(results, [*write_outputs(results), results.files.configuration])
+        projection.close(results, report_of(results, [*write_outputs(results), results.files.configuration]))
     except Exception as error:  # MLflow raises anything
         print(f"error: MLflow cannot be brought up to date: {one_line(error)}", file=sys.stderr)
         return 1

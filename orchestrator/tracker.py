@@ -15,13 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from streamllm.results.schema import Row
 from streamllm.results.study import load_study
 
-from .messages import TrialSpec
-from .tracking import Projection, one_line
+from .messages import TrialSpec, WorkerDescription
+from .tracking import Projection, Report, one_line
 from .trials_file import TrialsFile
 
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 1.0, 60.0
@@ -51,7 +51,7 @@ class Tracker:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
 
-    def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
+    def worker_ready(self, worker: int, description: WorkerDescription) -> None:
         pass
 
     def trial_started(self, worker: int, spec: TrialSpec) -> None:
@@ -74,7 +74,7 @@ class Tracker:
 
     def finish(
         self,
-        report: list[Path],
+        report: Report,
         progress: Callable[[int], None],
         patience_sec: float = 20.0,
         limit_sec: float = 600.0,
@@ -112,7 +112,7 @@ class _Follower:
         self._trials = trials
         self._longest_pause_sec = longest_pause_sec
         self._pause = _FIRST_PAUSE_SEC
-        self._report: list[Path] | None = None
+        self._report: Report | None = None
         self._failed = False
         self._done = 0
 
@@ -158,7 +158,7 @@ class _Follower:
                 self._wait(_FIRST_PAUSE_SEC)
         if self._failed:  # what was asked for in vain may have been done after all
             self._projection.open()
-        self._projection.close(load_study(str(self._trials.parent)), self._report or [])
+        self._projection.close(load_study(str(self._trials.parent)), self._report or Report())
         self._say()
 
     def _wait(self, seconds: float) -> None:

@@ -14,17 +14,18 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from dashboards.findings import Findings, findings
-from dashboards.recommendation import recommended, record
 from streamllm.results.schema import FIELDS, FORMAT, KNOBS, AnyRow, knobs_in_short, told_name
-from streamllm.results.study import EXPERIMENT, VIEW, StudyResults, view_of
+from streamllm.results.study import EXPERIMENT, FIXED, VIEW, StudyResults, view_of
 from streamllm.store import MeasurementStore
 
-from .rows import BASELINE, STRICT
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
 
 _PARAMS = (*(field.name for field in KNOBS), "dtype")
 _TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if field.mlflow == "tag"}
@@ -42,6 +43,19 @@ _DIGEST = "digest"
 """Tag of a run that says what was logged of it."""
 
 
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a study has come to, for its parent run; `conclusion.report_of` makes it when a sweep ends."""
+
+    files: Sequence[Path] = ()
+    findings: Sequence[str] = ()
+    """Paragraphs."""
+    recommended: int | str | None = None
+    """The trial."""
+    command: str | None = None
+    """Measures it again."""
+
+
 class Projection:
     """A study's runs in MLflow. Every method may be called again: what is there already is left as it is.
 
@@ -50,6 +64,7 @@ class Projection:
     def __init__(
         self, configuration: Mapping[str, Any], store: MeasurementStore, tracking_uri: str | None = None
     ) -> None:
+        """configuration: what `sweep.json` says."""
         self._configuration = configuration
         self._store = store
         self._uri = tracking_uri
@@ -126,7 +141,7 @@ class Projection:
         self._digests[trial] = digest
         self.logged += 1
 
-    def close(self, results: StudyResults, report: list[Path]) -> None:
+    def close(self, results: StudyResults, report: Report) -> None:
         """Marks the front, logs what was confirmed, attaches the report to the parent, and ends all runs."""
         status, ended_at = results.files.read_outcome()
         rows = [*results.trials, results.baseline, results.strict]
@@ -144,15 +159,15 @@ class Projection:
         if results.references:
             whole["reference_tpot_ms"] = results.references[0].ms
         self._update_metrics(self._runs[""], whole, before.get(self._runs[""], {}), ended)
-        self._attach(report, findings(results, results.front))
-        self._recommend(results)
+        self._attach(report)
+        self._recommend(report)
         for trial in self._runs.keys() - self._digests.keys() - {""}:  # of no trial that the study knows, or refused
             self._client.set_terminated(self._runs[trial], "KILLED", ended)
         parent = self._client.get_run(self._runs[""]).info
         if (parent.status, parent.end_time) != (status or "KILLED", ended):
             self._client.set_terminated(self._runs[""], status or "KILLED", ended)
 
-    def _known_runs(self) -> Iterator[Any]:
+    def _known_runs(self) -> Iterator[Run]:
         """The study's runs, the oldest first."""
         token, condition = None, f"tags.study_id = '{self._configuration['study_id']}'"
         while True:
@@ -216,12 +231,11 @@ class Projection:
                 shutil.copyfile(losses, Path(folder) / "losses.npy")
             self._client.log_artifacts(run, folder)
 
-    def _recommend(self, results: StudyResults) -> None:
-        found = record(results, recommended(results, results.front))
+    def _recommend(self, report: Report) -> None:
         tags = self._client.get_run(self._runs[""]).data.tags
-        for name, tag in (("trial", "recommended"), ("command", "recommended.command")):
-            if found[name] is not None and tags.get(tag) != str(found[name]):
-                self._client.set_tag(self._runs[""], tag, str(found[name])[:5000])
+        for tag, value in (("recommended", report.recommended), ("recommended.command", report.command)):
+            if value is not None and tags.get(tag) != str(value):
+                self._client.set_tag(self._runs[""], tag, str(value)[:5000])
 
     def _update_metrics(self, run: str, values: Mapping[str, float], before: Mapping[str, float], at: int) -> None:
         from mlflow.entities import Metric
@@ -232,16 +246,16 @@ class Projection:
         if metrics:
             self._client.log_batch(run, metrics=metrics)
 
-    def _attach(self, report: list[Path], found: Findings) -> None:
+    def _attach(self, report: Report) -> None:
         """Files for the parent, unless it has just these; the description says what was found and shows the front."""
-        digest = _digest(*found.paragraphs, *(path.read_bytes() for path in report))
+        digest = _digest(*report.findings, *(path.read_bytes() for path in report.files))
         parent = self._runs[""]
         if self._client.get_run(parent).data.tags.get(_DIGEST) == digest:
             return
-        for path in report:
+        for path in report.files:
             self._client.log_artifact(parent, str(path))
             if path.suffix == ".md":
-                note = "\n\n".join([*found.paragraphs, path.read_text(encoding="utf-8")])
+                note = "\n\n".join([*report.findings, path.read_text(encoding="utf-8")])
                 self._client.set_tag(parent, "mlflow.note.content", shortened(note))
         self._client.set_tag(parent, _DIGEST, digest)
 
@@ -255,7 +269,7 @@ def shortened(note: str) -> str:
     return "\n".join([*lines[:kept], "", f"({len(lines) - kept} more lines are in the artifact pareto.md)"])
 
 
-def _client(tracking_uri: str | None) -> Any:
+def _client(tracking_uri: str | None) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the result's
@@ -287,7 +301,7 @@ def _same(one: float | None, other: float) -> bool:
     return one is not None and (one == other or (math.isnan(one) and math.isnan(other)))
 
 
-def _is_number(value: Any) -> bool:
+def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
@@ -305,6 +319,6 @@ def one_line(error: Exception) -> str:
 
 
 def _run_name(row: AnyRow) -> str:
-    if row["trial"] in (STRICT, BASELINE):
+    if row["trial"] in FIXED:
         return str(row["trial"])
     return f"{row['trial']:03d} {row['method']} {knobs_in_short(row)} {row['backend_requested']}"

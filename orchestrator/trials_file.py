@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from streamllm.results.schema import Row
+from streamllm.results.study import FIXED
 from streamllm.results.study_folder import StudyFolder, append_row, read_rows, write_rows
 
-from .messages import TrialSpec
-from .rows import BASELINE, STRICT
+from .messages import TrialSpec, WorkerDescription
 
 _OF_A_START = {"reused", "finished_at", "commit"}
 """Keys that differ in the rows of reference and baseline each time a sweep goes on."""
@@ -22,19 +21,19 @@ class TrialsFile:
         """Writes what the study has finished; what trials are compared with, itself no trial, stays as it was."""
         folder.forget_the_end()
         self.path = folder.trials
-        self._fixed = {row.trial: row for row in read_rows(self.path) if row.trial in (STRICT, BASELINE)}
+        self._fixed = {row.trial: row for row in read_rows(self.path) if row.trial in FIXED}
         written = [*self._fixed.values(), *rows]
         self.count = len(written)
         write_rows(self.path, written)
 
-    def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
+    def worker_ready(self, worker: int, description: WorkerDescription) -> None:
         pass
 
     def trial_started(self, worker: int, spec: TrialSpec) -> None:
         pass
 
     def trial_finished(self, row: Row) -> None:
-        if row.trial in (STRICT, BASELINE):
+        if row.trial in FIXED:
             before = self._fixed.get(row.trial)
             if before is not None and _measured(row) == _measured(before):
                 return
@@ -43,5 +42,5 @@ class TrialsFile:
         self.count += 1
 
 
-def _measured(row: Mapping[str, Any]) -> dict[str, Any]:
+def _measured(row: Row) -> dict[str, object]:
     return {name: value for name, value in row.items() if name not in _OF_A_START}

@@ -14,7 +14,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from streamllm.errors import UsageError
 from streamllm.results.schema import Row
@@ -22,7 +22,7 @@ from streamllm.store import MeasurementStore
 
 from .accelerators import own_accelerator
 from .lease import claim, leases_on
-from .messages import TrialMeasurement, TrialSpec, WorkerSetup, WorkerUnusableError
+from .messages import TrialMeasurement, TrialSpec, WorkerDescription, WorkerPlace, WorkerSetup, WorkerUnusableError
 
 if TYPE_CHECKING:
     from streamllm.measurements import Measurements
@@ -39,11 +39,11 @@ class Worker:
         self._count = cores
         self._owner = owner
 
-    def place(self) -> dict[str, Any]:
+    def place(self) -> WorkerPlace:
         """Answers as soon as the process is there."""
         return {"host": socket.gethostname(), "pid": os.getpid()}
 
-    def load(self) -> dict[str, Any]:
+    def load(self) -> WorkerDescription:
         """Pins itself, loads model and text; says what this worker is, sees, and finds wrong (`warnings`).
 
         Raises UsageError for input it cannot use, or that is not what the driver has under that name."""
@@ -70,8 +70,12 @@ class Worker:
             MeasurementStore(setup.store), self.loaded, self.stream, setup.total, neighbours=neighbours
         )
         self._models[setup.quantization] = self.measurements
-        return self.place() | {
-            **kind_of_worker(self.loaded.device),
+        kind = kind_of_worker(self.loaded.device)
+        return {
+            **self.place(),
+            "device": kind["device"],
+            "threads": kind["threads"],
+            "software": kind["software"],
             "visible_devices": accelerator.visible if accelerator else "",
             "cores": self.cores,
             "model_digest": self.loaded.digest,
@@ -171,7 +175,7 @@ class Worker:
         ):
             if expected is not None and found != expected:
                 raise UsageError(
-                    f"{what} on {socket.gethostname()} is another than where the sweep was started "
+                    f"{what} on {socket.gethostname()} differs from the one where the sweep was started "
                     f"({found!s:.12}..., not {expected:.12}...); give a path that all nodes share"
                 )
 

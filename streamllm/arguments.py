@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,13 +32,13 @@ def add_model_arguments(group: argparse._ArgumentGroup) -> None:
         help="testbed, smollm2, a folder, a .gguf file or a hub id (STREAMLLM_MODEL or testbed)",
     )
     group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="what the device does well: bfloat16, float16 or float32 (auto)"
+        "--dtype", choices=DTYPES, default="auto", help="number format (auto: what the device does well)"
     )
     group.add_argument(
         "--quantization",
         choices=QUANTIZATIONS,
         default="none",
-        help="of the weights of linear layers, by torchao (none)",
+        help="quantize the weights of linear layers, by torchao (none)",
     )
 
 
@@ -46,7 +47,7 @@ def add_text_arguments(group: argparse._ArgumentGroup) -> None:
         "--text",
         type=Path,
         metavar="FILE",
-        help="plain UTF-8, or .json, .jsonl or .parquet with a column `text` (the embedded)",
+        help="plain UTF-8, or .json, .jsonl or .parquet with a column `text` (the embedded text)",
     )
     group.add_argument("--token-ids", type=Path, metavar="FILE.json", help="a JSON list of token ids instead of text")
     group.add_argument(
@@ -55,7 +56,7 @@ def add_text_arguments(group: argparse._ArgumentGroup) -> None:
         help="wikitext, pg19, a hub id or a folder in the hub's layout (STREAMLLM_DATASET)",
     )
     group.add_argument("--dataset-config", metavar="NAME", help="configuration of the data set")
-    group.add_argument("--split", default="test", metavar="NAME", help="of the data set (test)")
+    group.add_argument("--split", default="test", metavar="NAME", help="split of the data set (test)")
     group.add_argument(
         "--book",
         metavar="TITLE|N",
@@ -148,12 +149,23 @@ def sample_size(text: str, protocol: str = "fast") -> int | None:
     if text == "auto":
         return None
     if protocol != "fast":
-        raise UsageError(f"baseline_tokens {text!r}: of --protocol fast only, {protocol} has no sample; leave it out")
+        raise UsageError(f"baseline_tokens {text!r}: is for --protocol fast, {protocol} takes no sample; leave it out")
     if text == "all":
         return 0
     if not text.isdecimal() or int(text) < 1:
         raise UsageError(f"baseline_tokens {text!r}: must be a whole number >= 1, 'all' or 'auto'")
     return int(text)
+
+
+def percent(text: str) -> float:
+    """A limit to the perplexity increase, as it is typed. Raises UsageError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not -100 < value < math.inf:
+        raise UsageError(f"max-ppl-increase {text!r}: must be a number of percent above -100, for example 3")
+    return value
 
 
 def add_threads_argument(group: argparse._ArgumentGroup) -> None:
@@ -207,7 +219,7 @@ def measuring(arguments: argparse.Namespace) -> Measuring:
 def given_policy(arguments: argparse.Namespace) -> EvictionPolicy:
     """The policy as far as it is given: `complete_policy` finds a window that was left out. Raises PolicyError."""
     if arguments.prefill_tokens is not None and (arguments.protocol != "chunked" or arguments.prefill_tokens < 1):
-        raise UsageError(f"prefill_tokens {arguments.prefill_tokens}: a number >= 1, with --protocol chunked only")
+        raise UsageError(f"prefill_tokens {arguments.prefill_tokens}: must be >= 1, and --protocol chunked")
     return given_stream_policy(arguments)
 
 

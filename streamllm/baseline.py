@@ -17,9 +17,6 @@ if TYPE_CHECKING:
 Measured = tuple[Row, "np.ndarray"]
 """A row, and losses (n, 2: position, nats)."""
 
-AS_BASELINE = {"speedup": 1.0, "ppl_increase_percent": 0.0}
-"""The baseline's values beside itself."""
-
 _TIMES = (
     "time_ratio",
     "measured_tpot_ms",
@@ -65,6 +62,13 @@ def average(runs: Sequence[Measured]) -> Measured:
     if entries := [run["speed_entry"] for run, _ in runs if "speed_entry" in run]:
         mean["speed_entry"] = " ".join(entries)
     return record | mean | {"reused": all(run["reused"] for run, _ in runs)}, losses
+
+
+def as_baseline(record: Row, losses: np.ndarray, comparison: QualityComparison | None) -> Row:
+    """The row of what is itself the baseline; of a stream, with its perplexity over all tokens."""
+    if comparison is not None:
+        record = record | sampled(losses, comparison, record["n_tokens"] - 1)
+    return record | {"speedup": 1.0, "ppl_increase_percent": 0.0}
 
 
 def sampled(losses: np.ndarray, comparison: QualityComparison, n_losses: int) -> dict[str, Any]:

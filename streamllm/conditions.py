@@ -22,6 +22,7 @@ import platform
 import subprocess
 from collections.abc import Mapping
 from functools import cache
+from typing import TypedDict
 
 import torch
 
@@ -46,7 +47,15 @@ def of_speed(loaded: LoadedModel, method: str, attn_backend: str) -> dict[str, s
     return of_quality(loaded, method) | software(loaded.device) | more
 
 
-def kind_of_worker(device: torch.device) -> dict[str, str | int | None]:
+class KindOfWorker(TypedDict):
+    device: str
+    threads: int | None
+    """Of a CPU."""
+    software: str
+    """Versions that every time depends on."""
+
+
+def kind_of_worker(device: torch.device) -> KindOfWorker:
     """The part of a row that says who timed it: times of workers that differ in any of it do not compare. See
     `reference_time`."""
     return {

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .baseline import AS_BASELINE, average, baseline_policy, compared, sampled
+from .baseline import as_baseline, average, baseline_policy, compared, sampled
 from .configuration import Configuration
 from .options import PROTOCOLS
 from .progress import working
@@ -209,10 +209,8 @@ def baseline_runs(measurements: Measurements, beside: Configuration, how: Measur
         losses = measurement.losses
         assert losses is not None
         row = Row.of(identity(loaded, what, stream, protocol) | measurement.record)
-        row = row | {"reference_total": measurements.total}
-        if (comparison := compare_quality(measurements, protocol, losses)) is not None:
-            row = row | sampled(losses, comparison, len(stream.tokens) - 1)
-        runs.append((row | AS_BASELINE | {"reused": not fresh}, losses))
+        row = row | {"reference_total": measurements.total, "reused": not fresh}
+        runs.append((as_baseline(row, losses, compare_quality(measurements, protocol, losses)), losses))
     raise AssertionError("unreachable: the store is finite")
 
 

@@ -34,7 +34,7 @@ def gguf_file(name: str) -> Path | None:
     if path.suffix.lower() != ".gguf":
         return None
     if not path.is_file():
-        raise UsageError(f"model {name!r}: no such file")
+        raise UsageError(f"model {name!r}: no such file; give the path of a .gguf file, a folder or a hub id")
     return path
 
 
@@ -73,7 +73,9 @@ def converted(file: Path) -> Path:
     if folder.is_dir():
         return folder
     known = _read(file)
-    print(f"{file.name}: converting {known['weights']} to safetensors, once: some seconds", file=sys.stderr, flush=True)
+    print(
+        f"{file.name}: converting {known['weights']} to safetensors, once; takes seconds", file=sys.stderr, flush=True
+    )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / "model"
@@ -110,7 +112,7 @@ def _read(file: Path) -> dict[str, str]:
         fields = GGUFReader(file).fields
         architecture = str(fields["general.architecture"].contents())
     except Exception as error:  # the library raises anything on what is not one
-        raise UsageError(f"model {str(file)!r}: not a whole GGUF file ({error})") from error
+        raise UsageError(f"model {str(file)!r}: not a whole GGUF file ({error}); get it again") from error
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"{file.name}: GGUF architecture {architecture!r} is not among those whose conversion is known to be right "

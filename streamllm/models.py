@@ -90,7 +90,7 @@ def _check_weights(name: str, found: Mapping[str, Any]) -> None:
         shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
         raise UnsupportedModelError(
             f"{name}: its files lack {len(missing)} tensors of the model that config.json describes ({shown}); "
-            f"they are incomplete, or another model's"
+            f"they are incomplete, or another model's; get all of them again"
         )
     if found["unexpected_keys"]:
         unused = sorted(found["unexpected_keys"])
@@ -121,7 +121,7 @@ def weights_digest(name: str) -> str:
     digest = folder_digest(source)
     kept = facts(source)
     if kept and kept["converted"] != digest:
-        raise UsageError(f"model {name!r}: what was converted of it has been changed; remove {str(source)!r}")
+        raise UsageError(f"model {name!r}: its converted copy has been changed; remove {str(source)!r}")
     return str(kept.get("digest", digest))
 
 

@@ -125,7 +125,7 @@ def profile_decoding(
 
 def _profiler(device: torch.device) -> profile:
     if device.type != "cpu" and not sees_kernels(device):
-        raise UsageError(f"profile: torch's profiler does not see the kernels of {device.type}")
+        raise UsageError(f"profile: torch's profiler does not see the kernels of {device.type}; use CUDA or a CPU")
     return kernel_profiler(device)
 
 

@@ -79,13 +79,13 @@ class TextSource:
                 raise TextError(f"text {str(path)!r}: {'not a file' if path.exists() else 'no such file'}")
         self._check_rows()
         if self.offset < 0:
-            raise TextError(f"offset {self.offset}: must be >= 0 tokens")
+            raise TextError(f"offset {self.offset}: must be a whole number >= 0")
         if self.max_eval_tokens is not None and self.max_eval_tokens < 2:
             raise TextError(f"max_eval_tokens {self.max_eval_tokens}: must be >= 2 (one token to predict another)")
 
     def _check_rows(self) -> None:
         if self.split != "test" and self.dataset_name is None:
-            raise TextError(f"split {self.split!r}: of a data set; give --dataset-name, or leave --split out")
+            raise TextError(f"split {self.split!r}: is for data sets; give --dataset-name, or leave --split out")
         if self.join not in JOINS:
             raise TextError(f"join {self.join!r}: must be one of {', '.join(JOINS)}")
         if self.book is not None and not slug(self.book):
@@ -93,10 +93,11 @@ class TextSource:
         asked = self._asked_of_rows()
         if asked and self.dataset_name is None and (self.text is None or not _is_table(self.text)):
             raise TextError(
-                f"{asked}: of rows; give --dataset-name or --text FILE with {', '.join(SUFFIXES)}, or leave it out"
+                f"{asked}: is for texts in rows; give --dataset-name or --text FILE with {', '.join(SUFFIXES)}, "
+                f"or leave it out"
             )
         if self.join != "lines" and self.row is not None:
-            raise TextError(f"join {self.join!r}: of many rows, and a book is one; leave --join out")
+            raise TextError(f"join {self.join!r}: joins many rows, and a book is one; leave --join out")
 
     def _asked_of_rows(self) -> str:
         """The option that only rows can satisfy, as a message names it; empty: none."""
@@ -134,12 +135,14 @@ def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, v
     chosen = (ids[:lead] + ids[lead + source.offset :])[: source.max_eval_tokens]
     foreign = next((token for token in chosen if not 0 <= token < vocabulary), None)
     if foreign is not None:
-        raise TextError(f"text {source.label!r}: token id {foreign}, the model knows 0 .. {vocabulary - 1}")
+        raise TextError(
+            f"text {source.label!r}: token id {foreign}, the model knows 0 .. {vocabulary - 1}; give its own"
+        )
     tokens = np.array(chosen, dtype=np.int64)
     if len(tokens) < 2:
         raise TextError(
             f"text {source.label!r}: {len(tokens)} of its {len(ids)} tokens are left after offset {source.offset}, "
-            f"at least 2 are needed"
+            f"at least 2 are needed; lower --offset or give a longer text"
         )
     return TokenStream(tokens, source.label, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(), lead > 0)
 
@@ -190,7 +193,7 @@ def _read_file(path: Path, what: str, source: TextSource) -> str:
     if _is_table(path):
         return text_of(file_rows(path, what), source.row, source.join)
     if asked := source._asked_of_rows():
-        raise TextError(f"{asked}: of rows, and {what} is one plain text ({path.name}); leave it out")
+        raise TextError(f"{asked}: is for texts in rows, and {what} is one plain text ({path.name}); leave it out")
     try:
         return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the text
     except UnicodeDecodeError as error:

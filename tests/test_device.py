@@ -13,6 +13,7 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from orchestrator import accelerators, dry_run, pool, worker
+from orchestrator.configuration import WorkerSettings
 from orchestrator.device_kinds import built_for, device_kinds
 from orchestrator.lease import claim
 from orchestrator.messages import WorkerSetup
@@ -181,7 +182,7 @@ def test_no_setting_of_ray_has_workers_share_the_first(monkeypatch):
 def test_accelerators_that_ray_does_not_see_are_refused(accelerator):
     assert accelerators.own_accelerator(False) is None
     accelerator(torch.device("cuda"), 2)
-    with pytest.raises(UsageError, match=r"torch sees 2 x cuda on .*, Ray none: .* start Ray with --num-gpus 2"):
+    with pytest.raises(UsageError, match=r"torch sees 2 x cuda on .*, Ray sees none: .* start Ray with --num-gpus 2"):
         accelerators.own_accelerator(False)
 
 
@@ -277,7 +278,7 @@ def test_ray_is_told_of_accelerators_that_it_may_not_know(kind, told, accelerato
 def test_a_dry_run_names_the_accelerators(accelerator, monkeypatch):
     accelerator(XPU, 2)
     monkeypatch.setattr(torch.xpu, "get_device_name", lambda _: "Arc B580")
-    assert dry_run._layout(0, 0, None).words == "2, each with one of 2 x Arc B580"
+    assert dry_run._layout(WorkerSettings()).words == "2, each with one of 2 x Arc B580"
 
 
 @pytest.mark.parametrize(("kind", "told"), [(torch.device("cuda"), "cuda"), (MPS, "mps"), (None, "cpu")])

@@ -91,7 +91,7 @@ def test_the_view_shows_workers_counts_front_and_what_mlflow_lacks():
     assert view.count("◆") == 3
     assert "MLflow" not in view
     tracking.backlog, tracking.problem = 7, "it is away"
-    assert "MLflow: 7 runs behind, tried again and again: it is away" in screen(shown)
+    assert "MLflow: 7 runs behind, still trying: it is away" in screen(shown)
 
 
 def test_many_workers_are_counted_and_a_low_terminal_does_without_the_plot():

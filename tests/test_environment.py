@@ -63,7 +63,9 @@ def test_data_sets_of_a_folder_come_before_the_hub(tmp_path, monkeypatch):
     assert read("pg19") == "first book"
     assert read("wikitext") == " = Title = \n Words .\n"
     assert read("pg19", book="1") == "second book"
-    with pytest.raises(TextError, match=r"book '1': of rows, and data set 'one' is one plain text \(one.txt\)"):
+    with pytest.raises(
+        TextError, match=r"book '1': is for texts in rows, and data set 'one' is one plain text \(one.txt\)"
+    ):
         read("one", book="1")
     with pytest.raises(TextError, match=r"split 'train': data set 'pg19' is the one file '.*pg19.parquet'"):
         read("pg19", split="train")

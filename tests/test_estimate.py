@@ -52,21 +52,21 @@ def configuration(*more):
 
 
 def test_the_parts_of_an_estimate():
-    found = estimate(PACE, 8192, configuration("--trials", "4"), workers=2, rounds=0, like=())
+    found = estimate(PACE, 8192, configuration("--trials", "4", "--confirm", "0"), workers=2, like=())
     assert 0 < found.losses <= PACE.losses(8192) == pytest.approx(32 * 1.512), "policies share their losses"
     assert found.confirming == 0
     assert found.seconds > 4 * (found.timing + found.losses / 2) + found.baseline
-    more = estimate(PACE, 8192, configuration("--trials", "4"), workers=2, rounds=3, like=())
+    more = estimate(PACE, 8192, configuration("--trials", "4"), workers=2, like=())
     assert more.seconds - found.seconds == pytest.approx(more.confirming) and more.confirming > 0
     few, many = (
-        estimate(PACE, 8192, configuration("--trials", "4", "--baseline-tokens", n), 2, 0, ()) for n in ("8", "1008")
+        estimate(PACE, 8192, configuration("--trials", "4", "--baseline-tokens", n), 2, ()) for n in ("8", "1008")
     )
     assert many.baseline - few.baseline == pytest.approx(1000 * PACE.window() / 2)
 
 
 def test_what_was_measured_is_believed_more():
     like = [{"quality_sec": 3.0, "speed_sec": seconds} for seconds in (5.0, 7.0, 100.0)]
-    found = estimate(PACE, 8192, configuration(), 1, 0, like)
+    found = estimate(PACE, 8192, configuration(), 1, like)
     assert (found.losses, found.timing) == (3.0, 7.0)
     assert "medians of 3 trials" in str(found)
 

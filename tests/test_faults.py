@@ -13,6 +13,7 @@ import ray
 import torch
 
 from orchestrator import pool as pool_module
+from orchestrator.configuration import WorkerSettings
 from orchestrator.device_kinds import device_kinds
 from orchestrator.driver import Driver
 from orchestrator.messages import TrialSpec, WorkerSetup, WorkerUnusableError
@@ -63,7 +64,12 @@ class Sweep:
         self.notes = []
 
     def pool(self, count, worker_class, **options):
-        return WorkerPool(self.setup, count, note=self.notes.append, worker_class=worker_class, **options)
+        return WorkerPool(
+            self.setup,
+            WorkerSettings(count=count, **options),
+            note=self.notes.append,
+            worker_class=worker_class,
+        )
 
     def run(self, worker_class=WithoutModel, count=2, observer=None, **options):
         """The study after it went on with such workers."""
@@ -111,7 +117,7 @@ def test_paths_are_those_of_the_driver(tmp_path, monkeypatch):
     source = TextSource(token_ids=Path("ids.json"), max_eval_tokens=300)
     setup = WorkerSetup("./m", source, "float32", "none", tmp_path / "store", 48, tmp_path,
                         weights_digest("./m"), file_digest(source))  # fmt: skip
-    pool = WorkerPool(setup, 1, worker_class=Telling)
+    pool = WorkerPool(setup, WorkerSettings(count=1), worker_class=Telling)
     try:
         found = answers(pool)[0].description
     finally:
@@ -260,8 +266,8 @@ def test_what_a_pending_worker_waits_for_is_said(sweep, monkeypatch):
     ("count", "options", "message"),
     [
         (3, {}, "workers 3: there is room for 2, each with its own core; give --workers 2 or fewer"),
-        (2, {"cpus_per_worker": 2}, "workers 2: there is room for 1, each with its own 2 cores"),
-        (0, {"cpus_per_worker": 3}, "cpus per worker 3: no node has more than 2"),
+        (2, {"cpus": 2}, "workers 2: there is room for 1, each with its own 2 cores"),
+        (0, {"cpus": 3}, "cpus per worker 3: no node has more than 2"),
     ],
 )
 def test_more_than_the_cluster_has_is_refused(sweep, count, options, message):

@@ -12,7 +12,7 @@ import streamllm.evaluation
 from dashboards.matrix_tables import _figure, matrix_figures, matrix_rows, matrix_tables
 from dashboards.style import LABELS, style
 from orchestrator.matrix_plan import make_plan, policy_of
-from orchestrator.sweep import main, parser
+from orchestrator.sweep import main, matrix_request, parser
 from search_spaces import MEASURES, SHIPPED, Cell, SpaceError, is_matrix, load_matrix
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy
@@ -115,25 +115,29 @@ def test_cells_are_the_grid_times_the_configurations(tmp_path):
     assert matrix.shown("fast") != matrix.shown("decode-loop") and set(matrix.shown("decode-loop")) < set(MEASURES)
 
 
+def plan_of(argv):
+    return make_plan(matrix_request(parser().parse_args(argv)))
+
+
 def test_a_cap_names_the_matrix_and_is_every_cells_total(tmp_path):
-    plan = make_plan(parser().parse_args(["--space", "comprehensive", "--cap", "64"]))
+    plan = plan_of(["--space", "comprehensive", "--cap", "64"])
     assert plan.name == "testbed-comprehensive-64" and plan.cap == 64
     assert {planned.policy.kept for planned in plan.cells if planned.cell.protocol != "chunked"} == {64}
-    with pytest.raises(UsageError, match="cap 257: must be 1 to 256"):
-        make_plan(parser().parse_args(["--space", "comprehensive", "--cap", "257"]))
+    with pytest.raises(UsageError, match="cap 257: must be from 1 to 256"):
+        plan_of(["--space", "comprehensive", "--cap", "257"])
     with pytest.raises(UsageError, match="its own window of 256 tokens, 264 with sinks and slack; leave --cap out"):
-        make_plan(parser().parse_args(["--space", "attention_report", "--cap", "128"]))
+        plan_of(["--space", "attention_report", "--cap", "128"])
 
 
 def test_a_book_names_the_matrix_and_its_cells_and_needs_a_data_set(monkeypatch):
-    plan = make_plan(parser().parse_args(["--space", "backends", "--dataset-name", "pg19", "--book", "Dragon's blood"]))
+    plan = plan_of(["--space", "backends", "--dataset-name", "pg19", "--book", "Dragon's blood"])
     assert plan.name == "testbed-pg19-dragons-blood-backends"
     assert {cell.source.book for cell in plan.cells} == {"Dragon's blood"}
     assert {cell.source.max_eval_tokens for cell in plan.cells} == {load_matrix("backends").tokens_of("pg19")}
     assert all(cell.file.name.startswith("pg19-dragons-blood") for cell in plan.cells)
     monkeypatch.setenv("STREAMLLM_DATASET", "pg19")
-    with pytest.raises(UsageError, match="of one data set, and the matrix has several; give --dataset-name"):
-        make_plan(parser().parse_args(["--space", "backends", "--book", "3"]))
+    with pytest.raises(UsageError, match="are for one data set, the matrix has several; give --dataset-name"):
+        plan_of(["--space", "backends", "--book", "3"])
 
 
 def test_windows_are_what_the_total_leaves():
@@ -246,7 +250,7 @@ def test_what_cannot_be_measured_here_is_said_and_no_failure(run, capsys):
     assert states == {"kvpress": "unavailable", "ours": "complete"}
     assert "not measured: 1 unavailable, of 2 cells" in capsys.readouterr().out
     assert main(["--space", "mine.yaml", "--trials", "5"]) == 2
-    assert "--trials: of searches" in capsys.readouterr().err
+    assert "--trials: for searches only" in capsys.readouterr().err
 
 
 def test_other_settings_or_another_machine_are_refused(run, capsys):

@@ -2,7 +2,8 @@ import json
 
 import pytest
 
-from dashboards.recommendation import advice, percent, recommend, record
+from dashboards.recommendation import advice, recommend, record
+from streamllm.arguments import percent
 from streamllm.errors import UsageError
 from streamllm.results.study import load_study
 

@@ -164,6 +164,11 @@ def test_a_sweep_from_end_to_end(folder):
     [
         (("--space", "nowhere"), "space 'nowhere'"),
         (("--trials", "0"), "trials 0"),
+        (("--workers", "-1"), "workers -1: must be a whole number >= 0"),
+        (("--cpus-per-worker", "-1"), "cpus_per_worker -1"),
+        (("--seed", "-1"), "seed -1"),
+        (("--confirm", "-1"), "confirm -1"),
+        (("--load-timeout", "0"), "load_timeout 0.0: must be a number of seconds > 0"),
         (("--time-budget", "soon"), "time budget 'soon'"),
         (("--study", "a/b"), "study 'a/b'"),
         (("--text", "nowhere.txt"), "not several"),
@@ -188,17 +193,24 @@ def test_books_have_studies_of_their_own_and_older_studies_go_on(tmp_path, monke
         return resolve(parser().parse_args(["--dataset-name", "pg19", *more]))
 
     dragons, whole = resolved("--book", "Dragon's blood", "--split", "train"), resolved()
-    assert dragons.study == "testbed-pg19-train-dragons-blood-default" and whole.study == "testbed-pg19-default"
+    assert (
+        dragons.identity.study == "testbed-pg19-train-dragons-blood-default"
+        and whole.identity.study == "testbed-pg19-default"
+    )
     assert dragons.to_dict("")["source"] | {"book": None, "split": "test"} == whole.to_dict("")["source"]
     whole.output.mkdir(parents=True)
     study = whole.claim()
     file = whole.output / "sweep.json"
     document = json.loads(file.read_text())
     assert document["source"].pop("join") == "lines" and document["source"].pop("book") is None
+    for name in ("cpus_per_worker", "trial_timeout", "load_timeout", "confirm"):
+        del document[name]
     file.write_text(json.dumps(document))
     assert whole.check() == study
+    assert resolved("--workers", "1", "--confirm", "0", "--sampler", "tpe", "--trials", "9").claim() == study
+    assert json.loads(file.read_text())["confirm"] == 0
     with pytest.raises(UsageError, match=r"source\.book: None then, '3' now"):
-        resolved("--book", "3", "--study", whole.study).check()
+        resolved("--book", "3", "--study", whole.identity.study).check()
 
 
 ON_CUDA = """
@@ -217,20 +229,20 @@ def test_a_study_keeps_the_choices_of_the_devices_it_began_on(tmp_path, monkeypa
         return resolve(parser().parse_args(["--space", "ring.yaml", "--time-budget", "1h", *more]))
 
     on_cpu, on_gpu = resolved("cpu"), resolved("cuda", "--study", "gpu")
-    assert on_cpu.space.parameters["execution"] == ("eager",) and on_cpu.trials == 2
-    assert on_gpu.space.parameters["execution"] == ("eager", "cudagraph") and on_gpu.trials == 3
+    assert on_cpu.identity.space.parameters["execution"] == ("eager",) and on_cpu.trials == 2
+    assert on_gpu.identity.space.parameters["execution"] == ("eager", "cudagraph") and on_gpu.trials == 3
     for configuration in (on_cpu, on_gpu):
         configuration.output.mkdir(parents=True)
         configuration.claim()
-    assert resolved("cuda").space == on_cpu.space
-    assert resolved("cuda", "--study", "gpu").space == on_gpu.space
+    assert resolved("cuda").identity.space == on_cpu.identity.space
+    assert resolved("cuda", "--study", "gpu").identity.space == on_gpu.identity.space
     with pytest.raises(UsageError, match=r"exists with other settings .space\.parameters: "):
         resolved("cpu", "--study", "gpu").check()
     monkeypatch.setattr("orchestrator.device_kinds.device_kinds", lambda address: pytest.fail("asked a cluster"))
     dry = ["--space", "ring.yaml", "--study", "new", "--dry-run"]
-    assert resolve(parser().parse_args([*dry, "--address", "10.0.0.1:6379"])).space == on_gpu.space
+    assert resolve(parser().parse_args([*dry, "--address", "10.0.0.1:6379"])).identity.space == on_gpu.identity.space
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
-    assert resolve(parser().parse_args(dry)).space == on_gpu.space
+    assert resolve(parser().parse_args(dry)).identity.space == on_gpu.identity.space
 
 
 QUANTIZED = """
@@ -267,7 +279,7 @@ def test_quantization_is_asked_for_in_one_place(folder, monkeypatch):
     monkeypatch.chdir(folder)
     with pytest.raises(UsageError, match=r"quantization 'int4_weight_only': the space 'space' has its own \(none, "):
         resolve(parser().parse_args(arguments("--quantization", "int4_weight_only")))
-    monkeypatch.setattr("orchestrator.command_line.find_spec", lambda name: None)
+    monkeypatch.setattr("orchestrator.configuration.find_spec", lambda name: None)
     with pytest.raises(UsageError, match="quantization 'int8_weight_only': needs torchao; pip install"):
         resolve(parser().parse_args(arguments()))
 
@@ -288,7 +300,7 @@ def test_files_changed_under_a_study_are_seen_and_threads_stay(folder, monkeypat
     if cores > 1:
         more = sweep(folder, *own, str(cores))
         assert more.returncode == 2 and "room for 1, each with its own" in more.stderr
-    assert f"are of {cores} a worker" in refused("1", "--cpus-per-worker", str(cores + 1))
+    assert f"was timed with {cores} per worker" in refused("1", "--cpus-per-worker", str(cores + 1))
     (folder / "ids.json").write_text(json.dumps([7, *json.loads((GOLDEN / "tokens.json").read_text())]))
     assert re.search(r"text_file_digest: \w{12}\.\.\. then, \w{12}\.\.\. now", refused("1"))
     (folder / "ids.json").write_text((GOLDEN / "tokens.json").read_text())

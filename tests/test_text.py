@@ -402,12 +402,15 @@ def test_contradictions_and_missing_files_are_refused_before_reading(tmp_path):
     plain = tmp_path / "book.txt"
     plain.write_text("words")
     for source, message in (
-        ({"book": "3"}, "book '3': of rows; give --dataset-name or --text FILE with .jsonl, .json, .parquet"),
-        ({"text": plain, "book": "a title"}, "book 'a title': of rows"),
-        ({"token_ids": plain, "join": "paragraphs"}, "join 'paragraphs': of rows"),
-        ({"text": plain, "split": "train"}, "split 'train': of a data set; give --dataset-name"),
+        (
+            {"book": "3"},
+            "book '3': is for texts in rows; give --dataset-name or --text FILE with .jsonl, .json, .parquet",
+        ),
+        ({"text": plain, "book": "a title"}, "book 'a title': is for texts in rows"),
+        ({"token_ids": plain, "join": "paragraphs"}, "join 'paragraphs': is for texts in rows"),
+        ({"text": plain, "split": "train"}, "split 'train': is for data sets; give --dataset-name"),
         ({"dataset_name": "wikitext", "join": "words"}, "join 'words': must be one of lines, paragraphs"),
-        ({"dataset_name": "pg19", "join": "paragraphs"}, "join 'paragraphs': of many rows, and a book is one"),
+        ({"dataset_name": "pg19", "join": "paragraphs"}, "join 'paragraphs': joins many rows, and a book is one"),
         ({"dataset_name": "pg19", "book": "?!"}, r"book '\?!': must be a title"),
     ):
         with pytest.raises(TextError, match=message):

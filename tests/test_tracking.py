@@ -16,7 +16,7 @@ import pytest
 from mlflow import MlflowClient
 
 from orchestrator import sync, tracking
-from orchestrator.conclusion import write_outputs
+from orchestrator.conclusion import report_of, write_outputs
 from orchestrator.lease import study_lease
 from orchestrator.tracker import Tracker
 from orchestrator.tracking import Projection
@@ -394,10 +394,8 @@ def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, c
     assert tracker.backlog == 1
     finish_trial(ROWS[4])
     StudyFolder(study).write_outcome("FINISHED")
-    report = [
-        *write_outputs(load_study("s")),
-        study / "sweep.json",
-    ]  # before the server is there: then it finishes
+    results = load_study("s")  # before the server is there: then it finishes
+    report = report_of(results, [*write_outputs(results), study / "sweep.json"])
     assert tracker.finish(report, lambda backlog: None, patience_sec=0.0) is not None, "does not wait for ever"
     assert tracker.backlog == 2
     with server(tmp_path, port):

@@ -15,12 +15,16 @@ HELP = "which attention backends run here, found out by running them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="what the device does well (auto)")
-    parser.add_argument("--head-size", type=int, default=64, metavar="N", help="of the model in question (64)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, default="auto", help="number format (auto: what the device does well)"
+    )
+    parser.add_argument(
+        "--head-size", type=int, default=64, metavar="N", help="size of the model's attention heads (64)"
+    )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="flash_enabled: a flash kernel ran; smoke_test: and its output is that of eager attention",
+        help="print JSON; flash_enabled: a flash kernel ran; smoke_test: and its output is that of eager attention",
     )
 
 

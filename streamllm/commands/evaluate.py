@@ -69,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--refresh-position",
         choices=("tail", "order"),
         default="tail",
-        help="where: behind the window, or between sinks and window in the order of the text (tail)",
+        help="where they are put: behind the window, or between sinks and window in the order of the text (tail)",
     )
 
     how = parser.add_argument_group("how it is measured")
@@ -85,7 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--execution",
         choices=EXECUTIONS,
         default="eager",
-        help="how a step is run; the others want --method ring (eager)",
+        help="how a step is run; all but eager need --method ring (eager)",
     )
 
     output = parser.add_argument_group("output")

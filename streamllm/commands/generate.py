@@ -46,18 +46,24 @@ class Output(Protocol):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = parser.add_argument_group("what is written")
     add_model_arguments(what)
-    what.add_argument("--prompt", metavar="TEXT", help="how it begins (a few words)")
-    what.add_argument("--max-new-tokens", type=int, metavar="N", help="(no end)")
+    what.add_argument("--prompt", metavar="TEXT", help="how the text begins (a few words)")
+    what.add_argument("--max-new-tokens", type=int, metavar="N", help="tokens to write (no end)")
     what.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0 picks the likeliest token (0.8)")
-    what.add_argument("--top-k", type=int, default=40, metavar="K", help="of the K likeliest only; 0 of all (40)")
     what.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="of the likeliest with probability P together (1: all)"
+        "--top-k", type=int, default=40, metavar="K", help="pick from the K likeliest only; 0: from all (40)"
     )
-    what.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampling (0)")
+    what.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="pick from the likeliest that have probability P together (1: all)",
+    )
+    what.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the sampling (0)")
     policy = parser.add_argument_group("the policy")
     add_method_argument(policy, default="ring")
     add_policy_arguments(policy)
-    policy.add_argument("--dense", action="store_true", help="beside it the same where nothing is ever evicted")
+    policy.add_argument("--dense", action="store_true", help="show beside it the same without any eviction")
     add_threads_argument(parser.add_argument_group("how it is run"))
 
 

@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--execution",
         choices=EXECUTIONS,
         default="eager",
-        help="how a step is run; the others want --method ring (eager)",
+        help="how a step is run; all but eager need --method ring (eager)",
     )
     add_threads_argument(how)
     how.add_argument(

@@ -21,6 +21,9 @@ EXPERIMENT = "streamllm-sweep"
 """The name of the experiment in MLflow that holds all studies."""
 VIEW = "mlflow.sharedViewState."
 """Tag of an MLflow experiment: a view of it, at the address `#/experiments/ID/runs?viewStateShareKey=NAME`."""
+STRICT, BASELINE = "strict", "baseline"
+"""Names for what trials are compared with, in place of a trial's number."""
+FIXED = (STRICT, BASELINE)
 
 
 def view_of(study: str) -> str:
@@ -81,7 +84,7 @@ def load_study(study: str) -> StudyResults:
     merged = [_confirmed(row, confirmed.get(row.trial)) for row in measured]
     pool = ReferencePool([*measured, *(row for row in merged if row.rounds)])
     fixed = {row.trial: pool.with_time(_as_unit(row)) for row in merged if row.trial in FIXED}
-    baseline = fixed.get("baseline")
+    baseline = fixed.get(BASELINE)
     space = configuration.get("space")
     limits = space.get("constraints", []) if space is not None else []
     constraints = [Constraint(**limit) for limit in limits]
@@ -91,14 +94,10 @@ def load_study(study: str) -> StudyResults:
         configuration=configuration,
         baseline=baseline,
         trials=[_finished(pool.with_time(row), baseline, constraints) for row in merged if row.trial not in FIXED],
-        strict=_finished(fixed["strict"], baseline, ()) if "strict" in fixed else None,
-        searched=[pool.with_time(row) for row in measured if row.trial != "strict"],
+        strict=_finished(fixed[STRICT], baseline, ()) if STRICT in fixed else None,
+        searched=[pool.with_time(row) for row in measured if row.trial != STRICT],
         references=pool.times(),
     )
-
-
-FIXED = ("strict", "baseline")
-"""In place of a trial's number."""
 
 
 _NOTHING: Mapping[str, object] = {}
@@ -113,7 +112,7 @@ def _confirmed(row: Row, again: Row | None) -> Row:
 
 def _as_unit(row: Row) -> Row:
     """The reference takes one reference's time, whatever it was measured to take beside itself."""
-    if row.trial != "strict":
+    if row.trial != STRICT:
         return row
     return row | dict.fromkeys(name for name in row if name.startswith("time_ratio")) | {"time_ratio": 1.0}
 

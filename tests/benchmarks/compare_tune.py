@@ -19,17 +19,18 @@ from typing import Any
 
 import numpy as np
 
+from orchestrator.configuration import WorkerSettings
 from orchestrator.driver import Driver
 from orchestrator.messages import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.pool import WorkerPool
-from orchestrator.rows import BASELINE, STRICT
 from orchestrator.study import Study
 from orchestrator.tracker import Tracker
-from orchestrator.tracking import Projection
+from orchestrator.tracking import Projection, Report
 from orchestrator.trials_file import TrialsFile
 from orchestrator.worker import Worker
 from search_spaces import load_space
 from streamllm.results.schema import Row
+from streamllm.results.study import BASELINE, STRICT
 from streamllm.results.study_folder import StudyFolder
 from streamllm.store import MeasurementStore
 from streamllm.text import TextSource
@@ -102,13 +103,15 @@ def ours(folder: Path, trials: int, workers: int) -> dict[str, float]:
     (folder / "sweep.json").write_text(json.dumps(settings))
     rows = TrialsFile(StudyFolder(folder), [])
     tracker = Tracker(Projection(settings, MeasurementStore(folder / "store")), rows)
-    pool = WorkerPool(WorkerSetup("", TextSource(), "", "", folder / "store", CAP), workers, worker_class=Idle)
+    pool = WorkerPool(
+        WorkerSetup("", TextSource(), "", "", folder / "store", CAP), WorkerSettings(count=workers), worker_class=Idle
+    )
     try:
         Driver(study, pool, CAP, trials, [times, rows, tracker]).run()
     finally:
         pool.shutdown()
     StudyFolder(folder).write_outcome("FINISHED")
-    if (problem := tracker.finish([], lambda _: None)) is not None:
+    if (problem := tracker.finish(Report(), lambda _: None)) is not None:
         raise RuntimeError(problem)
     return pace(times.finished, time.perf_counter())
 

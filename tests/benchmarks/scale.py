@@ -29,14 +29,14 @@ from orchestrator.display import Display
 from orchestrator.driver import Driver
 from orchestrator.messages import TrialMeasurement, TrialSpec
 from orchestrator.pool import Finished
-from orchestrator.rows import BASELINE, STRICT
 from orchestrator.study import Study
 from orchestrator.tracker import Tracker
-from orchestrator.tracking import Projection
+from orchestrator.tracking import Projection, Report
 from orchestrator.trials_file import TrialsFile
 from search_spaces import SearchSpace, load_space
 from streamllm.quality import perplexity
 from streamllm.results.schema import Row
+from streamllm.results.study import BASELINE, STRICT
 from streamllm.results.study_folder import StudyFolder
 from streamllm.store import Measurement, MeasurementStore
 
@@ -170,7 +170,7 @@ def drain(folder: Path, tracker: Tracker) -> dict[str, Any]:
     """Waits until MLflow has everything."""
     StudyFolder(folder).write_outcome("FINISHED")
     behind, started = tracker.backlog, time.perf_counter()
-    problem = tracker.finish([], lambda _: None, limit_sec=3600.0)
+    problem = tracker.finish(Report(), lambda _: None, limit_sec=3600.0)
     assert problem is None, problem
     return {"behind_at_the_end": behind, "drained_sec": time.perf_counter() - started}
 

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
+from orchestrator.configuration import WorkerSettings
 from orchestrator.lease import computing_lease
 from orchestrator.messages import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.pool import WorkerPool
@@ -52,7 +53,7 @@ def measure(pool: WorkerPool, idle: deque[int], policies: Sequence[EvictionPolic
 def trials_per_minute(workers: int, trials: int, tokens: int, folder: Path) -> float:
     source = TextSource(max_eval_tokens=tokens)
     setup = WorkerSetup("testbed", source, "float32", "none", Path(tempfile.mkdtemp(dir=folder)), TOTAL)
-    pool = WorkerPool(setup, workers, cpus_per_worker=1, worker_class=OnlyQuality)
+    pool = WorkerPool(setup, WorkerSettings(count=workers, cpus=1), worker_class=OnlyQuality)
     try:
         idle: deque[int] = deque()
         while len(idle) < workers:
