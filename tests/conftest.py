@@ -3,6 +3,7 @@ those marked `gpu`; torch and Ray, which look for them, are imported late."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -69,6 +70,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage() -> None:
+    """What was imported so far, millions of objects, is left alone by the collections to come, one of which begins each
+    timing: half a second each."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def quick_timings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules whose subject is how long timings take have a fixture of this name that does nothing."""
@@ -94,11 +103,22 @@ def golden_model() -> Callable[..., LoadedModel]:
 
 
 @pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database, to be copied: creating its tables takes seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
     """Of one node with two cores, in processes of its own; whoever wants to use it in this one connects."""
     from ray.cluster_utils import Cluster
 
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0"}  # as the sweep starts its own
     os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)  # where workers find the classes of faulty ones
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     yield cluster
