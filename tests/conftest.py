@@ -42,7 +42,9 @@ def is_gpu_session(markers: str) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     """The processes that tests start, Ray's workers among them, inherit what is set here. Of the tests' own processes
-    none waits for another's timings: nobody keeps what they time."""
+    none waits for another's timings: nobody keeps what they time. MLflow's servers do without the eight processes for
+    jobs, of which we have none, that each import all of it again."""
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     if not is_gpu_session(config.option.markexpr):
         os.environ.update(HIDDEN)
         leases = os.environ["STREAMLLM_LEASES"] = tempfile.mkdtemp(prefix="leases-")
@@ -120,7 +122,9 @@ def cluster() -> Iterator[Any]:
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0"}  # as the sweep starts its own
     os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)  # where workers find the classes of faulty ones
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "no_monitor": True}
+    )
     yield cluster
     cluster.shutdown()
 

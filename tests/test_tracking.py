@@ -323,7 +323,7 @@ def server(folder, port):
         yield
     finally:
         os.killpg(process.pid, 9)
-        process.wait()
+        process.wait(30)
 
 
 class SlowProxy:
@@ -335,9 +335,16 @@ class SlowProxy:
         self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def close(self):
+        self._listener.shutdown(socket.SHUT_RDWR)  # which wakes who accepts; a close alone does not
+        self._listener.close()
+
     def _accept(self):
         while True:
-            client, _ = self._listener.accept()
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # closed
+                return
             try:
                 upstream = socket.create_connection(("127.0.0.1", self.port))
             except OSError:
@@ -358,9 +365,10 @@ class SlowProxy:
 
 
 @pytest.mark.timeout(900)
-def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, capfd):
+def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, capfd, request):
     port = free_port()
     proxy = SlowProxy(port)
+    request.addfinalizer(proxy.close)
     (study / "trials.jsonl").unlink()
     trials = TrialsFile(StudyFolder(study), [])
     projection = Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"), proxy.uri)
