@@ -351,6 +351,7 @@ class SlowProxy:
                 client.close()
                 continue
             for source, target in ((client, upstream), (upstream, client)):
+                target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or each piece waits 40 ms more
                 threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
 
     def _pass_on(self, source, target):
