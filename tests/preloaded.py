@@ -1,6 +1,7 @@
 """Whole commands as processes of their own that have everything imported already: a server imported it once, and they
 are forks of it. What a command imports by itself, and how its interpreter ends, is seen only by `python -m` itself."""
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -12,8 +13,9 @@ from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-_IMPORTED = ["tests.quick_sweep", "tests.mortal_sweep", "mlflow", "ray", "torch", "transformers", "optuna"]
-_IMPORTED += ["matplotlib.pyplot", "pandas"]
+_IMPORTED = ["tests.quick_sweep", "tests.mortal_sweep", "mlflow", "ray", "optuna", "matplotlib.pyplot", "pandas"]
+_IMPORTED += ["transformers.models.gpt_neox.modeling_gpt_neox", "transformers.modeling_utils", "torch._dynamo"]
+_IMPORTED += ["transformers.quantizers.auto", "transformers.integrations", "transformers.models.auto.modeling_auto"]
 
 
 @cache
@@ -54,6 +56,7 @@ def ended(process: ForkServerProcess, seconds: float = 300.0) -> None:
 
 def begin(cwd: Path, said: Path) -> None:
     """In a process of its own: what it prints goes to `said/stdout` and `said/stderr`."""
+    gc.freeze()  # what was imported is left alone by collections, one of which begins each timing
     os.setsid()  # as from a terminal: its Ctrl-C is sent to a group
     os.chdir(cwd)
     for number, name in ((1, "stdout"), (2, "stderr")):
