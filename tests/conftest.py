@@ -43,8 +43,10 @@ def is_gpu_session(markers: str) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     """The processes that tests start, Ray's workers among them, inherit what is set here. Of the tests' own processes
     none waits for another's timings: nobody keeps what they time. MLflow's servers do without the eight processes for
-    jobs, of which we have none, that each import all of it again."""
+    jobs, of which we have none, that each import all of it again. Nothing is asked of the model hub, which is asked
+    again and again for half a minute where it cannot be reached."""
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not is_gpu_session(config.option.markexpr):
         os.environ.update(HIDDEN)
         leases = os.environ["STREAMLLM_LEASES"] = tempfile.mkdtemp(prefix="leases-")

@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from pathlib import Path
@@ -30,14 +30,13 @@ def run(
     main: Callable[[], int | None],
     *arguments: str,
     cwd: Path,
-    environment: Mapping[str, str] | None = None,
     unread: Sequence[int] = (),
     seconds: float = 300.0,
 ) -> subprocess.CompletedProcess[str]:
     """What a command with that `main` does there, given such arguments; of the file descriptors `unread` the reader has
     gone before anything is written. Raises AssertionError when it has not ended in so many seconds."""
     with tempfile.TemporaryDirectory() as folder:
-        how = (cwd, Path(folder), {**(environment or os.environ)}, unread)
+        how = (cwd, Path(folder), {**os.environ}, unread)
         process = context().Process(target=_command, args=(main, arguments, *how), name=main.__module__)
         process.start()
         ended(process, seconds)
@@ -68,7 +67,7 @@ def _command(
     arguments: Sequence[str],
     cwd: Path,
     said: Path,
-    environment: Mapping[str, str],
+    environment: dict[str, str],
     unread: Sequence[int],
 ) -> None:
     begin(cwd, said)

@@ -15,6 +15,7 @@ def shorten(set_attribute: Callable[[Any, str, float], object] = setattr) -> Non
     from streamllm import pairing, timing
 
     set_attribute(timing, "SEGMENT_SEC", 0.01)
+    set_attribute(timing, "LONGEST_SEGMENT_SEC", 0.02)  # of a model of 30 layers, a token
     set_attribute(pairing, "ENOUGH_SEC", 0.1)
 
 

@@ -87,11 +87,10 @@ def test_a_report_follows_its_study(reports):
     assert "trial 7" in get(f"{address}/s.html")
 
 
-def test_a_port_in_use_is_passed_over_and_said(capsys):
+def test_a_port_in_use_is_passed_over():
+    """The command says so: see what one command serves, below."""
     with occupied() as port:
         assert serve.free_port(port) > port
-        assert serve._next_port("MLflow", port) > port
-    assert capsys.readouterr().out.startswith(f"port {port} is in use: MLflow gets {port + 1}")
 
 
 def test_a_child_ends_with_its_workers(tmp_path):

@@ -24,8 +24,7 @@ from . import preloaded, quick_sweep
 from .conftest import GOLDEN
 from .preloaded import ROOT
 
-OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-AWAY = OFFLINE | {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+AWAY = "http://127.0.0.1:9"
 """Nothing listens there."""
 
 SPACE = """
@@ -52,21 +51,23 @@ def arguments(*more):
     return [*model, "--max-eval-tokens", "300", "--space", "space.yaml", "--study", "s", "--confirm", "0", *more]
 
 
-def impatient():
-    """A quick sweep that waits for a server that is away two seconds only."""
+def without_server():
+    """A quick sweep whose tracking server is away, and that waits for it two seconds only."""
+    os.environ["MLFLOW_TRACKING_URI"] = AWAY
     Tracker.finish = partialmethod(Tracker.finish, patience_sec=2.0)
     return quick_sweep.main()
 
 
 def command(*arguments, cwd):
     """In an interpreter of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.run(
-        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=OFFLINE
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
     )
 
 
-def sweep(folder, *more, main=quick_sweep.main, **how):
-    return preloaded.run(main, *arguments(*more), cwd=folder, **({"environment": OFFLINE} | how))
+def sweep(folder, *more, main=quick_sweep.main):
+    return preloaded.run(main, *arguments(*more), cwd=folder)
 
 
 @pytest.fixture
@@ -156,7 +157,7 @@ def test_a_sweep_from_end_to_end(folder, cluster):
         assert children[trial].data.metrics["time_ratio"] == row["time_ratio"]
         assert trial == "baseline" or 0 <= row["front_probability"] <= 1
     stored = {path: path.stat().st_mtime_ns for path in (folder / "sweeps/.store").rglob("*.json")}
-    again = sweep(folder, *first, "--address", cluster.address, main=impatient, environment=AWAY)
+    again = sweep(folder, *first, "--address", cluster.address, main=without_server)
     assert again.returncode == 0, again.stderr
     assert f"-m orchestrator.sync {Path('sweeps/s')}" in again.stderr
     assert {str(row["trial"]): row for row in json_lines(output / "confirmed.jsonl")} == confirmed
