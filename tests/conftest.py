@@ -3,6 +3,7 @@ those marked `gpu`; torch and Ray, which look for them, are imported late."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -41,7 +42,11 @@ def is_gpu_session(markers: str) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     """The processes that tests start, Ray's workers among them, inherit what is set here. Of the tests' own processes
-    none waits for another's timings: nobody keeps what they time."""
+    none waits for another's timings: nobody keeps what they time. MLflow's servers do without the eight processes for
+    jobs, of which we have none, that each import all of it again. Nothing is asked of the model hub, which is asked
+    again and again for half a minute where it cannot be reached."""
+    os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     if not is_gpu_session(config.option.markexpr):
         os.environ.update(HIDDEN)
         leases = os.environ["STREAMLLM_LEASES"] = tempfile.mkdtemp(prefix="leases-")
@@ -69,6 +74,14 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def little_garbage() -> None:
+    """What was imported so far, millions of objects, is left alone by the collections to come, one of which begins each
+    timing: half a second each."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def quick_timings(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules whose subject is how long timings take have a fixture of this name that does nothing."""
@@ -94,13 +107,26 @@ def golden_model() -> Callable[..., LoadedModel]:
 
 
 @pytest.fixture(scope="session")
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database, to be copied: creating its tables takes seconds."""
+    from mlflow import MlflowClient
+
+    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
+    MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
     """Of one node with two cores, in processes of its own; whoever wants to use it in this one connects."""
     from ray.cluster_utils import Cluster
 
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    os.environ |= {"RAY_prestart_worker_first_driver": "0", "RAY_worker_niceness": "0"}  # as the sweep starts its own
     os.environ["PYTHONPATH"] = str(Path(__file__).parent.parent)  # where workers find the classes of faulty ones
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster = Cluster(
+        initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "no_monitor": True}
+    )
     yield cluster
     cluster.shutdown()
 

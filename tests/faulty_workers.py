@@ -170,13 +170,17 @@ class Unwilling(WithoutModel):
 
 
 class OnNodes(WithoutModel):
-    """Trials hang where the node is an added one, and elsewhere wait until it has been killed."""
+    """Says which node it is on. Trials hang where that is an added one, and elsewhere wait until it has been killed."""
+
+    def load(self):
+        import ray
+
+        self.node = ray.get_runtime_context().get_node_id()
+        return super().load() | {"node": self.node}
 
     def measure(self, spec):
         if spec.configuration.method not in ("recompute", "ring"):  # what trials are compared with
-            import ray
-
-            added = ray.get_runtime_context().get_node_id() != (self.setup.store.parent / "head").read_text()
+            added = self.node != (self.setup.store.parent / "head").read_text()
             killed = self.setup.store.parent / "killed"
-            wait_until(lambda: not added and killed.exists(), 600)
+            wait_until(lambda: not added and killed.exists(), what="the end of the added node")
         return super().measure(spec)

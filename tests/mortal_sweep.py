@@ -12,6 +12,7 @@ from optuna.storages.journal import JournalFileBackend
 from orchestrator import display, pool, sweep
 
 from .faulty_workers import Slow
+from .preloaded import begin
 
 MOMENTS = ("measuring", "between a row and its state", "within a row", "confirming", "never")
 _TRIALS = 2
@@ -60,10 +61,7 @@ def die_confirming() -> None:
 
 def run(moment: str, folder: Path, arguments: list[str]) -> None:
     """The whole command, in a process of its own; what it prints goes to `folder/stdout` and `folder/stderr`."""
-    os.setsid()  # as from a terminal: its Ctrl-C is sent to a group
-    os.chdir(folder)
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    begin(folder, folder)
     pool.WorkerPool = partial(pool.WorkerPool, worker_class=Slow)
     moments = [die_measuring, partial(die_writing, False), partial(die_writing, True), die_confirming, lambda: None]
     dict(zip(MOMENTS, moments, strict=True))[moment]()

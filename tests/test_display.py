@@ -146,10 +146,10 @@ def test_off_a_terminal_a_quiet_sweep_says_now_and_then_that_it_goes_on(terminal
     assert all(line.endswith("; worker 1: mit flash S=4 W=44 R=1 slack=0 drop=0") for line in lines[-1:])
 
 
-def test_time_left_is_no_more_than_the_budget():
+def test_time_left_is_no_more_than_the_budget(monkeypatch):
     console = Console(file=io.StringIO(), force_terminal=True, width=150, color_system=None)
-    until = time.monotonic() + 100
-    shown = Display(4000, [], ("tpot_ms", "ppl_vs_strict_percent"), Tracking(), console, until)
-    shown._started -= 60
+    began = time.monotonic()
+    shown = Display(4000, [], ("tpot_ms", "ppl_vs_strict_percent"), Tracking(), console, began + 160)
+    monkeypatch.setattr(time, "monotonic", lambda: began + 60)
     shown.trial_finished(row(0, 4.0, 1.0))
     assert "1/4000 trials (0 failed, 0 reused), 60 s, about 2 min left" in screen(shown)

@@ -290,6 +290,7 @@ def faked_gpus(cluster, monkeypatch):
     yield add
     for node in nodes:
         cluster.remove_node(node)
+    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, 60, what="the end of the nodes with faked GPUs")
 
 
 @pytest.mark.parametrize("setting", ["", "1"])
@@ -325,11 +326,19 @@ class Nodes(Log):
 
     def __init__(self, cluster, folder):
         super().__init__()
-        self.cluster, self.folder, self.started = cluster, folder, []
+        self.cluster, self.folder = cluster, folder
+        self.started = []
+        self.hosts = {}
+        """Of each worker, the node that it was on last."""
+
+    def worker_ready(self, worker, description):
+        super().worker_ready(worker, description)
+        self.hosts[worker] = description["node"]
 
     def trial_started(self, worker, spec):
-        self.started.append((worker, spec.configuration.policy.n_sink))
-        if worker == 2 and spec.configuration.method != "recompute":
+        is_added = self.hosts[worker] != (self.folder / "head").read_text()
+        self.started.append((worker, spec.configuration.policy.n_sink, is_added))
+        if is_added:
             self.cluster.remove_node(self.node, allow_graceful=False)
             (self.folder / "killed").touch()
 
@@ -346,7 +355,7 @@ def test_nodes_come_and_go(sweep, cluster, tmp_path):
     rows = sweep.run(OnNodes, count=0, observer=nodes).rows
     assert sorted(row["n_sink"] for row in rows) == [0, 1, 2, 3]
     assert {row["state"] for row in rows} == {"complete"}
-    (lost,) = [sinks for worker, sinks in nodes.started if worker == 2]
-    assert [worker for worker, sinks in nodes.started if sinks == lost and worker != 2], "tried again elsewhere"
-    assert any(note.startswith("worker 2 on ") for note in sweep.notes)
+    ((worker, lost),) = [(worker, sinks) for worker, sinks, is_added in nodes.started if is_added]
+    assert (lost, False) in [(sinks, is_added) for _, sinks, is_added in nodes.started], "tried again elsewhere"
+    assert any(note.startswith(f"worker {worker} on ") for note in sweep.notes)
     sweep.check_going_on_changes_nothing(rows)

@@ -1,8 +1,8 @@
 """The driver is ended at every moment there is, by `kill -9` or Ctrl-C; the same command goes on from there."""
 
 import json
-import multiprocessing
 import os
+import shutil
 import signal
 
 import pytest
@@ -10,6 +10,7 @@ from mlflow import MlflowClient
 
 from .conftest import GOLDEN
 from .mortal_sweep import MOMENTS, run
+from .preloaded import context, ended
 from .waiting import wait_until
 
 SPACE = "cap: 48\nparameters: {method: [ours, mit], n_sink: [0, 4], compress_every: [1, 16]}\n"
@@ -19,16 +20,13 @@ ARGUMENTS += ["--study", "s", "--trials", str(TRIALS), "--workers", "2", "--conf
 
 
 @pytest.fixture
-def start(tmp_path, cluster):
+def start(tmp_path, cluster, empty_mlflow):
     """Starts sweeps as processes that have everything imported already, on a Ray that is there already."""
     (tmp_path / "space.yaml").write_text(SPACE)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["tests.mortal_sweep", "mlflow", "ray", "torch", "transformers", "matplotlib.pyplot"]
-    )
+    shutil.copyfile(empty_mlflow, tmp_path / "mlflow.db")
 
     def start(moment):
-        process = context.Process(target=run, args=(moment, tmp_path, [*ARGUMENTS, "--address", cluster.address]))
+        process = context().Process(target=run, args=(moment, tmp_path, [*ARGUMENTS, "--address", cluster.address]))
         process.start()
         return process
 
@@ -61,7 +59,7 @@ def test_ended_at_every_moment_and_started_again(start, tmp_path):
         return False
 
     wait_until(interrupted, 300, pause=1.0)
-    process.join(300)
+    ended(process)
     log = stderr.read_text()
     assert process.exitcode == 130, log
     assert "interrupted: the same command goes on from here" in log and "Traceback" not in log
@@ -71,7 +69,7 @@ def test_ended_at_every_moment_and_started_again(start, tmp_path):
     finished, measured = 1, stored(tmp_path)
     for moment in MOMENTS:
         process = start(moment)
-        process.join(300)
+        ended(process)
         log = stderr.read_text()
         assert process.exitcode == (0 if moment == "never" else -signal.SIGKILL), log
         going_on = next(line for line in log.splitlines() if line.startswith("going on: "))

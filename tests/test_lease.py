@@ -32,12 +32,12 @@ def test_one_timing_at_a_time_and_the_dead_hold_nothing():
     waiters = [context.Process(target=take, args=(lease, events)) for lease in (timing_lease, computing_lease)]
     for waiter in waiters:
         waiter.start()
-    time.sleep(4)
+    time.sleep(2)
     assert all(waiter.is_alive() for waiter in waiters) and events.empty(), "both have to wait"
     os.kill(holder.pid, signal.SIGKILL)
     assert {events.get(timeout=60) for _ in waiters} == {"timing_lease", "computing_lease"}
     for process in (*waiters, holder):
-        process.join()
+        process.join(60)
 
 
 THINGS = [f"thing-{n}" for n in range(4)]
@@ -86,7 +86,7 @@ def test_the_workers_of_a_killed_sweep_are_waited_for(own_folder, tmp_path):
         assert not claimed.done(), "has to wait"
         os.kill(holder.pid, signal.SIGKILL)
         assert (claimed.result(60).names, claimed.result().shared_with) == (THINGS[:2], None)
-    holder.join()
+    holder.join(60)
 
 
 def test_a_study_says_who_runs_it(tmp_path):

@@ -4,47 +4,37 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from orchestrator.display import Display
+from streamllm.__main__ import main as engine
 from streamllm.printing import say
 
+from . import preloaded, quick_sweep
 from .conftest import GOLDEN
 from .made_studies import row, write_study
-from .test_sweep import arguments, folder, runs_of  # noqa: F401
+from .preloaded import ROOT
+from .quick_sweep import shorten
+from .test_sweep import arguments, folder, prepared, runs_of  # noqa: F401
 
-ROOT = Path(__file__).parent.parent
 TINY = ["--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--max-eval-tokens", "120"]
 
 
-def unread(directory, module, *arguments, errors_too=False):
-    """Runs the command with a standard output whose reader has gone before anything is written. What it says on
-    standard error; None if nobody reads that either."""
+def unread(directory, module, *arguments):
+    """What the command says on standard error, run with a standard output whose reader has gone before anything is
+    written."""
     reading, writing = os.pipe()
     os.close(reading)
-    process = subprocess.Popen(
-        [sys.executable, *(("-m", module) if module else ("-c",)), *arguments],
-        cwd=directory,
-        stdout=writing,
-        stderr=writing if errors_too else subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-    )
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=directory, stdout=writing, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, timeout=240,
+    )  # fmt: skip
     os.close(writing)
-    with ended_with(process):
-        _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-    return said
-
-
-@contextmanager
-def ended_with(process):
-    try:
-        yield
-    finally:
-        process.kill()
+    assert done.returncode == 0, done.stderr
+    return done.stderr
 
 
 @pytest.fixture
@@ -83,42 +73,52 @@ def test_a_table_of_results_ends_quietly(tmp_path):
     assert unread(tmp_path, "dashboards.summarize", "results", "--format", "parquet") == ""
 
 
-@pytest.mark.parametrize("command", [["evaluate", "--window-size", "40"], ["backends"]])
-def test_reports_of_the_engine_end_quietly(tmp_path, command):
-    file = ["--output-file", "r.json", "--threads", "1", *TINY] if command[0] == "evaluate" else []
-    assert "BrokenPipe" not in unread(tmp_path, "streamllm", *command, *file)
-    assert not file or (tmp_path / "r.json").is_file()
+def test_reports_of_the_engine_end_quietly(tmp_path):
+    assert "BrokenPipe" not in unread(tmp_path, "streamllm", "backends")
 
 
-def test_a_sweep_goes_on_to_its_end(folder):  # noqa: F811
-    said = unread(folder, "tests.quick_sweep", *arguments("--trials", "2", "--workers", "1"))
-    assert "Broken" not in said and "warning" not in said
-    output = folder / "sweeps/s"
+def evaluate():
+    shorten()
+    return engine()
+
+
+def test_an_evaluation_ends_quietly_and_writes_its_file(tmp_path):
+    what = ("--window-size", "40", "--output-file", "r.json", "--threads", "1")
+    done = preloaded.run(evaluate, "evaluate", *what, *TINY, cwd=tmp_path, unread=(1,))
+    assert done.returncode == 0, done.stderr
+    assert "BrokenPipe" not in done.stderr and (tmp_path / "r.json").is_file()
+
+
+def test_a_sweep_goes_on_to_its_end(prepared, cluster):  # noqa: F811
+    what = arguments("--trials", "2", "--workers", "1", "--address", cluster.address)
+    done = preloaded.run(quick_sweep.main, *what, cwd=prepared, unread=(1,))
+    assert done.returncode == 0, done.stderr
+    assert "Broken" not in done.stderr and "warning" not in done.stderr
+    output = prepared / "sweeps/s"
     assert json.loads((output / "outcome.json").read_text())["status"] == "FINISHED"
     assert (output / "report.html").is_file() and (output / "pareto.md").is_file()
-    runs = runs_of(folder)
+    runs = runs_of(prepared)
     (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
     assert parent.info.status == "FINISHED" and len(runs) == 5
 
 
 def test_a_matrix_goes_on_to_its_end_though_nobody_reads_its_errors_either(tmp_path):
     (tmp_path / "m.yaml").write_text("cap: 60\nmatrix: {dtype: [float32]}\n")
-    unread(tmp_path, "tests.quick_sweep", *TINY, "--space", "m.yaml", "--study", "s", errors_too=True)
+    what = (*TINY, "--space", "m.yaml", "--study", "s")
+    assert preloaded.run(quick_sweep.main, *what, cwd=tmp_path, unread=(1, 2)).returncode == 0
     assert (tmp_path / "sweeps/s/m.md").is_file()
 
 
+def note():
+    display = Display(1, [], ("tpot_ms", "perplexity"), SimpleNamespace(backlog=0, problem=None))
+    with display:
+        for _ in range(3):
+            display.note("a line")
+    Path("end").touch()
+
+
 def test_nor_does_a_sweep_end_because_nobody_reads_what_it_notes(tmp_path):
-    code = """
-from pathlib import Path
-from types import SimpleNamespace
-from orchestrator.display import Display
-display = Display(1, [], ("tpot_ms", "perplexity"), SimpleNamespace(backlog=0, problem=None))
-with display:
-    for _ in range(3):
-        display.note("a line")
-Path("end").touch()
-"""
-    unread(tmp_path, None, code, errors_too=True)
+    assert preloaded.run(note, cwd=tmp_path, unread=(1, 2)).returncode == 0
     assert (tmp_path / "end").exists()
 
 

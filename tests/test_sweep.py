@@ -7,27 +7,25 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partialmethod
 from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
+from dashboards import pareto
 from dashboards.columns import shown_columns
 from orchestrator.sweep import main, parser, resolve
+from orchestrator.tracker import Tracker
 from streamllm.errors import UsageError
 from streamllm.results.study_folder import StudyFolder
 
+from . import preloaded, quick_sweep
 from .conftest import GOLDEN
+from .preloaded import ROOT
 
-OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parent.parent)}
-
-AWAY = """
-import os, sys
-os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
-from orchestrator.sweep import main
-sys.exit(main(sys.argv[1:]))
-"""
-"""A sweep whose tracking server is away: nothing listens there."""
+AWAY = "http://127.0.0.1:9"
+"""Nothing listens there."""
 
 SPACE = """
 cap: 48
@@ -53,15 +51,36 @@ def arguments(*more):
     return [*model, "--max-eval-tokens", "300", "--space", "space.yaml", "--study", "s", "--confirm", "0", *more]
 
 
-def sweep(folder, *more, code=None):
-    command = [sys.executable, *(("-c", code) if code else ("-m", "tests.quick_sweep")), *arguments(*more)]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300, env=OFFLINE)
+def without_server():
+    """A quick sweep whose tracking server is away, and that waits for it two seconds only."""
+    os.environ["MLFLOW_TRACKING_URI"] = AWAY
+    Tracker.finish = partialmethod(Tracker.finish, patience_sec=2.0)
+    return quick_sweep.main()
+
+
+def command(*arguments, cwd):
+    """In an interpreter of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+def sweep(folder, *more, main=quick_sweep.main):
+    return preloaded.run(main, *arguments(*more), cwd=folder)
 
 
 @pytest.fixture
 def folder(tmp_path):
     (tmp_path / "space.yaml").write_text(SPACE)
     return tmp_path
+
+
+@pytest.fixture
+def prepared(folder, empty_mlflow):
+    """The folder with an empty MLflow database in it."""
+    shutil.copyfile(empty_mlflow, folder / "mlflow.db")
+    return folder
 
 
 def json_lines(path):
@@ -79,8 +98,10 @@ def runs_of(folder):
     return client.search_runs([e.experiment_id for e in client.search_experiments()])
 
 
-def test_a_sweep_from_end_to_end(folder):
-    done = sweep(folder, "--trials", "4", "--workers", "2", "--confirm", "2")
+def test_a_sweep_from_end_to_end(folder, cluster):
+    """The first one by the command itself, on a Ray and with a database of its own."""
+    first = ("--trials", "4", "--workers", "2", "--confirm", "2")
+    done = command("-m", "tests.quick_sweep", *arguments(*first), cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "capped at" not in done.stderr, "the space's cap is below the trained length"
     assert "[4/4]" in done.stderr
@@ -136,19 +157,18 @@ def test_a_sweep_from_end_to_end(folder):
         assert children[trial].data.metrics["time_ratio"] == row["time_ratio"]
         assert trial == "baseline" or 0 <= row["front_probability"] <= 1
     stored = {path: path.stat().st_mtime_ns for path in (folder / "sweeps/.store").rglob("*.json")}
-    again = sweep(folder, "--trials", "4", "--workers", "2", "--confirm", "2", code=AWAY)
+    again = sweep(folder, *first, "--address", cluster.address, main=without_server)
     assert again.returncode == 0, again.stderr
     assert f"-m orchestrator.sync {Path('sweeps/s')}" in again.stderr
     assert {str(row["trial"]): row for row in json_lines(output / "confirmed.jsonl")} == confirmed
     assert {path: path.stat().st_mtime_ns for path in (folder / "sweeps/.store").rglob("*.json")} == stored
 
-    exported = subprocess.run(
-        [sys.executable, "-m", "dashboards.pareto", "s", "--format", "csv", "--all"], cwd=folder, capture_output=True
-    )
-    assert exported.returncode == 0
+    exported = preloaded.run(pareto.main, "s", "--format", "csv", "--all", cwd=folder)
+    assert exported.returncode == 0, exported.stderr
     assert len(list(csv.DictReader((output / "pareto.csv").open()))) == 4
 
-    dry = sweep(folder, "--trials", "8", "--time-budget", "1h", "--sampler", "tpe", "--dry-run", code=DRY)
+    planned = ("--trials", "8", "--time-budget", "1h", "--sampler", "tpe", "--dry-run")
+    dry = command("-c", DRY, *arguments(*planned), cwd=folder)
     assert dry.returncode == 0, dry.stderr
     assert "s, goes on" in dry.stdout and "up to 8 trials, finished after about 3600 s" in dry.stdout
     assert "medians of 4 trials" in dry.stdout
@@ -251,10 +271,11 @@ parameters: {quantization: [none, int8_weight_only], method: ours, attn_backend:
 """
 
 
-def test_quantization_is_a_knob(folder):
+def test_quantization_is_a_knob(prepared, cluster):
     pytest.importorskip("torchao")
+    folder = prepared
     (folder / "space.yaml").write_text(QUANTIZED)
-    done = sweep(folder, "--trials", "4", "--workers", "1", "--confirm", "1")
+    done = sweep(folder, "--trials", "4", "--workers", "1", "--confirm", "1", "--address", cluster.address)
     assert done.returncode == 0, done.stderr
     strict, baseline, *trials = rows_of(folder)
     assert not {"quantization", "reference_digest"} & {*strict, *baseline}
@@ -284,17 +305,18 @@ def test_quantization_is_asked_for_in_one_place(folder, monkeypatch):
         resolve(parser().parse_args(arguments()))
 
 
-def test_files_changed_under_a_study_are_seen_and_threads_stay(folder, monkeypatch, capfd):
+def test_files_changed_under_a_study_are_seen_and_threads_stay(prepared, cluster, monkeypatch, capfd):
+    folder = prepared
     monkeypatch.chdir(folder)
     shutil.copytree(GOLDEN / "neox-tiny", folder / "m")
     (folder / "ids.json").write_text((GOLDEN / "tokens.json").read_text())
-    own = ("--model", "m", "--token-ids", "ids.json", "--trials", "1", "--workers")
+    own = ("--model", "m", "--token-ids", "ids.json", "--trials", "1", "--address", cluster.address, "--workers")
 
     def refused(*more):
         assert main(arguments(*own, *more)) == 2
         return capfd.readouterr().err
 
-    done, cores = sweep(folder, *own, "1"), len(os.sched_getaffinity(0))
+    done, cores = sweep(folder, *own, "1"), min(len(os.sched_getaffinity(0)), 2)  # the cluster's
     assert done.returncode == 0, done.stderr
     assert {row["threads"] for row in rows_of(folder)} == {cores}
     if cores > 1:

@@ -75,7 +75,7 @@ def in_a_terminal(folder, columns, *arguments):
         while piece := terminal.read(65536):
             said += piece
     last_word.cancel()
-    assert process.wait() == 0, said
+    assert process.wait(60) == 0, said
     return re.sub(r"\x1b\[[0-9;]*m", "", said.decode()).replace("\r\n", "\n")
 
 

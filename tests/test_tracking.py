@@ -69,20 +69,12 @@ FAILED = Row.of({name: row(3)[name] for name in _KEPT} | {
 ROWS = [row("baseline", 9.0, 0.0, method="recompute"), row(0, 3.0, 0.5), row(1, 2.0, 1.0), row(2, 4.0, 4.0), FAILED]
 
 
-@pytest.fixture(scope="session")
-def schema(tmp_path_factory):
-    """An empty MLflow database; creating its tables is what takes longest."""
-    path = tmp_path_factory.mktemp("mlflow") / "empty.db"
-    MlflowClient(f"sqlite:///{path}").search_experiments()
-    return path
-
-
 @pytest.fixture
-def study(tmp_path, schema, monkeypatch):
+def study(tmp_path, empty_mlflow, monkeypatch):
     """A folder of a finished study, in a working directory with an empty MLflow store."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    shutil.copyfile(schema, "mlflow.db")
+    shutil.copyfile(empty_mlflow, "mlflow.db")
     folder = tmp_path / "sweeps/s"
     folder.mkdir(parents=True)
     (folder / "sweep.json").write_text(json.dumps(CONFIGURATION))
@@ -213,7 +205,7 @@ def test_a_description_that_mlflow_would_cut_says_what_is_missing():
     assert tracking.shortened("short") == "short"
 
 
-def test_mlflow_is_rebuilt_whole_and_syncing_again_changes_nothing(study, schema, capsys):
+def test_mlflow_is_rebuilt_whole_and_syncing_again_changes_nothing(study, empty_mlflow, capsys):
     assert synchronise() == 0
     first = contents()
     assert sorted(first) == ["", "0", "1", "2", "3", "baseline"]
@@ -222,7 +214,7 @@ def test_mlflow_is_rebuilt_whole_and_syncing_again_changes_nothing(study, schema
     assert synchronise() == 0
     assert "0 of them logged" in capsys.readouterr().out
     assert contents() == first
-    shutil.copyfile(schema, "lost.db")
+    shutil.copyfile(empty_mlflow, "lost.db")
     assert synchronise(store("lost.db")) == 0
     assert contents(store("lost.db")) == first
 
@@ -331,7 +323,7 @@ def server(folder, port):
         yield
     finally:
         os.killpg(process.pid, 9)
-        process.wait()
+        process.wait(30)
 
 
 class SlowProxy:
@@ -343,15 +335,23 @@ class SlowProxy:
         self.uri = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         threading.Thread(target=self._accept, daemon=True).start()
 
+    def close(self):
+        self._listener.shutdown(socket.SHUT_RDWR)  # which wakes who accepts; a close alone does not
+        self._listener.close()
+
     def _accept(self):
         while True:
-            client, _ = self._listener.accept()
+            try:
+                client, _ = self._listener.accept()
+            except OSError:  # closed
+                return
             try:
                 upstream = socket.create_connection(("127.0.0.1", self.port))
             except OSError:
                 client.close()
                 continue
             for source, target in ((client, upstream), (upstream, client)):
+                target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or each piece waits 40 ms more
                 threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
 
     def _pass_on(self, source, target):
@@ -366,9 +366,10 @@ class SlowProxy:
 
 
 @pytest.mark.timeout(900)
-def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, capfd):
+def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, capfd, request):
     port = free_port()
     proxy = SlowProxy(port)
+    request.addfinalizer(proxy.close)
     (study / "trials.jsonl").unlink()
     trials = TrialsFile(StudyFolder(study), [])
     projection = Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"), proxy.uri)
