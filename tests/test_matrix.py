@@ -61,10 +61,10 @@ def evaluations(monkeypatch):
     monkeypatch.setattr("dashboards.matrix_tables.matrix_figures", lambda *_: [])
     calls, real = [], streamllm.evaluation.evaluate_decode_loop
 
-    def evaluate(loaded, stream, method, policy, backend, *rest):
-        if calls.append((method, backend.name)) or len(calls) in evaluate.raises:
+    def evaluate(loaded, what, *rest):
+        if calls.append((what.method, what.backend)) or len(calls) in evaluate.raises:
             raise evaluate.raises[len(calls)]
-        return real(loaded, stream, method, policy, backend, *rest)
+        return real(loaded, what, *rest)
 
     evaluate.calls, evaluate.raises = calls, {}
     monkeypatch.setattr(streamllm.evaluation, "evaluate_decode_loop", evaluate)
