@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .frames import load_study
+    from .tables.frames import load_study
 
 __all__ = ["load_study"]
 
@@ -11,6 +11,6 @@ __all__ = ["load_study"]
 def __getattr__(name: str) -> object:
     if name != "load_study":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .frames import load_study
+    from .tables.frames import load_study
 
     return load_study

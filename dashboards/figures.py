@@ -11,19 +11,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from streamllm.errors import UsageError
-from streamllm.printing import say
 from streamllm.results.front import hypervolume
 from streamllm.results.schema import AnyRow, knobs_in_short, number
 from streamllm.results.study import StudyResults, is_study, load_study
+from streamllm.terminal.printing import say
 
-from .ablations import KNOBS, ablation
-from .columns import BY_KEY
-from .comparisons import BASELINE_LABEL, backends, comparison, runtime
-from .evaluations import read_results
-from .importance import importance
-from .kv_length import kv_length
+from .drawing.ablations import KNOBS, ablation
+from .drawing.comparisons import BASELINE_LABEL, backends, comparison, runtime
+from .drawing.importance import importance
+from .drawing.kv_length import kv_length
+from .drawing.style import BLUE, GREY, LABELS, VERMILLION, NoDataError, interval_errors, new_figure, save, style
 from .recommendation import QUALITIES, recommended
-from .style import BLUE, GREY, LABELS, VERMILLION, NoDataError, interval_errors, new_figure, save, style
+from .tables.columns import BY_KEY
+from .tables.evaluations import read_results
 
 if TYPE_CHECKING:
     import numpy as np

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults
 
-from .columns import interval_decimals
 from .recommendation import COSTS, cost_of, least_cost, recommended
+from .tables.columns import interval_decimals
 
 
 @dataclass(frozen=True, slots=True)

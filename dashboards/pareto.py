@@ -9,17 +9,17 @@ from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from streamllm.arguments import percent
 from streamllm.errors import UsageError
-from streamllm.printing import say
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults, load_study
+from streamllm.terminal.arguments import percent
+from streamllm.terminal.printing import say
 
-from . import kinds
-from .columns import shown_columns
-from .formats import FORMATS, Table, write_file
-from .table import dispensable, pareto_table
-from .terminal import Line, View, lines, wrapped
+from .tables import kinds
+from .tables.columns import shown_columns
+from .tables.formats import FORMATS, Table, write_file
+from .tables.table import dispensable, pareto_table
+from .tables.terminal import Line, View, lines, wrapped
 
 _EXAMPLES = """examples:
   python -m dashboards.pareto testbed-testbed-default --max-ppl-increase 3
@@ -86,7 +86,7 @@ def _traced(studies: Sequence[StudyResults], trial: str) -> str:
     """Raises UsageError."""
     if len(studies) > 1:
         raise UsageError(f"trace {trial!r}: follows a trial of one study, {len(studies)} are given; name one")
-    from .trace import trace
+    from .tables.trace import trace
 
     return trace(studies[0], trial)
 

@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from streamllm.errors import UsageError
-from streamllm.printing import say
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults, load_study
+from streamllm.terminal.printing import say
 
-from .columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
-from .formats import FORMATS, Table
 from .pareto import parse_formats, show, write
+from .tables.columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
+from .tables.formats import FORMATS, Table
 
 _COLUMNS = (
     Column("label", "method", words=True),

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TypedDict
 
 from streamllm.configuration import Configuration
+from streamllm.measuring.text import TextSource
 from streamllm.results.front import objective_values
 from streamllm.results.schema import FIELDS, AnyRow, number
 from streamllm.results.study import StudyResults
-from streamllm.text import TextSource
 
-from .columns import BY_KEY, Column
+from .tables.columns import BY_KEY, Column
 
 MEASURED_BY = "Measured again by: "
 """Begins a line with a command."""

@@ -19,14 +19,14 @@ from pathlib import Path
 
 from streamllm.errors import UsageError
 from streamllm.files import write_atomically
-from streamllm.printing import say
 from streamllm.results.schema import FIELDS, OBJECTIVES, AnyRow
 from streamllm.results.study import FIXED, StudyResults, load_study
+from streamllm.terminal.printing import say
 
-from . import kinds
-from .columns import COLUMNS, Column, shown_columns, unsaid_settings
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
 from .findings import Findings, findings
+from .tables import kinds
+from .tables.columns import COLUMNS, Column, shown_columns, unsaid_settings
 
 _PAGE = Path(__file__).parent / "page"
 _AXES = ("tpot_ms", "ppl_vs_strict_percent", "ppl_increase_percent", *OBJECTIVES)

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamllm.errors import UsageError
-from streamllm.printing import say
 from streamllm.results.schema import AnyRow
+from streamllm.terminal.printing import say
 
-from .columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
-from .evaluations import read_results
-from .formats import FORMATS, Table, write_file
+from .tables.columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
+from .tables.evaluations import read_results
+from .tables.formats import FORMATS, Table, write_file
 
 EVALUATION_COLUMNS = (
     *map(Column.of, ("model", "dataset", "n_tokens", "protocol")),

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search_spaces import SHIPPED, load_space
-from streamllm.arguments import (
+from streamllm.environment import HELP
+from streamllm.errors import UsageError
+from streamllm.terminal.arguments import (
     add_model_arguments,
     add_sample_argument,
     add_text_arguments,
@@ -18,17 +20,15 @@ from streamllm.arguments import (
     sample_size,
     text_source,
 )
-from streamllm.environment import HELP
-from streamllm.errors import UsageError
 
 from .options import SAMPLERS
 
 if TYPE_CHECKING:
     from search_spaces import SearchSpace
-    from streamllm.text import TextSource
+    from streamllm.measuring.text import TextSource
 
     from .configuration import Identity, SweepConfiguration
-    from .matrix_plan import MatrixRequest
+    from .matrix.plan import MatrixRequest
 
 _EXAMPLES = """examples:
   python -m orchestrator.sweep                                  the embedded model and text: minutes, no GPU, no network
@@ -134,7 +134,7 @@ def parser() -> argparse.ArgumentParser:
 
 def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
     """Raises UsageError, for an option too that a matrix, which searches nothing, cannot heed."""
-    from .matrix_plan import MatrixRequest
+    from .matrix.plan import MatrixRequest
 
     usual = parser().parse_args([])
     given = [name for name in _OF_SEARCHES if getattr(arguments, name) != getattr(usual, name)]
@@ -195,7 +195,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
 
 
 def _identity(arguments: argparse.Namespace, source: TextSource, space: SearchSpace) -> Identity:
-    from streamllm.models import trained_length
+    from streamllm.engine.loading import trained_length
 
     from .configuration import Identity, total_kv
 
@@ -216,7 +216,7 @@ def _identity(arguments: argparse.Namespace, source: TextSource, space: SearchSp
 
 def _has_cuda(address: str | None, dry_run: bool) -> bool:
     """Whether workers will be on CUDA devices; a dry run does not join a cluster to ask, and takes it for granted."""
-    from .device_kinds import device_kinds
+    from .workers.device_kinds import device_kinds
 
     joins = address is not None or bool(os.environ.get("RAY_ADDRESS"))
     return (dry_run and joins) or "cuda" in device_kinds(address)

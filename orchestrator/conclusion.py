@@ -16,22 +16,22 @@ from dashboards.pareto import export, print_table
 from dashboards.published import write_published
 from dashboards.recommendation import recommended, record
 from dashboards.report import FIGURES, write_report
-from streamllm.printing import say
 from streamllm.results.front import dominators
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults, load_study
 from streamllm.results.study_folder import append_line, whole_lines
+from streamllm.terminal.printing import say
 
 if TYPE_CHECKING:
     from .configuration import SweepConfiguration
-    from .display import Display
-    from .tracker import Tracker
-    from .tracking import Report
+    from .screen.display import Display
+    from .tracking.follower import Tracker
+    from .tracking.mlflow_runs import Report
 
 
 def conclude(configuration: SweepConfiguration, tracker: Tracker, display: Display) -> None:
     """Tables, figures, the recommendation, MLflow, and what to type next."""
-    from .tracking import one_line
+    from .tracking.mlflow_runs import one_line
 
     results = load_study(str(configuration.output))
     files = [configuration.folder.configuration]
@@ -92,7 +92,7 @@ def keep_recommendation(results: StudyResults) -> None:
 
 def report_of(results: StudyResults, files: Sequence[Path]) -> Report:
     """What MLflow shows of the whole study."""
-    from .tracking import Report
+    from .tracking.mlflow_runs import Report
 
     advised = record(results, recommended(results, results.front))
     return Report(files, findings(results, results.front).paragraphs, advised["trial"], advised["command"])

@@ -17,12 +17,12 @@ import streamllm
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
 from streamllm.libraries import installed
+from streamllm.measuring.text import TextSource
 from streamllm.results.schema import OBJECTIVES
 from streamllm.results.study_folder import StudyFolder
-from streamllm.text import TextSource
 
 from .options import SAMPLERS
-from .points import check_cap, check_methods
+from .search.points import check_cap, check_methods
 
 _FORMAT = 2
 """Format of a study's rows: from 2 on their times are ratios to a reference's."""
@@ -67,8 +67,8 @@ class Identity:
 
     def with_digests(self) -> Identity:
         """With those of weights and text, which are read for it."""
-        from streamllm.models import weights_digest
-        from streamllm.text import file_digest
+        from streamllm.engine.loading import weights_digest
+        from streamllm.measuring.text import file_digest
 
         return replace(self, model_digest=weights_digest(self.model), text_file_digest=file_digest(self.source))
 

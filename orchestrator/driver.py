@@ -12,20 +12,20 @@ from typing import TYPE_CHECKING, Protocol
 
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
-from streamllm.reference_time import WORKER
+from streamllm.measuring.reference_time import WORKER
 from streamllm.results.schema import Row, told_name
 from streamllm.results.study import BASELINE, STRICT
 
-from .messages import TrialMeasurement, TrialSpec, WorkerDescription
-from .pool import Finished, SweepError, WorkerPool
-from .rows import failed_row, fixed_row, fixed_spec, increases, trial_row
-from .sampling import BaselineSample
-from .study import OpenTrial, Study
+from .search.rows import failed_row, fixed_row, fixed_spec, increases, trial_row
+from .search.sampling import BaselineSample
+from .search.study import OpenTrial, Study
+from .workers.messages import TrialMeasurement, TrialSpec, WorkerDescription
+from .workers.pool import Finished, SweepError, WorkerPool
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from streamllm.quality import QualityComparison
+    from streamllm.measuring.quality import QualityComparison
 
 Kind = tuple[tuple[str, object], ...]
 """A kind of worker: names and values of `reference_time.WORKER`."""
@@ -247,7 +247,7 @@ class Driver:
 
     def _compare(self) -> None:
         """With what there is of the reference and the baseline."""
-        from streamllm.quality import QualityComparison
+        from streamllm.measuring.quality import QualityComparison
 
         strict, baseline = self.fixed.get(STRICT), self.fixed.get(BASELINE)
         if strict is None:

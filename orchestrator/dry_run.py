@@ -11,14 +11,14 @@ from pathlib import Path
 
 from search_spaces import SearchSpace, Value
 from streamllm.errors import UsageError
-from streamllm.progress import spoken, working
 from streamllm.results.schema import OBJECTIVES, Row
 from streamllm.results.study_folder import StudyFolder, read_rows
+from streamllm.terminal.progress import spoken, working
 
 from .configuration import Identity, SweepConfiguration, WorkerSettings
 from .estimate import estimate
 from .options import AUTO_TPE_TRIALS
-from .points import configuration_of
+from .search.points import configuration_of
 
 
 def describe(configuration: SweepConfiguration) -> str:
@@ -103,7 +103,7 @@ def _layout(workers: WorkerSettings) -> WorkerLayout:
         return WorkerLayout(count or 1, cpus or None, words)
     from torch import accelerator
 
-    from streamllm.device import default_device, device_name
+    from streamllm.engine.device import default_device, device_name
 
     if accelerators := accelerator.device_count():
         count = count or accelerators
@@ -122,9 +122,9 @@ def _layout(workers: WorkerSettings) -> WorkerLayout:
 def _cost(configuration: SweepConfiguration, layout: WorkerLayout) -> str:
     """The cost by the model's pace here, and by the trials of the studies beside this one that used the same model and
     text."""
-    from streamllm.device import default_device, limit_threads, resolve_dtype
-    from streamllm.models import configuration_of
-    from streamllm.pace import measure_pace
+    from streamllm.engine.device import default_device, limit_threads, resolve_dtype
+    from streamllm.engine.loading import configuration_of
+    from streamllm.measuring.pace import measure_pace
 
     what, budget = configuration.identity, configuration.search.time_budget
     rows = [row for path in configuration.output.parent.glob("*/trials.jsonl") for row in _like(path, configuration)]
@@ -144,8 +144,8 @@ def _cost(configuration: SweepConfiguration, layout: WorkerLayout) -> str:
 
 def _length(what: Identity) -> int:
     """The text's length in tokens; 0 if that cannot be told without downloading it."""
-    from streamllm.models import load_tokenizer
-    from streamllm.text import load_tokens, local_data
+    from streamllm.engine.loading import load_tokenizer
+    from streamllm.measuring.text import load_tokens, local_data
 
     source = what.source
     if source.dataset_name is not None and local_data(source.dataset_name) is None:

@@ -10,17 +10,17 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from streamllm.errors import UsageError
-from streamllm.pairing import seconds_of_pairs
+from streamllm.measuring.pairing import seconds_of_pairs
+from streamllm.measuring.sample import LEAST_TOKENS, MOST_TOKENS
+from streamllm.measuring.timing import WARMUP_TOKENS, segment_tokens
 from streamllm.policy import EvictionPolicy, steady_state, strict_policy
-from streamllm.progress import spoken
 from streamllm.results.schema import Row
-from streamllm.sample import LEAST_TOKENS, MOST_TOKENS
-from streamllm.timing import WARMUP_TOKENS, segment_tokens
+from streamllm.terminal.progress import spoken
 
-from .points import configuration_of
+from .search.points import configuration_of
 
 if TYPE_CHECKING:
-    from streamllm.pace import Pace
+    from streamllm.measuring.pace import Pace
 
     from .configuration import SweepConfiguration
 

@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from streamllm.options import Lazy
 
 if TYPE_CHECKING:
-    from .samplers import SamplerMaker
+    from .search.samplers import SamplerMaker
 
 SAMPLERS: dict[str, Lazy[SamplerMaker] | None] = {
-    "auto": Lazy("orchestrator.samplers:auto"),
-    "tpe": Lazy("orchestrator.samplers:tpe"),
-    "nsga2": Lazy("orchestrator.samplers:nsga2"),
-    "gp": Lazy("orchestrator.samplers:gp"),
-    "qmc": Lazy("orchestrator.samplers:qmc"),
+    "auto": Lazy("orchestrator.search.samplers:auto"),
+    "tpe": Lazy("orchestrator.search.samplers:tpe"),
+    "nsga2": Lazy("orchestrator.search.samplers:nsga2"),
+    "gp": Lazy("orchestrator.search.samplers:gp"),
+    "qmc": Lazy("orchestrator.search.samplers:qmc"),
     "random": None,
     "grid": None,
 }

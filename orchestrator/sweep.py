@@ -16,17 +16,17 @@ from typing import TYPE_CHECKING
 from search_spaces import is_matrix
 from streamllm.environment import read_env_file
 from streamllm.errors import UsageError
-from streamllm.printing import say
 from streamllm.results.study_folder import write_rows
+from streamllm.terminal.printing import say
 
 from .command_line import matrix_request, parser, resolve
 
 if TYPE_CHECKING:
     from .configuration import SweepConfiguration, WorkerSettings
-    from .display import Display
     from .driver import Driver, Observer
-    from .pool import WorkerPool
-    from .study import Study
+    from .screen.display import Display
+    from .search.study import Study
+    from .workers.pool import WorkerPool
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         read_env_file()
         arguments = parser().parse_args(argv)
         if is_matrix(arguments.space):
-            from .matrix_run import run_matrix
+            from .matrix.run import run_matrix
 
             return run_matrix(matrix_request(arguments), arguments.dry_run)
-        from .lease import study_lease
+        from .workers.lease import study_lease
 
         configuration = resolve(arguments)
         if arguments.dry_run:
@@ -57,13 +57,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _sweep(configuration: SweepConfiguration, study_id: str, until: float) -> int:
     """`until`: when all should be finished, by the monotonic clock."""
-    from streamllm.store import MeasurementStore
+    from streamllm.measuring.store import MeasurementStore
 
     from .conclusion import conclude
-    from .display import Display
-    from .study import Study
-    from .tracker import Tracker
-    from .tracking import Projection
+    from .screen.display import Display
+    from .search.study import Study
+    from .tracking.follower import Tracker
+    from .tracking.mlflow_runs import Projection
     from .trials_file import TrialsFile
 
     what, sampler = configuration.identity, configuration.search.sampler
@@ -91,8 +91,8 @@ def _measure(
 ) -> tuple[Driver, str, int]:
     """Searches and confirms. Returns the driver, how the sweep ended, and its exit code."""
     from .driver import Driver
-    from .messages import WorkerSetup
-    from .pool import SweepError, WorkerPool
+    from .workers.messages import WorkerSetup
+    from .workers.pool import SweepError, WorkerPool
 
     what, search, rounds = configuration.identity, configuration.search, configuration.confirm.rounds
     setup = WorkerSetup(
@@ -169,11 +169,11 @@ def _interruptible(pool: WorkerPool) -> Iterator[None]:
 def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display, until: float) -> None:
     """Times the front's candidates again and writes `confirmed.jsonl`. What then still looks better than the front
     without having been confirmed is confirmed too."""
+    from streamllm.measuring.store import MeasurementStore
     from streamllm.results.study import load_study
-    from streamllm.store import MeasurementStore
 
-    from .confirm import candidates, confirmed_rows, unconfirmed_better
-    from .rounds import read_rounds, take_rounds
+    from .search.confirm import candidates, confirmed_rows, unconfirmed_better
+    from .search.rounds import read_rounds, take_rounds
 
     folder, store, rounds = configuration.folder, MeasurementStore(configuration.store), configuration.confirm.rounds
     results = load_study(str(folder.path))

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from streamllm.errors import UsageError
-from streamllm.printing import say
+from streamllm.terminal.printing import say
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     from streamllm.results.study import load_study
 
-    from .lease import study_lease
+    from .workers.lease import study_lease
 
     try:
         folder = load_study(arguments.study).files
@@ -44,12 +44,12 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     from rich.console import Console
     from rich.progress import track
 
+    from streamllm.measuring.store import MeasurementStore
     from streamllm.results.study import load_study
     from streamllm.results.study_folder import read_rows
-    from streamllm.store import MeasurementStore
 
     from .conclusion import report_of, write_outputs
-    from .tracking import Projection, one_line
+    from .tracking.mlflow_runs import Projection, one_line
 
     results = load_study(folder)
     rows = read_rows(results.files.trials)  # as the sweep logs them: what was confirmed comes with the close

@@ -8,7 +8,7 @@ from streamllm.results.schema import Row
 from streamllm.results.study import FIXED
 from streamllm.results.study_folder import StudyFolder, append_row, read_rows, write_rows
 
-from .messages import TrialSpec, WorkerDescription
+from .workers.messages import TrialSpec, WorkerDescription
 
 _OF_A_START = {"reused", "finished_at", "commit"}
 """Keys that differ in the rows of reference and baseline each time a sweep goes on."""

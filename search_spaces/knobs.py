@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from streamllm.backends import BACKENDS
-from streamllm.methods import METHODS
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.methods import METHODS
 from streamllm.options import EXECUTIONS, QUANTIZATIONS
 from streamllm.results.schema import KNOBS
 

@@ -10,11 +10,11 @@ from .environment import wait_passively
 
 if TYPE_CHECKING:
     from .configuration import Configuration
+    from .engine.generation import StreamingCache
+    from .engine.loading import load_model
     from .evaluating import Evaluation, Measuring, evaluate
-    from .generation import StreamingCache
-    from .models import load_model
+    from .measuring.text import TextSource
     from .policy import EvictionPolicy
-    from .text import TextSource
 
 __all__ = [
     "Configuration",
@@ -33,10 +33,10 @@ _HOME = {
     "Evaluation": "evaluating",
     "EvictionPolicy": "policy",
     "Measuring": "evaluating",
-    "StreamingCache": "generation",
-    "TextSource": "text",
+    "StreamingCache": "engine.generation",
+    "TextSource": "measuring.text",
     "evaluate": "evaluating",
-    "load_model": "models",
+    "load_model": "engine.loading",
 }
 """Where each lives; it is imported when it is asked for, as torch takes seconds."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
-from .backends import BACKENDS, Backend
-from .methods import method_named
+from .engine.backends import BACKENDS, Backend
+from .engine.methods import method_named
 from .policy import EvictionPolicy
 from .results.schema import AnyRow, knobs_in_short
 

@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .baseline import as_baseline, average, baseline_policy, compared, sampled
 from .configuration import Configuration
+from .measuring.baseline import as_baseline, average, baseline_policy, compared, sampled
+from .measuring.reference_time import with_times
+from .measuring.text import TextSource
 from .options import PROTOCOLS
-from .progress import working
-from .reference_time import with_times
 from .results.schema import Row
-from .text import TextSource
+from .terminal.progress import working
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from .baseline import Measured
-    from .measurements import Measurements
-    from .model import LoadedModel
+    from .engine.model import LoadedModel
+    from .measuring.baseline import Measured
+    from .measuring.measurements import Measurements
+    from .measuring.quality import QualityComparison
+    from .measuring.sample import SampleSize
+    from .measuring.text import TokenStream
     from .policy import EvictionPolicy
-    from .quality import QualityComparison
-    from .sample import SampleSize
-    from .text import TokenStream
 
 
 STORE = Path("sweeps/.store")
@@ -73,7 +73,7 @@ def evaluate(
     measured if it is wanted and not there.
 
     Raises UsageError, UnsupportedModelError, TextError; NonFiniteLossError where a dtype's range is not enough."""
-    from .methods import check_execution, check_protocol
+    from .engine.methods import check_execution, check_protocol
 
     how = how or Measuring()
     check_protocol(what.method, how.protocol)
@@ -90,9 +90,9 @@ def load_model_and_text(
     model: str, source: TextSource, dtype: str = "auto", quantization: str = "none", threads: int | None = None
 ) -> tuple[LoadedModel, TokenStream]:
     """Raises UsageError, UnsupportedModelError, TextError."""
-    from .device import limit_threads
-    from .models import load_model, load_tokenizer
-    from .text import load_tokens
+    from .engine.device import limit_threads
+    from .engine.loading import load_model, load_tokenizer
+    from .measuring.text import load_tokens
 
     limit_threads(threads)
     with working(f"loading {model}"):
@@ -106,8 +106,8 @@ def measurements_beside(
     policy: EvictionPolicy, loaded: LoadedModel, stream: TokenStream, store: Path, protocol: str = "fast"
 ) -> Measurements:
     """The measurements at the total KV of a policy."""
-    from .measurements import Measurements
-    from .store import MeasurementStore
+    from .measuring.measurements import Measurements
+    from .measuring.store import MeasurementStore
 
     total = baseline_policy(policy, protocol, loaded.trained_length).kept
     return Measurements(MeasurementStore(store), loaded, stream, total)
@@ -137,10 +137,10 @@ def evaluate_loaded(
 
 def _measured_now(measurements: Measurements, what: Configuration, how: Measuring) -> Measured:
     """Of a method that is sampled, what the store has is gone on with."""
-    from .evaluation import identity
-    from .methods import sampled_losses
-    from .probing import runnable
-    from .timing import compile_step
+    from .engine.methods import sampled_losses
+    from .engine.probing import runnable
+    from .measuring.evaluation import identity
+    from .measuring.timing import compile_step
 
     loaded, stream = measurements.loaded, measurements.stream
     then = "compiling and timing" if what.execution == "compile" else "timing"
@@ -166,7 +166,7 @@ def compare_quality(
 ) -> QualityComparison | None:
     """With strict StreamingLLM at every token, and the baseline's losses where there are any; None by chunks, where a
     policy's losses are not those of a stream, and where the reference's overflow."""
-    from .quality import NonFiniteLossError, QualityComparison
+    from .measuring.quality import NonFiniteLossError, QualityComparison
 
     if protocol == "chunked":
         return None
@@ -188,7 +188,7 @@ def _strict_losses(measurements: Measurements) -> np.ndarray:
 def baseline_runs(measurements: Measurements, beside: Configuration, how: Measuring, wanted: int = 1) -> list[Measured]:
     """Every run of the fixed baseline beside a configuration: all that are stored, and of the first `wanted` those that
     are not."""
-    from .evaluation import identity
+    from .measuring.evaluation import identity
 
     loaded, stream, protocol = measurements.loaded, measurements.stream, how.protocol
     size = None if not wanted or protocol != "fast" else baseline_size(measurements, how.baseline_tokens)
@@ -216,8 +216,8 @@ def baseline_runs(measurements: Measurements, beside: Configuration, how: Measur
 
 def baseline_size(measurements: Measurements, tokens: int | None) -> SampleSize:
     """How large the baseline's sample has to become; tokens: as `Measuring.baseline_tokens`."""
-    from .quality import NonFiniteLossError
-    from .sample import LEAST_TOKENS, AutoSize, FixedSize
+    from .measuring.quality import NonFiniteLossError
+    from .measuring.sample import LEAST_TOKENS, AutoSize, FixedSize
 
     if tokens is not None:
         return FixedSize(tokens or len(measurements.stream.tokens))

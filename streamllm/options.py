@@ -11,9 +11,9 @@ from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Generic, TypeVar, cast
 
 if TYPE_CHECKING:
-    from .evaluation import Evaluator
-    from .execution import StepMaker
-    from .quantization import Quantizer
+    from .engine.execution import StepMaker
+    from .engine.quantization import Quantizer
+    from .measuring.evaluation import Evaluator
 
 T = TypeVar("T")
 
@@ -32,18 +32,18 @@ class Lazy(Generic[T]):
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 EXECUTIONS: dict[str, Lazy[StepMaker] | None] = {
     "eager": None,
-    "compile": Lazy("streamllm.execution:compiled_step"),
-    "cudagraph": Lazy("streamllm.execution:graphed_step"),
+    "compile": Lazy("streamllm.engine.execution:compiled_step"),
+    "cudagraph": Lazy("streamllm.engine.execution:graphed_step"),
 }
 QUANTIZATIONS: dict[str, Lazy[Quantizer] | None] = {
     "none": None,
-    "int8_weight_only": Lazy("streamllm.quantization:INT8"),
-    "int4_weight_only": Lazy("streamllm.quantization:INT4"),
+    "int8_weight_only": Lazy("streamllm.engine.quantization:INT8"),
+    "int4_weight_only": Lazy("streamllm.engine.quantization:INT4"),
 }
 PROTOCOLS: dict[str, Lazy[Evaluator]] = {
-    "fast": Lazy("streamllm.evaluation:evaluate_fast"),
-    "decode-loop": Lazy("streamllm.evaluation:evaluate_decode_loop"),
-    "chunked": Lazy("streamllm.evaluation:evaluate_chunked"),
+    "fast": Lazy("streamllm.measuring.evaluation:evaluate_fast"),
+    "decode-loop": Lazy("streamllm.measuring.evaluation:evaluate_decode_loop"),
+    "chunked": Lazy("streamllm.measuring.evaluation:evaluate_chunked"),
 }
 """fast: quality block-parallel, timing in the steady state. decode-loop: both from decoding token by token. chunked:
 both from chunks of the text, each a prefill, one compression and a short continuation."""

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 if TYPE_CHECKING:
-    from streamllm.model import LoadedModel
+    from streamllm.engine.model import LoadedModel
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("neox-tiny", "llama-tiny")
@@ -101,7 +101,7 @@ def golden_model() -> Callable[..., LoadedModel]:
     """On the CPU, where the golden losses were computed."""
     import torch
 
-    from streamllm.models import load_model
+    from streamllm.engine.loading import load_model
 
     return cache(lambda family, dtype="float32": load_model(str(GOLDEN / family), dtype, torch.device("cpu")))
 

@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from streamllm.configuration import Configuration
-from streamllm.decoding import Decoder, negative_log_likelihood
-from streamllm.methods import METHODS, make_decoder
-from streamllm.model import LoadedModel
+from streamllm.engine.decoding import Decoder, negative_log_likelihood
+from streamllm.engine.methods import METHODS, make_decoder
+from streamllm.engine.model import LoadedModel
 from streamllm.policy import EvictionPolicy, RefreshPolicy
 
 STRICT = EvictionPolicy(n_sink=2, window_size=5)

@@ -14,15 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
-from streamllm.backends import BACKENDS
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import decode_loop
-from streamllm.device import default_device, float64_device, unverified
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import decode_loop
+from streamllm.engine.device import default_device, float64_device, unverified
+from streamllm.engine.methods import make_decoder
+from streamllm.engine.methods.recompute import losses_at
+from streamllm.engine.model import LoadedModel
 from streamllm.errors import UsageError
-from streamllm.methods import make_decoder
-from streamllm.methods.recompute import losses_at
-from streamllm.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 
 from .tiny_models import tiny_model

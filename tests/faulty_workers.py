@@ -10,11 +10,11 @@ from pathlib import Path
 
 import numpy as np
 
-from orchestrator.lease import timing_lease
-from orchestrator.messages import TrialMeasurement, WorkerUnusableError
-from orchestrator.worker import Worker
+from orchestrator.workers.lease import timing_lease
+from orchestrator.workers.messages import TrialMeasurement, WorkerUnusableError
+from orchestrator.workers.worker import Worker
+from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
 from streamllm.results.schema import Row
-from streamllm.store import Measurement, MeasurementStore, entry_name
 
 from .quick_sweep import Quick
 from .waiting import wait_until

@@ -10,14 +10,14 @@ import sys
 import numpy as np
 import torch
 
-from streamllm.attention import attention, eager_attention, recorded_kernel
-from streamllm.backends import BACKENDS
 from streamllm.configuration import Configuration
-from streamllm.decoding import negative_log_likelihood
-from streamllm.methods import make_decoder
-from streamllm.models import load_model
+from streamllm.engine.attention import attention, eager_attention, recorded_kernel
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.decoding import negative_log_likelihood
+from streamllm.engine.loading import load_model
+from streamllm.engine.methods import make_decoder
+from streamllm.engine.probing import probe_backend
 from streamllm.policy import EvictionPolicy
-from streamllm.probing import probe_backend
 
 from .conftest import FAMILIES, GOLDEN
 
@@ -74,7 +74,7 @@ def error(found, query, key, value, scaling, mask):
 
 
 def kernel():
-    from streamllm.triton_attention import flash_decoding, split_count
+    from streamllm.engine.triton_attention import flash_decoding, split_count
 
     found = {}
     for heads, kv_heads, size, held, kind, dtype in kernel_cases():
@@ -91,7 +91,7 @@ def kernel():
 
 def layouts():
     """A batch; keys that are views, in other strides than the values; scores that would overflow without their max."""
-    from streamllm.triton_attention import decode_attention
+    from streamllm.engine.triton_attention import decode_attention
 
     found = {}
     for heads, kv_heads in ((4, 4), (8, 2)):
@@ -118,7 +118,7 @@ def layouts():
 
 def operator():
     """As an operator: compiled without a break, seen by the recorder, probed; several tokens at once are torch's."""
-    from streamllm.triton_attention import decode_attention
+    from streamllm.engine.triton_attention import decode_attention
 
     backend, found = BACKENDS["triton"], {}
     query, key, value = inputs(8, 2, 16, 40, torch.float32)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from optuna.storages.journal import JournalFileBackend
 
-from orchestrator import display, pool, sweep
+from orchestrator import sweep
+from orchestrator.screen import display
+from orchestrator.workers import pool
 
 from .faulty_workers import Slow
 from .preloaded import begin

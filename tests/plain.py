@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from transformers import DynamicCache
 
-from streamllm.generation import StreamingCache
+from streamllm.engine.generation import StreamingCache
 
 
 @torch.no_grad()

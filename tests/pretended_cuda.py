@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from streamllm import device
-from streamllm.model import LoadedModel
+from streamllm.engine import device
+from streamllm.engine.model import LoadedModel
 
 from .dispatched import no_waiting
 

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from orchestrator import pool, sweep
-from orchestrator.worker import Worker
+from orchestrator import sweep
+from orchestrator.workers import pool
+from orchestrator.workers.worker import Worker
 
 
 def shorten(set_attribute: Callable[[Any, str, float], object] = setattr) -> None:
-    from streamllm import pairing, timing
+    from streamllm.measuring import pairing, timing
 
     set_attribute(timing, "SEGMENT_SEC", 0.01)
     set_attribute(timing, "LONGEST_SEGMENT_SEC", 0.02)  # of a model of 30 layers, a token

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from streamllm.engine.generation import StreamingCache
+from streamllm.engine.loading import prepare
 from streamllm.errors import UnsupportedModelError
-from streamllm.generation import StreamingCache
-from streamllm.models import prepare
 
 from .plain import by_surviving_inputs, streamed
 from .zoo import random_model

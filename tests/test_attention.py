@@ -5,16 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-from streamllm.attention import attention, eager_attention, fused_attention, recorded_kernel
-from streamllm.backends import BACKENDS, default_backend
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import decode_loop
-from streamllm.methods import make_decoder
-from streamllm.models import load_model
+from streamllm.engine.attention import attention, eager_attention, fused_attention, recorded_kernel
+from streamllm.engine.backends import BACKENDS, default_backend
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import decode_loop
+from streamllm.engine.loading import load_model
+from streamllm.engine.methods import make_decoder
+from streamllm.engine.probing import BackendError, probe_backend, runnable, why_not
+from streamllm.measuring.timing import Reference, measure_speed
 from streamllm.policy import EvictionPolicy
-from streamllm.probing import BackendError, probe_backend, runnable, why_not
-from streamllm.timing import Reference, measure_speed
 
 from .conftest import FAMILIES, GOLDEN
 from .tiny_models import tiny_model
@@ -25,7 +25,7 @@ ON_CPU = ("eager", "math", "flash")
 @pytest.mark.parametrize("name", ON_CPU)
 def test_what_is_asked_for_is_what_runs(name, golden_model, golden_tokens, monkeypatch):
     """The kernel recorded by a real timing; torch has a math and a flash kernel on CPU."""
-    monkeypatch.setattr("streamllm.timing.SEGMENT_SEC", 0.001)
+    monkeypatch.setattr("streamllm.measuring.timing.SEGMENT_SEC", 0.001)
     loaded, policy = golden_model("neox-tiny"), EvictionPolicy(window_size=20)
     reference = Reference.start(loaded, policy.kept, golden_tokens)
     speed = measure_speed(loaded, Configuration("ours", policy, name), golden_tokens, reference)

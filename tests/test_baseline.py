@@ -5,12 +5,12 @@ import pytest
 import torch
 
 from streamllm.__main__ import main
-from streamllm.backends import BACKENDS
-from streamllm.baseline import average, baseline_policy, compared
-from streamllm.methods.recompute import WholeWindow, losses_at
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.methods.recompute import WholeWindow, losses_at
+from streamllm.measuring.baseline import average, baseline_policy, compared
+from streamllm.measuring.quality import QualityComparison
+from streamllm.measuring.reference_time import with_times
 from streamllm.policy import EvictionPolicy
-from streamllm.quality import QualityComparison
-from streamllm.reference_time import with_times
 from streamllm.results.schema import Row
 
 from .conftest import GOLDEN

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from numpy.testing import assert_allclose
 
-from streamllm.certainty import front_probabilities, not_told_from, time_draws, told_apart_front
-from streamllm.quality import median_interval
+from streamllm.measuring.certainty import front_probabilities, not_told_from, time_draws, told_apart_front
+from streamllm.measuring.quality import median_interval
 
 
 def measured(random, logarithms, pairs=18, rounds=3, between=0.01, noise=0.03, bursts=0.0):

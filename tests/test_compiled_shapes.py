@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from streamllm import execution
 from streamllm.configuration import Configuration
-from streamllm.methods import make_decoder
+from streamllm.engine import execution
+from streamllm.engine.methods import make_decoder
 from streamllm.policy import EvictionPolicy
 
 from .tiny_models import tiny_model

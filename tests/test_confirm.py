@@ -4,12 +4,12 @@ import math
 import numpy as np
 import pytest
 
-from orchestrator import rounds as rounds_module
-from orchestrator.confirm import candidates, confirmed_rows, unconfirmed_better
-from orchestrator.messages import TrialMeasurement
-from orchestrator.pool import Finished, SweepError
-from orchestrator.rounds import Round, read_rounds, take_rounds
-from streamllm.quality import QualityComparison
+from orchestrator.search import rounds as rounds_module
+from orchestrator.search.confirm import candidates, confirmed_rows, unconfirmed_better
+from orchestrator.search.rounds import Round, read_rounds, take_rounds
+from orchestrator.workers.messages import TrialMeasurement
+from orchestrator.workers.pool import Finished, SweepError
+from streamllm.measuring.quality import QualityComparison
 from streamllm.results.front import study_front
 from streamllm.results.schema import Row
 from streamllm.results.study_folder import StudyFolder

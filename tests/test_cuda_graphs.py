@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from streamllm.backends import BACKENDS
 from streamllm.configuration import Configuration
-from streamllm.decoding import decode_loop
-from streamllm.methods import make_decoder
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.decoding import decode_loop
+from streamllm.engine.methods import make_decoder
 from streamllm.policy import EvictionPolicy
 
 from .pretended_cuda import RecordedGraph, pretended_cuda

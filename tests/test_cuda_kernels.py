@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from streamllm.backends import BACKENDS
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import decode_loop
-from streamllm.methods import make_decoder
-from streamllm.methods.recompute import losses_at
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import decode_loop
+from streamllm.engine.methods import make_decoder
+from streamllm.engine.methods.recompute import losses_at
 from streamllm.policy import EvictionPolicy
 
 from .dispatched import POLICIES, RUNS

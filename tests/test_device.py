@@ -12,19 +12,22 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity
 
-from orchestrator import accelerators, dry_run, pool, worker
+from orchestrator import dry_run
 from orchestrator.configuration import WorkerSettings
-from orchestrator.device_kinds import built_for, device_kinds
-from orchestrator.lease import claim
-from orchestrator.messages import WorkerSetup
-from streamllm import attention, block_parallel, device, profiling, timing
-from streamllm.backends import BACKENDS
+from orchestrator.workers import accelerators, pool, worker
+from orchestrator.workers.device_kinds import built_for, device_kinds
+from orchestrator.workers.lease import claim
+from orchestrator.workers.messages import WorkerSetup
 from streamllm.commands import backends
-from streamllm.device import others
+from streamllm.engine import attention, block_parallel, device
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.device import others
+from streamllm.engine.execution import static_step
+from streamllm.engine.loading import load_model
 from streamllm.errors import UsageError
-from streamllm.execution import static_step
-from streamllm.models import load_model
-from streamllm.text import TextSource
+from streamllm.explain import profiling
+from streamllm.measuring import timing
+from streamllm.measuring.text import TextSource
 
 from .conftest import GOLDEN
 
@@ -106,7 +109,7 @@ def test_without_an_accelerator_the_default_is_the_cpu(monkeypatch):
 
 
 def test_a_load_warns_once(monkeypatch, recwarn):
-    monkeypatch.setattr("streamllm.models.unverified", lambda _: DOUBT)
+    monkeypatch.setattr("streamllm.engine.loading.unverified", lambda _: DOUBT)
     load_model(str(GOLDEN / "llama-tiny"), "float32")
     assert [str(warning.message) for warning in recwarn if warning.category is UserWarning] == [DOUBT]
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.commands import diagnose
-from streamllm.diagnosis import check_prunes, find_spike, in_words, reference_policy, token_table
+from streamllm.engine.block_parallel import block_parallel_losses
 from streamllm.errors import UsageError
+from streamllm.explain.diagnosis import check_prunes, find_spike, in_words, reference_policy, token_table
 from streamllm.policy import EvictionPolicy, evicted_before, prune_starts
 
 from .conftest import GOLDEN

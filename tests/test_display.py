@@ -4,10 +4,10 @@ import time
 import pytest
 from rich.console import Console
 
-from orchestrator import display as display_module
-from orchestrator.display import Display
-from orchestrator.messages import TrialSpec
-from orchestrator.plot import Plot
+from orchestrator.screen import display as display_module
+from orchestrator.screen.display import Display
+from orchestrator.screen.plot import Plot
+from orchestrator.workers.messages import TrialSpec
 from streamllm.configuration import Configuration
 from streamllm.policy import EvictionPolicy
 

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from orchestrator.driver import Driver
-from orchestrator.messages import TrialMeasurement
-from orchestrator.pool import Finished, SweepError
-from orchestrator.sampling import BaselineSample
-from orchestrator.study import Study
+from orchestrator.search.sampling import BaselineSample
+from orchestrator.search.study import Study
+from orchestrator.workers.messages import TrialMeasurement
+from orchestrator.workers.pool import Finished, SweepError
 from search_spaces import load_space
 from streamllm.errors import UsageError
+from streamllm.measuring.sample import sample_positions
 from streamllm.policy import strict_policy
 from streamllm.results.schema import Row
-from streamllm.sample import sample_positions
 
 from .test_study import SPACE
 

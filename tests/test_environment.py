@@ -5,10 +5,10 @@ import os
 import pandas as pd
 import pytest
 
-from streamllm.arguments import add_model_arguments, add_text_arguments, text_source
 from streamllm.environment import read_env_file
 from streamllm.errors import UsageError
-from streamllm.text import TextError, TextSource, load_tokens
+from streamllm.measuring.text import TextError, TextSource, load_tokens
+from streamllm.terminal.arguments import add_model_arguments, add_text_arguments, text_source
 
 from .test_text import Letters
 

@@ -9,10 +9,10 @@ import torch
 
 from orchestrator.estimate import estimate, timing_sec
 from orchestrator.sweep import parser, resolve
-from streamllm import pairing
-from streamllm.models import configuration_of
-from streamllm.pace import Pace, measure_pace
-from streamllm.pairing import LONGEST_REFERENCE_SEC, seconds_of_pairs, take_pairs
+from streamllm.engine.loading import configuration_of
+from streamllm.measuring import pairing
+from streamllm.measuring.pace import Pace, measure_pace
+from streamllm.measuring.pairing import LONGEST_REFERENCE_SEC, seconds_of_pairs, take_pairs
 from streamllm.policy import EvictionPolicy
 
 from .conftest import GOLDEN
@@ -73,7 +73,7 @@ def test_what_was_measured_is_believed_more():
 
 def test_pace_is_that_of_all_layers(monkeypatch):
     """Of 2 and of 4 layers by what 1 and 3 take: exactly, if a layer takes a second and the rest a half."""
-    from streamllm import pace
+    from streamllm.measuring import pace
 
     def fastest(loaded, total):
         return np.array([1.0, 0.1, 0.01]) * (loaded.config.num_hidden_layers + 0.5)

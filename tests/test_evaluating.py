@@ -9,8 +9,8 @@ import pytest
 import streamllm
 from streamllm.__main__ import main
 from streamllm.errors import UnavailableError, UsageError
+from streamllm.measuring.text import TextError
 from streamllm.results.schema import Row
-from streamllm.text import TextError
 
 RING = streamllm.Configuration("ring", streamllm.EvictionPolicy(n_sink=4, window_size=60))
 SHORT = streamllm.TextSource(max_eval_tokens=200)

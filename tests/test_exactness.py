@@ -8,11 +8,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import decode_loop
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import decode_loop
+from streamllm.engine.methods import make_decoder
 from streamllm.errors import UnsupportedModelError
-from streamllm.methods import make_decoder
 from streamllm.policy import EvictionPolicy
 
 from .tiny_models import FAMILIES, random_models, tiny_model
@@ -102,8 +102,8 @@ def test_what_cannot_be_exact_is_refused_with_the_reason(family, changed, reason
 
 
 def test_a_sliding_window_of_the_models_own_bounds_the_cache():
-    from streamllm.evaluation import measure_quality
-    from streamllm.text import TokenStream
+    from streamllm.measuring.evaluation import measure_quality
+    from streamllm.measuring.text import TokenStream
 
     loaded = tiny_model("Mistral", sliding_window=32)
     stream = TokenStream(random_tokens(100), "random", "")

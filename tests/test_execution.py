@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from streamllm.backends import BACKENDS
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import decode_loop
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import decode_loop
+from streamllm.engine.methods import check_execution, make_decoder
+from streamllm.engine.quantization import Int8Linear, quantize
 from streamllm.errors import UsageError
-from streamllm.methods import check_execution, make_decoder
 from streamllm.policy import EvictionPolicy
-from streamllm.quantization import Int8Linear, quantize
 
 from .tiny_models import tiny_model
 

@@ -12,20 +12,20 @@ import pytest
 import ray
 import torch
 
-from orchestrator import pool as pool_module
 from orchestrator.configuration import WorkerSettings
-from orchestrator.device_kinds import device_kinds
 from orchestrator.driver import Driver
-from orchestrator.messages import TrialSpec, WorkerSetup, WorkerUnusableError
-from orchestrator.pool import SweepError, WorkerPool
-from orchestrator.study import Study
-from orchestrator.worker import Worker
+from orchestrator.search.study import Study
+from orchestrator.workers import pool as pool_module
+from orchestrator.workers.device_kinds import device_kinds
+from orchestrator.workers.messages import TrialSpec, WorkerSetup, WorkerUnusableError
+from orchestrator.workers.pool import SweepError, WorkerPool
+from orchestrator.workers.worker import Worker
 from search_spaces import load_space
 from streamllm.configuration import Configuration
+from streamllm.engine.loading import weights_digest
 from streamllm.errors import UsageError
-from streamllm.models import weights_digest
+from streamllm.measuring.text import TextSource, file_digest
 from streamllm.policy import EvictionPolicy
-from streamllm.text import TextSource, file_digest
 
 from .conftest import GOLDEN, HIDDEN
 from .faulty_workers import (
@@ -312,7 +312,7 @@ def test_gpus_that_torch_cannot_use_are_no_sweep_on_the_cpu(sweep, faked_gpus):
 def test_a_cluster_is_asked_what_it_is_made_of(cluster, faked_gpus, monkeypatch):
     assert device_kinds(cluster.address) == {"cpu"}, "it has no accelerators"
     faked_gpus()
-    monkeypatch.setattr("orchestrator.device_kinds.built_for", lambda: "cuda")  # of a torch built for CPUs
+    monkeypatch.setattr("orchestrator.workers.device_kinds.built_for", lambda: "cuda")  # of a torch built for CPUs
     assert device_kinds(cluster.address) == {"cuda"}
 
 

@@ -2,12 +2,12 @@ import json
 
 import pytest
 
-from dashboards import ablations, comparisons
-from dashboards.comparisons import Series, comparable, comparison
+from dashboards.drawing import ablations, comparisons
+from dashboards.drawing.comparisons import Series, comparable, comparison
+from dashboards.drawing.importance import importance, main_effects
+from dashboards.drawing.kv_length import keys_attended, kv_length
+from dashboards.drawing.style import NoDataError, style
 from dashboards.figures import ROW_FIGURES, STUDY_FIGURES, main, pareto, write_figures
-from dashboards.importance import importance, main_effects
-from dashboards.kv_length import keys_attended, kv_length
-from dashboards.style import NoDataError, style
 from streamllm.policy import EvictionPolicy, peak_kv
 from streamllm.results.study import load_study
 

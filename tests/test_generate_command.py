@@ -11,12 +11,12 @@ import torch
 from rich.console import Console
 
 from streamllm.configuration import Configuration
+from streamllm.engine.loading import load_model, load_tokenizer
+from streamllm.engine.methods import make_decoder
 from streamllm.errors import UsageError
-from streamllm.methods import make_decoder
-from streamllm.models import load_model, load_tokenizer
+from streamllm.explain.writing import Sampler, Sampling, Writer
 from streamllm.policy import EvictionPolicy
-from streamllm.screen import Screen
-from streamllm.writing import Sampler, Sampling, Writer
+from streamllm.terminal.screen import Screen
 
 POLICY = EvictionPolicy(n_sink=4, window_size=60)
 CPU = torch.device("cpu")

@@ -16,10 +16,10 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-from streamllm.block_parallel import block_parallel_losses
-from streamllm.decoding import negative_log_likelihood
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import negative_log_likelihood
+from streamllm.engine.generation import StreamingCache
 from streamllm.errors import UnsupportedModelError, UsageError
-from streamllm.generation import StreamingCache
 from streamllm.policy import EvictionPolicy, PolicyError
 
 from .conftest import FAMILIES, GOLDEN

@@ -19,9 +19,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from streamllm import gguf as gguf_module
+from streamllm.engine import gguf as gguf_module
+from streamllm.engine.loading import load_model, trained_length, weights_digest
 from streamllm.errors import UnsupportedModelError, UsageError
-from streamllm.models import load_model, trained_length, weights_digest
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from streamllm.backends import BACKENDS
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import decode_loop
-from streamllm.methods import make_decoder
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import decode_loop
+from streamllm.engine.methods import make_decoder
 from streamllm.policy import EvictionPolicy, peak_kv
 
 from .conftest import golden_cases
@@ -55,7 +55,7 @@ def test_window_is_ours_without_sinks_and_dense_never_evicts(golden_model, golde
 
 def test_recompute_sees_exactly_the_last_tokens(golden_model, golden_tokens):
     """Against the model's plain forward of each window, and its sampled losses against its own decode loop."""
-    from streamllm.methods.recompute import losses_at
+    from streamllm.engine.methods.recompute import losses_at
 
     loaded, tokens = golden_model("neox-tiny"), golden_tokens[:120]
     run = decode_loop(

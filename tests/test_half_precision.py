@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from streamllm.block_parallel import block_parallel_losses
-from streamllm.methods.ours import RerotatedCache
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.methods.ours import RerotatedCache
 from streamllm.policy import EvictionPolicy
 
 from .benchmarks.drift import NaivelyRerotatedCache, key_error, loop_losses, naive_losses

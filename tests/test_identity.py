@@ -9,17 +9,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamllm import conditions, store
-from streamllm.conditions import described, software
 from streamllm.configuration import Configuration
-from streamllm.measurements import Measurements
-from streamllm.methods import METHODS, module_of
+from streamllm.engine.methods import METHODS, module_of
+from streamllm.measuring import conditions, store
+from streamllm.measuring.conditions import described, software
+from streamllm.measuring.measurements import Measurements
+from streamllm.measuring.store import MEASURING_CODE, MeasurementStore, entry_name
+from streamllm.measuring.text import TokenStream
 from streamllm.policy import EvictionPolicy
-from streamllm.store import MEASURING_CODE, MeasurementStore, entry_name
-from streamllm.text import TokenStream
 
-PACKAGE = Path(store.__file__).parent
-ROOTS = {"measurements", "models", "methods.ring"}
+PACKAGE = Path(store.__file__).parent.parent
+ROOTS = {"measuring.measurements", "engine.loading", "engine.methods.ring"}
 """What measures, what loads, and the method of the reference that everything is timed beside."""
 WORDS = {"results", "results.schema"}
 """How a configuration is shown."""
@@ -68,10 +68,25 @@ def test_all_code_that_determines_a_number_is_hashed_and_nothing_else():
 
 
 def test_what_shows_and_what_is_typed_is_not_hashed():
-    shown = {"figure_style", "screen", "printing", "progress", "diagnosis", "diagnosis_figure", "profiling", "writing",
-             "commands", "arguments", "session", "reference_time", "certainty", "generation", "pace"}  # fmt: skip
+    shown = {
+        "figure_style",
+        "terminal.screen",
+        "terminal.printing",
+        "terminal.progress",
+        "explain.diagnosis",
+        "explain.diagnosis_figure",
+        "explain.profiling",
+        "explain.writing",
+        "commands",
+        "terminal.arguments",
+        "terminal.output",
+        "measuring.reference_time",
+        "measuring.certainty",
+        "engine.generation",
+        "measuring.pace",
+    }
     assert all(source(name).is_file() for name in shown), "or this test says nothing"
-    assert not {name for name in MEASURING_CODE if name.split(".")[0] in shown}
+    assert not {name for name in MEASURING_CODE if any(name == of or name.startswith(f"{of}.") for of in shown)}
 
 
 @pytest.fixture
@@ -94,14 +109,14 @@ def digest_after(tmp_path, monkeypatch):
 def test_code_that_determines_a_number_is_in_the_digest_colours_and_comments_are_not(digest_after):
     before = digest_after()
     assert before == store.code_digest()
-    for module in ("timing", "methods.ring", "testbed"):
+    for module in ("measuring.timing", "engine.methods.ring", "testbed"):
         assert digest_after(module, "\nMORE = 1\n") != before, module
-    for module in ("figure_style", "commands.evaluate", "methods.recompute", ""):
-        assert digest_after(module or "diagnosis", "\nMORE = 1\n") == before, module
-    assert digest_after("timing", '\n\n# a comment\n\n"""A docstring."""\n') == before
+    for module in ("figure_style", "commands.evaluate", "engine.methods.recompute", ""):
+        assert digest_after(module or "explain.diagnosis", "\nMORE = 1\n") == before, module
+    assert digest_after("measuring.timing", '\n\n# a comment\n\n"""A docstring."""\n') == before
     own = digest_after("", "", "recompute")
-    assert own != before and digest_after("methods.recompute", "\nMORE = 1\n", "recompute") != own
-    assert digest_after("methods.kvpress", "\nMORE = 1\n", "recompute") == own
+    assert own != before and digest_after("engine.methods.recompute", "\nMORE = 1\n", "recompute") != own
+    assert digest_after("engine.methods.kvpress", "\nMORE = 1\n", "recompute") == own
 
 
 @pytest.fixture

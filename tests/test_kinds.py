@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 
-from dashboards import kinds
-from dashboards.formats import FORMATS
 from dashboards.pareto import main, rich_table
 from dashboards.report import report
-from dashboards.table import pareto_table
+from dashboards.tables import kinds
+from dashboards.tables.formats import FORMATS
+from dashboards.tables.table import pareto_table
 from orchestrator.driver import Driver
-from orchestrator.pool import Finished
-from orchestrator.rounds import take_rounds
-from orchestrator.study import Study
+from orchestrator.search.rounds import take_rounds
+from orchestrator.search.study import Study
+from orchestrator.workers.pool import Finished
 from search_spaces import load_space
 from streamllm.results.study import load_study
 from streamllm.results.study_folder import StudyFolder

@@ -5,15 +5,15 @@ import importlib.util
 import numpy as np
 import pytest
 
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import decode_loop
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import decode_loop
+from streamllm.engine.methods import check_protocol, make_decoder
 from streamllm.errors import UnsupportedModelError, UsageError
-from streamllm.evaluation import evaluate_chunked
-from streamllm.methods import check_protocol, make_decoder
+from streamllm.measuring.evaluation import evaluate_chunked
+from streamllm.measuring.text import TokenStream
+from streamllm.measuring.timing import Reference
 from streamllm.policy import EvictionPolicy
-from streamllm.text import TokenStream
-from streamllm.timing import Reference
 
 from .conftest import golden_cases
 from .tiny_models import tiny_model

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from streamllm.backends import BACKENDS
 from streamllm.configuration import Configuration
-from streamllm.methods import make_decoder
-from streamllm.methods.recompute import WholeWindow
-from streamllm.model import LoadedModel
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.methods import make_decoder
+from streamllm.engine.methods.recompute import WholeWindow
+from streamllm.engine.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 
 from .dispatched import looking

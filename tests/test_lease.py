@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from orchestrator.lease import claim, computing_lease, study_lease, timing_lease
+from orchestrator.workers.lease import claim, computing_lease, study_lease, timing_lease
 from streamllm.errors import UsageError
 from streamllm.results.study_folder import StudyFolder
 

@@ -8,15 +8,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import streamllm.evaluation
-from dashboards.matrix_tables import _figure, matrix_figures, matrix_rows, matrix_tables
-from dashboards.style import LABELS, style
-from orchestrator.matrix_plan import make_plan, policy_of
+import streamllm.measuring.evaluation
+from dashboards.drawing.style import LABELS, style
+from dashboards.tables.matrix_tables import _figure, matrix_figures, matrix_rows, matrix_tables
+from orchestrator.matrix.plan import make_plan, policy_of
 from orchestrator.sweep import main, matrix_request, parser
 from search_spaces import MEASURES, SHIPPED, Cell, SpaceError, is_matrix, load_matrix
 from streamllm.errors import UsageError
+from streamllm.measuring.quality import NonFiniteLossError
 from streamllm.policy import EvictionPolicy
-from streamllm.quality import NonFiniteLossError
 
 from .conftest import GOLDEN
 
@@ -58,8 +58,8 @@ def run(tmp_path, monkeypatch):
 def evaluations(monkeypatch):
     """Every evaluation by decode-loop, and what it is to raise in place of being one. No figures are drawn."""
     monkeypatch.setattr("dashboards.figures.ROW_FIGURES", {})
-    monkeypatch.setattr("dashboards.matrix_tables.matrix_figures", lambda *_: [])
-    calls, real = [], streamllm.evaluation.evaluate_decode_loop
+    monkeypatch.setattr("dashboards.tables.matrix_tables.matrix_figures", lambda *_: [])
+    calls, real = [], streamllm.measuring.evaluation.evaluate_decode_loop
 
     def evaluate(loaded, what, *rest):
         if calls.append((what.method, what.backend)) or len(calls) in evaluate.raises:
@@ -67,7 +67,7 @@ def evaluations(monkeypatch):
         return real(loaded, what, *rest)
 
     evaluate.calls, evaluate.raises = calls, {}
-    monkeypatch.setattr(streamllm.evaluation, "evaluate_decode_loop", evaluate)
+    monkeypatch.setattr(streamllm.measuring.evaluation, "evaluate_decode_loop", evaluate)
     return evaluate
 
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from streamllm import block_parallel
-from streamllm.block_parallel import BlockState, block_parallel_losses
-from streamllm.decoding import decode_loop
+from streamllm.engine import block_parallel
+from streamllm.engine.block_parallel import BlockState, block_parallel_losses
+from streamllm.engine.decoding import decode_loop
 
 from .dispatched import LAZY, POLICIES, RUNS, STRICT, decode, decoder_of, looking, on_meta, one_device
 from .tiny_models import tiny_model

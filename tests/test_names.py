@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from orchestrator.options import SAMPLERS
-from streamllm.arguments import add_method_argument
-from streamllm.methods import METHODS, OFFERED, Method, method_named
+from streamllm.engine.methods import METHODS, OFFERED, Method, method_named
+from streamllm.engine.quantization import Quantizer
+from streamllm.engine.slots import RingSlots
 from streamllm.options import EXECUTIONS, PROTOCOLS, QUANTIZATIONS
-from streamllm.quantization import Quantizer
-from streamllm.slots import RingSlots
+from streamllm.terminal.arguments import add_method_argument
 
 
 def test_every_name_leads_somewhere():

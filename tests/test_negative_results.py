@@ -10,14 +10,14 @@ import torch
 import transformers
 
 from streamllm.__main__ import main
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import decode_loop, negative_log_likelihood
-from streamllm.methods import make_decoder
-from streamllm.methods.negative.refresh import thinned
-from streamllm.models import load_model, load_tokenizer
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import decode_loop, negative_log_likelihood
+from streamllm.engine.loading import load_model, load_tokenizer
+from streamllm.engine.methods import make_decoder
+from streamllm.engine.methods.negative.refresh import thinned
+from streamllm.measuring.text import TextSource, load_tokens
 from streamllm.policy import EvictionPolicy, RefreshPolicy, Schedule, evicted_before, peak_kv, with_derived_window
-from streamllm.text import TextSource, load_tokens
 
 from .tiny_models import BASE, tiny_model
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from streamllm.generation import StreamingCache
+from streamllm.engine.generation import StreamingCache
 
 from .conftest import GOLDEN
 from .dispatched import (

@@ -5,16 +5,17 @@ import numpy as np
 import pytest
 import torch
 
-from streamllm import execution, measurements, pairing, timing
 from streamllm.configuration import Configuration
-from streamllm.measurements import Leases, Measurements
-from streamllm.pairing import between_references, in_turn, take_pairs
+from streamllm.engine import execution
+from streamllm.measuring import measurements, pairing, timing
+from streamllm.measuring.measurements import Leases, Measurements
+from streamllm.measuring.pairing import between_references, in_turn, take_pairs
+from streamllm.measuring.reference_time import ReferencePool, speedup, with_times
+from streamllm.measuring.store import MeasurementStore
+from streamllm.measuring.text import TokenStream
+from streamllm.measuring.timing import measure_speed
 from streamllm.policy import EvictionPolicy, strict_policy
-from streamllm.reference_time import ReferencePool, speedup, with_times
 from streamllm.results.schema import Row
-from streamllm.store import MeasurementStore
-from streamllm.text import TokenStream
-from streamllm.timing import measure_speed
 
 
 @pytest.fixture

@@ -14,16 +14,16 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from dashboards.columns import BY_KEY, Column, interval_decimals
-from dashboards.filters import select
-from dashboards.formats import FORMATS, Table, latex
 from dashboards.pareto import main
 from dashboards.recommendation import reproduce_command
-from dashboards.table import pareto_table
-from streamllm.arguments import given_policy
+from dashboards.tables.columns import BY_KEY, Column, interval_decimals
+from dashboards.tables.filters import select
+from dashboards.tables.formats import FORMATS, Table, latex
+from dashboards.tables.table import pareto_table
 from streamllm.commands import evaluate
 from streamllm.policy import EvictionPolicy
 from streamllm.results.study import load_study
+from streamllm.terminal.arguments import given_policy
 
 from .conftest import GOLDEN
 from .made_studies import failed, row, write_study

@@ -9,9 +9,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from orchestrator.display import Display
+from orchestrator.screen.display import Display
 from streamllm.__main__ import main as engine
-from streamllm.printing import say
+from streamllm.terminal.printing import say
 
 from . import preloaded, quick_sweep
 from .conftest import GOLDEN

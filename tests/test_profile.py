@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from streamllm import attention
 from streamllm.commands import profile
 from streamllm.configuration import Configuration
+from streamllm.engine import attention
+from streamllm.engine.methods import make_decoder
 from streamllm.errors import UsageError
-from streamllm.methods import make_decoder
-from streamllm.policy import EvictionPolicy
-from streamllm.profiling import (
+from streamllm.explain.profiling import (
     ATTENTION,
     CACHE,
     ENDS,
@@ -30,6 +29,7 @@ from streamllm.profiling import (
     profile_decoding,
     summed,
 )
+from streamllm.policy import EvictionPolicy
 
 from .conftest import GOLDEN
 from .tiny_models import FAMILIES, tiny_model

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from streamllm import progress
-from streamllm.progress import spoken, working
+from streamllm.terminal import progress
+from streamllm.terminal.progress import spoken, working
 
 from .waiting import wait_until
 

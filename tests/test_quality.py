@@ -3,7 +3,7 @@ import math
 import numpy as np
 import pytest
 
-from streamllm.quality import (
+from streamllm.measuring.quality import (
     NonFiniteLossError,
     QualityComparison,
     check_finite,
@@ -11,7 +11,7 @@ from streamllm.quality import (
     paired_increase,
     perplexity,
 )
-from streamllm.sample import sample_positions
+from streamllm.measuring.sample import sample_positions
 
 
 def table(losses, positions=None):

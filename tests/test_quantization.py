@@ -5,17 +5,17 @@ import pytest
 import torch
 import transformers
 
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import decode_loop
-from streamllm.device import cpu_capability
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import decode_loop
+from streamllm.engine.device import cpu_capability
+from streamllm.engine.loading import load_model, load_tokenizer
+from streamllm.engine.methods import make_decoder
+from streamllm.engine.quantization import Int4Linear, Int8Linear, _int4_weights, quantize
 from streamllm.errors import UsageError
-from streamllm.methods import make_decoder
-from streamllm.models import load_model, load_tokenizer
+from streamllm.measuring.text import TextSource, load_tokens
+from streamllm.measuring.timing import bytes_per_token
 from streamllm.policy import EvictionPolicy
-from streamllm.quantization import Int4Linear, Int8Linear, _int4_weights, quantize
-from streamllm.text import TextSource, load_tokens
-from streamllm.timing import bytes_per_token
 
 from .conftest import GOLDEN
 

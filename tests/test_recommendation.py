@@ -3,9 +3,9 @@ import json
 import pytest
 
 from dashboards.recommendation import advice, recommend, record
-from streamllm.arguments import percent
 from streamllm.errors import UsageError
 from streamllm.results.study import load_study
+from streamllm.terminal.arguments import percent
 
 from .made_studies import row, write_study
 

@@ -5,17 +5,17 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from streamllm import sample
-from streamllm.arguments import sample_size
-from streamllm.backends import BACKENDS
 from streamllm.configuration import Configuration
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.methods import recompute
 from streamllm.errors import UsageError
-from streamllm.measurements import Measurements
-from streamllm.methods import recompute
+from streamllm.measuring import sample
+from streamllm.measuring.measurements import Measurements
+from streamllm.measuring.sample import BATCH, LEAST_TOKENS, AutoSize, FixedSize, sample_batches, sample_positions
+from streamllm.measuring.store import MeasurementStore
+from streamllm.measuring.text import TokenStream
 from streamllm.policy import EvictionPolicy
-from streamllm.sample import BATCH, LEAST_TOKENS, AutoSize, FixedSize, sample_batches, sample_positions
-from streamllm.store import MeasurementStore
-from streamllm.text import TokenStream
+from streamllm.terminal.arguments import sample_size
 
 WINDOW = EvictionPolicy(n_sink=0, window_size=24)
 

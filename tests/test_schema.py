@@ -8,9 +8,9 @@ from dataclasses import fields
 
 import pytest
 
-from dashboards.columns import COLUMNS
-from dashboards.style import LABELS
-from orchestrator import tracking
+from dashboards.drawing.style import LABELS
+from dashboards.tables.columns import COLUMNS
+from orchestrator.tracking.mlflow_runs import mlflow_runs as tracking
 from search_spaces.knobs import LEAST, USUAL
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy

@@ -1,6 +1,6 @@
 import pytest
 
-from orchestrator.points import check_cap, configuration_of
+from orchestrator.search.points import check_cap, configuration_of
 from orchestrator.sweep import main
 from search_spaces import SHIPPED, SpaceError, is_matrix, load_space
 from streamllm.policy import PolicyError

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from streamllm.block_parallel import block_parallel_losses
-from streamllm.models import load_model, load_tokenizer, resolve_model
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.loading import load_model, load_tokenizer, resolve_model
 from streamllm.policy import EvictionPolicy
 from streamllm.results.study import read_rows
 from streamllm.testbed import TEXT_FILE

@@ -3,7 +3,7 @@ import resource
 import numpy as np
 import pytest
 
-from streamllm.store import Measurement, MeasurementStore, StoreError
+from streamllm.measuring.store import Measurement, MeasurementStore, StoreError
 
 KEY = {"policy": [4, 60], "model": "a"}
 

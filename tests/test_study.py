@@ -4,7 +4,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from orchestrator.options import SAMPLERS
-from orchestrator.study import Study
+from orchestrator.search.study import Study
 from search_spaces import load_space
 from streamllm.results.front import pareto_front
 from streamllm.results.schema import Row

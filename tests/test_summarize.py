@@ -3,8 +3,8 @@ import json
 import pandas as pd
 import pytest
 
-from dashboards.evaluations import read_results
 from dashboards.summarize import main
+from dashboards.tables.evaluations import read_results
 
 from .made_studies import row
 

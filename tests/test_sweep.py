@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
+from orchestrator.tracking.mlflow_runs.follower import Tracker
 
 from dashboards import pareto
-from dashboards.columns import shown_columns
+from dashboards.tables.columns import shown_columns
 from orchestrator.sweep import main, parser, resolve
-from orchestrator.tracker import Tracker
 from streamllm.errors import UsageError
 from streamllm.results.study_folder import StudyFolder
 
@@ -245,7 +245,7 @@ def test_a_study_keeps_the_choices_of_the_devices_it_began_on(tmp_path, monkeypa
     Path("ring.yaml").write_text(ON_CUDA)
 
     def resolved(kind, *more):
-        monkeypatch.setattr("orchestrator.device_kinds.device_kinds", lambda address: {kind})
+        monkeypatch.setattr("orchestrator.workers.device_kinds.device_kinds", lambda address: {kind})
         return resolve(parser().parse_args(["--space", "ring.yaml", "--time-budget", "1h", *more]))
 
     on_cpu, on_gpu = resolved("cpu"), resolved("cuda", "--study", "gpu")
@@ -258,7 +258,9 @@ def test_a_study_keeps_the_choices_of_the_devices_it_began_on(tmp_path, monkeypa
     assert resolved("cuda", "--study", "gpu").identity.space == on_gpu.identity.space
     with pytest.raises(UsageError, match=r"exists with other settings .space\.parameters: "):
         resolved("cpu", "--study", "gpu").check()
-    monkeypatch.setattr("orchestrator.device_kinds.device_kinds", lambda address: pytest.fail("asked a cluster"))
+    monkeypatch.setattr(
+        "orchestrator.workers.device_kinds.device_kinds", lambda address: pytest.fail("asked a cluster")
+    )
     dry = ["--space", "ring.yaml", "--study", "new", "--dry-run"]
     assert resolve(parser().parse_args([*dry, "--address", "10.0.0.1:6379"])).identity.space == on_gpu.identity.space
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
@@ -331,7 +333,7 @@ def test_files_changed_under_a_study_are_seen_and_threads_stay(prepared, cluster
 
 
 def test_a_second_driver_is_told_who_has_the_study(folder):
-    from orchestrator.lease import study_lease
+    from orchestrator.workers.lease import study_lease
 
     (folder / "sweeps/s").mkdir(parents=True)
     with study_lease(StudyFolder(folder / "sweeps/s")):

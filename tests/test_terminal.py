@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from dashboards.pareto import rich_table
-from dashboards.table import pareto_table
-from dashboards.terminal import lines, wrapped
+from dashboards.tables.table import pareto_table
+from dashboards.tables.terminal import lines, wrapped
 from streamllm.results.study import load_study
 
 from .made_studies import BASELINE, OBJECTIVES, failed, row, write_study

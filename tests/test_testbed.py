@@ -6,13 +6,13 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from streamllm.backends import BACKENDS
-from streamllm.block_parallel import block_parallel_losses
-from streamllm.methods.recompute import losses_at
-from streamllm.models import load_model, load_tokenizer
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.loading import load_model, load_tokenizer
+from streamllm.engine.methods.recompute import losses_at
+from streamllm.measuring.text import TextSource, load_tokens
 from streamllm.policy import EvictionPolicy
 from streamllm.testbed import MODEL_FOLDER, TEXT_FILE
-from streamllm.text import TextSource, load_tokens
 
 TRAINED = 256
 SKIPPED = 512

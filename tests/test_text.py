@@ -7,8 +7,8 @@ import pandas as pd
 import pytest
 from pyarrow.parquet import ParquetFile
 
-from streamllm.tables import _parquet_rows, text_of
-from streamllm.text import TextError, TextSource, file_digest, hub_name, load_tokens
+from streamllm.measuring.tables import _parquet_rows, text_of
+from streamllm.measuring.text import TextError, TextSource, file_digest, hub_name, load_tokens
 
 
 class Letters:
@@ -355,7 +355,7 @@ def test_the_source_documents_configuration_names(tmp_path):
 def test_offline_an_uncached_hub_id_says_what_to_give_instead():
     """In a process of its own: the hub library reads the environment when it is imported."""
     code = (
-        "from streamllm.text import TextSource, load_tokens\n"
+        "from streamllm.measuring.text import TextSource, load_tokens\n"
         "try: load_tokens(TextSource(dataset_name='nobody/nothing'), lambda text, verbose: {}, 1)\n"
         "except Exception as error: print(type(error).__name__, error)"
     )

@@ -4,10 +4,10 @@ import sys
 import pytest
 import torch
 
-from streamllm import timing
-from streamllm.backends import BACKENDS
 from streamllm.configuration import Configuration
-from streamllm.device import copy_bandwidth
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.device import copy_bandwidth
+from streamllm.measuring import timing
 from streamllm.policy import EvictionPolicy, steady_state
 
 from .tiny_models import tiny_model
@@ -85,7 +85,7 @@ def test_bytes_per_token_are_weights_and_cache(tied):
 def test_peak_memory_sees_what_was_freed():
     code = """
 import streamllm, torch
-from streamllm.device import peak_memory
+from streamllm.engine.device import peak_memory
 with peak_memory(torch.device("cpu")) as nothing:
     pass
 with peak_memory(torch.device("cpu")) as memory:

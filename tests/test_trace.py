@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dashboards.pareto import main
-from streamllm.store import Measurement, MeasurementStore, entry_name
+from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
 
 from .made_studies import BASELINE, failed, row, write_study
 

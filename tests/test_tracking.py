@@ -14,17 +14,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
+from orchestrator.tracking.mlflow_runs.follower import Tracker
+from orchestrator.tracking.mlflow_runs.mlflow_runs import Projection
 
-from orchestrator import sync, tracking
+from orchestrator import sync
 from orchestrator.conclusion import report_of, write_outputs
-from orchestrator.lease import study_lease
-from orchestrator.tracker import Tracker
-from orchestrator.tracking import Projection
+from orchestrator.tracking.mlflow_runs import mlflow_runs as tracking
 from orchestrator.trials_file import TrialsFile
+from orchestrator.workers.lease import study_lease
+from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
 from streamllm.results.schema import Row
 from streamllm.results.study import load_study, view_of
 from streamllm.results.study_folder import StudyFolder, write_rows
-from streamllm.store import Measurement, MeasurementStore, entry_name
 
 from .made_studies import SOURCE
 from .waiting import wait_until

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from streamllm.backends import BACKENDS
-from streamllm.probing import probe_backend
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.probing import probe_backend
 
 installed = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 not_interpreted = pytest.mark.skipif(
@@ -124,7 +124,7 @@ def resources(binary, folder):
     + [("float32", 1, 80), ("float32", 4, 128)],
 )
 def test_compiled_for_a_gpu(capability, dtype, group, size, tmp_path, monkeypatch):
-    from streamllm.triton_attention import attend_split, configuration, shapes
+    from streamllm.engine.triton_attention import attend_split, configuration, shapes
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     config = configuration(group, getattr(torch, dtype))
@@ -158,7 +158,7 @@ def test_compiled_for_a_gpu(capability, dtype, group, size, tmp_path, monkeypatc
 @not_interpreted
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_merge_compiled_for_a_gpu(capability, tmp_path, monkeypatch):
-    from streamllm.triton_attention import MERGED_COLUMNS, MOST_SPLITS, merge_splits
+    from streamllm.engine.triton_attention import MERGED_COLUMNS, MOST_SPLITS, merge_splits
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     binary = compiled(

@@ -9,17 +9,18 @@ import pytest
 import torch
 
 from orchestrator.driver import Driver, _unquantized
-from orchestrator.messages import TrialMeasurement, TrialSpec, WorkerSetup
-from orchestrator.worker import Worker
+from orchestrator.workers.messages import TrialMeasurement, TrialSpec, WorkerSetup
+from orchestrator.workers.worker import Worker
 from search_spaces import load_space
-from streamllm import measurements, models
 from streamllm.configuration import Configuration
+from streamllm.engine import loading as models
 from streamllm.errors import UsageError
+from streamllm.measuring import measurements
+from streamllm.measuring.reference_time import ReferencePool, kind
+from streamllm.measuring.store import MeasurementStore
+from streamllm.measuring.text import TextSource
 from streamllm.policy import EvictionPolicy
-from streamllm.reference_time import ReferencePool, kind
 from streamllm.results.schema import Row
-from streamllm.store import MeasurementStore
-from streamllm.text import TextSource
 
 from .conftest import GOLDEN
 
@@ -128,7 +129,7 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(models, "load_model", lambda name, dtype, quantization="none": loaded)
     worker = Small(WorkerSetup("m", TextSource(), "float32", "none", tmp_path, 48), 1, "")
     worker.loaded, worker.stream, worker.seen = loaded, None, []
-    from streamllm.measurements import Measurements
+    from streamllm.measuring.measurements import Measurements
 
     worker.measurements = Measurements(MeasurementStore(tmp_path), loaded, None, 48)
     worker._models = OrderedDict(none=worker.measurements)

@@ -4,8 +4,8 @@ import torch
 import transformers
 from hypothesis import strategies as st
 
-from streamllm.model import LoadedModel
-from streamllm.models import prepare
+from streamllm.engine.loading import prepare
+from streamllm.engine.model import LoadedModel
 
 BASE = {"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 

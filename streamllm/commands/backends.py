@@ -9,7 +9,7 @@ import json
 import sys
 
 from ..options import DTYPES
-from ..printing import say
+from ..terminal.printing import say
 
 HELP = "which attention backends run here, found out by running them"
 
@@ -29,10 +29,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..backends import BACKENDS
-    from ..device import default_device, device_name, resolve_dtype, unverified
+    from ..engine.backends import BACKENDS
+    from ..engine.device import default_device, device_name, resolve_dtype, unverified
+    from ..engine.probing import probe_backend
     from ..errors import UsageError
-    from ..probing import probe_backend
 
     if arguments.head_size < 1:
         raise UsageError(f"head_size {arguments.head_size}: must be a whole number >= 1")

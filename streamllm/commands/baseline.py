@@ -11,7 +11,12 @@ import argparse
 import json
 from pathlib import Path
 
-from ..arguments import (
+from ..configuration import Configuration
+from ..errors import UsageError
+from ..evaluating import baseline_runs, measurements_beside
+from ..measuring.baseline import average
+from ..measuring.reference_time import with_times
+from ..terminal.arguments import (
     add_measuring_arguments,
     add_model_arguments,
     add_policy_arguments,
@@ -23,13 +28,8 @@ from ..arguments import (
     measuring,
     text_source,
 )
-from ..baseline import average
-from ..configuration import Configuration
-from ..errors import UsageError
-from ..evaluating import baseline_runs, measurements_beside
-from ..printing import say
-from ..reference_time import with_times
-from ..session import make_room, messages_on_stderr, report
+from ..terminal.output import make_room, messages_on_stderr, report
+from ..terminal.printing import say
 
 HELP = "measure the re-computation baseline once, for everything that is compared with it"
 

@@ -14,7 +14,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import (
+from ..configuration import Configuration
+from ..evaluating import measurements_beside
+from ..policy import EvictionPolicy
+from ..results.schema import knobs_in_short
+from ..terminal.arguments import (
     add_model_arguments,
     add_policy_arguments,
     add_store_argument,
@@ -25,20 +29,16 @@ from ..arguments import (
     stream_policy,
     text_source,
 )
-from ..configuration import Configuration
-from ..evaluating import measurements_beside
-from ..policy import EvictionPolicy
-from ..printing import say
-from ..progress import working
-from ..results.schema import knobs_in_short
-from ..session import make_room, messages_on_stderr
+from ..terminal.output import make_room, messages_on_stderr
+from ..terminal.printing import say
+from ..terminal.progress import working
 
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
 
-    from ..diagnosis import Spike
-    from ..measurements import Measurements
+    from ..explain.diagnosis import Spike
+    from ..measuring.measurements import Measurements
 
 HELP = "what a prune does to the losses after it: the series, the spike, a picture"
 
@@ -69,10 +69,10 @@ def run(arguments: argparse.Namespace) -> int:
     folder = arguments.output_dir
     make_room(folder / "losses.csv")
 
-    from ..diagnosis import check_prunes, find_spike, reference_policy, token_table
-    from ..diagnosis_figure import draw_diagnosis
+    from ..explain.diagnosis import check_prunes, find_spike, reference_policy, token_table
+    from ..explain.diagnosis_figure import draw_diagnosis
+    from ..measuring.quality import NonFiniteLossError
     from ..policy import prune_starts
-    from ..quality import NonFiniteLossError
 
     loaded, stream = load_asked(arguments)
     policy = stream_policy(arguments, loaded)
@@ -115,9 +115,9 @@ def _record(
     table: "pd.DataFrame",
     spike: "Spike",
 ) -> dict[str, Any]:
-    from ..diagnosis import in_words
-    from ..evaluation import identity
-    from ..quality import paired_increase, perplexity
+    from ..explain.diagnosis import in_words
+    from ..measuring.evaluation import identity
+    from ..measuring.quality import paired_increase, perplexity
 
     loaded, stream = measurements.loaded, measurements.stream
     own, theirs = (table[["token", name]].to_numpy() for name in ("loss", "reference_loss"))

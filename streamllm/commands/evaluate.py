@@ -14,7 +14,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..arguments import (
+from ..configuration import Configuration
+from ..errors import UsageError
+from ..evaluating import Measuring, baseline_runs, evaluate_loaded, measurements_beside
+from ..measuring.baseline import average
+from ..measuring.reference_time import with_times
+from ..options import EXECUTIONS
+from ..policy import EvictionPolicy, RefreshPolicy
+from ..results.schema import Row
+from ..terminal.arguments import (
     add_measuring_arguments,
     add_method_argument,
     add_model_arguments,
@@ -27,21 +35,13 @@ from ..arguments import (
     measuring,
     text_source,
 )
-from ..baseline import average
-from ..configuration import Configuration
-from ..errors import UsageError
-from ..evaluating import Measuring, baseline_runs, evaluate_loaded, measurements_beside
-from ..options import EXECUTIONS
-from ..policy import EvictionPolicy, RefreshPolicy
-from ..printing import say
-from ..reference_time import with_times
-from ..results.schema import Row
-from ..session import make_room, messages_on_stderr, report
+from ..terminal.output import make_room, messages_on_stderr, report
+from ..terminal.printing import say
 
 if TYPE_CHECKING:
     import numpy as np
 
-    from ..measurements import Measurements
+    from ..measuring.measurements import Measurements
 
 HELP = "perplexity, time per token and peak KV of one policy"
 
@@ -111,8 +111,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"per_token_losses {str(file)!r}: must end in .npy or .parquet")
     make_room(file, arguments.output_file)
 
-    from ..methods import check_execution, check_protocol
-    from ..quality import NonFiniteLossError
+    from ..engine.methods import check_execution, check_protocol
+    from ..measuring.quality import NonFiniteLossError
 
     check_protocol(method, arguments.protocol)
     check_execution(method, arguments.execution)

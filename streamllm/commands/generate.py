@@ -19,7 +19,9 @@ from itertools import count
 from threading import Event
 from typing import TYPE_CHECKING, Protocol
 
-from ..arguments import (
+from ..configuration import Configuration
+from ..errors import UsageError
+from ..terminal.arguments import (
     add_method_argument,
     add_model_arguments,
     add_policy_arguments,
@@ -27,14 +29,12 @@ from ..arguments import (
     given_stream_policy,
     stream_policy,
 )
-from ..configuration import Configuration
-from ..errors import UsageError
-from ..printing import discard, say
-from ..progress import working
-from ..session import messages_on_stderr
+from ..terminal.output import messages_on_stderr
+from ..terminal.printing import discard, say
+from ..terminal.progress import working
 
 if TYPE_CHECKING:
-    from ..writing import Writer
+    from ..explain.writing import Writer
 
 HELP = "write without end in constant memory, and watch it"
 
@@ -107,13 +107,13 @@ def _interruption() -> Iterator[Event]:
 
 def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
     """The writers by the title they are shown under."""
-    from ..writing import Sampler, Sampling, Writer
+    from ..explain.writing import Sampler, Sampling, Writer
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
 
-    from ..device import limit_threads
-    from ..methods import make_decoder
-    from ..models import load_model, load_tokenizer
+    from ..engine.device import limit_threads
+    from ..engine.loading import load_model, load_tokenizer
+    from ..engine.methods import make_decoder
     from ..policy import peak_without_end
 
     limit_threads(arguments.threads)
@@ -165,7 +165,7 @@ class _Plain:
 @contextmanager
 def _output(writers: "dict[str, Writer]", terminal: bool) -> Iterator[Output]:
     if terminal:
-        from ..screen import Screen
+        from ..terminal.screen import Screen
 
         with Screen(writers) as screen:
             yield screen
@@ -176,7 +176,7 @@ def _output(writers: "dict[str, Writer]", terminal: bool) -> Iterator[Output]:
 
 
 def _summarize(writers: "dict[str, Writer]", seconds: float) -> None:
-    from ..device import used_memory
+    from ..engine.device import used_memory
 
     for title, writer in writers.items():
         name = f"{title}: " if len(writers) > 1 else ""

@@ -16,7 +16,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import (
+from ..configuration import Configuration
+from ..errors import UsageError
+from ..options import EXECUTIONS
+from ..policy import EvictionPolicy
+from ..results.schema import knobs_in_short
+from ..terminal.arguments import (
     add_backend_arguments,
     add_method_argument,
     add_model_arguments,
@@ -28,19 +33,14 @@ from ..arguments import (
     stream_policy,
     text_source,
 )
-from ..configuration import Configuration
-from ..errors import UsageError
-from ..options import EXECUTIONS
-from ..policy import EvictionPolicy
-from ..printing import say
-from ..progress import working
-from ..results.schema import knobs_in_short
-from ..session import make_room, messages_on_stderr
+from ..terminal.output import make_room, messages_on_stderr
+from ..terminal.printing import say
+from ..terminal.progress import working
 
 if TYPE_CHECKING:
-    from ..model import LoadedModel
-    from ..profiling import Profile
-    from ..text import TokenStream
+    from ..engine.model import LoadedModel
+    from ..explain.profiling import Profile
+    from ..measuring.text import TokenStream
 
 HELP = "where a token's time goes: kernels, parts of the model, cache update against forward"
 _SHOWN_KERNELS = 12
@@ -91,8 +91,8 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"intervals {' '.join(map(str, arguments.intervals))}: whole numbers >= 1, or none")
     make_room(file)
 
-    from ..methods import check_execution
-    from ..probing import runnable
+    from ..engine.methods import check_execution
+    from ..engine.probing import runnable
 
     check_execution(arguments.method, arguments.execution)
     loaded, stream = load_asked(arguments)
@@ -102,8 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
         what = runnable(asked, loaded, arguments.strict)
     trace = file.with_name(f"{file.stem}.trace.json.gz")
 
-    from ..profiling import profile_decoding
-    from ..timing import used_backend
+    from ..explain.profiling import profile_decoding
+    from ..measuring.timing import used_backend
 
     with working("profiling"):
         own = profile_decoding(loaded, what, stream.tokens, trace)
@@ -124,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _identity(loaded: "LoadedModel", what: Configuration, stream: "TokenStream") -> dict[str, Any]:
-    from ..evaluation import identity
+    from ..measuring.evaluation import identity
 
     record = identity(loaded, what, stream, "fast")
     del record["protocol"]

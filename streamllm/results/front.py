@@ -57,7 +57,7 @@ def study_front(rows: Sequence[R], objectives: Mapping[str, str]) -> list[R]:
         return pareto_front(rows, objectives)
     import numpy as np
 
-    from ..certainty import told_apart_front
+    from ..measuring.certainty import told_apart_front
 
     feasible = [row for row in confirmed if objective_values(row, objectives) is not None]
     if not feasible:

@@ -12,7 +12,7 @@ from typing import cast
 from search_spaces import Constraint, judged
 
 from ..errors import UsageError
-from ..reference_time import WORKER, ReferencePool, ReferenceTime, speedup
+from ..measuring.reference_time import WORKER, ReferencePool, ReferenceTime, speedup
 from .front import study_front
 from .schema import Row
 from .study_folder import StudyFolder, StudySettings, read_rows

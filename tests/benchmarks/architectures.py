@@ -23,11 +23,12 @@ from unittest.mock import patch
 
 import torch
 
-from streamllm import architecture, models
 from streamllm.configuration import Configuration
+from streamllm.engine import architecture
+from streamllm.engine import loading as models
+from streamllm.engine.generation import StreamingCache
+from streamllm.engine.methods import make_decoder
 from streamllm.errors import UnsupportedModelError
-from streamllm.generation import StreamingCache
-from streamllm.methods import make_decoder
 from streamllm.policy import EvictionPolicy
 from tests.plain import by_surviving_inputs, streamed
 from tests.zoo import ARCHITECTURES, random_model

@@ -18,10 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from streamllm.block_parallel import block_parallel_losses
-from streamllm.device import limit_threads
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.device import limit_threads
+from streamllm.engine.loading import load_model, load_tokenizer
 from streamllm.figure_style import CYCLE, GREY, MARKERS, new_figure, save, style
-from streamllm.models import load_model, load_tokenizer
+from streamllm.measuring.quality import Estimate, paired_increase, perplexity
+from streamllm.measuring.text import TextSource, load_tokens
 from streamllm.policy import (
     CapAccounting,
     EvictionPolicy,
@@ -31,8 +33,6 @@ from streamllm.policy import (
     steady_state,
     with_derived_window,
 )
-from streamllm.quality import Estimate, paired_increase, perplexity
-from streamllm.text import TextSource, load_tokens
 
 from .reporting import machine
 

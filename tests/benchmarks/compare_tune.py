@@ -18,22 +18,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from orchestrator.tracking.mlflow_runs.follower import Tracker
+from orchestrator.tracking.mlflow_runs.mlflow_runs import Projection, Report
 
 from orchestrator.configuration import WorkerSettings
 from orchestrator.driver import Driver
-from orchestrator.messages import TrialMeasurement, TrialSpec, WorkerSetup
-from orchestrator.pool import WorkerPool
-from orchestrator.study import Study
-from orchestrator.tracker import Tracker
-from orchestrator.tracking import Projection, Report
+from orchestrator.search.study import Study
 from orchestrator.trials_file import TrialsFile
-from orchestrator.worker import Worker
+from orchestrator.workers.messages import TrialMeasurement, TrialSpec, WorkerSetup
+from orchestrator.workers.pool import WorkerPool
+from orchestrator.workers.worker import Worker
 from search_spaces import load_space
+from streamllm.measuring.store import MeasurementStore
+from streamllm.measuring.text import TextSource
 from streamllm.results.schema import Row
 from streamllm.results.study import BASELINE, STRICT
 from streamllm.results.study_folder import StudyFolder
-from streamllm.store import MeasurementStore
-from streamllm.text import TextSource
 
 from .made_up import made_up_settings
 from .reporting import interleaved, machine, summary

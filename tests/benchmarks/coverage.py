@@ -21,9 +21,9 @@ from typing import Any
 
 import numpy as np
 
-from streamllm.certainty import front_probabilities, not_told_from, time_draws, told_apart_front
-from streamllm.quality import Estimate, QualityComparison
-from streamllm.sample import sample_positions
+from streamllm.measuring.certainty import front_probabilities, not_told_from, time_draws, told_apart_front
+from streamllm.measuring.quality import Estimate, QualityComparison
+from streamllm.measuring.sample import sample_positions
 
 from .reporting import machine
 

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 
 from streamllm.configuration import Configuration
-from streamllm.device import copy_bandwidth
+from streamllm.engine.device import copy_bandwidth
+from streamllm.measuring.timing import bytes_per_token, no_garbage_collection
 from streamllm.options import QUANTIZATIONS
 from streamllm.policy import EvictionPolicy
-from streamllm.timing import bytes_per_token, no_garbage_collection
 
 from .peers import peer_variants
 from .reporting import asked_for, interleaved, parser, report, steady, summary

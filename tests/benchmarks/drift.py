@@ -16,16 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamllm.backends import BACKENDS
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import CachedDecoder, Decoder, negative_log_likelihood, without
-from streamllm.methods import make_decoder
-from streamllm.methods.ours import RerotatedCache
-from streamllm.model import LoadedModel
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import CachedDecoder, Decoder, negative_log_likelihood, without
+from streamllm.engine.methods import make_decoder
+from streamllm.engine.methods.ours import RerotatedCache
+from streamllm.engine.model import LoadedModel
+from streamllm.measuring.quality import paired_increase
 from streamllm.policy import EvictionPolicy
-from streamllm.progress import working
-from streamllm.quality import paired_increase
+from streamllm.terminal.progress import working
 
 from .reporting import machine, markdown_table
 
@@ -99,8 +99,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
 
-    from streamllm.models import load_model, load_tokenizer
-    from streamllm.text import TextSource, load_tokens
+    from streamllm.engine.loading import load_model, load_tokenizer
+    from streamllm.measuring.text import TextSource, load_tokens
 
     loaded = load_model(arguments.model, arguments.dtype)
     source = TextSource(text=arguments.text, max_eval_tokens=arguments.tokens)

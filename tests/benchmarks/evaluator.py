@@ -11,13 +11,13 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from streamllm.backends import BACKENDS
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import negative_log_likelihood
-from streamllm.device import synchronize
-from streamllm.methods.ours import RerotatedCache
-from streamllm.model import LoadedModel
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import negative_log_likelihood
+from streamllm.engine.device import synchronize
+from streamllm.engine.methods.ours import RerotatedCache
+from streamllm.engine.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 
 from .reporting import asked_for, interleaved, parser, report, steady, summary

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from streamllm.configuration import Configuration
-from streamllm.device import peak_memory
-from streamllm.model import LoadedModel
+from streamllm.engine.device import peak_memory
+from streamllm.engine.model import LoadedModel
+from streamllm.measuring.timing import no_garbage_collection
 from streamllm.policy import EvictionPolicy
-from streamllm.timing import no_garbage_collection
 
 from .reporting import asked_for, interleaved, parser, report, steady, summary, warm
 

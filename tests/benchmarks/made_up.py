@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.tracking import PARENT_PARAMS
+from orchestrator.tracking.mlflow_runs.mlflow_runs import PARENT_PARAMS
+
 from search_spaces import SearchSpace
+from streamllm.measuring.text import TextSource
 from streamllm.results.schema import OBJECTIVES
-from streamllm.text import TextSource
 
 
 def made_up_settings(study_id: str, space: SearchSpace) -> dict[str, Any]:

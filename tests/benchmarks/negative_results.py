@@ -17,19 +17,19 @@ import numpy as np
 import torch
 import transformers
 
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import decode_loop
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import decode_loop
+from streamllm.engine.loading import load_model, load_tokenizer
+from streamllm.engine.methods import check_execution, make_decoder
+from streamllm.engine.model import LoadedModel
 from streamllm.errors import UsageError
-from streamllm.methods import check_execution, make_decoder
-from streamllm.model import LoadedModel
-from streamllm.models import load_model, load_tokenizer
+from streamllm.measuring.quality import Estimate, paired_increase, perplexity
+from streamllm.measuring.text import TextSource, load_tokens
+from streamllm.measuring.timing import no_garbage_collection
 from streamllm.options import QUANTIZATIONS
 from streamllm.policy import EvictionPolicy, RefreshPolicy, evicted_before
-from streamllm.quality import Estimate, paired_increase, perplexity
 from streamllm.testbed import MODEL_FOLDER
-from streamllm.text import TextSource, load_tokens
-from streamllm.timing import no_garbage_collection
 
 from .reporting import asked_for, environment, interleaved, parser, steady, summary
 

@@ -20,13 +20,13 @@ import numpy as np
 import torch
 
 from streamllm.configuration import Configuration
-from streamllm.device import limit_threads
-from streamllm.model import LoadedModel
-from streamllm.models import load_model
-from streamllm.pairing import PairedTimes, load_average
+from streamllm.engine.device import limit_threads
+from streamllm.engine.loading import load_model
+from streamllm.engine.model import LoadedModel
+from streamllm.measuring.pairing import PairedTimes, load_average
+from streamllm.measuring.quality import median_interval
+from streamllm.measuring.timing import SEGMENT_SEC, Reference, TimedDecoder, measure_times, no_garbage_collection
 from streamllm.policy import EvictionPolicy, strict_policy
-from streamllm.quality import median_interval
-from streamllm.timing import SEGMENT_SEC, Reference, TimedDecoder, measure_times, no_garbage_collection
 
 from .reporting import SHAPES, asked_for, busy_processes, report, segment_of, warm
 

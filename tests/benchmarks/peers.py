@@ -21,9 +21,9 @@ import torch
 import transformers
 
 from streamllm.configuration import Configuration
-from streamllm.device import default_device, resolve_dtype
-from streamllm.model import LoadedModel
-from streamllm.models import prepare
+from streamllm.engine.device import default_device, resolve_dtype
+from streamllm.engine.loading import prepare
+from streamllm.engine.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 
 from .reporting import SHAPES, asked_for, steady

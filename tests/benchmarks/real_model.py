@@ -22,15 +22,15 @@ from typing import Any
 import numpy as np
 
 from streamllm.configuration import Configuration
-from streamllm.device import limit_threads
+from streamllm.engine.device import limit_threads
+from streamllm.engine.loading import load_model, load_tokenizer
 from streamllm.figure_style import CYCLE, MARKERS, new_figure, save, style
-from streamllm.measurements import Measurements
-from streamllm.models import load_model, load_tokenizer
+from streamllm.measuring.measurements import Measurements
+from streamllm.measuring.quality import Estimate, paired_increase
+from streamllm.measuring.store import MeasurementStore
+from streamllm.measuring.text import TextSource, load_tokens
 from streamllm.policy import EvictionPolicy, peak_kv, with_derived_window
-from streamllm.progress import working
-from streamllm.quality import Estimate, paired_increase
-from streamllm.store import MeasurementStore
-from streamllm.text import TextSource, load_tokens
+from streamllm.terminal.progress import working
 
 from .reporting import machine
 

@@ -25,7 +25,7 @@ from statistics import median, stdev
 from typing import Any
 
 from dashboards.recommendation import recommended
-from streamllm.pairing import load_average
+from streamllm.measuring.pairing import load_average
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults, load_study
 

@@ -20,13 +20,13 @@ import torch
 import transformers
 
 from streamllm.configuration import Configuration
-from streamllm.device import copy_bandwidth, default_device, device_name, limit_threads, resolve_dtype
-from streamllm.model import LoadedModel
-from streamllm.models import prepare
-from streamllm.pairing import in_turn, load_average
-from streamllm.quality import median_interval
-from streamllm.quantization import quantize
-from streamllm.timing import LONGEST_SEGMENT_SEC, TimedDecoder
+from streamllm.engine.device import copy_bandwidth, default_device, device_name, limit_threads, resolve_dtype
+from streamllm.engine.loading import prepare
+from streamllm.engine.model import LoadedModel
+from streamllm.engine.quantization import quantize
+from streamllm.measuring.pairing import in_turn, load_average
+from streamllm.measuring.quality import median_interval
+from streamllm.measuring.timing import LONGEST_SEGMENT_SEC, TimedDecoder
 
 SHAPES = {  # Pythia's configurations; speed does not depend on the values of the weights
     "pythia-70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048},

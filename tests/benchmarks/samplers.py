@@ -19,7 +19,7 @@ from statistics import median
 from typing import Any
 
 from orchestrator.options import SAMPLERS
-from orchestrator.study import OpenTrial, Study
+from orchestrator.search.study import OpenTrial, Study
 from search_spaces import SearchSpace, load_space
 from streamllm.results.front import hypervolume
 from streamllm.results.schema import FIELDS, OBJECTIVES, told_name

@@ -23,22 +23,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from orchestrator.tracking.mlflow_runs.follower import Tracker
+from orchestrator.tracking.mlflow_runs.mlflow_runs import Projection, Report
 
 from orchestrator import driver as driver_module
-from orchestrator.display import Display
 from orchestrator.driver import Driver
-from orchestrator.messages import TrialMeasurement, TrialSpec
-from orchestrator.pool import Finished
-from orchestrator.study import Study
-from orchestrator.tracker import Tracker
-from orchestrator.tracking import Projection, Report
+from orchestrator.screen.display import Display
+from orchestrator.search.study import Study
 from orchestrator.trials_file import TrialsFile
+from orchestrator.workers.messages import TrialMeasurement, TrialSpec
+from orchestrator.workers.pool import Finished
 from search_spaces import SearchSpace, load_space
-from streamllm.quality import perplexity
+from streamllm.measuring.quality import perplexity
+from streamllm.measuring.store import Measurement, MeasurementStore
 from streamllm.results.schema import Row
 from streamllm.results.study import BASELINE, STRICT
 from streamllm.results.study_folder import StudyFolder
-from streamllm.store import Measurement, MeasurementStore
 
 from .made_up import made_up_settings
 from .reporting import machine

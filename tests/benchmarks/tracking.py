@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator import tracking
-from streamllm.quality import median_interval
-from streamllm.store import Measurement, MeasurementStore, entry_name
+from orchestrator.tracking.mlflow_runs import mlflow_runs as tracking
+from streamllm.measuring.quality import median_interval
+from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
 
 from .reporting import machine
 

@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.configuration import WorkerSettings
-from orchestrator.lease import computing_lease
-from orchestrator.messages import TrialMeasurement, TrialSpec, WorkerSetup
-from orchestrator.pool import WorkerPool
-from orchestrator.worker import Worker
+from orchestrator.workers.lease import computing_lease
+from orchestrator.workers.messages import TrialMeasurement, TrialSpec, WorkerSetup
+from orchestrator.workers.pool import WorkerPool
+from orchestrator.workers.worker import Worker
 from streamllm.configuration import Configuration
+from streamllm.measuring.text import TextSource
 from streamllm.policy import EvictionPolicy
 from streamllm.results.schema import Row
-from streamllm.text import TextSource
 
 from .reporting import interleaved, machine, summary
 

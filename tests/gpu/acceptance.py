@@ -140,7 +140,7 @@ def _run_here(title: str, scale: str, file: Path) -> int:
 def _facts(scale: str) -> dict[str, Any]:
     import torch
 
-    from streamllm.device import default_device, device_name
+    from streamllm.engine.device import default_device, device_name
     from tests.benchmarks.reporting import machine
 
     device = default_device()

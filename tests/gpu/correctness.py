@@ -11,16 +11,16 @@ import numpy as np
 import torch
 import transformers
 
-from streamllm.backends import BACKENDS
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.decoding import decode_loop
-from streamllm.device import empty_cache
-from streamllm.methods import make_decoder
-from streamllm.model import LoadedModel
-from streamllm.models import prepare
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoding import decode_loop
+from streamllm.engine.device import empty_cache
+from streamllm.engine.loading import prepare
+from streamllm.engine.methods import make_decoder
+from streamllm.engine.model import LoadedModel
+from streamllm.engine.probing import probe_backend
 from streamllm.policy import EvictionPolicy
-from streamllm.probing import probe_backend
 
 from .scale import Result, Scale
 

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from streamllm.block_parallel import block_parallel_losses, default_block
-from streamllm.device import seconds_of
+from streamllm.engine.block_parallel import block_parallel_losses, default_block
+from streamllm.engine.device import seconds_of
 from streamllm.policy import EvictionPolicy
 from tests.benchmarks.evaluator import plain_losses
 from tests.benchmarks.reporting import interleaved, summary

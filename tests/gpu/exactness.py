@@ -9,12 +9,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from streamllm.backends import BACKENDS
-from streamllm.block_parallel import block_parallel_losses
 from streamllm.configuration import Configuration
-from streamllm.methods import make_decoder
-from streamllm.methods.ours import RerotatedCache
-from streamllm.model import LoadedModel
+from streamllm.engine.backends import BACKENDS
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.methods import make_decoder
+from streamllm.engine.methods.ours import RerotatedCache
+from streamllm.engine.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 from tests.benchmarks.drift import NaivelyRerotatedCache, key_error, naive_losses
 

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from streamllm.configuration import Configuration
-from streamllm.device import foreign_processes
+from streamllm.engine.device import foreign_processes
+from streamllm.measuring.timing import no_garbage_collection
 from streamllm.policy import EvictionPolicy
-from streamllm.timing import no_garbage_collection
 from tests.benchmarks.reporting import busy_processes, interleaved, segment_of, warm
 
 from .scale import Result, Scale

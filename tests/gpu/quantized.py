@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from streamllm.device import copy_bandwidth, seconds_of
-from streamllm.quantization import GROUP
+from streamllm.engine.device import copy_bandwidth, seconds_of
+from streamllm.engine.quantization import GROUP
 from tests.benchmarks.decode import Variant
 
 from .scale import Result, Scale

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from streamllm.device import default_device
-from streamllm.model import LoadedModel
+from streamllm.engine.device import default_device
+from streamllm.engine.model import LoadedModel
 from tests.benchmarks.reporting import random_model
 
 Result = dict[str, Any]

@@ -14,11 +14,18 @@ import numpy as np
 import torch
 
 from streamllm.configuration import Configuration
-from streamllm.device import copy_bandwidth
-from streamllm.model import LoadedModel
+from streamllm.engine.device import copy_bandwidth
+from streamllm.engine.model import LoadedModel
+from streamllm.explain.profiling import profile_decoding
+from streamllm.measuring.timing import (
+    Reference,
+    bytes_per_token,
+    compile_step,
+    no_garbage_collection,
+    time_beside,
+    used_backend,
+)
 from streamllm.policy import EvictionPolicy
-from streamllm.profiling import profile_decoding
-from streamllm.timing import Reference, bytes_per_token, compile_step, no_garbage_collection, time_beside, used_backend
 from tests.benchmarks.decode import Variant
 from tests.benchmarks.reporting import summary, warm
 

@@ -6,6 +6,6 @@ pytestmark = pytest.mark.gpu
 
 
 def test_the_engine_is_on_the_gpu():
-    from streamllm.device import default_device
+    from streamllm.engine.device import default_device
 
     assert default_device().type == "cuda"

@@ -25,8 +25,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from streamllm.attention import attention, eager_attention
-from streamllm.backends import BACKENDS
+from streamllm.engine.attention import attention, eager_attention
+from streamllm.engine.backends import BACKENDS
 
 FLUSHED = 200e6
 """Bytes of keys and values that a graph goes through: four times the L2 cache of an H100."""
@@ -161,7 +161,7 @@ def judged(
 def check_correctness(
     report: Report, device: torch.device, shapes: Iterable[Shape], dtypes: Iterable[torch.dtype]
 ) -> None:
-    from streamllm.triton_attention import decode_attention
+    from streamllm.engine.triton_attention import decode_attention
 
     for shape, dtype in itertools.product(shapes, dtypes):
         query, key, value = inputs(shape, dtype, device)
@@ -180,7 +180,7 @@ def check_correctness(
 
 def check_uses(report: Report, device: torch.device) -> None:
     """A graph replayed after its inputs changed; a compiled call; keys that are views; a batch of two."""
-    from streamllm.triton_attention import decode_attention
+    from streamllm.engine.triton_attention import decode_attention
 
     shape, scaling = Shape(32, 8, 128, 515), 0.1
     # The interpreter's products of matrices in bfloat16 are wrong.
@@ -239,7 +239,7 @@ def check_uses(report: Report, device: torch.device) -> None:
 
 def time_kernels(report: Report, device: torch.device, shape: Shape) -> None:
     """torch's kernels, ours as configured, then ours cut in other ways."""
-    from streamllm.triton_attention import flash_decoding
+    from streamllm.engine.triton_attention import flash_decoding
 
     sets = max(4, round(FLUSHED / shape.bytes)) if device.type == "cuda" else 1
     held = [inputs(shape, torch.bfloat16, device, seed) for seed in range(sets)]
@@ -268,7 +268,7 @@ def time_kernels(report: Report, device: torch.device, shape: Shape) -> None:
 
 def configurations(device: torch.device) -> list[Any]:
     """Larger blocks of fewer warps do not fit into registers."""
-    from streamllm.triton_attention import Configuration
+    from streamllm.engine.triton_attention import Configuration
 
     if device.type == "cpu":
         return [Configuration(32, 4, 1, 4)]
@@ -278,7 +278,7 @@ def configurations(device: torch.device) -> list[Any]:
 
 def build_beforehand(device: torch.device, jobs: Iterable[tuple[Shape, torch.dtype, Any]]) -> dict[str, Any]:
     """Compiles in threads what the cases will call: most of a compilation is outside of Python."""
-    from streamllm.triton_attention import flash_decoding
+    from streamllm.engine.triton_attention import flash_decoding
 
     def build(job: tuple[Shape, torch.dtype, Any]) -> None:
         shape, dtype, config = job

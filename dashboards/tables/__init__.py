@@ -1,0 +1,1 @@
+"""Rows as tables: columns, filters, formats, terminals."""

@@ -1,0 +1,1 @@
+"""Experiments over data sets, protocols and dtypes, cell by cell."""

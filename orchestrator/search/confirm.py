@@ -1,0 +1,160 @@
+"""Confirming: which trials are timed again after the search, and what the rounds say of them.
+
+A search picks lucky noise; what it measured does not count here. Fronts are made of what can be told apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+import numpy as np
+
+from streamllm.measuring.certainty import front_probabilities, not_told_from, time_draws
+from streamllm.measuring.quality import QualityComparison
+from streamllm.measuring.reference_time import WORKER
+from streamllm.results.front import dominators, objective_values, pareto_front
+from streamllm.results.schema import AnyRow, Row
+
+from .rounds import Round
+
+OTHERS = 6
+"""Candidates at most besides those on the front and those of earlier confirmations."""
+
+_PAIRED = {
+    "tpot_ms": ("time_ratio", "minimize"),
+    "speedup": ("time_ratio", "minimize"),
+    "perplexity": ("ppl_vs_strict_percent", "minimize"),
+    "ppl_increase_percent": ("ppl_vs_strict_percent", "minimize"),
+}
+"""Objective -> what it is ranked by and which way: where all that configurations share cancels."""
+
+
+def candidates(
+    rows: Sequence[AnyRow], objectives: Mapping[str, str], earlier: Collection[str] = (), others: int = OTHERS
+) -> list[AnyRow]:
+    """The front; the `earlier` candidates, so that none leaves the front unmeasured; and the `others` nearest to it
+    among the trials that no row of the front beats for certain: in some objective, the two intervals overlap."""
+    paired = dict(_PAIRED.get(name, (name, direction)) for name, direction in objectives.items())
+    fit = [row for row in rows if row["state"] == "complete" and row.get("feasible", True)]
+    front = pareto_front(fit, paired)
+    rest = [row for row in fit if row not in front]
+    reach = [(max((_reach(row, better, paired) for better in front), default=0.0), row) for row in rest]
+    near = [row for _, row in sorted((pair for pair in reach if pair[0] <= 1), key=lambda pair: pair[0])][:others]
+    kept = [row for row in rest if row not in near and str(row["trial"]) in earlier]
+    return [*front, *near, *kept]
+
+
+def unconfirmed_better(rows: Sequence[AnyRow], objectives: Mapping[str, str]) -> list[AnyRow]:
+    """Trials that were not confirmed, and that no confirmed one dominates: they are to be confirmed too."""
+    confirmed = [row for row in rows if row.get("rounds")]
+    others = [row for row in rows if not row.get("rounds") and objective_values(row, objectives) is not None]
+    return [
+        row for row, better in zip(others, dominators(others, confirmed, objectives), strict=True) if better is None
+    ]
+
+
+def confirmed_rows(
+    rounds: Sequence[Round],
+    rows: Sequence[AnyRow],
+    baseline: AnyRow,
+    comparison: QualityComparison,
+    losses_of: Callable[[AnyRow], np.ndarray],
+    objectives: Mapping[str, str],
+) -> list[Row]:
+    """The values that replace the search's in the rows of the baseline and the candidates: time and speedup with their
+    intervals; for candidates also the probability of being on the front, and the others that they cannot be told apart
+    from (`not_told_from`: those that they are better than in no objective for certain). `round_lines` names the rounds,
+    by their lines in the file, all from one kind of worker."""
+    names = [str(row["trial"]) for row in (baseline, *rows)]
+    logs, draws = time_draws([np.array(_equally_long([one.ratios[name] for one in rounds])) for name in names])
+    added = [
+        Row.of(
+            {
+                "trial": row["trial"],
+                "rounds": len(rounds),
+                "round_lines": [one.line for one in rounds],
+                **_raw([one.times[name] for one in rounds]),
+                **_estimate("time_ratio", logs[index], draws[:, index]),
+                **(
+                    _estimate("speedup", logs[0] - logs[index], draws[:, 0] - draws[:, index])
+                    if index
+                    else {"speedup": 1.0}
+                ),
+            }
+        )
+        for index, (row, name) in enumerate(zip((baseline, *rows), names, strict=True))
+    ]
+    if not rows:
+        return added
+    points = np.stack(
+        [
+            _objective_draws(name, direction, rows, draws[:, 1:], comparison, losses_of)
+            for name, direction in objectives.items()
+        ],
+        axis=-1,
+    )
+    beside = zip(added[1:], front_probabilities(points), not_told_from(points), strict=True)
+    return added[:1] + [
+        values | {"front_probability": float(probability), "not_told_from": [rows[other]["trial"] for other in others]}
+        for values, probability, others in beside
+    ]
+
+
+def _objective_draws(
+    name: str,
+    direction: str,
+    rows: Sequence[AnyRow],
+    times: np.ndarray,
+    comparison: QualityComparison,
+    losses_of: Callable[[AnyRow], np.ndarray],
+) -> np.ndarray:
+    """(draws, rows), to be minimised. times: (draws, rows), log ratios."""
+    paired, _ = _PAIRED.get(name, (name, direction))
+    if paired == "time_ratio":
+        return times
+    if paired == "ppl_vs_strict_percent":
+        return comparison.draws([losses_of(row) for row in rows])
+    sign = -1.0 if direction == "maximize" else 1.0
+    return np.broadcast_to([sign * float(row[name]) for row in rows], times.shape)
+
+
+def _equally_long(series: Sequence[Sequence[float]]) -> list[list[float]]:
+    """Rounds of as many pairs as the shortest has."""
+    length = min(map(len, series))
+    return [list(one[:length]) for one in series]
+
+
+def _raw(times: Sequence[AnyRow]) -> AnyRow:
+    """The clock's own readings, over the rounds."""
+    own = [one["measured_tpot_ms"] for one in times]
+    return {
+        "measured_tpot_ms": float(np.median(own)),
+        "measured_tpot_ms_low": min(own),
+        "measured_tpot_ms_high": max(own),
+        "reference_tpot_ms": float(np.median([one["reference_tpot_ms"] for one in times])),
+        "pairs": sum(one["pairs"] for one in times),
+        "timed_at": times[-1]["timed_at"],
+        "load": max(one["load"] for one in times),
+        **{name: times[-1][name] for name in WORKER if name in times[-1]},
+    }
+
+
+def _estimate(name: str, log: float, draws: np.ndarray) -> dict[str, float]:
+    low, high = np.quantile(draws, (0.025, 0.975))
+    values = np.exp([log, min(low, log), max(high, log)])
+    return dict(zip((name, f"{name}_low", f"{name}_high"), map(float, values), strict=True))
+
+
+def _reach(row: AnyRow, better: AnyRow, objectives: Mapping[str, str]) -> float:
+    """How much of their intervals' half-widths the row is from being as good as `better` in some objective: 0 if it is,
+    up to 1 if intervals overlap."""
+    needed = []
+    for name, direction in objectives.items():
+        sign, end, other_end = (-1, "high", "low") if direction == "maximize" else (1, "low", "high")
+        gap = sign * (row[name] - better[name])
+        if gap < 0:
+            return 0.0
+        width = abs(row[name] - row.get(f"{name}_{end}", row[name]))
+        width += abs(better.get(f"{name}_{other_end}", better[name]) - better[name])
+        needed.append(gap / width if gap and width else np.inf)  # equal ones are the same policy's, and stay equal
+    return min(needed)

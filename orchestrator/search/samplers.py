@@ -1,0 +1,177 @@
+"""Which configuration to try next: Optuna's samplers, kept in memory over the front and the latest results.
+
+What a suggestion costs therefore does not grow with the number of trials; the study on disk (`study`) keeps them all.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import Trial, TrialState, create_trial
+
+from search_spaces import SearchSpace, Value
+from streamllm.results.front import pareto_front
+from streamllm.results.schema import OBJECTIVES, Row, told_name
+
+from ..options import AUTO_TPE_TRIALS, SAMPLERS
+
+_POPULATION = 50
+_HISTORY = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Suggestion:
+    params: dict[str, Value]
+    trial: Trial | None = None
+    """In the sampler's memory, where it is to know what is being measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished trial as samplers see it."""
+
+    params: dict[str, Value]
+    row: Row
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The conditions that one of Optuna's samplers is made for."""
+
+    seed: int
+    conditional: bool
+    """Some parameters exist with some values of others only."""
+    suggested: int
+    """Configurations suggested so far."""
+    in_flight: int
+
+
+SamplerMaker = Callable[[Start], BaseSampler]
+"""The type of function that an entry of `options.SAMPLERS` names."""
+
+
+def auto(start: Start) -> BaseSampler:
+    return tpe(start) if start.suggested < AUTO_TPE_TRIALS else nsga2(start)
+
+
+def tpe(start: Start) -> BaseSampler:
+    return optuna.samplers.TPESampler(seed=start.seed, multivariate=True, group=start.conditional, constant_liar=True)
+
+
+def nsga2(start: Start) -> BaseSampler:
+    return optuna.samplers.NSGAIISampler(seed=start.seed, population_size=max(_POPULATION, start.in_flight))
+
+
+def gp(start: Start) -> BaseSampler:
+    return optuna.samplers.GPSampler(seed=start.seed, deterministic_objective=False)
+
+
+def qmc(start: Start) -> BaseSampler:
+    return optuna.samplers.QMCSampler(seed=start.seed, scramble=True)
+
+
+class Sampler:
+    """One of `options.SAMPLERS` but grid over a space; `past` is everything finished so far, oldest first."""
+
+    def __init__(self, kind: str, space: SearchSpace, seed: int, past: Sequence[Result] = ()) -> None:
+        self.kind = kind
+        self.space = space
+        self._directions = {told_name(name): OBJECTIVES[name] for name in space.objectives}
+        self._seed = seed + len(past)  # going on is no repetition
+        self._random = random.Random(self._seed)
+        self._suggested = len(past)
+        self._in_flight = 0
+        self._recent = list(past)
+        self._ordered = {name: sorted(choices) for name, choices in space.parameters.items() if _is_number(choices)}
+        self._maker = SAMPLERS[kind]
+        if self._maker is not None:
+            self._start(self._maker.get())
+
+    def suggest(self, in_flight: int) -> Suggestion:
+        """The next configuration to try, beside so many that are being measured; it may have been suggested before."""
+        if self._maker is None:
+            return Suggestion(self.space.draw(self._any))
+        self._in_flight = in_flight
+        switches = self.kind == "auto" and self._suggested == AUTO_TPE_TRIALS
+        if switches or len(self._recent) >= 2 * self._history:
+            self._start(self._maker.get())
+        self._suggested += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is experimental in Optuna
+            trial = self._study.ask()
+            params = self.space.draw(lambda name, choices: self._suggest(trial, name, choices))
+        if isinstance(self._study.sampler, optuna.samplers.TPESampler):
+            return Suggestion(params, trial)
+        self._generation = dict(self._study.tell(trial, state=TrialState.FAIL).system_attrs)
+        return Suggestion(params)
+
+    def learn(self, suggestion: Suggestion, result: Result | None) -> None:
+        """Takes in how a suggestion went (None: no result), or what was measured in its stead."""
+        trial = suggestion.trial
+        if trial is not None and trial.study is self._study:
+            self._study.tell(trial, state=TrialState.FAIL)
+        if result is not None and self._maker is not None:
+            self._recent.append(result)
+            self._add(result)
+
+    def _start(self, make: SamplerMaker) -> None:
+        """A fresh memory of the front and the latest results."""
+        self._seed += 1
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is experimental in Optuna
+            sampler = make(Start(self._seed, bool(self.space.when), self._suggested, self._in_flight))
+        self._study = optuna.create_study(sampler=sampler, directions=list(self._directions.values()))
+        front = {id(row) for row in pareto_front([result.row for result in self._recent], self._directions)}
+        old, latest = self._recent[: -self._history], self._recent[-self._history :]
+        self._recent = [result for result in old if id(result.row) in front][-self._history // 2 :] + latest
+        # The latest of the generations, as nsga2 calls them: whatever is measured counts towards it.
+        self._generation = {optuna.samplers.NSGAIISampler._get_generation_key(): 0}
+        for result in self._recent:
+            self._add(result)
+
+    @property
+    def _history(self) -> int:
+        """Results a memory starts with; at twice as many it is made anew."""
+        return max(_HISTORY, 2 * self._in_flight)
+
+    def _suggest(self, trial: Trial, name: str, choices: tuple[Value, ...]) -> Value:
+        if name not in self._ordered:
+            return trial.suggest_categorical(name, choices)
+        return self._ordered[name][trial.suggest_int(name, 0, len(choices) - 1)]
+
+    def _add(self, result: Result) -> None:
+        params: dict[str, Value] = {}
+        distributions: dict[str, BaseDistribution] = {}
+
+        def take(name: str, choices: tuple[Value, ...]) -> Value:
+            value = params[name] = result.params[name]
+            if name in self._ordered:
+                params[name] = self._ordered[name].index(value)
+                distributions[name] = IntDistribution(0, len(choices) - 1)
+            else:
+                distributions[name] = CategoricalDistribution(choices)
+            return value
+
+        self.space.draw(take)
+        self._study.add_trial(
+            create_trial(
+                params=params,
+                distributions=distributions,
+                values=[result.row[name] for name in self._directions],
+                constraints={str(constraint): constraint.excess(result.row) for constraint in self.space.constraints},
+                system_attrs=dict(self._generation),
+            )
+        )
+
+    def _any(self, name: str, choices: tuple[Value, ...]) -> Value:
+        return self._random.choice(choices)
+
+
+def _is_number(choices: Iterable[Value]) -> bool:
+    return all(isinstance(choice, int) for choice in choices)

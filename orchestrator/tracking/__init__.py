@@ -1,0 +1,1 @@
+"""MLflow made of a study's folder."""

@@ -1,0 +1,182 @@
+"""Keeps MLflow up to date while a sweep runs: a process that follows `trials.jsonl` at the server's pace.
+
+It is a process and not a thread: MLflow takes longer for a run than the driver for a trial, and would take that out of
+the same interpreter's time.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import IO
+
+from streamllm.results.schema import Row
+from streamllm.results.study import load_study
+
+from ..trials_file import TrialsFile
+from ..workers.messages import TrialSpec, WorkerDescription
+from .mlflow_runs import Projection, Report, one_line
+
+_FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 1.0, 60.0
+_NICENESS = 15
+"""On a CPU, logging must not show in the timings."""
+
+
+class Tracker:
+    """An observer of the sweep. A server that is away is asked again later, each time after a longer pause."""
+
+    def __init__(
+        self, projection: Projection, trials: TrialsFile, longest_pause_sec: float = _LONGEST_PAUSE_SEC
+    ) -> None:
+        self._trials = trials
+        self._done = 0
+        self._problem: str | None = None
+        self._refused: str | None = None
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        follower = _Follower(projection, trials.path, longest_pause_sec)
+        self._process = context.Process(target=follower.run, args=(theirs,), name="mlflow", daemon=True)
+        # Ctrl-C is the driver's, who says when to finish: the process has it blocked from its first moment.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        theirs.close()
+
+    def worker_ready(self, worker: int, description: WorkerDescription) -> None:
+        pass
+
+    def trial_started(self, worker: int, spec: TrialSpec) -> None:
+        pass
+
+    def trial_finished(self, row: Row) -> None:
+        self._listen()
+
+    @property
+    def backlog(self) -> int:
+        """Finished trials that MLflow does not have yet."""
+        self._listen()
+        return max(self._trials.count - self._done, 0)
+
+    @property
+    def problem(self) -> str | None:
+        """Why MLflow cannot be written to just now."""
+        self._listen()
+        return self._problem
+
+    def finish(
+        self,
+        report: Report,
+        progress: Callable[[int], None],
+        patience_sec: float = 20.0,
+        limit_sec: float = 600.0,
+    ) -> str | None:
+        """Waits until MLflow has everything, the report included; gives up on a server that is away for `patience_sec`,
+        or after `limit_sec`. Returns what is wrong, if anything is. `progress` is told the backlog every second."""
+        with suppress(OSError):  # it may be no more
+            self._pipe.send(report)
+        started = away_since = time.monotonic()
+        while self._process.is_alive():
+            self._process.join(1.0)
+            progress(self.backlog)
+            now = time.monotonic()
+            if self.problem is None:
+                away_since = now
+            if now - away_since > patience_sec or now - started > limit_sec:
+                return self.problem or f"{self.backlog} runs are waiting"
+        self._listen()
+        if self._process.exitcode:
+            return f"the process that writes to MLflow has died, exit code {self._process.exitcode}"
+        return self._refused
+
+    def _listen(self) -> None:
+        """Takes in what the follower has said."""
+        with suppress(EOFError, OSError):
+            while self._pipe.poll():
+                self._done, self._problem, self._refused = self._pipe.recv()
+
+
+class _Follower:
+    """The part that runs in the process; it ends when the sweep does, however that ends."""
+
+    def __init__(self, projection: Projection, trials: Path, longest_pause_sec: float) -> None:
+        self._projection = projection
+        self._trials = trials
+        self._longest_pause_sec = longest_pause_sec
+        self._pause = _FIRST_PAUSE_SEC
+        self._report: Report | None = None
+        self._failed = False
+        self._done = 0
+
+    def run(self, pipe: Connection) -> None:
+        os.nice(_NICENESS)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the terminal is the display's
+        self._pipe = pipe
+        try:
+            while not self._finished():
+                self._wait(self._pause)
+                self._pause = min(2 * self._pause, self._longest_pause_sec)
+        except (EOFError, BrokenPipeError):
+            pass  # the driver is no more; the next one begins here
+
+    def _finished(self) -> bool:
+        """Follows the sweep to its end; False if MLflow did not let it."""
+        try:
+            self._follow()
+        except (EOFError, BrokenPipeError):
+            raise
+        except Exception as error:  # whatever it is, the sweep goes on, and MLflow is asked again
+            self._failed = True
+            self._say(one_line(error))
+            return False
+        return True
+
+    def _follow(self) -> None:
+        """Logs each line of `trials.jsonl`, from the first, as they come; then, asked to finish, the rest."""
+        self._projection.open()
+        self._projection.reopen_parent()
+        self._done = 0
+        self._say()
+        with self._trials.open() as file:
+            while True:
+                closing = self._report is not None
+                for row in _whole_lines(file):
+                    self._projection.log(row)
+                    self._done += 1
+                    self._pause = _FIRST_PAUSE_SEC
+                    self._say()
+                if closing:
+                    break
+                self._wait(_FIRST_PAUSE_SEC)
+        if self._failed:  # what was asked for in vain may have been done after all
+            self._projection.open()
+        self._projection.close(load_study(str(self._trials.parent)), self._report or Report())
+        self._say()
+
+    def _wait(self, seconds: float) -> None:
+        """Until then, or until the driver asks to finish. Raises EOFError when it is gone."""
+        if self._pipe.poll(seconds):
+            self._report = self._pipe.recv()
+
+    def _say(self, problem: str | None = None) -> None:
+        refused = self._projection.refused
+        self._pipe.send((self._done, problem, refused[0] if refused else None))
+
+
+def _whole_lines(file: IO[str]) -> Iterator[Row]:
+    """The rows from where the file stands to the last line that has its end."""
+    while True:
+        position = file.tell()
+        line = file.readline()
+        if not line.endswith("\n"):
+            file.seek(position)
+            return
+        yield Row.from_json(json.loads(line), file.name)

@@ -1,0 +1,324 @@
+"""MLflow as a projection of a study: a parent run per study, a child run per trial, made of the study's folder and the
+measurement store alone, so that any part of it can be made again at any time.
+
+While a sweep runs, `tracker` keeps it up to date. All it holds in memory of a run is its id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from streamllm.measuring.store import MeasurementStore
+from streamllm.results.schema import FIELDS, FORMAT, KNOBS, AnyRow, knobs_in_short, told_name
+from streamllm.results.study import EXPERIMENT, FIXED, VIEW, StudyResults, view_of
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+_PARAMS = (*(field.name for field in KNOBS), "dtype")
+_TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if field.mlflow == "tag"}
+"""Name in a row -> tag."""
+_METRICS = tuple(field.name for field in FIELDS.values() if field.mlflow == "metric")
+_AT_THE_END = tuple(field.name for field in FIELDS.values() if field.final)
+PARENT_PARAMS = ("model", "dtype", "quantization", "cap", "seed")
+_VIEWED = sorted((field for field in FIELDS.values() if field.viewed), key=lambda field: field.mlflow != "metric")
+_COLUMNS = ("tags.`pareto`", *(f"{field.mlflow}s.`{field.tag or field.name}`" for field in _VIEWED))
+"""Columns of the table of runs that MLflow's UI shows at a study's own address, in this order."""
+_LONGEST_NOTE = 8000
+"""Characters of a tag's value that MLflow keeps."""
+_PARENT = "mlflow.parentRunId"
+_DIGEST = "digest"
+"""Tag of a run that says what was logged of it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a study has come to, for its parent run; `conclusion.report_of` makes it when a sweep ends."""
+
+    files: Sequence[Path] = ()
+    findings: Sequence[str] = ()
+    """Paragraphs."""
+    recommended: int | str | None = None
+    """The trial."""
+    command: str | None = None
+    """Measures it again."""
+
+
+class Projection:
+    """A study's runs in MLflow. Every method may be called again: what is there already is left as it is.
+
+    Raises whatever MLflow raises, which may be anything; after that, `open` finds out anew what is there."""
+
+    def __init__(
+        self, configuration: Mapping[str, Any], store: MeasurementStore, tracking_uri: str | None = None
+    ) -> None:
+        """configuration: what `sweep.json` says."""
+        self._configuration = configuration
+        self._store = store
+        self._uri = tracking_uri
+        self.logged = 0
+        """Runs that `log` has created or completed."""
+        self.refused: list[str] = []
+
+    def open(self) -> None:
+        """Finds the study's runs, and creates the parent if there is none. A trial that has two runs, because a slow
+        server created one after nobody waited for its answer any more, keeps the first."""
+        self._client = _client(self._uri)
+        experiment = self._client.get_experiment_by_name(EXPERIMENT)
+        self._experiment = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
+        self._describe_experiment(experiment.tags if experiment else {})
+        self._runs: dict[str, str] = {}
+        self._digests: dict[str, str] = {}
+        self._on_front: set[str] = set()
+        found = list(self._known_runs())
+        for run in found:
+            tags = run.data.tags
+            trial = tags.get("trial", "")
+            if trial in self._runs:
+                self._client.delete_run(run.info.run_id)
+                continue
+            self._runs[trial] = run.info.run_id
+            if run.info.status != "RUNNING":
+                self._digests[trial] = tags.get(_DIGEST, "")
+            if tags.get("pareto") == "True":
+                self._on_front.add(trial)
+        if "" not in self._runs:
+            self._runs[""] = self._create_parent()
+        parent, children = self._runs[""], set(self._runs.values()) - {self._runs[""]}
+        for run in found:  # a parent that was deleted has left its children behind
+            if run.info.run_id in children and run.data.tags.get(_PARENT) != parent:
+                self._client.set_tag(run.info.run_id, _PARENT, parent)
+
+    def reopen_parent(self) -> None:
+        """Marks the study as running."""
+        self._client.update_run(self._runs[""], status="RUNNING")
+
+    def log(self, row: AnyRow) -> None:
+        """Makes the child run of a finished trial. What MLflow will never take, `refused` says why."""
+        try:
+            self._log(row)
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            self.refused.append(f"trial {row['trial']}: {one_line(error)}")
+
+    def _log(self, row: AnyRow) -> None:
+        from mlflow.entities import Metric, Param, RunTag
+
+        trial, digest = str(row["trial"]), _digest(json.dumps(dict(row), sort_keys=True))
+        if self._digests.get(trial) == digest:
+            return
+        ended = int(1000 * row["finished_at"])
+        tags = self._tags(row) | {_DIGEST: digest}
+        run = self._runs.get(trial)
+        if run is None:
+            started = ended - (0 if row.get("reused") else int(1000 * row.get("runtime_sec", 0)))
+            tags |= {_PARENT: self._runs[""], "pareto": "False"}
+            run = self._client.create_run(self._experiment, started, tags, _run_name(row)).info.run_id
+            self._runs[trial] = run
+            tags = {}
+        metrics = [f"{name}{end}" for name in _METRICS for end in ("", "_low", "_high")]
+        self._client.log_batch(
+            run,
+            metrics=[Metric(name, float(row[name]), ended, 0) for name in metrics if _is_number(row.get(name))],
+            params=[Param(name, str(row[name])) for name in _PARAMS if name in row],
+            tags=[RunTag(name, value) for name, value in tags.items()],
+        )
+        self._log_artifacts(run, row)
+        self._client.set_terminated(run, "FINISHED" if row["state"] == "complete" else "FAILED", ended)
+        self._digests[trial] = digest
+        self.logged += 1
+
+    def close(self, results: StudyResults, report: Report) -> None:
+        """Marks the front, logs what was confirmed, attaches the report to the parent, and ends all runs."""
+        status, ended_at = results.files.read_outcome()
+        rows = [*results.trials, results.baseline, results.strict]
+        last = max((row["finished_at"] for row in rows if row), default=time.time())
+        ended = int(1000 * (ended_at or last))
+        front = {str(row["trial"]) for row in results.front}
+        for trial in sorted((front ^ self._on_front) & self._runs.keys()):
+            self._client.set_tag(self._runs[trial], "pareto", str(trial in front))
+        self._on_front = front
+        before = {run.info.run_id: run.data.metrics for run in self._known_runs()}
+        for row in [*results.trials, results.baseline, results.strict]:
+            if row is not None and (run := self._runs.get(str(row["trial"]))) is not None:
+                self._update_metrics(run, _final_metrics(row, before.get(run, {})), before.get(run, {}), ended)
+        whole: dict[str, float] = {"trials": len(results.trials), "pareto_trials": len(results.front)}
+        if results.references:
+            whole["reference_tpot_ms"] = results.references[0].ms
+        self._update_metrics(self._runs[""], whole, before.get(self._runs[""], {}), ended)
+        self._attach(report)
+        self._recommend(report)
+        for trial in self._runs.keys() - self._digests.keys() - {""}:  # of no trial that the study knows, or refused
+            self._client.set_terminated(self._runs[trial], "KILLED", ended)
+        parent = self._client.get_run(self._runs[""]).info
+        if (parent.status, parent.end_time) != (status or "KILLED", ended):
+            self._client.set_terminated(self._runs[""], status or "KILLED", ended)
+
+    def _known_runs(self) -> Iterator[Run]:
+        """The study's runs, the oldest first."""
+        token, condition = None, f"tags.study_id = '{self._configuration['study_id']}'"
+        while True:
+            page = self._client.search_runs(
+                [self._experiment], condition, max_results=1000, order_by=["attributes.start_time"], page_token=token
+            )
+            yield from page
+            token = page.token
+            if not token:
+                return
+
+    def _create_parent(self) -> str:
+        from mlflow.entities import Param
+
+        settings = self._configuration
+        source = {"mlflow.source.name": "python -m orchestrator.sweep", "mlflow.source.type": "LOCAL"}
+        tags = self._common() | source | {"commit": settings["commit"], "model": settings["model"]}
+        run = self._client.create_run(self._experiment, tags=tags, run_name=settings["study"]).info.run_id
+        params = [Param(name, str(settings[name])) for name in PARENT_PARAMS]
+        self._client.log_batch(run, params=[*params, Param("space", str(settings["space"]["name"]))])
+        return str(run)
+
+    def _describe_experiment(self, before: Mapping[str, str]) -> None:
+        """Says what the experiment is, and keeps the view of it that shows this study: what MLflow's "share" button
+        keeps, under the study's name."""
+        study = self._configuration["study"]
+        first, direction = next(iter(self._configuration["objectives"].items()))
+        tags = {
+            "mlflow.experimentKind": "custom_model_development",
+            "mlflow.note.content": (
+                "Sweeps of streamllm-sweep: a parent run per study, with the front in its description and artifacts, "
+                "and a run per configuration. `tags.pareto = 'True'` finds the front."
+            ),
+            f"{VIEW}{view_of(study)}": json.dumps(
+                {
+                    "searchFilter": f"tags.study = '{study}'",
+                    "orderByKey": f"metrics.`{told_name(first)}`",
+                    "orderByAsc": direction == "minimize",
+                    "selectedColumns": _COLUMNS,
+                    "columnOrder": _COLUMNS,
+                }
+            ),
+        }
+        for name, value in tags.items():
+            if before.get(name) != value:
+                self._client.set_experiment_tag(self._experiment, name, value)
+
+    def _common(self) -> dict[str, str]:
+        return {"study": self._configuration["study"], "study_id": self._configuration["study_id"]}
+
+    def _tags(self, row: AnyRow) -> dict[str, str]:
+        values = {"quantization": self._configuration["quantization"]} | dict(row)
+        words = {tag: values[name] for name, tag in _TAGS.items() if values.get(name) is not None}
+        return self._common() | {tag: str(value)[:5000] for tag, value in words.items()}
+
+    def _log_artifacts(self, run: str, row: AnyRow) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "result.json").write_text(json.dumps({"format": FORMAT, **row}, indent=1) + "\n")
+            losses = self._store.losses_file(row["quality_entry"]) if "quality_entry" in row else None
+            if losses is not None and losses.is_file():
+                shutil.copyfile(losses, Path(folder) / "losses.npy")
+            self._client.log_artifacts(run, folder)
+
+    def _recommend(self, report: Report) -> None:
+        tags = self._client.get_run(self._runs[""]).data.tags
+        for tag, value in (("recommended", report.recommended), ("recommended.command", report.command)):
+            if value is not None and tags.get(tag) != str(value):
+                self._client.set_tag(self._runs[""], tag, str(value)[:5000])
+
+    def _update_metrics(self, run: str, values: Mapping[str, float], before: Mapping[str, float], at: int) -> None:
+        from mlflow.entities import Metric
+
+        changed = {name: value for name, value in values.items() if not _same(before.get(name), value)}
+        now = int(1000 * time.time())  # of two values at one time MLflow shows the higher
+        metrics = [Metric(name, value, now if name in before else at, 0) for name, value in changed.items()]
+        if metrics:
+            self._client.log_batch(run, metrics=metrics)
+
+    def _attach(self, report: Report) -> None:
+        """Files for the parent, unless it has just these; the description says what was found and shows the front."""
+        digest = _digest(*report.findings, *(path.read_bytes() for path in report.files))
+        parent = self._runs[""]
+        if self._client.get_run(parent).data.tags.get(_DIGEST) == digest:
+            return
+        for path in report.files:
+            self._client.log_artifact(parent, str(path))
+            if path.suffix == ".md":
+                note = "\n\n".join([*report.findings, path.read_text(encoding="utf-8")])
+                self._client.set_tag(parent, "mlflow.note.content", shortened(note))
+        self._client.set_tag(parent, _DIGEST, digest)
+
+
+def shortened(note: str) -> str:
+    """As many of the note's lines as MLflow keeps, and the number of those left out."""
+    if len(note) <= _LONGEST_NOTE:
+        return note
+    lines = note.splitlines()
+    kept = note[: _LONGEST_NOTE - 60].count("\n")
+    return "\n".join([*lines[:kept], "", f"({len(lines) - kept} more lines are in the artifact pareto.md)"])
+
+
+def _client(tracking_uri: str | None) -> MlflowClient:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the result's
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # asking again is ours: only then is nothing repeated
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """An answer that will be the same next time: not of a server that is away, or that has lost its runs."""
+    from mlflow.exceptions import MlflowException
+
+    return isinstance(error, MlflowException) and error.get_http_status_code() == 400
+
+
+def _final_metrics(row: AnyRow, before: Mapping[str, float]) -> dict[str, float]:
+    """For a trial that was confirmed before and is no longer, this is taken back: no rounds, a probability of NaN."""
+    names = [f"{name}{end}" for name in _AT_THE_END for end in ("", "_low", "_high")]
+    values = {name: float(row[name]) for name in names if _is_number(row.get(name))}
+    if before.get("rounds") and "rounds" not in row:
+        values |= {"rounds": 0.0} | ({"front_probability": math.nan} if "front_probability" in before else {})
+    return values
+
+
+def _same(one: float | None, other: float) -> bool:
+    return one is not None and (one == other or (math.isnan(one) and math.isnan(other)))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _digest(*parts: str | bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part if isinstance(part, bytes) else part.encode())
+    return digest.hexdigest()[:16]
+
+
+def one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    what, failed, _ = text.partition(" failed with exception ")  # what comes after it are the layers of the HTTP client
+    return f"{type(error).__name__}: {what[:200]}{' failed' if failed else ''}"
+
+
+def _run_name(row: AnyRow) -> str:
+    if row["trial"] in FIXED:
+        return str(row["trial"])
+    return f"{row['trial']:03d} {row['method']} {knobs_in_short(row)} {row['backend_requested']}"

@@ -1,0 +1,1 @@
+"""Ray's actors, their messages, leases and devices."""

@@ -1,0 +1,147 @@
+"""Leases between processes of one node: plain file locks, which the kernel takes back from whoever dies. They lie in
+the folder for temporary files, or in `$STREAMLLM_LEASES`: containers that share a node want one of all."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING
+
+from streamllm.errors import UsageError
+from streamllm.results.study_folder import StudyFolder
+
+if TYPE_CHECKING:
+    from streamllm.measuring.measurements import Leases
+
+_PATIENCE = 15.0
+"""Seconds a claim waits for strangers: the workers of a killed sweep live on for 3 to 7."""
+
+
+@contextmanager
+def timing_lease() -> Iterator[None]:
+    """One timing at a time per node: workers that time at once would time one another."""
+    with _node_lock("timing", fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def computing_lease() -> Iterator[None]:
+    """Any number of computations at a time, but none beside a timing: on a CPU they share caches, memory and clock."""
+    with _node_lock("timing", fcntl.LOCK_SH):
+        yield
+
+
+def leases_on(device: str) -> Leases:
+    """The leases that a process of this node holds while it measures on that type of device: accelerators compute
+    beside a timing of another one."""
+    from streamllm.measuring.measurements import Leases
+
+    return Leases(timing_lease, computing_lease) if device == "cpu" else Leases(timing_lease)
+
+
+@contextmanager
+def _node_lock(name: str, operation: int) -> Iterator[None]:
+    with _open(name) as file:
+        fcntl.flock(file, operation)
+        yield
+
+
+def _open(name: str) -> IO[str]:
+    name = name.replace("/", "_")
+    folder = os.environ.get("STREAMLLM_LEASES") or tempfile.gettempdir()
+    return (Path(folder) / f"streamllm-{name}-{os.getuid()}.lock").open("a+")
+
+
+def this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Cores or accelerators of this node that are this process's own until it ends, or `release`."""
+
+    names: list[str]
+    shared_with: str | None
+    """The stranger who has them too and did not go away."""
+    _locks: ExitStack
+
+    def release(self) -> None:
+        self._locks.close()
+
+
+def claim(names: Sequence[str], count: int, owner: str, patience: float = _PATIENCE) -> Claim:
+    """Claims `count` of `names`: free ones, each claimed by one process only.
+
+    Where too few are free: strangers are waited for, `patience` seconds; things are shared at once with processes of
+    the same `owner`, who know what they do, and evenly.
+    """
+    count = min(count, len(names))
+    stranger, deadline = None, time.monotonic() + patience
+    layer = 0
+    while True:
+        with _node_lock("claims", fcntl.LOCK_EX):
+            taken, holders, locks = _take(names, count, layer, owner)
+        if len(taken) == count:
+            return Claim(taken, stranger, locks)
+        locks.close()
+        strangers = holders - {owner}
+        if strangers and time.monotonic() < deadline:
+            time.sleep(0.2)
+        else:
+            stranger = next(iter(strangers), stranger)
+            layer += 1
+
+
+def _take(names: Sequence[str], count: int, layer: int, owner: str) -> tuple[list[str], set[str], ExitStack]:
+    """The names that could be locked, the holders of those that could not, and the locks. A layer is one more process
+    for everything."""
+    taken: list[str] = []
+    holders = set()
+    locks = ExitStack()
+    for name in names:
+        if len(taken) == count:
+            break
+        file = _open(f"{name}.{layer}")
+        try:
+            _lock_as(file, owner)
+        except BlockingIOError:
+            holders.add(_holder(file))
+            file.close()
+        else:
+            locks.enter_context(file)
+            taken.append(name)
+    return taken, holders, locks
+
+
+@contextmanager
+def study_lease(folder: StudyFolder) -> Iterator[None]:
+    """One driver at a time per study. Raises UsageError that names the one already there."""
+    with folder.lock.open("a+") as file:
+        try:
+            _lock_as(file, this_process())
+        except BlockingIOError:
+            raise UsageError(
+                f"study {folder.path.name!r} is being run by {_holder(file)}; wait for it, stop it, or give another "
+                "--study"
+            ) from None
+        yield
+
+
+def _lock_as(file: IO[str], owner: str) -> None:
+    """Locks the file and writes who did. Raises BlockingIOError if somebody else has."""
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    file.truncate(0)
+    file.write(owner)
+    file.flush()
+
+
+def _holder(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip() or "another process"

@@ -1,0 +1,383 @@
+"""The pool: Ray actors that each own one accelerator, or a share of the cores, and measure one trial at a time.
+
+A worker waits to be scheduled, loads, then measures. Whatever ends it (its process, its node, a deadline), another is
+started in its place; Ray decides where.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+import queue
+import re
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
+
+from streamllm.errors import UsageError
+from streamllm.measuring.store import StoreError
+
+from ..configuration import WorkerSettings
+from .accelerators import ONE_EACH
+from .lease import this_process
+from .messages import TrialMeasurement, TrialSpec, WorkerDescription, WorkerPlace, WorkerSetup, WorkerUnusableError
+from .worker import Worker
+
+_DEATHS_IN_A_ROW = 3
+"""Deaths without being ready in between after which a worker is not started again."""
+_LEAST_TRIAL_TIMEOUT = 3600.0
+_TIMES_THE_SLOWEST = 10
+_PENDING_NOTE_SEC = 15.0
+_PENDING_END_SEC = 120.0
+"""After which a cluster that has nothing to run any worker on ends the sweep."""
+_LOADING_NOTE_SEC = 60.0
+_LOOK_SEC = 1.0
+_GROW_SEC = 5.0
+
+
+Answer = WorkerPlace | WorkerDescription | TrialMeasurement
+
+
+class _Promise(Protocol):
+    """Ray's reference to what a call will return."""
+
+    def future(self) -> Future[Answer]: ...
+
+
+class _Method(Protocol):
+    def remote(self, *arguments: object) -> _Promise: ...
+
+
+class _Actor(Protocol):
+    """Ray's handle of a `Worker`."""
+
+    place: _Method
+    load: _Method
+    measure: _Method
+
+
+class SweepError(RuntimeError):
+    """The sweep cannot go on; what is finished is kept."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A worker's answer: a description of itself when it became ready, a measurement, or why there is none."""
+
+    worker: int
+    description: WorkerDescription | None = None
+    measurement: TrialMeasurement | None = None
+    error: str | None = None
+    died: bool = False
+    lost: bool = False
+    """It died so often that no other was started in its place."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    actor: _Actor
+    state: Literal["pending", "loading", "idle", "measuring", "lost"]
+    since: float
+    """When it came into that state, by the monotonic clock."""
+    call: int
+    """Its last call; answers to others are of a process that is no more."""
+    deaths: int
+    host: str = "?"
+    noted: bool = False
+    """Whether the user has been told that this state lasts."""
+
+
+class WorkerPool:
+    """Starts workers and passes trials to them.
+
+    A `count` of 0 is one per accelerator, or per `cpus` cores where there is none, and as many more as the cluster
+    grows by. `note` is given lines for the user. Raises UsageError.
+    """
+
+    def __init__(
+        self,
+        setup: WorkerSetup,
+        settings: WorkerSettings,
+        *,
+        note: Callable[[str], None] = lambda _: None,
+        worker_class: type[Worker] = Worker,
+    ) -> None:
+        import ray
+
+        self._ray = ray
+        self._started_ray = not ray.is_initialized()
+        if self._started_ray:
+            init_ray(settings.address)
+        self._setup = setup
+        self._count = settings.count
+        self.trial_timeout = settings.trial_timeout
+        self._load_timeout = settings.load_timeout
+        self._note = note
+        self._class = worker_class
+        self._slowest = 0.0
+        self._workers: dict[int, _Worker] = {}
+        self._answers: queue.SimpleQueue[tuple[int, int, Future[Answer]]] = queue.SimpleQueue()
+        self._calls = itertools.count()
+        self._looked = self._grown = self._able = time.monotonic()
+        self._next_note_sec = _PENDING_NOTE_SEC
+        self.interrupted = False
+        """Set by a Ctrl-C, whose exception a library may have swallowed."""
+        try:
+            self._on_accelerators = self._total("GPU") > 0
+            self._cores = settings.cpus or self._share()
+            self._check_room(self._count)
+            for index in range(self._count or self._capacity()):
+                self._start(index)
+        except BaseException:
+            self.shutdown()
+            raise
+
+    def submit(self, worker: int, spec: TrialSpec) -> None:
+        self._call(worker, "measuring", self._workers[worker].actor.measure, spec)
+
+    def wait(self, timeout: float) -> Iterator[Finished]:
+        """Everything that finished within `timeout` seconds, all that is there at once. Raises SweepError if no worker
+        is left or the store is full, KeyboardInterrupt if it was `interrupted`."""
+        if self.interrupted:
+            raise KeyboardInterrupt
+        yield from self._look_after()
+        with suppress(queue.Empty):
+            answer = self._answers.get(timeout=timeout)
+            while True:
+                if (finished := self._receive(*answer)) is not None:
+                    yield finished
+                answer = self._answers.get_nowait()
+
+    def shutdown(self) -> None:
+        """Ends Ray, if this pool started it; otherwise only its own workers."""
+        if self._started_ray:
+            self._ray.shutdown()
+        else:
+            for worker in self._workers.values():
+                self._kill(worker)
+
+    def _share(self) -> int:
+        """Cores for each worker: on an accelerator, those of the node with the fewest per accelerator."""
+        if not self._on_accelerators:
+            fair = self._total("CPU") // self._count if self._count else 1
+            return next((cores for cores in range(fair, 1, -1) if self._room(cores) >= self._count), 1)
+        return max(min(int(n.get("CPU", 1) // n["GPU"]) for n in self._nodes() if n.get("GPU", 0) >= 1), 1)
+
+    def _nodes(self) -> list[dict[str, float]]:
+        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+
+    def _total(self, resource: str) -> int:
+        return int(sum(node.get(resource, 0) for node in self._nodes()))
+
+    def _capacity(self) -> int:
+        """How many workers the cluster as it is now has room for."""
+        if self._on_accelerators:
+            return self._total("GPU")
+        return self._room(self._cores)
+
+    def _room(self, cores: int) -> int:
+        """Workers of so many cores each; a worker is on one node."""
+        return sum(int(node.get("CPU", 0) // cores) for node in self._nodes())
+
+    def _check_room(self, count: int) -> None:
+        room = self._capacity()
+        if not room:
+            most = max((int(node.get("CPU", 0)) for node in self._nodes()), default=0)
+            raise UsageError(f"cpus per worker {self._cores}: no node has more than {most}; give {most} or fewer")
+        if count > room:
+            what = "accelerator" if self._on_accelerators else "core" if self._cores == 1 else f"{self._cores} cores"
+            raise UsageError(
+                f"workers {count}: there is room for {room}, each with its own {what}; give --workers {room} or fewer"
+            )
+
+    def _asks(self) -> str:
+        return "1 GPU" if self._on_accelerators else f"{self._cores} CPU"
+
+    def _start(self, index: int, deaths: int = 0) -> None:
+        actor = self._ray.remote(self._class).options(
+            num_gpus=1 if self._on_accelerators else 0,
+            num_cpus=0 if self._on_accelerators else self._cores,
+            name=None,
+            runtime_env={"env_vars": _settings() | ONE_EACH | {"OMP_NUM_THREADS": str(self._cores)}},
+        )
+        handle: _Actor = actor.remote(self._setup, self._cores, this_process(), self._on_accelerators)
+        self._workers[index] = _Worker(handle, "pending", 0.0, -1, deaths)
+        self._call(index, "pending", handle.place)
+
+    def _call(
+        self, index: int, state: Literal["pending", "loading", "measuring"], method: _Method, *arguments: object
+    ) -> None:
+        worker = self._workers[index]
+        call = worker.call = next(self._calls)
+        _enter(worker, state)
+        future = method.remote(*arguments).future()
+        future.add_done_callback(lambda done: self._answers.put((index, call, done)))
+
+    def _receive(self, index: int, call: int, answer: Future[Answer]) -> Finished | None:
+        worker = self._workers[index]
+        if call != worker.call:
+            return None
+        error = answer.exception()
+        if error is not None:
+            return self._failure(index, error)
+        value = answer.result()
+        if isinstance(value, TrialMeasurement):
+            worker.deaths = 0
+            self._slowest = max(self._slowest, _enter(worker, "idle"))
+            return Finished(index, measurement=value)
+        if worker.state == "pending":
+            worker.host = value["host"]
+            self._call(index, "loading", worker.actor.load)
+            return None
+        worker.deaths = 0
+        _enter(worker, "idle")
+        return Finished(index, description=cast(WorkerDescription, value))
+
+    def _failure(self, index: int, error: BaseException) -> Finished:
+        """A method that raised, or a worker that is no more."""
+        worker = self._workers[index]
+        if not isinstance(error, self._ray.exceptions.RayTaskError):
+            return self._died(index, _why_died(error))
+        cause = error.cause
+        if isinstance(cause, StoreError):
+            raise SweepError(str(cause))
+        if isinstance(cause, WorkerUnusableError):
+            return self._died(index, str(cause))
+        if worker.state != "measuring" and not isinstance(cause, UsageError):
+            return self._died(index, _one_line(cause))
+        worker.deaths = 0
+        is_loading = worker.state == "loading"  # what is wrong then ends the sweep, and is said in full
+        _enter(worker, "idle")
+        return Finished(index, error=str(cause) if is_loading else _one_line(cause))
+
+    def _died(self, index: int, reason: str) -> Finished:
+        """Starts another in its place, unless it keeps dying. Raises SweepError if no worker is left."""
+        worker = self._workers[index]
+        self._kill(worker)
+        deaths = worker.deaths + 1
+        lost = deaths == _DEATHS_IN_A_ROW
+        self._note(f"worker {index} on {worker.host}: {reason}; {'not started again' if lost else 'starting another'}")
+        if lost:
+            worker.call = -1
+            _enter(worker, "lost")
+        else:
+            self._start(index, deaths)
+        if all(worker.state == "lost" for worker in self._workers.values()):
+            raise SweepError(f"no worker is left: {reason}")
+        return Finished(index, error=reason, died=True, lost=lost)
+
+    def _kill(self, worker: _Worker) -> None:
+        with suppress(self._ray.exceptions.RayError, ValueError):
+            self._ray.kill(worker.actor)
+
+    def _look_after(self) -> Iterator[Finished]:
+        """Now and then: grows with the cluster, ends what is overdue, says what is being waited for."""
+        now = time.monotonic()
+        if now - self._looked < _LOOK_SEC:
+            return
+        self._looked = now
+        if self._count == 0 and now - self._grown > _GROW_SEC:
+            self._grown = now
+            for index in range(len(self._workers), self._capacity()):
+                self._start(index)
+        self._explain(now)
+        for index in [i for i, worker in self._workers.items() if worker.state == "loading"]:
+            yield from self._loading(index, now)
+        yield from self._overdue(now)
+
+    def _explain(self, now: float) -> None:
+        """Says what pending workers wait for. Raises SweepError if the cluster has had nothing for any for long."""
+        pending = [worker for worker in self._workers.values() if worker.state == "pending"]
+        longest = max((now - worker.since for worker in pending), default=0.0)
+        if not pending:
+            self._next_note_sec = _PENDING_NOTE_SEC
+        elif longest > self._next_note_sec:
+            self._next_note_sec = 4 * longest
+            who = f"{len(pending)} of {len(self._workers)} workers"
+            self._note(f"waiting for {self._asks()} for each of {who}: {self._resources()}")
+        up = any(worker.state not in ("pending", "lost") for worker in self._workers.values())
+        if up or self._capacity():
+            self._able = now
+        elif now - self._able > _PENDING_END_SEC:
+            raise SweepError(f"no worker can be started: each needs {self._asks()}, and {self._resources()}")
+
+    def _resources(self) -> str:
+        name = "GPU" if self._on_accelerators else "CPU"
+        free = self._ray.available_resources().get(name, 0)
+        return f"the cluster has {self._total(name)}, of which {free:g} free"
+
+    def _loading(self, index: int, now: float) -> Iterator[Finished]:
+        worker = self._workers[index]
+        seconds = now - worker.since
+        if seconds > self._load_timeout:
+            yield self._died(index, f"not ready within {self._load_timeout:g} s")
+        elif seconds > _LOADING_NOTE_SEC and not worker.noted:
+            worker.noted = True
+            self._note(f"worker {index} on {worker.host}: still loading; it has {self._load_timeout:g} s for it")
+
+    def _overdue(self, now: float) -> Iterator[Finished]:
+        """Ends the first of every host's overdue trials; the others may only be waiting for it to end its timing."""
+        limit = self.trial_timeout or max(_LEAST_TRIAL_TIMEOUT, _TIMES_THE_SLOWEST * self._slowest)
+        measuring = [(w.call, i) for i, w in self._workers.items() if w.state == "measuring"]
+        for host in {w.host for _, i in measuring if now - (w := self._workers[i]).since > limit}:
+            first, *others = sorted((call, i) for call, i in measuring if self._workers[i].host == host)
+            for _, i in others:
+                self._workers[i].since = now
+            yield self._died(first[1], f"no answer within {limit:g} s")
+
+
+def _settings() -> dict[str, str]:
+    """The settings of this process's environment that a worker must have too: a node of a cluster does not inherit
+    it."""
+    ours = ("OMP_WAIT_POLICY", "ATEN_CPU_CAPABILITY", "FLASH_SDPA")
+    return {name: value for name, value in os.environ.items() if name in ours or name.startswith(("STREAMLLM_", "HF_"))}
+
+
+def _enter(worker: _Worker, state: Literal["pending", "loading", "idle", "measuring", "lost"]) -> float:
+    """How long it was in the state before, in seconds."""
+    now = time.monotonic()
+    took, worker.state, worker.since, worker.noted = now - worker.since, state, now, False
+    return took
+
+
+def init_ray(address: str | None) -> None:
+    """Joins the cluster at that address, or at Ray's own variable for it, or starts one here. Raises UsageError."""
+    import ray
+    import torch
+
+    from streamllm.engine.device import default_device
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # idle processes, which none of ours can be
+    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: beside a busy process they get a thirtieth
+    options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None:
+        address = "local"  # Ray would join whatever cluster this machine has been part of last
+        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        if hasattr(os, "sched_getaffinity"):  # Ray would count cores that this process may not use
+            options["num_cpus"] = len(os.sched_getaffinity(0))
+        if default_device().type not in ("cpu", "cuda"):  # which Ray counts only with dpctl (Intel's), or of late
+            options["num_gpus"] = torch.accelerator.device_count()
+    try:
+        ray.init(address=address, **options)
+    except Exception as error:  # Ray raises a plain one where a node does not start
+        raise UsageError(f"Ray at address {address!r} cannot be used: {_one_line(error)}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text[:300]}"
+
+
+def _why_died(error: BaseException) -> str:
+    """Ray explains a death in a paragraph; the one cause that a user can do something about is its memory monitor."""
+    if type(error).__name__ == "OutOfMemoryError" or "running low on memory" in str(error):
+        return "the worker died: out of memory, Ray ended it before the node's memory was full"
+    detail = re.search(r"Worker exit detail: ([^\n.]*)", str(error))
+    return f"the worker died ({detail[1] if detail else type(error).__name__})"

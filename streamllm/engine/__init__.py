@@ -1,0 +1,1 @@
+"""How tokens are decoded and evaluated: models, caches, attention, the block-parallel evaluator."""

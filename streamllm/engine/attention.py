@@ -1,0 +1,202 @@
+"""Attention backends: the kernel that was asked for, and the one that really ran.
+
+Every model is loaded with the attention function registered here, which hands each layer's query, key and value to the
+`attention_state` given to the model's call. Caches and the block-parallel evaluator are such states: no forward pass of
+any architecture is copied, and no `transformers` cache class is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import reduce
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import UnsupportedModelError
+from .backends import BACKENDS, Backend
+
+ATTENTION_NAME = "streamllm"
+
+
+class UnseenAttentionError(UnsupportedModelError):
+    """The attention that the model's layers compute does not pass through here."""
+
+
+class AttentionState(Protocol):
+    """The state that a layer's attention is computed with and from."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        """query (batch, heads, new, head size), key and value (batch, KV heads, new, head size), as the model rotated
+        them at the `position_ids` of the call -> (batch, heads, new, head size)."""
+        ...
+
+
+def register_attention() -> None:
+    """Makes `ATTENTION_NAME` known to transformers. Without a mask function of that name, models build no mask."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(ATTENTION_NAME, _attention)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    attention_state: AttentionState | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    if attention_state is None:
+        raise UnseenAttentionError(
+            f"{type(module).__name__} was called without attention_state: the model's layers do not hand on what the "
+            f"model is called with, or it was loaded for the engine and called without it"
+        )
+    for name in ("softcap", "s_aux"):  # soft-capped logits; learned sinks in the denominator
+        if more.get(name) is not None:
+            raise UnseenAttentionError(f"{type(module).__name__} is more than a softmax: it has {name}")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    # Angles are exact, in float32 at least: what they turned comes back to the model's dtype here.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    output = attention_state.attend(int(module.layer_idx), query, key, value, scaling)  # type: ignore[arg-type]
+    return output.transpose(1, 2).contiguous(), None
+
+
+def attention(
+    backend: Backend,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+    mask: Tensor | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """softmax(query key^T scaling) value, the backend's way; its kernel is chosen by `Backend.active` around the loop.
+
+    query (batch, heads, new, size), key and value (batch, KV heads, held, size) -> (batch, heads, new, size).
+
+    `mask` (new, held) is True where visible; `causal` aligns the last query with the last key.
+    """
+    new, held = query.shape[-2], key.shape[-2]
+    if new == 1 and torch.compiler.is_compiling() and fuses(backend, query.device):
+        return fused_attention(query, key, value, scaling, mask)
+    if new == 1 and backend.library == "triton":
+        return _triton_attention(query, key, value, scaling, mask)
+    if causal and new > 1 and backend.library != "flash_attn" and (new != held or backend.library == "eager"):
+        mask = torch.ones(new, held, dtype=torch.bool, device=query.device).tril(held - new)
+    if backend.library == "eager":
+        return eager_attention(query, key, value, scaling, mask)
+    causal = causal and mask is None and new > 1
+    if backend.library == "flash_attn" and mask is None:
+        return _flash_attention_2(query, key, value, scaling, causal)
+    if query.device.type == "cuda" and (mask is not None or query.dtype.itemsize > 2):
+        # Flash takes half precision only and no mask; no other kernel of CUDA's takes grouped queries (torch <= 2.13).
+        key, value = (_for_each_head(x, query.shape[1]) for x in (key, value))
+    grouped = query.shape[1] != key.shape[1]
+    # A compiled graph is bound to the kernel that it was traced with, and has to know which: enter it inside.
+    with backend.active() if torch.compiler.is_compiling() else contextlib.nullcontext():
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped
+        )
+
+
+def _for_each_head(x: Tensor, heads: int) -> Tensor:
+    """x (batch, KV heads, ...) -> (batch, heads, ...)."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _flash_attention_2(query: Tensor, key: Tensor, value: Tensor, scaling: float, causal: bool) -> Tensor:
+    """The flash-attn package (Dao 2023), which aligns the last query with the last key as we do."""
+    from flash_attn import flash_attn_func
+
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return flash_attn_func(query, key, value, softmax_scale=scaling, causal=causal).transpose(1, 2)
+
+
+def _triton_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    from .triton_attention import decode_attention
+
+    return decode_attention(query, key, value, mask, scaling)
+
+
+def fuses(backend: Backend, device: torch.device) -> bool:
+    """Whether compiled steps use `fused_attention`: on a CPU, unless a kernel is asked for."""
+    return backend.name == "auto" and device.type == "cpu"
+
+
+def fused_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """One query's attention as multiplies and sums, for a compiler: inductor streams keys and values through them
+    faster than torch's kernel for CPUs does. The softmax and the sums are in float32 at least."""
+    query = query.unflatten(1, (key.shape[1], -1))  # (batch, KV heads, heads of a group, 1, size)
+    logits = _dot(query, key[:, :, None], -1, parts=4) * scaling
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    weights = logits.softmax(-1)[..., None]
+    return _dot(weights, value[:, :, None], -2, parts=8).flatten(1, 2)[:, :, None].to(value.dtype)
+
+
+def _dot(a: Tensor, b: Tensor, dim: int, parts: int) -> Tensor:
+    """(a * b).sum(dim) by adding up `parts` slices first: inductor's own loop over short rows waits for each addition,
+    and one over columns reads them in strides."""
+    precision = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    length = a.shape[dim] // parts
+
+    def product(start: int, count: int) -> Tensor:
+        return a.narrow(dim, start, count).to(precision) * b.narrow(dim, start, count)
+
+    total = reduce(torch.add, [product(part * length, length) for part in range(parts)]).sum(dim)
+    rest = a.shape[dim] - parts * length
+    return total + product(parts * length, rest).sum(dim) if rest else total
+
+
+def eager_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+    """As written in transformers' modelling files: the logits in the model's dtype, the softmax in float32 at least."""
+    key, value = (_for_each_head(x, query.shape[1]) for x in (key, value))
+    logits = query @ key.transpose(-1, -2) * scaling
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
+    precision = torch.promote_types(logits.dtype, torch.float32)
+    return logits.softmax(-1, dtype=precision).to(query.dtype) @ value
+
+
+_KERNELS = {operator: backend.name for backend in BACKENDS.values() for operator in backend.operators} | {
+    # Which run for `auto`, and cannot be asked for:
+    "aten::_scaled_dot_product_fused_attention_overrideable": "overrideable",  # xpu's
+    "aten::_scaled_dot_product_attention_math_for_mps": "mps",
+}
+
+
+@contextlib.contextmanager
+def recorded_kernel(requested: Backend) -> Iterator[KernelRecorder]:
+    """Notes in `.used` which attention kernel torch dispatches to inside the block."""
+    # In inference mode torch shows a dispatch mode the composite operator only, not the kernel it chooses.
+    with torch.inference_mode(False), torch.no_grad(), KernelRecorder(requested) as recorder:
+        yield recorder
+
+
+class KernelRecorder(TorchDispatchMode):
+    """`recorded_kernel` enters it."""
+
+    def __init__(self, requested: Backend) -> None:
+        super().__init__()
+        self.requested = requested
+        self.kernels: set[str] = set()
+
+    @property
+    def used(self) -> str:
+        """Several joined by "+": a cache may need another kernel while it is not full."""
+        # Eager and math are compositions of ordinary operators: no kernel of their own shows up.
+        return "+".join(sorted(self.kernels)) or ("eager" if self.requested.library == "eager" else "math")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kernel = _KERNELS.get(func._schema.name)
+        if kernel is not None:
+            self.kernels.add(kernel)
+        return func(*args, **(kwargs or {}))

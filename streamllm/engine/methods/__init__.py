@@ -1,0 +1,96 @@
+"""The methods: one file each, its name the method's, which defines the method as `METHOD`.
+
+Whatever lies in this folder is a method: adding one is adding a file. Those in `negative` are known by name as well,
+but not offered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...errors import UnavailableError, UsageError
+from ...options import PROTOCOLS
+from ...policy import EvictionPolicy
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from ...configuration import Configuration
+    from ..backends import Backend
+    from ..decoding import Decoder, Progress
+    from ..model import LoadedModel
+
+    SampledLosses = Callable[[LoadedModel, np.ndarray, int, Sequence[int], Backend, Progress | None], np.ndarray]
+    """(model, tokens (n), window, ascending positions, backend, progress) -> losses (float64 nats) of the tokens after
+    the windows that end at those positions."""
+
+_FOLDER = Path(__file__).parent
+_FILES = {path.stem: path.relative_to(_FOLDER) for path in _FOLDER.rglob("[a-z]*.py")}
+METHODS = tuple(sorted(_FILES))
+"""All names."""
+OFFERED = tuple(name for name in METHODS if _FILES[name].parent == Path())
+"""Those that a help lists."""
+
+
+def _all_of_it(policy: EvictionPolicy) -> EvictionPolicy:
+    return policy
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to keep the cache, or to do without one."""
+
+    decoder: Callable[[LoadedModel, EvictionPolicy, Backend, str], Decoder]
+    """(model, policy as `effective` gives it, attention backend, one of `executions`) -> a decoder with an empty
+    cache."""
+    effective: Callable[[EvictionPolicy], EvictionPolicy] = _all_of_it
+    """The part of a policy that it means. Raises UsageError for a policy that it can do nothing with."""
+    executions: tuple[str, ...] = ("eager",)
+    """How its steps can be run: all ways, if they have static shapes."""
+    protocols: tuple[str, ...] = tuple(PROTOCOLS)
+    """How it can be measured."""
+    losses_at: SampledLosses | None = None
+    """If no eviction schedule says what it sees: its quality is then sampled instead of computed block-parallel."""
+
+
+def method_named(name: str) -> Method:
+    method: Method = import_module(f"...{module_of(name)}", __package__).METHOD
+    return method
+
+
+def module_of(name: str) -> str:
+    """The module of the method's file, from `streamllm` on: `engine.methods.ring`."""
+    return ".".join(("engine", "methods", *_FILES[name].with_suffix("").parts))
+
+
+def make_decoder(loaded: LoadedModel, what: Configuration) -> Decoder:
+    """A decoder with an empty cache. Raises UsageError as `check_execution`, and for what the device lacks."""
+    check_execution(what.method, what.execution)
+    return method_named(what.method).decoder(loaded, what.effective, what.kernel, what.execution)
+
+
+def sampled_losses(method: str) -> SampledLosses | None:
+    """The method's `losses_at`; None if the block-parallel evaluator gives its quality."""
+    return method_named(method).losses_at
+
+
+def check_execution(method: str, execution: str) -> None:
+    """Raises UsageError for a way the method's step cannot be run."""
+    allowed = method_named(method).executions
+    if execution not in allowed:
+        able = [name for name in METHODS if execution in method_named(name).executions]
+        raise UsageError(
+            f"execution {execution!r}: the steps of method {method!r} change shape, {' or '.join(allowed)} runs them; "
+            f"use --method {' or '.join(able)}"
+        )
+
+
+def check_protocol(method: str, protocol: str) -> None:
+    """Raises UnavailableError for a method that cannot be measured so."""
+    allowed = method_named(method).protocols
+    if protocol not in allowed:
+        raise UnavailableError(f"protocol {protocol!r}: method {method!r} is measured by {' or '.join(allowed)} only")

@@ -1,0 +1,69 @@
+"""`kvpress`: NVIDIA's kvpress library decides what is kept and re-rotates it: KeyRerotationPress(StreamingLLMPress).
+
+An optional extra that pins transformers < 5.3: it wants an environment of its own. It cannot re-rotate keys of which
+only a part is rotary, and looks for `model.layers[i].self_attn`: no GPT-NeoX (Pythia), for both reasons. Its
+DecodingPress refuses KeyRerotationPress (0.5): the press is called here, between tokens, on the policy's schedule.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ...errors import UnavailableError, UnsupportedModelError
+from ...policy import EvictionPolicy
+from ..attention import attention
+from ..backends import Backend
+from ..decoding import CachedDecoder, KVCache
+from ..model import LoadedModel
+from . import Method
+
+
+class PressedCache(KVCache):
+    def __init__(self, loaded: LoadedModel, n_sink: int, backend: Backend) -> None:
+        super().__init__(loaded, backend)
+        self.layers = _attention_layers(loaded)
+        try:
+            import kvpress
+        except ImportError as error:
+            raise UnavailableError(
+                "method 'kvpress': the library is not installed; `pip install -e '.[kvpress]'` in an environment of "
+                "its own (it pins transformers < 5.3)"
+            ) from error
+        self.press = kvpress.KeyRerotationPress(kvpress.StreamingLLMPress(n_sink=n_sink))
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys, values = self.append(layer, key, value)
+        return attention(self.backend, query, keys, values, scaling, causal=True)
+
+    def evict(self, n_sink: int, drop: int) -> None:
+        held = self.keys[0].shape[2]
+        self.press.compression_ratio = (drop - 0.5) / held  # kvpress keeps int(held * (1 - ratio))
+        for i, layer in enumerate(self.layers):
+            self.keys[i], self.values[i] = self.press.compress(layer, None, self.keys[i], self.values[i], None, {})
+
+
+def _attention_layers(loaded: LoadedModel) -> list[Any]:
+    modules: Any = getattr(getattr(loaded.model, "model", None), "layers", None)
+    if modules is None or not hasattr(modules[0], "self_attn"):
+        raise UnsupportedModelError(
+            f"method 'kvpress': the library does not know the layers of {type(loaded.model).__name__}; "
+            f"use another method"
+        )
+    if loaded.rotary.size != loaded.head_size or loaded.rotary.interleaved:
+        raise UnsupportedModelError(
+            f"method 'kvpress': the library re-rotates whole heads in halves only, "
+            f"{type(loaded.model).__name__} rotates otherwise; use another method"
+        )
+    layers = [layer.self_attn for layer in modules]
+    for layer in layers:
+        layer.rotary_emb = loaded.rotary.embedding  # as the press itself does when it is entered
+    return layers
+
+
+def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> CachedDecoder:
+    return CachedDecoder(loaded, policy, PressedCache(loaded, policy.n_sink, backend), execution)
+
+
+METHOD = Method(decoder, protocols=("decode-loop", "chunked"))

@@ -1,0 +1,51 @@
+"""`ours`: keys stored rotated, sliced and re-rotated to their new cache positions at each prune.
+
+The source documents' own implementation (StreamingKVCache): cheap between prunes, O(S + W) at each one. Theirs turns
+what the prune before has turned; in half precision every turn rounds anew, and a small one rounds away. Here each prune
+turns keys as they came, by all that they have moved, and rounds once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...policy import EvictionPolicy
+from ..attention import attention
+from ..backends import Backend
+from ..decoding import CachedDecoder, KVCache, without
+from ..model import LoadedModel
+from . import Method
+
+
+class RerotatedCache(KVCache):
+    def __init__(self, loaded: LoadedModel, backend: Backend) -> None:
+        super().__init__(loaded, backend)
+        self.unmoved: list[Tensor] = []
+        """Per layer, the window's keys that the last prune has left, as they came."""
+        self.moved = torch.empty(0, dtype=torch.long, device=self.device)
+        """The number of positions that each of them was moved by since."""
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys, values = self.append(layer, key, value)
+        return attention(self.backend, query, keys, values, scaling, causal=True)
+
+    def evict(self, n_sink: int, drop: int) -> None:
+        came, held = n_sink + len(self.moved), self.keys[0].shape[2]
+        self.moved = torch.cat((self.moved, self.moved.new_zeros(held - came)))[drop:] + drop
+        self.rotary.reserve(held)
+        cos, sin = self.rotary.at(self.moved)
+        since = [keys[:, :, came:] for keys in self.keys]
+        both = zip(self.unmoved, since, strict=True) if self.unmoved else zip(since, strict=True)
+        self.unmoved = [torch.cat(parts, dim=2)[:, :, drop:] for parts in both]
+        for layer, unmoved in enumerate(self.unmoved):
+            moved = self.rotary.rotate(unmoved, (cos, -sin))
+            self.keys[layer] = torch.cat((self.keys[layer][:, :, :n_sink], moved), dim=2)
+            self.values[layer] = without(self.values[layer], n_sink, drop)
+
+
+def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> CachedDecoder:
+    return CachedDecoder(loaded, policy, RerotatedCache(loaded, backend), execution)
+
+
+METHOD = Method(decoder)

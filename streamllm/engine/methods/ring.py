@@ -1,0 +1,116 @@
+"""`ring`: a preallocated ring buffer in which nothing moves.
+
+Rotary positions are relative, so window keys stay rotated at their position in the stream for life, and queries at
+theirs: their distances are right. Only the few sinks would be too far away: by the number of evicted tokens, by which
+they are turned on for every token. Eviction is counting; a token costs O(S), whatever the policy.
+
+All that changes from token to token are two numbers in tensors, the position and the evicted tokens; everything else
+follows from them on the device, in static shapes: the step can be compiled, or captured as a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...options import EXECUTIONS
+from ...policy import EvictionPolicy, steady_state
+from ..attention import attention
+from ..backends import Backend
+from ..decoding import CachedDecoder, KVCache
+from ..model import LoadedModel
+from ..probing import replayed
+from ..slots import RingSlots
+from . import Method
+
+
+class RingCache(KVCache):
+    def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> None:
+        super().__init__(loaded, backend)
+        steady = steady_state(policy)
+        self.grows = steady is None
+        """A policy that never evicts."""
+        self.slots = RingSlots(policy.n_sink, policy.kept if steady is None else steady.peak_kv)
+        self.always_full = steady is not None and steady.cycle == 1
+        """Once full: every token evicts one, and none is ever masked."""
+        self.evicted_so_far = 0
+        self.position = torch.zeros(1, dtype=torch.long, device=self.device)
+        """Position of the first new token in the stream."""
+        self.evicted = torch.zeros(1, dtype=torch.long, device=self.device)
+        self.sink_keys: list[Tensor] = []
+        """Per layer (1, KV heads, S, head size), as the model rotated them: each turn starts from these."""
+        self.new_sinks = 0
+        """How many of the new tokens are sinks."""
+        self.masked = True
+
+    def begin(self, held: int, count: int) -> None:
+        super().begin(held, count)
+        if self.grows and held + count > self.slots.count:
+            self._grow(2 * (held + count))
+        self.position.fill_(held + self.evicted_so_far)
+        self.evicted.fill_(self.evicted_so_far)
+        self.new_sinks = max(min(self.slots.n_sink - held, count), 0)
+        self.masked = count > 1 or not (self.always_full and held + 1 == self.slots.count)
+
+    def position_ids(self, count: int) -> Tensor:
+        positions = self.position + torch.arange(count, device=self.device)
+        self.value_slots = self.slots.of_each(positions)
+        sinks = torch.arange(self.slots.n_sink, device=self.device)
+        self.key_slots = self.value_slots if self.new_sinks else torch.cat((sinks, self.value_slots))
+        self.sink_angles = self.rotary.turn(self.evicted)
+        self.visible = self._visible(positions) if self.masked else None
+        return positions
+
+    @property
+    def is_static(self) -> bool:
+        return not self.grows and not self.new_sinks and self.masked != self.always_full
+
+    @property
+    def shape(self) -> tuple[int, int, bool, str]:
+        """Everything that a step's code depends on."""
+        return self.slots.count, self.slots.n_sink, self.always_full, self.backend.name
+
+    def _visible(self, positions: Tensor) -> Tensor:
+        """(new, slots): what each query sees."""
+        last, n_sink = positions[-1], self.slots.n_sink
+        held = self.slots.newest(last)
+        sinks = torch.arange(n_sink, device=self.device)
+        # A window slot whose token is evicted, or that has none yet, counts as not come yet.
+        at = torch.cat((sinks, torch.where(held >= n_sink + self.evicted, held, last + 1)))
+        return at <= positions[:, None]
+
+    def _grow(self, slots: int) -> None:
+        more = slots - self.slots.count
+        self.slots = RingSlots(self.slots.n_sink, slots)
+        self.keys = [F.pad(keys, (0, 0, 0, more)) for keys in self.keys]
+        self.values = [F.pad(values, (0, 0, 0, more)) for values in self.values]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        if layer == len(self.keys):
+            self._allocate(key, value)
+        if self.new_sinks:
+            first = self.length
+            self.sink_keys[layer][:, :, first : first + self.new_sinks] = key[:, :, : self.new_sinks]
+        elif self.slots.n_sink:
+            key = torch.cat((self.rotary.rotate(self.sink_keys[layer], self.sink_angles), key), dim=2)
+        keys = self.keys[layer].index_copy_(2, self.key_slots, key)
+        values = self.values[layer].index_copy_(2, self.value_slots, value)
+        return attention(self.backend, query, keys, values, scaling, mask=self.visible)
+
+    def _allocate(self, key: Tensor, value: Tensor) -> None:
+        self.keys.append(key.new_zeros(1, key.shape[1], self.slots.count, key.shape[3]))
+        self.values.append(value.new_zeros(1, value.shape[1], self.slots.count, value.shape[3]))
+        self.sink_keys.append(key.new_zeros(1, key.shape[1], self.slots.n_sink, key.shape[3]))
+
+    def evict(self, n_sink: int, drop: int) -> None:
+        self.evicted_so_far += drop
+
+
+def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> CachedDecoder:
+    if execution != "eager":
+        backend = replayed(backend, loaded, policy.kept)
+    return CachedDecoder(loaded, policy, RingCache(loaded, policy, backend), execution)
+
+
+METHOD = Method(decoder, executions=tuple(EXECUTIONS))

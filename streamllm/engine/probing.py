@@ -1,0 +1,111 @@
+"""Which attention backends run here: found out by running them on the actual device, dtype and heads."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+from ..configuration import Configuration
+from ..errors import UsageError
+from .attention import attention, eager_attention, recorded_kernel
+from .backends import BACKENDS, Backend
+from .model import LoadedModel
+
+
+class BackendError(UsageError):
+    """An attention backend that was insisted on does not run here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """The outcome of an attention call with one backend."""
+
+    backend: Backend
+    kernel: str | None
+    """The kernel that ran; None if none did."""
+    error: str | None = None
+
+    @property
+    def available(self) -> bool:
+        """Whether what was asked for is what ran."""
+        return self.kernel is not None and self.backend.name in ("auto", self.kernel)
+
+
+def probe_backend(
+    backend: Backend,
+    device: torch.device,
+    dtype: torch.dtype,
+    head_size: int,
+    heads: int = 1,
+    kv_heads: int = 1,
+    held: int = 8,
+) -> Probe:
+    """Runs a decode-shaped call: one query, `held` keys. The output must agree with eager attention in float32."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (heads, 1, head_size), (kv_heads, held, head_size), (kv_heads, held, head_size)
+    query, key, value = (torch.randn(1, *shape, generator=generator).to(device, dtype) for shape in shapes)
+    try:
+        with warnings.catch_warnings(record=True) as reasons, backend.alone(), recorded_kernel(backend) as recorder:
+            warnings.simplefilter("always")  # torch says in warnings why a kernel does not fit
+            found = attention(backend, query, key, value, 0.1)
+        expected = eager_attention(query.float(), key.float(), value.float(), 0.1, None)
+        error = (found.float() - expected).abs().max().item()
+        if not error < 0.02:
+            return Probe(backend, None, f"wrong by {error:.2g}")
+    except (RuntimeError, ImportError) as failure:
+        said = why_not(backend.name, [str(reason.message) for reason in reasons])
+        return Probe(backend, None, (said or str(failure)).splitlines()[0])
+    return Probe(backend, recorder.used)
+
+
+def replayed(backend: Backend, loaded: LoadedModel, held: int) -> Backend:
+    """The backend that `auto` stands for in a step that is captured as a graph: our own kernel, where it runs. There
+    its launches cost nothing (from Python, 150 us each). On an H100 it reads keys faster than flash, and takes a mask,
+    under which torch's kernels but cuDNN's, which plans for every length, are several times slower."""
+    if backend.name != "auto" or loaded.device.type != "cuda" or find_spec("triton") is None:
+        return backend
+    ours = BACKENDS["triton"]
+    return ours if _probed(ours, loaded.device, loaded.dtype, loaded.head_size, *_heads(loaded), held) else backend
+
+
+@cache
+def _probed(backend: Backend, *what: Any) -> bool:
+    return probe_backend(backend, *what).available
+
+
+def _heads(loaded: LoadedModel) -> tuple[int, int]:
+    """The number of query heads, and of key and value heads."""
+    heads = loaded.config.num_attention_heads
+    return heads, getattr(loaded.config, "num_key_value_heads", None) or heads
+
+
+def why_not(name: str, warned: Sequence[str]) -> str | None:
+    """Torch's reason for not taking that kernel, among all it says of all kernels: the warning after its heading."""
+    beginning = BACKENDS[name].heading or name
+    texts = [text.split(" (Triggered internally")[0] for text in warned]
+    for heading, reason in pairwise(texts):
+        if heading.lower().startswith(beginning) and heading.rstrip().endswith("because:"):
+            return reason
+    return next((text for text in reversed(texts) if "not" in text and not text.rstrip().endswith("because:")), None)
+
+
+def runnable(what: Configuration, loaded: LoadedModel, strict: bool = False) -> Configuration:
+    """Its backend probed on the model's device, dtype and heads for one query and the keys held: `auto` instead, with a
+    warning, where it does not run, or, if `strict`, BackendError."""
+    name, heads = what.backend, _heads(loaded)
+    probe = probe_backend(what.kernel, loaded.device, loaded.dtype, loaded.head_size, *heads, what.policy.kept)
+    if probe.available:
+        return what
+    where = f"{loaded.device.type} in {str(loaded.dtype).removeprefix('torch.')}"
+    problem = f"attention backend {name!r} does not run on {where} ({probe.error or probe.kernel})"
+    if strict:
+        raise BackendError(f"{problem}; leave out --strict, or ask for one that `streamllm backends` shows")
+    warnings.warn(f"{problem}: using 'auto'", stacklevel=2)
+    return replace(what, backend="auto")

@@ -1,0 +1,1 @@
+"""Looks inside: losses around prunes, a token's time by part, text without end."""

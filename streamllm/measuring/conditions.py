@@ -1,0 +1,92 @@
+"""Everything that determines a number besides what is measured: our code, the libraries, the machine.
+
+They are part of a stored measurement's key, so that what was measured under other conditions is not taken for current.
+
+A quality depends on our code (`store.MEASURING_CODE` and the method's own file), on torch and transformers; on torchao
+where that quantized the weights, and on kvpress where that evicts. It is said to depend on the machine only where the
+weights are quantized (`Measurements` names that in its key).
+
+A time depends on all of these; on flash-attn where that backend is asked for; on Python, which launches a decoder's
+kernels; on a CPU, on how OpenMP's threads wait; on an accelerator, on Triton, which compiles for it, and on the runtime
+and the driver. Device, threads and vector instructions are named by `evaluation.identity`. What an evaluation of both
+depends on is what a time does.
+
+On nothing else: what reads and splits text (datasets, tokenizers) is covered by the digest of the token ids, and what
+searches, logs and draws determines no number.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from functools import cache
+from typing import TypedDict
+
+import torch
+
+from ..engine.backends import BACKENDS
+from ..engine.device import device_name
+from ..engine.model import LoadedModel
+from ..libraries import installed
+from .store import code_digest
+
+
+def of_quality(loaded: LoadedModel, method: str | None) -> dict[str, str | None]:
+    """For a key. method: None of a quality that the policy alone decides, whatever implements it."""
+    names = ["torch", "transformers"]
+    names += ["torchao"] * (" " in loaded.digest) + ["kvpress"] * (method == "kvpress")
+    methods = () if method is None else (method,)
+    return {"code": code_digest(*methods)} | {name: installed(name) for name in names}
+
+
+def of_speed(loaded: LoadedModel, method: str, attn_backend: str) -> dict[str, str | None]:
+    """For a key."""
+    more = {"flash-attn": installed("flash-attn")} if BACKENDS[attn_backend].library == "flash_attn" else {}
+    return of_quality(loaded, method) | software(loaded.device) | more
+
+
+class KindOfWorker(TypedDict):
+    device: str
+    threads: int | None
+    """Of a CPU."""
+    software: str
+    """Versions that every time depends on."""
+
+
+def kind_of_worker(device: torch.device) -> KindOfWorker:
+    """The part of a row that says who timed it: times of workers that differ in any of it do not compare. See
+    `reference_time`."""
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "software": described(software(device)),
+    }
+
+
+def software(device: torch.device) -> dict[str, str | None]:
+    """Versions that every time on that device depends on, the reference's too."""
+    found = {name: installed(name) for name in ("torch", "transformers")} | {"python": platform.python_version()}
+    if device.type == "cpu":
+        return found | {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}
+    runtime = {"cuda": torch.version.cuda, "rocm": torch.version.hip} if device.type == "cuda" else {}
+    return found | {"triton": installed("triton")} | runtime | {"driver": _driver(device.type)}
+
+
+def described(versions: Mapping[str, str | None]) -> str:
+    """Names and values of what is there, on one line."""
+    return ", ".join(f"{name} {value}" for name, value in versions.items() if value is not None)
+
+
+@cache
+def _driver(kind: str) -> str | None:
+    """The version of NVIDIA's driver, as `nvidia-smi` tells it; None where it does not, and of other accelerators."""
+    if kind != "cuda":
+        return None
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=30, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.splitlines()[0].strip() if answer.strip() else None

@@ -1,0 +1,268 @@
+"""One evaluation: its quality, its speed, and the flat result that tables are made of."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from .. import __version__
+from ..configuration import Configuration
+from ..engine.backends import BACKENDS
+from ..engine.block_parallel import block_parallel_losses
+from ..engine.decoding import Progress, decode_loop
+from ..engine.device import cpu_capability, peak_memory
+from ..engine.methods import make_decoder, sampled_losses
+from ..engine.model import LoadedModel
+from ..policy import EvictionPolicy, peak_kv, steady_state
+from .chunked import chunk_losses
+from .conditions import kind_of_worker
+from .pairing import PairedTimes, between_references, load_average
+from .quality import check_finite, median_interval, perplexity
+from .text import TokenStream
+from .timing import Reference, Speed, attention_ms, measure_speed, used_backend
+
+_SEGMENTS = 12
+"""Segments of a decode loop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Per-token losses, and where they were taken."""
+
+    losses: np.ndarray
+    """float64 nats (n)."""
+    positions: np.ndarray
+    """Ascending (n): losses[i] is the negative log-likelihood of token positions[i] + 1."""
+    peak_kv: int
+    seconds: float
+    warning: str | None = None
+
+    @property
+    def table(self) -> np.ndarray:
+        """(n, 2): position, loss."""
+        return np.column_stack((self.positions, self.losses))
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            **perplexity(self.losses).flat("perplexity"),
+            "evaluated_tokens": len(self.losses),
+            "peak_kv": self.peak_kv,
+            "quality_sec": self.seconds,
+            **({"warning": self.warning} if self.warning else {}),
+        }
+
+
+def measure_quality(
+    loaded: LoadedModel,
+    what: Configuration,
+    stream: TokenStream,
+    progress: Progress | None = None,
+    positions: np.ndarray | None = None,
+) -> Quality:
+    """Protocol `fast`: every token, block-parallel; of `recompute`, those at ascending `positions`.
+
+    Raises NonFiniteLossError; UnsupportedModelError if the model itself attends to fewer keys than the policy holds."""
+    policy = what.effective
+    started = time.perf_counter()
+    n_losses = len(stream.tokens) - 1
+    losses_at = sampled_losses(what.method)
+    peak = peak_kv(policy, n_losses) if losses_at is None else min(policy.kept, n_losses)
+    loaded.check_span(peak)
+    if losses_at is not None:
+        positions = np.arange(n_losses) if positions is None else positions
+        losses = losses_at(loaded, stream.tokens, policy.kept, positions.tolist(), BACKENDS["auto"], progress)
+    else:
+        positions = np.arange(n_losses)
+        losses = block_parallel_losses(loaded, stream.tokens, policy, progress=progress)
+    check_finite(losses, str(loaded.dtype))
+    return Quality(losses, positions, peak, time.perf_counter() - started, _warning(loaded, policy, peak, n_losses))
+
+
+def times_summary(times: PairedTimes) -> dict[str, Any]:
+    """The timing's results: the ratio to the reference, and the raw milliseconds of both, which hold for that minute
+    only."""
+    return {
+        **times.ratio.flat("time_ratio"),
+        **median_interval(np.array(times.ms)).flat("measured_tpot_ms"),
+        "reference_tpot_ms": float(np.median(times.reference_ms)),
+        "pairs": len(times.ms),
+        "timed_at": times.timed_at,
+        "load": times.load,
+    }
+
+
+def speed_summary(speed: Speed, requested: str) -> dict[str, Any]:
+    return {
+        **times_summary(speed.times),
+        "prefill_sec": speed.prefill_sec,
+        "first_token_latency_sec": speed.first_token_latency_sec,
+        "avg_attn_ms": speed.avg_attn_ms,
+        "peak_memory_mb": speed.peak_memory_mb,
+        "bytes_per_token": speed.bytes_per_token,
+        "bandwidth_utilization": speed.bandwidth_utilization,
+        "tokens_per_segment": speed.tokens_per_segment,
+        "warmup_tokens": speed.warmup_tokens,
+        "speed_sec": speed.seconds,
+        "backend": speed.backend_used,
+        "backend_requested": requested,
+    }
+
+
+Evaluator = Callable[
+    [LoadedModel, Configuration, TokenStream, Reference, Progress | None],
+    tuple[Quality, dict[str, Any]],
+]
+"""The type of function that an entry of `options.PROTOCOLS` names: (model, configuration, text, reference, progress)
+-> the quality, and the record of quality and speed."""
+
+
+def evaluate_fast(
+    loaded: LoadedModel,
+    what: Configuration,
+    stream: TokenStream,
+    reference: Reference,
+    progress: Progress | None = None,
+) -> tuple[Quality, dict[str, Any]]:
+    """Quality block-parallel, speed from a steady-state sample. Raises as `measure_quality`."""
+    quality = measure_quality(loaded, what, stream, progress)
+    speed = measure_speed(loaded, what, stream.tokens, reference)
+    return quality, fast_record(quality.summary(), speed_summary(speed, what.backend))
+
+
+def fast_record(quality: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any]:
+    """The two halves of a result by protocol `fast`, which may have been measured at different times."""
+    return quality | speed | {"runtime_sec": quality["quality_sec"] + speed["speed_sec"]}
+
+
+def evaluate_decode_loop(
+    loaded: LoadedModel,
+    what: Configuration,
+    stream: TokenStream,
+    reference: Reference,
+    progress: Progress | None = None,
+) -> tuple[Quality, dict[str, Any]]:
+    """Quality and speed from decoding every token one by one; `prefill_sec` is until the cache is full, the TPOT that
+    of the rest, in turn with segments of the reference. Raises as `measure_quality`."""
+    policy = what.effective
+    n_losses = len(stream.tokens) - 1
+    peak = peak_kv(policy, n_losses)
+    loaded.check_span(peak)
+    marks = _segment_ends(policy, n_losses)
+    at, load = time.time(), load_average()
+    reference_ms: list[float] = []
+
+    def pause(done: int) -> None:
+        if done in marks:
+            reference_ms.append(reference.segment())
+
+    with what.kernel.active(), peak_memory(loaded.device) as memory:
+        decoder = make_decoder(loaded, what)
+        run = decode_loop(decoder, stream.tokens, loaded.device, progress, [1, *marks], pause)
+    with what.kernel.active():
+        attn_ms = attention_ms(loaded, what, stream.tokens)
+        used = used_backend(loaded, what, stream.tokens)
+    check_finite(run.losses, str(loaded.dtype))
+    warning = _warning(loaded, policy, run.peak_kv, n_losses)
+    quality = Quality(run.losses, np.arange(n_losses), run.peak_kv, run.runtime_sec, warning)
+    ms = 1e3 * np.diff([run.elapsed[mark] for mark in marks]) / np.diff(marks)
+    return quality, quality.summary() | {
+        **times_summary(between_references(ms.tolist(), reference_ms, at, load)),
+        "prefill_sec": run.elapsed[marks[0]],
+        "first_token_latency_sec": run.elapsed[1],
+        "avg_attn_ms": attn_ms,
+        "peak_memory_mb": memory.megabytes - reference.cache_bytes / 2**20,
+        "runtime_sec": run.runtime_sec,
+        "backend": used,
+        "backend_requested": what.backend,
+    }
+
+
+def evaluate_chunked(
+    loaded: LoadedModel,
+    what: Configuration,
+    stream: TokenStream,
+    reference: Reference,
+    progress: Progress | None = None,
+) -> tuple[Quality, dict[str, Any]]:
+    """Quality and speed from chunks of the text, each with a cache of its own: a prefill of `compress_every` tokens in
+    one forward pass, one compression to S + W, and `CONTINUATION_TOKENS` in one forward pass, whose losses count.
+    kvpress' and MIT's own pipeline; its times are not those of a decode loop. Times are medians over chunks, which take
+    turns with segments of the reference.
+
+    Raises NonFiniteLossError, UnsupportedModelError; UsageError for a text shorter than a chunk."""
+    policy = replace(what.policy, cache_slack=0, max_drop=0)
+    loaded.check_span(policy.compress_every)
+    started, at, load = time.perf_counter(), time.time(), load_average()
+    reference_ms: list[float] = []
+    with what.kernel.active(), peak_memory(loaded.device) as memory:
+        run = chunk_losses(
+            loaded,
+            replace(what, policy=policy),
+            stream.tokens,
+            progress,
+            pause=lambda: reference_ms.append(reference.segment()),
+        )
+    check_finite(run.losses, str(loaded.dtype))
+    seconds = time.perf_counter() - started
+    warning = _warning(loaded, policy, run.peak_kv, len(stream.tokens))
+    quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning)
+    ms = 1e3 * run.continuation_sec / run.continuation_tokens
+    return quality, quality.summary() | {
+        **times_summary(between_references(ms.tolist(), reference_ms, at, load)),
+        "prefill_sec": float(np.median(run.prefill_sec)),
+        "first_token_latency_sec": float(np.median(run.prefill_sec)),
+        "avg_attn_ms": run.avg_attn_ms,
+        "peak_memory_mb": memory.megabytes - reference.cache_bytes / 2**20,
+        "runtime_sec": float(np.median(run.prefill_sec + run.continuation_sec)),
+        "chunks": len(run.prefill_sec),
+        "prefill_tokens": policy.compress_every,
+        "continuation_tokens": run.continuation_tokens,
+        "backend": run.backend_used,
+        "backend_requested": what.backend,
+    }
+
+
+def identity(loaded: LoadedModel, what: Configuration, stream: TokenStream, protocol: str) -> dict[str, Any]:
+    """The subject of an evaluation: the part of a flat result that is known beforehand."""
+    return {
+        "model": loaded.name,
+        "model_digest": loaded.digest,
+        "weights": loaded.weights,
+        "dataset": stream.label,
+        "text_digest": stream.digest,
+        "n_tokens": len(stream.tokens),
+        "bos": stream.bos,
+        "kv_bytes_per_token": loaded.kv_bytes,
+        "method": what.method,
+        "protocol": protocol,
+        **asdict(what.effective),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        **kind_of_worker(loaded.device),
+        "cpu_capability": cpu_capability() if loaded.device.type == "cpu" else None,
+        "execution": what.execution,
+        "version": __version__,
+    }
+
+
+def _segment_ends(policy: EvictionPolicy, n_tokens: int) -> list[int]:
+    """Counts of tokens between which a loop's steady state is timed: whole prune cycles, about a dozen segments, from
+    when the cache is full; in too short a text, all of it or what there is."""
+    steady = steady_state(policy)
+    start, cycle = (steady.start, steady.cycle) if steady is not None else (policy.kept, 1)
+    if start + cycle > n_tokens:
+        return [0, n_tokens]
+    length = max((n_tokens - start) // _SEGMENTS // cycle, 1) * cycle
+    return list(range(start, n_tokens + 1, length))
+
+
+def _warning(loaded: LoadedModel, policy: EvictionPolicy, peak: int, n_tokens: int) -> str | None:
+    trained = loaded.trained_length
+    if trained is not None and peak > trained + 1:  # a full cache and the query's own key are meant
+        return f"queries attend to up to {peak} keys, the model was trained on {trained}: perplexity may suffer"
+    if policy.compress_every > 0 and peak >= n_tokens:
+        return f"the text's {n_tokens} tokens all fit in the cache: nothing was evicted"
+    return None

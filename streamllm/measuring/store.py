@@ -1,0 +1,184 @@
+"""The measurement store: every finished measurement, under a name that says everything that determined it.
+
+It is at once the cache that stops duplicates, the baseline that is run once and reused, and what survives a killed
+sweep. Entries are JSON files written atomically; a measurement's array lies beside it as .npy and is written first.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..engine.methods import module_of
+from ..errors import UsageError
+from ..files import Json, write_atomically
+
+MEASURING_CODE = (
+    "configuration",
+    "engine.architecture",
+    "engine.attention",
+    "engine.backends",
+    "engine.block_parallel",
+    "engine.decoding",
+    "engine.device",
+    "engine.execution",
+    "engine.gguf",
+    "engine.loading",
+    "engine.methods",
+    "engine.methods.mit",
+    "engine.methods.ours",
+    "engine.methods.ring",
+    "engine.model",
+    "engine.probing",
+    "engine.quantization",
+    "engine.rotary",
+    "engine.slots",
+    "engine.triton_attention",
+    "environment",
+    "errors",
+    "files",
+    "libraries",
+    "measuring.chunked",
+    "measuring.conditions",
+    "measuring.evaluation",
+    "measuring.measurements",
+    "measuring.pairing",
+    "measuring.quality",
+    "measuring.sample",
+    "measuring.store",
+    "measuring.tables",
+    "measuring.text",
+    "measuring.timing",
+    "options",
+    "policy",
+    "testbed",
+)
+"""The modules of this package that determine a number: those that load, evaluate and time, whatever they import, the
+reference's method, and methods that others are made of. A test holds them to the imports. Not the package itself, which
+is its version; nor the words that a configuration is shown in (`results.schema`)."""
+
+
+class StoreError(UsageError):
+    """The store could not be written; the message names the folder, the reason and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """A flat record, and per-token losses (n, 2: position, nats) where there are any."""
+
+    record: dict[str, Any]
+    losses: np.ndarray | None = None
+
+
+class MeasurementStore:
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def get(self, key: Mapping[str, object]) -> Measurement | None:
+        """The measurement of that key; a damaged entry is kept aside as `.damaged` and counts as missing."""
+        path = self._path(key)
+        try:
+            entry = json.loads(path.read_bytes())
+            losses = path.with_suffix(".npy").read_bytes() if entry["has_losses"] else b""
+            if entry["digest"] != _digest(entry["record"], losses):
+                raise ValueError("not what was written")
+            return Measurement(
+                entry["record"], np.load(io.BytesIO(losses), allow_pickle=False) if entry["has_losses"] else None
+            )
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError):
+            with suppress(FileNotFoundError):  # another worker was first
+                path.rename(path.with_suffix(".damaged"))
+            return None
+
+    def put(self, key: Mapping[str, object], measurement: Measurement) -> None:
+        """Raises StoreError, and leaves nothing half-written behind."""
+        path = self._path(key)
+        losses = b""
+        if measurement.losses is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, measurement.losses, allow_pickle=False)
+            losses = buffer.getvalue()
+        entry = {
+            "key": key,
+            "record": measurement.record,
+            "has_losses": measurement.losses is not None,
+            "digest": _digest(measurement.record, losses),
+        }
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if losses:
+                write_atomically(path.with_suffix(".npy"), losses)
+            write_atomically(path, json.dumps(entry, indent=1).encode())
+        except OSError as error:
+            raise StoreError(
+                f"the store {self.root} cannot be written ({error.strerror}): make room there, then give the same "
+                f"command again; what is finished is kept"
+            ) from error
+
+    def key(self, name: str) -> dict[str, Json] | None:
+        """All that determined the entry of that name; None if it is not there, or is damaged."""
+        try:
+            key: dict[str, Json] = json.loads(self.losses_file(name).with_suffix(".json").read_bytes())["key"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+        return key
+
+    def losses_file(self, name: str) -> Path:
+        """Where the per-token losses of the entry of that name lie, if it has any."""
+        return self.root / name[:2] / f"{name}.npy"
+
+    def losses(self, name: str) -> np.ndarray:
+        """(n, 2): position, nats. Raises OSError if there are none."""
+        table: np.ndarray = np.load(self.losses_file(name), allow_pickle=False)
+        return table
+
+    def _path(self, key: Mapping[str, object]) -> Path:
+        return self.losses_file(entry_name(key)).with_suffix(".json")
+
+
+def entry_name(key: Mapping[str, object]) -> str:
+    return hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def code_digest(*methods: str) -> str:
+    """Names the code that determines a number, that of the given methods included: results of different code are
+    different measurements. Comments, docstrings and layout are no code."""
+    digest = hashlib.sha256()
+    for module in sorted({*MEASURING_CODE, *map(module_of, methods)}):
+        digest.update(f"{module}\n{_code(_source(module).read_text(encoding='utf-8'))}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def _source(module: str) -> Path:
+    path = Path(__file__).parent.parent.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+
+
+def _code(source: str) -> str:
+    """The code in the source: without comments, docstrings and layout."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [line for line in body if not _is_text(line)]  # type: ignore[attr-defined]
+    return ast.unparse(tree)
+
+
+def _is_text(line: ast.stmt) -> bool:
+    return isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) and isinstance(line.value.value, str)
+
+
+def _digest(record: dict[str, Any], losses: bytes) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode() + losses).hexdigest()

@@ -1,0 +1,1 @@
+"""What a terminal gives and gets: arguments, messages, progress."""
