@@ -129,7 +129,7 @@ def test_paths_are_those_of_the_driver(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model_digest": "0" * 64}, "model './m' on .* is another"),
+        ({"model_digest": "0" * 64}, "model './m' on .* differs from the one"),
         ({"text_file_digest": "0" * 64}, "text 'ids' on .*"),
     ],
 )

@@ -10,7 +10,7 @@ import pytest
 
 from dashboards.drawing.style import LABELS
 from dashboards.tables.columns import COLUMNS
-from orchestrator.tracking.mlflow_runs import mlflow_runs as tracking
+from orchestrator.tracking import mlflow_runs as tracking
 from search_spaces.knobs import LEAST, USUAL
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
-from orchestrator.tracking.mlflow_runs.follower import Tracker
 
 from dashboards import pareto
 from dashboards.tables.columns import shown_columns
 from orchestrator.sweep import main, parser, resolve
+from orchestrator.tracking.follower import Tracker
 from streamllm.errors import UsageError
 from streamllm.results.study_folder import StudyFolder
 

@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mlflow import MlflowClient
-from orchestrator.tracking.mlflow_runs.follower import Tracker
-from orchestrator.tracking.mlflow_runs.mlflow_runs import Projection
 
 from orchestrator import sync
 from orchestrator.conclusion import report_of, write_outputs
-from orchestrator.tracking.mlflow_runs import mlflow_runs as tracking
+from orchestrator.tracking import mlflow_runs as tracking
+from orchestrator.tracking.follower import Tracker
+from orchestrator.tracking.mlflow_runs import Projection
 from orchestrator.trials_file import TrialsFile
 from orchestrator.workers.lease import study_lease
 from streamllm.measuring.store import Measurement, MeasurementStore, entry_name

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from orchestrator.tracking.mlflow_runs.follower import Tracker
-from orchestrator.tracking.mlflow_runs.mlflow_runs import Projection, Report
 
 from orchestrator.configuration import WorkerSettings
 from orchestrator.driver import Driver
 from orchestrator.search.study import Study
+from orchestrator.tracking.follower import Tracker
+from orchestrator.tracking.mlflow_runs import Projection, Report
 from orchestrator.trials_file import TrialsFile
 from orchestrator.workers.messages import TrialMeasurement, TrialSpec, WorkerSetup
 from orchestrator.workers.pool import WorkerPool

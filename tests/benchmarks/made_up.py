@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from orchestrator.tracking.mlflow_runs.mlflow_runs import PARENT_PARAMS
-
+from orchestrator.tracking.mlflow_runs import PARENT_PARAMS
 from search_spaces import SearchSpace
 from streamllm.measuring.text import TextSource
 from streamllm.results.schema import OBJECTIVES

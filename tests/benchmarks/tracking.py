@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from orchestrator.tracking.mlflow_runs import mlflow_runs as tracking
+from orchestrator.tracking import mlflow_runs as tracking
 from streamllm.measuring.quality import median_interval
 from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
 
