@@ -22,6 +22,7 @@ from streamllm.terminal.arguments import (
 )
 
 from .options import SAMPLERS
+from .study_name import model_label, study_name
 
 if TYPE_CHECKING:
     from search_spaces import SearchSpace
@@ -199,11 +200,11 @@ def _identity(arguments: argparse.Namespace, source: TextSource, space: SearchSp
 
     from .configuration import Identity, total_kv
 
-    label = Path(arguments.model).name or arguments.model
-    of_cap = f"-{arguments.cap}" if arguments.cap is not None else ""
+    of_cap = [str(arguments.cap)] if arguments.cap is not None else []
+    usual = study_name(model_label(arguments.model), source.label, space.name, *of_cap)
     cap = total_kv(arguments.cap, space.cap, trained_length(arguments.model))
     return Identity(
-        study=arguments.study or f"{label}-{source.label}-{space.name}{of_cap}",
+        study=usual if arguments.study is None else arguments.study,
         model=arguments.model,
         source=source,
         dtype=arguments.dtype,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import uuid
 from collections.abc import Mapping
@@ -23,6 +22,7 @@ from streamllm.results.study_folder import StudyFolder
 
 from .options import SAMPLERS
 from .search.points import check_cap, check_methods
+from .study_name import check_study_name
 
 _FORMAT = 2
 """Format of a study's rows: from 2 on their times are ratios to a reference's."""
@@ -58,8 +58,7 @@ class Identity:
     """Digest of the file that the text is read from; None if there is no such file."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[\w.][\w.+-]*", self.study):
-            raise UsageError(f"study {self.study!r}: use letters, digits, '.', '_', '+' and '-' only")
+        check_study_name(self.study)
         check_least(0, seed=self.seed)
         check_methods(self.space)
         _check_quantizations(self.space, self.quantization)

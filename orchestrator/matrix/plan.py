@@ -16,6 +16,7 @@ from streamllm.policy import EvictionPolicy, for_chunks, with_derived_window
 from streamllm.results.schema import AnyRow, knobs_in_short
 
 from ..configuration import check_least, total_kv
+from ..study_name import check_study_name, model_label, study_name
 
 
 class Outcome(TypedDict, total=False):
@@ -65,6 +66,8 @@ class MatrixRequest:
 
     def __post_init__(self) -> None:
         check_least(0, cpus_per_worker=self.threads)
+        if self.study is not None:
+            check_study_name(self.study)
 
 
 @dataclass(frozen=True)
@@ -128,9 +131,9 @@ def make_plan(request: MatrixRequest) -> MatrixPlan:
     from streamllm.engine.loading import trained_length
 
     cap = total_kv(request.cap, matrix.cap, trained_length(request.model))
-    label = Path(request.model).name or request.model
     of_cap = [] if request.cap is None else [str(request.cap)]
-    name = request.study or "-".join([label, *([source.label] if named else []), matrix.name, *of_cap])
+    usual = study_name(model_label(request.model), *([source.label] if named else []), matrix.name, *of_cap)
+    name = usual if request.study is None else request.study
     folder = request.output or Path("sweeps") / name
     cells = []
     for cell in matrix.cells():
