@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .configuration import Configuration
+from .errors import UsageError
 from .measuring.baseline import as_baseline, average, baseline_policy, compared, sampled
 from .measuring.reference_time import with_times
 from .measuring.text import TextSource
-from .options import PROTOCOLS
+from .options import DTYPES, EXECUTIONS, PROTOCOLS, QUANTIZATIONS
 from .results.schema import Row
 from .terminal.progress import working
 
@@ -76,14 +77,35 @@ def evaluate(
     from .engine.methods import check_execution, check_protocol
 
     how = how or Measuring()
+    _check_names(what, dtype, how.protocol)
+    for name, value in (("threads", threads), ("baseline_tokens", how.baseline_tokens or None)):
+        if value is not None and value < 1:
+            raise UsageError(f"{name} {value}: must be a whole number >= 1")
     check_protocol(what.method, how.protocol)
     check_execution(what.method, what.execution)
     source = source or TextSource()
     source.check()
     loaded, stream = load_model_and_text(model, source, dtype, what.quantization or "none", threads)
     return evaluate_loaded(
-        measurements_beside(what.policy, loaded, stream, store, how.protocol), what, how, with_baseline
+        measurements_beside(what.policy, loaded, stream, Path(store), how.protocol), what, how, with_baseline
     )
+
+
+def _check_names(what: Configuration, dtype: str, protocol: str) -> None:
+    """Raises UsageError for a name that nothing has."""
+    from .engine.backends import BACKENDS
+    from .engine.methods import METHODS
+
+    for kind, name, known in (
+        ("method", what.method, METHODS),
+        ("backend", what.backend, BACKENDS),
+        ("execution", what.execution, EXECUTIONS),
+        ("quantization", what.quantization or "none", QUANTIZATIONS),
+        ("dtype", dtype, DTYPES),
+        ("protocol", protocol, PROTOCOLS),
+    ):
+        if name not in known:
+            raise UsageError(f"{kind} {name!r}: must be one of {', '.join(known)}")
 
 
 def load_model_and_text(

@@ -39,6 +39,10 @@ def test_it_is_what_the_command_does(tmp_path, monkeypatch, capsys):
     ("error", "refused", "more"),
     [
         (UsageError, "execution 'compile': the steps of method 'ours'", {"method": "ours", "execution": "compile"}),
+        (UsageError, "method 'rings': must be one of dense, kvpress, mit", {"method": "rings"}),
+        (UsageError, "backend 'none': must be one of auto, eager", {"method": "ring", "backend": "none"}),
+        (UsageError, "execution 'fast': must be one of eager", {"method": "ring", "execution": "fast"}),
+        (UsageError, "quantization 'int3': must be one of none", {"method": "ring", "quantization": "int3"}),
         (UnavailableError, "protocol 'fast': method 'refresh' is measured by decode-loop only", {"method": "refresh"}),
     ],
 )
@@ -46,5 +50,13 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(error, ref
     monkeypatch.setattr("streamllm.evaluating.load_model_and_text", None)
     with pytest.raises(error, match=refused):
         streamllm.evaluate(streamllm.Configuration(policy=RING.policy, **more))
+    for options, message in (
+        ({"dtype": "int3"}, "dtype 'int3': must be one of auto, float32"),
+        ({"threads": 0}, "threads 0: must be a whole number >= 1"),
+        ({"how": streamllm.Measuring(protocol="slow")}, "protocol 'slow': must be one of fast"),
+        ({"how": streamllm.Measuring(baseline_tokens=-1)}, "baseline_tokens -1: must be a whole number >= 1"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            streamllm.evaluate(RING, **options)
     with pytest.raises(TextError, match="max_eval_tokens 1: must be >= 2"):
         streamllm.evaluate(RING, source=streamllm.TextSource(max_eval_tokens=1))

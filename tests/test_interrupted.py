@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
@@ -91,3 +94,25 @@ def test_ended_at_every_moment_and_started_again(start, tmp_path):
         ["strict", "baseline", *map(str, range(TRIALS))]
     )
     assert {run.info.status for run in children} == {"FINISHED"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_first_ctrl_c_does_not_reach_what_follows(tmp_path):
+    """In a process where nothing was spawned before."""
+    (tmp_path / "follow.py").write_text(
+        "from pathlib import Path\n"
+        "from orchestrator.tracking.follower import Tracker\n"
+        "from orchestrator.tracking.mlflow_runs import Projection\n"
+        "from orchestrator.trials_file import TrialsFile\n"
+        "from streamllm.results.study_folder import StudyFolder\n"
+        "if __name__ == '__main__':\n"
+        "    tracker = Tracker(Projection({}, None), TrialsFile(StudyFolder(Path.cwd()), []))\n"
+        "    print(Path(f'/proc/{tracker._process.pid}/status').read_text())\n"
+        "    tracker._process.kill()\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    command = [sys.executable, "follow.py"]
+    said = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200)
+    assert "SigBlk:" in said.stdout, said.stderr
+    blocked = int(said.stdout.split("SigBlk:")[1].split()[0], 16)
+    assert blocked >> (signal.SIGINT - 1) & 1

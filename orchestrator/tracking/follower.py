@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO
@@ -43,7 +44,9 @@ class Tracker:
         self._pipe, theirs = context.Pipe()
         follower = _Follower(projection, trials.path, longest_pause_sec)
         self._process = context.Process(target=follower.run, args=(theirs,), name="mlflow", daemon=True)
-        # Ctrl-C is the driver's, who says when to finish: the process has it blocked from its first moment.
+        # Ctrl-C is the driver's, who says when to finish: the process has it blocked from its first moment. Spawning
+        # starts the resource tracker first if it is not there, which would unblock it here.
+        resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             self._process.start()
