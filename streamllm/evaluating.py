@@ -37,7 +37,7 @@ BASELINE_SEC = 300.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measuring:
-    """How it is measured, whatever is evaluated."""
+    """How it is measured, whatever is evaluated. Raises UsageError."""
 
     protocol: str = "fast"
     """One of `options.PROTOCOLS`."""
@@ -45,6 +45,12 @@ class Measuring:
     """An attention backend that does not run is an error, not a warning."""
     baseline_tokens: int | None = None
     """Size of the baseline's sample; 0: all; None: until it is known to 0.5%, or for `BASELINE_SEC`."""
+
+    def __post_init__(self) -> None:
+        if self.protocol not in PROTOCOLS:
+            raise UsageError(f"protocol {self.protocol!r}: must be one of {', '.join(PROTOCOLS)}")
+        if self.baseline_tokens is not None and self.baseline_tokens < 0:
+            raise UsageError(f"baseline_tokens {self.baseline_tokens}: must be a whole number >= 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +83,7 @@ def evaluate(
     from .engine.methods import check_execution, check_protocol
 
     how = how or Measuring()
-    _check_names(what, dtype, how.protocol)
-    for name, value in (("threads", threads), ("baseline_tokens", how.baseline_tokens or None)):
-        if value is not None and value < 1:
-            raise UsageError(f"{name} {value}: must be a whole number >= 1")
+    _check_names(what, dtype)
     check_protocol(what.method, how.protocol)
     check_execution(what.method, what.execution)
     source = source or TextSource()
@@ -91,7 +94,7 @@ def evaluate(
     )
 
 
-def _check_names(what: Configuration, dtype: str, protocol: str) -> None:
+def _check_names(what: Configuration, dtype: str) -> None:
     """Raises UsageError for a name that nothing has."""
     from .engine.backends import BACKENDS
     from .engine.methods import METHODS
@@ -102,7 +105,6 @@ def _check_names(what: Configuration, dtype: str, protocol: str) -> None:
         ("execution", what.execution, EXECUTIONS),
         ("quantization", what.quantization or "none", QUANTIZATIONS),
         ("dtype", dtype, DTYPES),
-        ("protocol", protocol, PROTOCOLS),
     ):
         if name not in known:
             raise UsageError(f"{kind} {name!r}: must be one of {', '.join(known)}")

@@ -50,13 +50,24 @@ def test_what_cannot_be_measured_is_refused_before_anything_is_loaded(error, ref
     monkeypatch.setattr("streamllm.evaluating.load_model_and_text", None)
     with pytest.raises(error, match=refused):
         streamllm.evaluate(streamllm.Configuration(policy=RING.policy, **more))
-    for options, message in (
-        ({"dtype": "int3"}, "dtype 'int3': must be one of auto, float32"),
-        ({"threads": 0}, "threads 0: must be a whole number >= 1"),
-        ({"how": streamllm.Measuring(protocol="slow")}, "protocol 'slow': must be one of fast"),
-        ({"how": streamllm.Measuring(baseline_tokens=-1)}, "baseline_tokens -1: must be a whole number >= 1"),
-    ):
+    for options, message in (({"dtype": "int3"}, "dtype 'int3': must be one of auto, float32"),):
         with pytest.raises(UsageError, match=message):
             streamllm.evaluate(RING, **options)
     with pytest.raises(TextError, match="max_eval_tokens 1: must be >= 2"):
         streamllm.evaluate(RING, source=streamllm.TextSource(max_eval_tokens=1))
+
+
+def test_how_it_is_measured_is_checked_where_it_is_made():
+    with pytest.raises(UsageError, match="protocol 'slow': must be one of fast"):
+        streamllm.Measuring(protocol="slow")
+    with pytest.raises(UsageError, match="baseline_tokens -1: must be a whole number >= 0"):
+        streamllm.Measuring(baseline_tokens=-1)
+
+
+def test_threads_are_checked_before_anything_is_loaded(monkeypatch, capsys):
+    monkeypatch.setattr("streamllm.engine.loading.load_model", None)
+    with pytest.raises(UsageError, match="threads -3: must be a whole number >= 1"):
+        streamllm.evaluate(RING, threads=-3)
+    monkeypatch.setattr("sys.argv", ["streamllm", "evaluate", "--threads", "0"])
+    assert main() == 2
+    assert capsys.readouterr().err == "error: threads 0: must be a whole number >= 1\n"

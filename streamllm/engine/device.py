@@ -195,8 +195,10 @@ def device_name(device: torch.device) -> str:
 
 
 def limit_threads(count: int | None) -> None:
-    """Keeps torch to `count` threads; None leaves it its own choice."""
+    """Keeps torch to `count` threads; None leaves it its own choice. Raises UsageError."""
     if count is not None:
+        if count < 1:
+            raise UsageError(f"threads {count}: must be a whole number >= 1")
         torch.set_num_threads(count)
 
 
