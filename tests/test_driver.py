@@ -11,8 +11,8 @@ import pytest
 from orchestrator.driver import Driver
 from orchestrator.search.sampling import BaselineSample
 from orchestrator.search.study import Study
-from orchestrator.workers.messages import TrialMeasurement
-from orchestrator.workers.pool import Finished, SweepError
+from orchestrator.workers.messages import SweepError, TrialMeasurement
+from orchestrator.workers.pool import Finished
 from search_spaces import load_space
 from streamllm.errors import UsageError
 from streamllm.measuring.sample import sample_positions
