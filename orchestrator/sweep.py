@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from search_spaces import is_matrix
 from streamllm.environment import read_env_file
 from streamllm.errors import UsageError
+from streamllm.files import remove_torn
 from streamllm.results.study_folder import write_rows
 from streamllm.terminal.printing import say, tolerate
 
@@ -66,6 +67,8 @@ def _run(argv: Sequence[str] | None, started: float, ending: Ending) -> int:
         return 0
     configuration.output.mkdir(parents=True, exist_ok=True)
     with study_lease(configuration.folder):
+        for path in (configuration.output, configuration.store):
+            remove_torn(path)
         until = started + (configuration.search.time_budget or math.inf)
         return _sweep(configuration, configuration.claim(), until, ending)
 
