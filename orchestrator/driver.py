@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
+from streamllm.files import explained
 from streamllm.measuring.reference_time import WORKER
 from streamllm.results.schema import Row, told_name
 from streamllm.results.study import BASELINE, STRICT
@@ -322,6 +323,6 @@ def _writing() -> Iterator[None]:
         yield
     except OSError as error:
         raise UnwritableError(
-            f"the study cannot be written ({error.strerror or error}): make room for it, then give the same command "
-            f"again; what is finished is kept"
+            f"the study cannot be written: {explained(error)}, then give the same command again; what is finished is "
+            f"kept"
         ) from error

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from search_spaces import is_matrix
 from streamllm.environment import read_env_file
 from streamllm.errors import UsageError
-from streamllm.files import remove_torn
+from streamllm.files import explained, remove_torn
 from streamllm.results.study_folder import write_rows
 from streamllm.terminal.printing import say, tolerate
 
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except OSError as error:  # of a disk that is full, a folder that is gone
-            print(f"error: {error.filename or 'files'}: {error.strerror or error}", file=sys.stderr)
+            print(f"error: {error.filename or 'a file'}: {explained(error)}", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
             ending.was_heard()

@@ -3,6 +3,7 @@ machine included."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
@@ -41,3 +42,15 @@ def remove_torn(folder: Path) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if time.time() - path.stat().st_mtime > _JUST_CREATED_SEC:  # it is locked a moment later
                 path.unlink()
+
+
+def explained(error: OSError) -> str:
+    """Why a file cannot be written or read, and what to do about it."""
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return f"{reason}: make room for it"
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ESTALE):
+        return f"{reason}: its folder has been moved or removed; put it back"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{reason}: make it writable, or give another --output"
+    return reason
