@@ -15,6 +15,7 @@ from streamllm.results.front import hypervolume
 from streamllm.results.schema import AnyRow, knobs_in_short, number
 from streamllm.results.study import StudyResults, is_study, load_study
 from streamllm.terminal.printing import say
+from streamllm.terminal.program import program
 
 from .drawing.ablations import KNOBS, ablation
 from .drawing.comparisons import BASELINE_LABEL, backends, comparison, runtime
@@ -182,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dashboards.figures",
+        prog=program("dashboards.figures"),
         description="Draw the figures of studies, and of folders of JSON results of `streamllm evaluate`.",
     )
     parser.add_argument(

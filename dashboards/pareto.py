@@ -14,6 +14,7 @@ from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults, load_study
 from streamllm.terminal.arguments import percent
 from streamllm.terminal.printing import say
+from streamllm.terminal.program import program
 
 from .tables import kinds
 from .tables.columns import shown_columns
@@ -102,7 +103,7 @@ def parse_formats(names: str) -> list[str]:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dashboards.pareto",
+        prog=program("dashboards.pareto"),
         description="Export the Pareto tables of studies.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

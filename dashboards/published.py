@@ -12,6 +12,7 @@ from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults, load_study
 from streamllm.terminal.printing import say
+from streamllm.terminal.program import program
 
 from .pareto import parse_formats, show, write
 from .tables.columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
@@ -94,7 +95,7 @@ def _row(study: StudyResults, entry: Entry, dataset: str) -> AnyRow:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dashboards.published",
+        prog=program("dashboards.published"),
         description="The source documents' main table as a study measured it (--space paper has all of it), beside the "
         "figures that they published.",
     )

@@ -22,6 +22,7 @@ from streamllm.files import write_atomically
 from streamllm.results.schema import FIELDS, OBJECTIVES, AnyRow
 from streamllm.results.study import FIXED, StudyResults, load_study
 from streamllm.terminal.printing import say
+from streamllm.terminal.program import program
 
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
 from .findings import Findings, findings
@@ -304,7 +305,7 @@ def _times(rows: Sequence[AnyRow]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dashboards.report",
+        prog=program("dashboards.report"),
         description="Write the report of a study: one HTML file, which opens offline.",
     )
     parser.add_argument("study", metavar="STUDY", help="a name under sweeps/, or the path of an output folder")

@@ -28,6 +28,7 @@ from urllib.request import urlopen
 from streamllm.errors import UsageError
 from streamllm.results.study import EXPERIMENT, VIEW, StudyResults, load_study, view_of
 from streamllm.results.study_folder import StudyFolder
+from streamllm.terminal.program import program
 
 _HOST = "127.0.0.1"
 _PORTS = 100
@@ -168,7 +169,8 @@ def commands(studies: Sequence[StudyResults]) -> tuple[list[tuple[str, list[str]
     elif not uri and not Path("mlflow.db").is_file():
         said.append("MLflow            not started: no mlflow.db here; python -m orchestrator.sync STUDY makes one")
     else:
-        command = [sys.executable, "-m", "mlflow", "ui", "--workers", "1", "--host", _HOST]
+        command = [sys.executable, "-P", "-m", "mlflow", "ui", "--workers", "1", "--host", _HOST]
+        command += ["--uvicorn-opts", f"--app-dir {tempfile.gettempdir()}"]  # else modules are looked for here too
         start.append(("MLflow", [*command, "--backend-store-uri", uri or "sqlite:///mlflow.db"]))
     journal = studies[0].files.journal
     if importlib.util.find_spec("optuna_dashboard") is None:
@@ -177,7 +179,7 @@ def commands(studies: Sequence[StudyResults]) -> tuple[list[tuple[str, list[str]
         said.append(f"optuna-dashboard  not started: study {studies[0].name!r} has no journal")
     else:
         program = "import sys; from optuna_dashboard._cli import main; sys.exit(main())"
-        command = [sys.executable, "-c", program, "--host", _HOST, "--storage-class", "JournalFileStorage"]
+        command = [sys.executable, "-P", "-c", program, "--host", _HOST, "--storage-class", "JournalFileStorage"]
         start.append(("optuna-dashboard", [*command, str(journal)]))
     return start, said
 
@@ -299,7 +301,7 @@ def say(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m dashboards.serve",
+        prog=program("dashboards.serve"),
         description="Open MLflow's UI, optuna-dashboard (of the first study) and the reports, on this machine only.",
     )
     parser.add_argument(

@@ -10,6 +10,7 @@ from pathlib import Path
 from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
 from streamllm.terminal.printing import say
+from streamllm.terminal.program import program
 
 from .tables.columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
 from .tables.evaluations import read_results
@@ -67,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m dashboards.summarize",
+        prog=program("dashboards.summarize"),
         description="One table of the JSON results of `streamllm evaluate --output-file`, or of the source documents.",
     )
     parser.add_argument("folder", nargs="?", type=Path, metavar="RESULTS_DIR", help="searched with its subfolders")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search_spaces import SHIPPED, load_space
+from streamllm import __version__
 from streamllm.environment import HELP
 from streamllm.errors import UsageError
 from streamllm.terminal.arguments import (
@@ -20,6 +21,7 @@ from streamllm.terminal.arguments import (
     sample_size,
     text_source,
 )
+from streamllm.terminal.program import program
 
 from .options import SAMPLERS
 from .study_name import model_label, study_name
@@ -60,11 +62,12 @@ _OF_SEARCHES = (
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m orchestrator.sweep",
+        prog=program("orchestrator.sweep"),
         description="Search the knobs of StreamingLLM for the best trade-offs of speed and perplexity on this machine.",
         epilog=_EXAMPLES + HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"streamllm-sweep {__version__}")
     what = parser.add_argument_group("what is swept")
     add_model_arguments(what)
     add_text_arguments(what)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from streamllm.errors import UsageError
 from streamllm.terminal.printing import say
+from streamllm.terminal.program import program
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m orchestrator.sync",
+        prog=program("orchestrator.sync"),
         description="Bring MLflow up to date with a study. What is there already stays as it is.",
     )
     parser.add_argument("study", metavar="STUDY", help="a name under sweeps/, or the path of an output folder")

@@ -3,10 +3,20 @@
 Import it before torch: that makes OpenMP's threads sleep while they wait (`environment.wait_passively`).
 """
 
+import os
+import sys
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .environment import wait_passively
+# `python -m` looks for modules first where it is given, among other people's files; one may be called as one of
+# ours or of a library's. Where this package lies elsewhere, nothing is to be found there.
+_is_command = sys.argv[:1] == ["-m"] and f" -m {__name__}" in " ".join(sys.orig_argv) and not sys.flags.safe_path
+if _is_command and Path(sys.path[0]).resolve() != Path(__file__).resolve().parents[1]:
+    del sys.path[0]
+    os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that are started
+
+from .environment import wait_passively  # noqa: E402
 
 if TYPE_CHECKING:
     from .configuration import Configuration

@@ -1,26 +1,44 @@
-"""`python -m streamllm COMMAND`: every file in `commands/` is one."""
+"""`streamllm COMMAND`, also `python -m streamllm COMMAND`: every file in `commands/` is one, and the sweep's and the
+dashboards' commands are."""
 
 import argparse
+import os
 import sys
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
+from . import __version__
 from .environment import HELP, read_env_file
 from .errors import UsageError
+from .terminal.printing import tolerate
+from .terminal.program import COMMANDS, program
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else [*argv]
+    if Path(sys.argv[0]).stem == "streamllm":
+        os.environ.setdefault("PYTHONSAFEPATH", "1")  # what lies in the working directory is no module of ours
+    if arguments and arguments[0] in COMMANDS:
+        module, _ = COMMANDS[arguments[0]]
+        return int(import_module(module).main(arguments[1:]))
+    return _run(arguments)
+
+
+def _run(argv: Sequence[str]) -> int:
+    tolerate()
     try:
         read_env_file()
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     parser = argparse.ArgumentParser(
-        prog="python -m streamllm",
+        prog=program("streamllm"),
         description="StreamingLLM on any rotary language model.",
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action="version", version=f"streamllm-sweep {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for path in sorted((Path(__file__).parent / "commands").glob("[a-z]*.py")):
         command = import_module(f".commands.{path.stem}", __package__)
@@ -33,7 +51,9 @@ def main() -> int:
         )
         command.add_arguments(subparser)
         subparser.set_defaults(run=command.run)
-    arguments = parser.parse_args()
+    for name, (_, about) in COMMANDS.items():
+        commands.add_parser(name, help=about)
+    arguments = parser.parse_args(argv)
     try:
         return int(arguments.run(arguments))
     except UsageError as error:

@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from contextlib import chdir
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Self
 
 from streamllm.errors import UsageError
@@ -103,8 +105,10 @@ def _init(ray: Any, address: str | None) -> None:
         _check_answers(address)
     before = _handlers()
     try:
-        # without an address Ray would join whatever cluster this machine has been part of last
-        _in_a_thread_that_stays(lambda: ray.init(address=address or "local", **options))
+        # workers look for modules where the driver is then: not in the working directory, among other people's files
+        with chdir(Path(__file__).resolve().parents[2]):
+            # without an address Ray would join whatever cluster this machine has been part of last
+            _in_a_thread_that_stays(lambda: ray.init(address=address or "local", **options))
     except Exception as error:  # Ray raises a plain one where a node does not start
         what = _named(address) if address else "a cluster of this machine's own"
         raise UsageError(f"Ray: {what} cannot be used: {one_line(error)}") from error
