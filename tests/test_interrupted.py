@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 from mlflow import MlflowClient
 
 from .conftest import GOLDEN
+from .fuzz import kills
 from .mortal_sweep import MOMENTS, run
 from .preloaded import context, ended
 from .waiting import wait_until
@@ -116,3 +118,42 @@ def test_the_first_ctrl_c_does_not_reach_what_follows(tmp_path):
     assert "SigBlk:" in said.stdout, said.stderr
     blocked = int(said.stdout.split("SigBlk:")[1].split()[0], 16)
     assert blocked >> (signal.SIGINT - 1) & 1
+
+
+def begun(process, stderr):
+    """Waits until the first trial is finished."""
+    wait_until(lambda: not process.is_alive() or (stderr.exists() and "[1/" in stderr.read_text()), 300)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_what_schedulers_and_closed_terminals_send_is_as_ctrl_c(number, start, tmp_path):
+    process = start("never")
+    begun(process, tmp_path / "stderr")
+    os.killpg(process.pid, number)  # MLflow's follower is hit too
+    ended(process)
+    log = (tmp_path / "stderr").read_text()
+    assert process.exitcode == 128 + number, log
+    assert log.count("interrupted: the same command goes on from here") == 1
+    assert "Traceback" not in log and "***" not in log, "Ray prints stacks"
+    assert json.loads((tmp_path / "sweeps/s/outcome.json").read_text())["status"] == "KILLED"
+    assert "RUNNING" not in {run.info.status for run in runs_of(tmp_path)}
+
+
+def test_a_study_that_is_removed_meanwhile_is_one_line(start, tmp_path):
+    process = start("never")
+    begun(process, tmp_path / "stderr")
+    shutil.rmtree(tmp_path / "sweeps/s")
+    ended(process)
+    last = (tmp_path / "stderr").read_text().splitlines()[-1]
+    assert process.exitcode == 1 and last.startswith("error: the study cannot be written: No such file or directory")
+
+
+@pytest.mark.parametrize("target", ["Ray's head", "all, terminated"])
+def test_on_a_ray_of_its_own(target, tmp_path, empty_mlflow):
+    """As in `python -m tests.fuzz.kills`, at a moment that is not random."""
+    one = kills.play(tmp_path, empty_mlflow, target, lambda: "[ 3/" in read(tmp_path / "stderr"), random.Random(1))
+    assert one.was_there and one.wrong == [] and one.codes == [143 if "all" in target else 1, 0]
+
+
+def read(path):
+    return path.read_text() if path.exists() else ""

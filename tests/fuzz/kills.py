@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +48,6 @@ _STARTS = 4
 @dataclass(frozen=True)
 class Round:
     target: str
-    after: float
-    """Seconds after the start at which it was killed."""
     was_there: bool
     """Whether there was such a process then."""
     finished: int
@@ -90,7 +89,8 @@ def kill(driver: int, target: str, choose: random.Random) -> bool:
     return True
 
 
-def play(folder: Path, database: Path, target: str, after: float, choose: random.Random) -> Round:
+def play(folder: Path, database: Path, target: str, is_time: Callable[[], bool], choose: random.Random) -> Round:
+    """One round, in that empty folder, with a copy of an empty database of MLflow."""
     (folder / "space.yaml").write_text(SPACE)
     shutil.copyfile(database, folder / "mlflow.db")
     codes: list[int] = []
@@ -101,7 +101,8 @@ def play(folder: Path, database: Path, target: str, after: float, choose: random
         process = context().Process(target=run, args=("never", folder, ARGUMENTS))
         process.start()
         if not codes:
-            process.join(after)
+            while process.is_alive() and not is_time():
+                time.sleep(0.05)
             was_there = process.is_alive() and kill(process.pid or 0, target, choose)
         process.join(_LIMIT_SEC)
         if process.is_alive():
@@ -122,7 +123,7 @@ def play(folder: Path, database: Path, target: str, after: float, choose: random
         wrong.append(f"it did not end well in {_STARTS} starts")
     else:
         wrong += check(folder)
-    return Round(target, after, was_there, finished, codes, wrong)
+    return Round(target, was_there, finished, codes, wrong)
 
 
 def rows_of(folder: Path) -> list[str]:
@@ -201,10 +202,11 @@ def main() -> int:
             folder = Path(name) / str(number)
             folder.mkdir()
             started = time.monotonic()
-            one = play(folder, database, target, choose.uniform(0.5, _LATEST_SEC), choose)
+            after = choose.uniform(0.5, _LATEST_SEC)
+            one = play(folder, database, target, lambda at=started + after: time.monotonic() > at, choose)
             rounds.append(one)
             print(
-                f"round {number}: {target} after {one.after:.1f} s{'' if one.was_there else ' (not there)'}, "
+                f"round {number}: {target} after {after:.1f} s{'' if one.was_there else ' (not there)'}, "
                 f"{one.finished} finished, exit {one.codes}, {time.monotonic() - started:.0f} s, load "
                 f"{os.getloadavg()[0]:.1f}: {'; '.join(one.wrong) or 'all there once'}",
                 flush=True,
