@@ -58,16 +58,18 @@ def conclude(configuration: SweepConfiguration, tracker: Tracker, display: Displ
             f"{_python()} -m orchestrator.sync {configuration.output}"
         )
     if results.trials:
-        say(_next_steps(configuration))
+        say(_next_steps(configuration, tracker.address))
 
 
-def _next_steps(configuration: SweepConfiguration) -> str:
+def _next_steps(configuration: SweepConfiguration, in_mlflow: str) -> str:
+    """in_mlflow: where MLflow shows the study; "" if nobody knows."""
     python = _python()
     more = f" with --trials {2 * configuration.trials}" if configuration.search.time_budget is None else ""
     return "\n".join(
         (
             f"report    {configuration.output}/report.html; tables and figures beside it",
             f"browse    {python} -m dashboards.serve",
+            *([f"MLflow    {in_mlflow}"] if in_mlflow else []),
             f"export    {python} -m dashboards.pareto {configuration.output} --format latex,parquet --all",
             f"go on     the same command{more}",
             f"bigger    {python} -m orchestrator.sweep --model EleutherAI/pythia-2.8b --dataset-name pg19 "
