@@ -452,22 +452,23 @@ def test_a_database_that_is_none(study, capsys):
     assert failure(capsys).endswith(f"file is not a database; mv {path} {path}.old")
 
 
+USER = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+
+
 @pytest.mark.parametrize(
-    "status, told",
-    [
-        (401, "error code 401 != 200; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"),
-        (403, "or set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN to those of somebody who may"),
-    ],
-)  # fmt: skip
+    "status, told", [(401, f"error code 401 != 200; set {USER}"), (403, f" or set {USER} to those of somebody who may")]
+)
 def test_a_server_that_does_not_let_one_in(study, capsys, status, told):
     with stub(status, b"You are not authenticated. " + b"Please see there. " * 30) as uri:
         assert failure(capsys, uri).endswith(told)
 
 
 def test_databricks_names_are_paths(study, capsys):
-    body = {"error_code": "INVALID_PARAMETER_VALUE", "message": "Got an invalid experiment name 'x'. An absolute path is required."}  # fmt: skip
+    message = "Got an invalid experiment name 'x'. An absolute path is required."
+    body = {"error_code": "INVALID_PARAMETER_VALUE", "message": message}
     with stub(400, json.dumps(body).encode()) as uri:
-        assert failure(capsys, uri).endswith("MLFLOW_EXPERIMENT_NAME=/Users/YOU/streamllm-sweep: there, names are absolute paths")  # fmt: skip
+        told = "MLFLOW_EXPERIMENT_NAME=/Users/YOU/streamllm-sweep: there, names are absolute paths"
+        assert failure(capsys, uri).endswith(told)
 
 
 @contextmanager
@@ -481,7 +482,7 @@ def stub(status, body):
             self.end_headers()
             self.wfile.write(body)
 
-        do_POST = do_GET
+        do_POST = do_GET  # noqa: N815
 
         def log_message(self, *_):
             pass
