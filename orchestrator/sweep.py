@@ -49,14 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         configuration.output.mkdir(parents=True, exist_ok=True)
         with study_lease(configuration.folder):
             until = started + (configuration.search.time_budget or math.inf)
-            return _sweep(configuration, configuration.claim(), until)
+            return _sweep(configuration, configuration.claim(), until, arguments.tracking_uri)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _sweep(configuration: SweepConfiguration, study_id: str, until: float) -> int:
-    """`until`: when all should be finished, by the monotonic clock."""
+def _sweep(configuration: SweepConfiguration, study_id: str, until: float, tracking_uri: str | None) -> int:
+    """`until`: when all should be finished, by the monotonic clock; `tracking_uri`: of MLflow."""
     from streamllm.measuring.store import MeasurementStore
 
     from .conclusion import conclude
@@ -70,7 +70,7 @@ def _sweep(configuration: SweepConfiguration, study_id: str, until: float) -> in
     study = Study(what.study, configuration.journal, what.space, what.cap, what.seed, sampler)
     trials = TrialsFile(configuration.folder, study.rows)
     store = MeasurementStore(configuration.store)
-    projection = Projection(configuration.to_dict(study_id), store)
+    projection = Projection(configuration.to_dict(study_id), store, tracking_uri)
     tracker = Tracker(projection, trials)
     display = Display(configuration.trials, study.rows, what.space.objectives, tracker, until=until)
     _introduce(configuration, study, display)
@@ -78,7 +78,7 @@ def _sweep(configuration: SweepConfiguration, study_id: str, until: float) -> in
     if found := driver.increases(store.losses):
         write_rows(configuration.folder.increases, found)
     configuration.folder.write_outcome(status)
-    conclude(configuration, tracker, display)
+    conclude(configuration, tracker, display, tracking_uri)
     return code
 
 
