@@ -23,7 +23,7 @@ from orchestrator.conclusion import report_of, write_outputs
 from orchestrator.tracking import mlflow_runs as tracking
 from orchestrator.tracking.database_lock import opening
 from orchestrator.tracking.follower import Tracker
-from orchestrator.tracking.mlflow_runs import Projection
+from orchestrator.tracking.mlflow_runs import Projection, Report
 from orchestrator.trials_file import TrialsFile
 from orchestrator.workers.lease import study_lease
 from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
@@ -450,6 +450,17 @@ def test_a_database_that_is_none(study, capsys):
     Path("mlflow.db").write_text("no database " * 1000)
     path = Path("mlflow.db").absolute()
     assert failure(capsys).endswith(f"file is not a database; mv {path} {path}.old")
+
+
+def test_what_follows_a_sweep_says_what_to_do_too(study, request):
+    Path("mlflow.db").write_text("no database " * 1000)
+    tracker = Tracker(Projection(CONFIGURATION, MeasurementStore("sweeps/.store")), TrialsFile(StudyFolder(study), []))
+    request.addfinalizer(tracker._process.kill)
+    wait_until(lambda: tracker.problem is not None)
+    path = Path("mlflow.db").absolute()
+    told = tracker.finish(Report(), lambda backlog: None, patience_sec=0.0)
+    assert told == tracker.problem and told.endswith(f"file is not a database; mv {path} {path}.old")
+    assert tracker.address == ""
 
 
 USER = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
