@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from streamllm.measuring.store import MeasurementStore
 from streamllm.results.mlflow_address import experiment_id, experiment_name, runs_page, shown_at, store_uri
-from streamllm.results.schema import FIELDS, FORMAT, KNOBS, AnyRow, knobs_in_short, told_name
+from streamllm.results.schema import FIELDS, FORMAT, KNOBS, POLICY_KNOBS, AnyRow, knobs_in_short, told_name
 from streamllm.results.study import FIXED, VIEW, StudyResults, view_of
 
 from .database_lock import opening
@@ -39,12 +39,17 @@ _TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if fie
 _METRICS = tuple(field.name for field in FIELDS.values() if field.mlflow == "metric")
 _AT_THE_END = tuple(field.name for field in FIELDS.values() if field.final)
 PARENT_PARAMS = ("model", "dtype", "quantization", "cap", "seed")
-_VIEWED = sorted((field for field in FIELDS.values() if field.viewed), key=lambda field: field.mlflow != "metric")
-_COLUMNS = tuple(
-    "attributes.`Dataset`" if field.name == "dataset" else f"{field.mlflow}s.`{field.tag or field.name}`"
-    for field in _VIEWED
+_FIRST = ("tpot_ms", "front_probability", "ppl_vs_strict_percent", "method", "backend", *(k.name for k in POLICY_KNOBS))
+_VIEWED = [*(FIELDS[name] for name in _FIRST), *(f for f in FIELDS.values() if f.viewed and f.name not in _FIRST)]
+_COLUMNS = (
+    "tags.`pareto`",
+    *(
+        "attributes.`Dataset`" if field.name == "dataset" else f"{field.mlflow}s.`{field.tag or field.name}`"
+        for field in _VIEWED
+    ),
 )
-"""Columns of the table of runs that MLflow's UI shows at a study's own address, after whether it is on the front."""
+"""Columns of the table of runs that MLflow's UI shows at a study's own address, in this order: what a trial came to,
+what it is, the rest."""
 _NOTE = "mlflow.note.content"
 _ABOUT = (
     "Sweeps of streamllm-sweep: a parent run per study, with the front in its description and artifacts, and a run per "
@@ -294,13 +299,12 @@ class Projection:
         which parents are unfolded, `runsExpanded`, it leaves out of a view on purpose."""
         study = self._configuration["study"]
         first, direction = next(iter(self._configuration["objectives"].items()))
-        columns = ("tags.`pareto`", *_COLUMNS)
         view = {
             "searchFilter": f"tags.study = '{study}'",
             "orderByKey": f"metrics.`{told_name(first)}`",
             "orderByAsc": direction == "minimize",
-            "selectedColumns": columns,
-            "columnOrder": columns,
+            "selectedColumns": _COLUMNS,
+            "columnOrder": _COLUMNS,
         }
         tags = {f"{VIEW}{view_of(study)}": json.dumps(view)}
         if _ABOUT in before.get(_NOTE, _ABOUT):
