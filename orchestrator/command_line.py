@@ -165,6 +165,8 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
 def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     """Checks all that can be checked before anything is started. Raises UsageError."""
     from .configuration import ConfirmSettings, SearchSettings, SweepConfiguration, WorkerSettings
+    from .workers.cluster import resources_here
+    from .workers.room import Room
 
     source = text_source(arguments)
     space = load_space(arguments.space)
@@ -181,6 +183,8 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         trial_timeout=arguments.trial_timeout,
         load_timeout=arguments.load_timeout,
     )
+    if (here := resources_here(workers.address)) is not None:
+        Room.of([here], workers)
     limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
     confirm = ConfirmSettings(rounds=arguments.confirm, max_ppl_increase=limit)
     identity = _identity(arguments, source, space)

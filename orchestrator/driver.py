@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
+from streamllm.files import explained
 from streamllm.measuring.reference_time import WORKER
 from streamllm.results.schema import Row, told_name
 from streamllm.results.study import BASELINE, STRICT
@@ -19,8 +20,8 @@ from streamllm.results.study import BASELINE, STRICT
 from .search.rows import failed_row, fixed_row, fixed_spec, increases, trial_row
 from .search.sampling import BaselineSample
 from .search.study import OpenTrial, Study
-from .workers.messages import TrialMeasurement, TrialSpec, WorkerDescription
-from .workers.pool import Finished, SweepError, WorkerPool
+from .workers.messages import SweepError, TrialMeasurement, TrialSpec, UnwritableError, WorkerDescription
+from .workers.pool import Finished, WorkerPool
 
 if TYPE_CHECKING:
     import numpy as np
@@ -297,8 +298,9 @@ class Driver:
         self._announce(judged)
 
     def _announce(self, row: Row) -> None:
-        for observer in self.observers:
-            observer.trial_finished(row)
+        with _writing():
+            for observer in self.observers:
+                observer.trial_finished(row)
 
 
 def _kind(of: Mapping[str, object]) -> Kind:
@@ -320,7 +322,7 @@ def _writing() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SweepError(
-            f"the study cannot be written ({error.strerror or error}): make room for it, then give the same command "
-            f"again; what is finished is kept"
+        raise UnwritableError(
+            f"the study cannot be written: {explained(error)}, then give the same command again; what is finished is "
+            f"kept"
         ) from error

@@ -19,6 +19,8 @@ from .configuration import Identity, SweepConfiguration, WorkerSettings
 from .estimate import estimate
 from .options import AUTO_TPE_TRIALS
 from .search.points import configuration_of
+from .workers.cluster import resources_here
+from .workers.room import Room
 
 
 def describe(configuration: SweepConfiguration) -> str:
@@ -97,26 +99,21 @@ class WorkerLayout:
 
 def _layout(workers: WorkerSettings) -> WorkerLayout:
     count, cpus = workers.count, workers.cpus
-    cores = f"{cpus} cores" if cpus > 1 else "core"
-    if workers.address is not None:
-        words = f"{count or f'one per accelerator, or per {cores},'} of the cluster at {workers.address}"
+    here = resources_here(workers.address)
+    if here is None:
+        cores = f"{cpus} cores" if cpus > 1 else "core"
+        where = workers.address or os.environ.get("RAY_ADDRESS")
+        words = f"{count or f'one per accelerator, or per {cores},'} of the cluster at {where}"
         return WorkerLayout(count or 1, cpus or None, words)
-    from torch import accelerator
-
     from streamllm.engine.device import default_device, device_name
 
-    if accelerators := accelerator.device_count():
-        count = count or accelerators
-        return WorkerLayout(count, None, f"{count}, each with one of {accelerators} x {device_name(default_device())}")
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = count or max(here // max(cpus, 1), 1)
-    each = cpus or max(here // count, 1)
-    if not 1 <= count <= here // each:
-        raise UsageError(
-            f"workers {count}: there is room for {here // each} with {each} of the {here} cores each; "
-            f"give fewer of one or the other"
-        )
-    return WorkerLayout(count, each, f"{count}, each with {each} of {here} cores; no accelerator here")
+    room = Room.of([here], workers)
+    most = room.workers([here])
+    count = count or most
+    if room.on_accelerators:
+        return WorkerLayout(count, None, f"{count}, each with one of {most} x {device_name(default_device())}")
+    each = f"{count}, each with {room.cores} of {here['CPU']:g} cores; no accelerator here"
+    return WorkerLayout(count, room.cores, each)
 
 
 def _cost(configuration: SweepConfiguration, layout: WorkerLayout) -> str:

@@ -3,59 +3,79 @@
 from __future__ import annotations
 
 import math
-import signal
+import os
 import sys
-import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search_spaces import is_matrix
 from streamllm.environment import read_env_file
 from streamllm.errors import UsageError
+from streamllm.files import explained, remove_torn
 from streamllm.results.study_folder import write_rows
-from streamllm.terminal.printing import say
+from streamllm.terminal.printing import say, tolerate
 
 from .command_line import matrix_request, parser, resolve
+from .ending import WORDS, Ending
 
 if TYPE_CHECKING:
+    from streamllm.results.schema import Row
+
     from .configuration import SweepConfiguration, WorkerSettings
     from .driver import Driver, Observer
     from .screen.display import Display
     from .search.study import Study
-    from .workers.pool import WorkerPool
+    from .workers.messages import WorkerSetup
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    try:
-        read_env_file()
-        arguments = parser().parse_args(argv)
-        if is_matrix(arguments.space):
-            from .matrix.run import run_matrix
-
-            return run_matrix(matrix_request(arguments), arguments.dry_run)
-        from .workers.lease import study_lease
-
-        configuration = resolve(arguments)
-        if arguments.dry_run:
-            from .dry_run import describe
-
-            say(describe(configuration))
-            return 0
-        configuration.output.mkdir(parents=True, exist_ok=True)
-        with study_lease(configuration.folder):
-            until = started + (configuration.search.time_budget or math.inf)
-            return _sweep(configuration, configuration.claim(), until, arguments.tracking_uri)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    tolerate()
+    with Ending() as ending:
+        try:
+            return _run(argv, started, ending)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:  # of a disk that is full, a folder that is gone
+            print(f"error: {error.filename or 'a file'}: {explained(error)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            ending.was_heard()
+            ending.say()
+            return ending.exit_code
 
 
-def _sweep(configuration: SweepConfiguration, study_id: str, until: float, tracking_uri: str | None) -> int:
+def _run(argv: Sequence[str] | None, started: float, ending: Ending) -> int:
+    read_env_file()
+    arguments = parser().parse_args(argv)
+    if is_matrix(arguments.space):
+        from .matrix.run import run_matrix
+
+        return run_matrix(matrix_request(arguments), arguments.dry_run)
+    from .workers.lease import study_lease
+
+    configuration = resolve(arguments)
+    if arguments.dry_run:
+        from .dry_run import describe
+
+        say(describe(configuration))
+        return 0
+    configuration.output.mkdir(parents=True, exist_ok=True)
+    with study_lease(configuration.folder):
+        for path in (configuration.output, configuration.store):
+            remove_torn(path)
+        until = started + (configuration.search.time_budget or math.inf)
+        return _sweep(configuration, configuration.claim(), until, ending, arguments.tracking_uri)
+
+
+def _sweep(
+    configuration: SweepConfiguration, study_id: str, until: float, ending: Ending, tracking_uri: str | None
+) -> int:
     """`until`: when all should be finished, by the monotonic clock; `tracking_uri`: of MLflow."""
     from streamllm.measuring.store import MeasurementStore
 
@@ -66,20 +86,35 @@ def _sweep(configuration: SweepConfiguration, study_id: str, until: float, track
     from .tracking.mlflow_runs import Projection
     from .trials_file import TrialsFile
 
-    what, sampler = configuration.identity, configuration.search.sampler
+    what, sampler, folder = configuration.identity, configuration.search.sampler, configuration.folder
     study = Study(what.study, configuration.journal, what.space, what.cap, what.seed, sampler)
-    trials = TrialsFile(configuration.folder, study.rows)
+    trials = TrialsFile(folder, study.rows)
     store = MeasurementStore(configuration.store)
     projection = Projection(configuration.to_dict(study_id), store, tracking_uri)
     tracker = Tracker(projection, trials)
     display = Display(configuration.trials, study.rows, what.space.objectives, tracker, until=until)
     _introduce(configuration, study, display)
-    driver, status, code = _measure(configuration, study, [trials, display, tracker], display, until)
-    if found := driver.increases(store.losses):
-        write_rows(configuration.folder.increases, found)
-    configuration.folder.write_outcome(status)
+    observers: list[Observer] = [trials, display, tracker]
+    with display, _quiet_stdout():
+        measured = _measure(configuration, study, observers, display, until, ending)
+    if not measured.is_written:
+        return measured.code
+    if measured.found:
+        write_rows(folder.increases, measured.found)
     conclude(configuration, tracker, display, tracking_uri)
-    return code
+    return measured.code
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """How a sweep's measuring ended."""
+
+    code: int
+    """The exit code."""
+    is_written: bool
+    """False where the study's folder takes nothing more."""
+    found: Sequence[Row] = ()
+    """What trials cost beside the baseline, as well as it is known by now."""
 
 
 def _measure(
@@ -88,27 +123,26 @@ def _measure(
     observers: list[Observer],
     display: Display,
     until: float,
-) -> tuple[Driver, str, int]:
-    """Searches and confirms. Returns the driver, how the sweep ended, and its exit code."""
+    ending: Ending,
+) -> _Measured:
+    """Searches and confirms, and writes how that ended."""
+    from streamllm.measuring.store import MeasurementStore
+
     from .driver import Driver
-    from .workers.messages import WorkerSetup
-    from .workers.pool import SweepError, WorkerPool
+    from .workers.messages import SweepError, UnwritableError
+    from .workers.pool import WorkerPool
 
     what, search, rounds = configuration.identity, configuration.search, configuration.confirm.rounds
-    setup = WorkerSetup(
-        model=what.model,
-        source=what.source,
-        dtype=what.dtype,
-        quantization=what.quantization,
-        store=configuration.store.absolute(),
-        total=what.cap,
-        directory=Path.cwd(),
-        model_digest=what.model_digest,
-        text_file_digest=what.text_file_digest,
-    )
-    with display:
+    pool = driver = None
+    status: str | None = "FAILED"
+    code = 1
+    try:
         display.note("starting Ray and its workers")
-        pool = WorkerPool(setup, _with_the_cores_of(study, configuration.workers), note=display.note)
+        pool = WorkerPool(
+            _worker_setup(configuration),
+            _with_the_cores_of(study, configuration.workers),
+            note=display.note,
+        )
         driver = Driver(
             study,
             pool,
@@ -120,20 +154,52 @@ def _measure(
             confirm=rounds,
             baseline_tokens=search.baseline_tokens,
         )
-        try:
-            with _interruptible(pool):
-                driver.run()
-                if rounds:
-                    _confirm(configuration, driver, display, until)
-        except SweepError as error:
-            display.note(f"error: {error}")
-            return driver, "FAILED", 1
-        except KeyboardInterrupt:
-            display.note("interrupted: the same command goes on from here")
-            return driver, "KILLED", 130
-        finally:
+        driver.run()
+        if rounds:
+            _confirm(configuration, driver, display, until)
+        status, code = "FINISHED", 0
+    except UnwritableError as error:
+        display.note(f"error: {error}")
+        status = None
+    except (SweepError, UsageError) as error:
+        display.note(f"error: {error}")
+        code = 2 if isinstance(error, UsageError) else 1
+    except KeyboardInterrupt:
+        ending.was_heard()
+        display.note(WORDS)
+        status, code = "KILLED", ending.exit_code
+    finally:
+        if status is not None:
+            configuration.folder.write_outcome(status)
+        if pool is not None:
             pool.shutdown()
-    return driver, "FINISHED", 0
+    store = MeasurementStore(configuration.store)
+    return _Measured(code, status is not None, driver.increases(store.losses) if driver is not None else ())
+
+
+def _worker_setup(configuration: SweepConfiguration) -> WorkerSetup:
+    from .workers.messages import WorkerSetup
+
+    what = configuration.identity
+    return WorkerSetup(
+        model=what.model,
+        source=what.source,
+        dtype=what.dtype,
+        quantization=what.quantization,
+        store=configuration.store.absolute(),
+        total=what.cap,
+        directory=Path.cwd(),
+        model_digest=what.model_digest,
+        text_file_digest=what.text_file_digest,
+    )
+
+
+@contextmanager
+def _quiet_stdout() -> Iterator[None]:
+    """Ray prints paragraphs about its workers' ends there, whatever it is told of logs. Nothing of ours goes there
+    while it runs."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def _with_the_cores_of(study: Study, workers: WorkerSettings) -> WorkerSettings:
@@ -145,25 +211,6 @@ def _with_the_cores_of(study: Study, workers: WorkerSettings) -> WorkerSettings:
             f"leave it out, or give another --study"
         )
     return replace(workers, cpus=workers.cpus or study.threads)
-
-
-@contextmanager
-def _interruptible(pool: WorkerPool) -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt at once and, where that is lost in a library's callback, when the pool is next
-    waited for."""
-
-    def interrupt(*_: object) -> None:
-        pool.interrupted = True
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():  # which alone is sent signals
-        yield
-        return
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
 
 
 def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display, until: float) -> None:

@@ -7,8 +7,8 @@ import pytest
 from orchestrator.search import rounds as rounds_module
 from orchestrator.search.confirm import candidates, confirmed_rows, unconfirmed_better
 from orchestrator.search.rounds import Round, read_rounds, take_rounds
-from orchestrator.workers.messages import TrialMeasurement
-from orchestrator.workers.pool import Finished, SweepError
+from orchestrator.workers.messages import SweepError, TrialMeasurement
+from orchestrator.workers.pool import Finished
 from streamllm.measuring.quality import QualityComparison
 from streamllm.results.front import study_front
 from streamllm.results.schema import Row

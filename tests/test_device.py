@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity
 
 from orchestrator import dry_run
 from orchestrator.configuration import WorkerSettings
-from orchestrator.workers import accelerators, pool, worker
+from orchestrator.workers import accelerators, cluster, worker
 from orchestrator.workers.device_kinds import built_for, device_kinds
 from orchestrator.workers.lease import claim
 from orchestrator.workers.messages import WorkerSetup
@@ -271,10 +271,12 @@ def test_ray_is_told_of_accelerators_that_it_may_not_know(kind, told, accelerato
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     given = {}
     monkeypatch.setattr("ray.init", lambda **options: given.update(options))
-    pool.init_ray(None)
+    monkeypatch.setattr(cluster, "_vital", lambda ray: {})
+    monkeypatch.setattr(cluster, "_check_answers", lambda address: None)
+    cluster.Cluster.join(None)
     assert given.get("num_gpus") == told
     given.clear()
-    pool.init_ray("10.0.0.1:6379")
+    cluster.Cluster.join("10.0.0.1:6379")
     assert "num_gpus" not in given, "a cluster knows its own"
 
 

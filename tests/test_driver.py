@@ -11,8 +11,8 @@ import pytest
 from orchestrator.driver import Driver
 from orchestrator.search.sampling import BaselineSample
 from orchestrator.search.study import Study
-from orchestrator.workers.messages import TrialMeasurement
-from orchestrator.workers.pool import Finished, SweepError
+from orchestrator.workers.messages import SweepError, TrialMeasurement
+from orchestrator.workers.pool import Finished
 from search_spaces import load_space
 from streamllm.errors import UsageError
 from streamllm.measuring.sample import sample_positions
@@ -343,7 +343,7 @@ def test_a_full_disk_under_the_study_ends_the_sweep_in_one_line_and_it_goes_on_l
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (journal.stat().st_size + 700, before[1]))
     try:
-        with pytest.raises(SweepError, match=r"study cannot be written \(File too large\): make room"):
+        with pytest.raises(SweepError, match=r"study cannot be written: File too large: make room"):
             drive(PretendPool(1), 6)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

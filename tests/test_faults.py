@@ -17,8 +17,8 @@ from orchestrator.driver import Driver
 from orchestrator.search.study import Study
 from orchestrator.workers import pool as pool_module
 from orchestrator.workers.device_kinds import device_kinds
-from orchestrator.workers.messages import TrialSpec, WorkerSetup, WorkerUnusableError
-from orchestrator.workers.pool import SweepError, WorkerPool
+from orchestrator.workers.messages import SweepError, TrialSpec, WorkerSetup, WorkerUnusableError
+from orchestrator.workers.pool import WorkerPool
 from orchestrator.workers.worker import Worker
 from search_spaces import load_space
 from streamllm.configuration import Configuration

@@ -1,8 +1,12 @@
+import fcntl
+import os
 import resource
+import time
 
 import numpy as np
 import pytest
 
+from streamllm.files import remove_torn
 from streamllm.measuring.store import Measurement, MeasurementStore, StoreError
 
 KEY = {"policy": [4, 60], "model": "a"}
@@ -64,3 +68,21 @@ def test_a_full_disk_leaves_nothing_behind_and_says_what_to_do(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert store.get(KEY) is None
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_what_killed_writers_left_is_removed_and_what_is_being_written_is_not(tmp_path):
+    (tmp_path / "a3").mkdir()
+    torn, fresh, mine = (tmp_path / "a3" / name for name in (".x.json.1.new", ".y.json.2.new", "z.json"))
+    for path in (torn, fresh, mine):
+        path.write_text("{")
+    long_ago = time.time() - 60
+    os.utime(torn, (long_ago, long_ago))
+    remove_torn(tmp_path)
+    assert not torn.exists() and fresh.exists() and mine.exists()
+    os.utime(fresh, (long_ago, long_ago))
+    with fresh.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as its writer does
+        remove_torn(tmp_path)
+        assert fresh.exists()
+    remove_torn(tmp_path)
+    assert not fresh.exists()

@@ -20,8 +20,8 @@ from streamllm.measuring.store import code_digest
 from streamllm.results.schema import AnyRow
 from streamllm.results.study_folder import StudyFolder, append_line, whole_lines
 
-from ..workers.messages import TrialMeasurement, TrialSpec
-from ..workers.pool import Finished, SweepError
+from ..workers.messages import SweepError, TrialMeasurement, TrialSpec
+from ..workers.pool import Finished
 
 _ATTEMPTS = 2
 

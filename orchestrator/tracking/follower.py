@@ -10,13 +10,15 @@ import json
 import multiprocessing
 import os
 import signal
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from multiprocessing import resource_tracker
+from multiprocessing import reduction, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from streamllm.results.schema import Row
 from streamllm.results.study import load_study
@@ -26,6 +28,8 @@ from ..workers.messages import TrialSpec, WorkerDescription
 from .mlflow_runs import Projection, Report, one_line
 
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 1.0, 60.0
+_DEATHS = 3
+"""Of the process, one after another, before it is not started again."""
 _NICENESS = 15
 """On a CPU, logging must not show in the timings."""
 
@@ -37,6 +41,13 @@ class Tracker:
         self, projection: Projection, trials: TrialsFile, longest_pause_sec: float = _LONGEST_PAUSE_SEC
     ) -> None:
         self._trials = trials
+        self._follower = _Follower(projection, trials.path, longest_pause_sec)
+        self._listening = threading.Lock()
+        self._report: Report | None = None
+        self._deaths = 0
+        self._begin()
+
+    def _begin(self) -> None:
         self._done = 0
         self._problem: str | None = None
         self._refused: str | None = None
@@ -44,17 +55,20 @@ class Tracker:
         """Where MLflow shows the study; "" as long as nobody knows."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        follower = _Follower(projection, trials.path, longest_pause_sec)
-        self._process = context.Process(target=follower.run, args=(theirs,), name="mlflow", daemon=True)
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
+        arguments = (theirs, reduction.DupFd(self._said.fileno()))
+        self._process = context.Process(target=self._follower.run, args=arguments, name="mlflow", daemon=True)
         # Ctrl-C is the driver's, who says when to finish: the process has it blocked from its first moment. Spawning
         # starts the resource tracker first if it is not there, which would unblock it here.
         resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
         try:
             self._process.start()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
         theirs.close()
+        if self._report is not None:
+            self._tell(self._report)
 
     def worker_ready(self, worker: int, description: WorkerDescription) -> None:
         pass
@@ -64,6 +78,7 @@ class Tracker:
 
     def trial_finished(self, row: Row) -> None:
         self._listen()
+        self._ends_well()
 
     @property
     def backlog(self) -> int:
@@ -86,11 +101,13 @@ class Tracker:
     ) -> str | None:
         """Waits until MLflow has everything, the report included; gives up on a server that is away for `patience_sec`,
         or after `limit_sec`. Returns what is wrong, if anything is. `progress` is told the backlog every second."""
-        with suppress(OSError):  # it may be no more
-            self._pipe.send(report)
+        self._report = report
+        self._tell(report)
         started = away_since = time.monotonic()
-        while self._process.is_alive():
+        while self._process.exitcode != 0:
             self._process.join(1.0)
+            if not self._ends_well():
+                return f"the process that writes to MLflow keeps dying: {self._why_died()}"
             progress(self.backlog)
             now = time.monotonic()
             if self.problem is None:
@@ -98,13 +115,32 @@ class Tracker:
             if now - away_since > patience_sec or now - started > limit_sec:
                 return self.problem or f"{self.backlog} runs are waiting"
         self._listen()
-        if self._process.exitcode:
-            return f"the process that writes to MLflow has died, exit code {self._process.exitcode}"
         return self._refused
 
+    def _ends_well(self) -> bool:
+        """Starts the process anew if it has died; False if it did so too often without getting anywhere."""
+        if not self._process.exitcode:
+            return True
+        self._listen()
+        self._deaths = 1 if self._done else self._deaths + 1
+        if self._deaths > _DEATHS:
+            return False
+        self._begin()
+        return True
+
+    def _why_died(self) -> str:
+        self._said.seek(0)
+        lines = self._said.read().decode(errors="replace").splitlines()
+        code = self._process.exitcode or 0
+        return lines[-1][:300] if lines else f"signal {-code}" if code < 0 else f"exit code {code}"
+
+    def _tell(self, report: Report) -> None:
+        with suppress(OSError):  # it may be no more
+            self._pipe.send(report)
+
     def _listen(self) -> None:
-        """Takes in what the follower has said."""
-        with suppress(EOFError, OSError):
+        """Takes in what the follower has said; the display's thread asks too."""
+        with self._listening, suppress(EOFError, OSError):
             while self._pipe.poll():
                 self._done, self._problem, self._refused, self.address = self._pipe.recv()
 
@@ -121,9 +157,10 @@ class _Follower:
         self._failed = False
         self._done = 0
 
-    def run(self, pipe: Connection) -> None:
+    def run(self, pipe: Connection, said: Any) -> None:
+        """What is printed goes to the file `said`, a duplicated descriptor: the terminal is the display's."""
         os.nice(_NICENESS)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # the terminal is the display's
+        os.dup2(said.detach(), 2)
         self._pipe = pipe
         try:
             while not self._finished():

@@ -15,11 +15,9 @@ def device_kinds(address: str | None) -> set[str]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from .pool import init_ray
+    from .cluster import Cluster
 
-    joins = not ray.is_initialized()
-    if joins:
-        init_ray(address)
+    cluster = Cluster.join(address)
     try:
         able = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("GPU", 0) >= 1]
         if not able:
@@ -27,8 +25,7 @@ def device_kinds(address: str | None) -> set[str]:
         there = NodeAffinitySchedulingStrategy(able[0], soft=False)
         return {ray.get(ray.remote(built_for).options(num_cpus=0, scheduling_strategy=there).remote())}
     finally:
-        if joins:
-            ray.shutdown()
+        cluster.leave()
 
 
 def built_for() -> str:

@@ -87,3 +87,11 @@ class TrialMeasurement:
 
 class WorkerUnusableError(RuntimeError):
     """The worker's process can measure nothing any more, as after an error that spoils a CUDA context."""
+
+
+class SweepError(RuntimeError):
+    """The sweep cannot go on; what is finished is kept."""
+
+
+class UnwritableError(SweepError):
+    """The study's folder takes nothing more."""

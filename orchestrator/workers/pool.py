@@ -7,7 +7,6 @@ started in its place; Ray decides where.
 from __future__ import annotations
 
 import itertools
-import logging
 import os
 import queue
 import re
@@ -23,8 +22,18 @@ from streamllm.measuring.store import StoreError
 
 from ..configuration import WorkerSettings
 from .accelerators import ONE_EACH
+from .cluster import Cluster, one_line
 from .lease import this_process
-from .messages import TrialMeasurement, TrialSpec, WorkerDescription, WorkerPlace, WorkerSetup, WorkerUnusableError
+from .messages import (
+    SweepError,
+    TrialMeasurement,
+    TrialSpec,
+    WorkerDescription,
+    WorkerPlace,
+    WorkerSetup,
+    WorkerUnusableError,
+)
+from .room import Room
 from .worker import Worker
 
 _DEATHS_IN_A_ROW = 3
@@ -58,10 +67,6 @@ class _Actor(Protocol):
     place: _Method
     load: _Method
     measure: _Method
-
-
-class SweepError(RuntimeError):
-    """The sweep cannot go on; what is finished is kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +114,7 @@ class WorkerPool:
         import ray
 
         self._ray = ray
-        self._started_ray = not ray.is_initialized()
-        if self._started_ray:
-            init_ray(settings.address)
+        self._cluster = Cluster.join(settings.address)
         self._setup = setup
         self._count = settings.count
         self.trial_timeout = settings.trial_timeout
@@ -124,12 +127,8 @@ class WorkerPool:
         self._calls = itertools.count()
         self._looked = self._grown = self._able = time.monotonic()
         self._next_note_sec = _PENDING_NOTE_SEC
-        self.interrupted = False
-        """Set by a Ctrl-C, whose exception a library may have swallowed."""
         try:
-            self._on_accelerators = self._total("GPU") > 0
-            self._cores = settings.cpus or self._share()
-            self._check_room(self._count)
+            self._room = Room.of(self._cluster.nodes(), settings)
             for index in range(self._count or self._capacity()):
                 self._start(index)
         except BaseException:
@@ -141,9 +140,7 @@ class WorkerPool:
 
     def wait(self, timeout: float) -> Iterator[Finished]:
         """Everything that finished within `timeout` seconds, all that is there at once. Raises SweepError if no worker
-        is left or the store is full, KeyboardInterrupt if it was `interrupted`."""
-        if self.interrupted:
-            raise KeyboardInterrupt
+        is left, the store is full or Ray has ended."""
         yield from self._look_after()
         with suppress(queue.Empty):
             answer = self._answers.get(timeout=timeout)
@@ -153,58 +150,20 @@ class WorkerPool:
                 answer = self._answers.get_nowait()
 
     def shutdown(self) -> None:
-        """Ends Ray, if this pool started it; otherwise only its own workers."""
-        if self._started_ray:
-            self._ray.shutdown()
-        else:
+        """Ends Ray, if it was started here; otherwise only its own workers."""
+        if self._cluster.was_there:
             for worker in self._workers.values():
                 self._kill(worker)
-
-    def _share(self) -> int:
-        """Cores for each worker: on an accelerator, those of the node with the fewest per accelerator."""
-        if not self._on_accelerators:
-            fair = self._total("CPU") // self._count if self._count else 1
-            return next((cores for cores in range(fair, 1, -1) if self._room(cores) >= self._count), 1)
-        return max(min(int(n.get("CPU", 1) // n["GPU"]) for n in self._nodes() if n.get("GPU", 0) >= 1), 1)
-
-    def _nodes(self) -> list[dict[str, float]]:
-        return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
-
-    def _total(self, resource: str) -> int:
-        return int(sum(node.get(resource, 0) for node in self._nodes()))
-
-    def _capacity(self) -> int:
-        """How many workers the cluster as it is now has room for."""
-        if self._on_accelerators:
-            return self._total("GPU")
-        return self._room(self._cores)
-
-    def _room(self, cores: int) -> int:
-        """Workers of so many cores each; a worker is on one node."""
-        return sum(int(node.get("CPU", 0) // cores) for node in self._nodes())
-
-    def _check_room(self, count: int) -> None:
-        room = self._capacity()
-        if not room:
-            most = max((int(node.get("CPU", 0)) for node in self._nodes()), default=0)
-            raise UsageError(f"cpus per worker {self._cores}: no node has more than {most}; give {most} or fewer")
-        if count > room:
-            what = "accelerator" if self._on_accelerators else "core" if self._cores == 1 else f"{self._cores} cores"
-            raise UsageError(
-                f"workers {count}: there is room for {room}, each with its own {what}; give --workers {room} or fewer"
-            )
-
-    def _asks(self) -> str:
-        return "1 GPU" if self._on_accelerators else f"{self._cores} CPU"
+        self._cluster.leave()
 
     def _start(self, index: int, deaths: int = 0) -> None:
         actor = self._ray.remote(self._class).options(
-            num_gpus=1 if self._on_accelerators else 0,
-            num_cpus=0 if self._on_accelerators else self._cores,
+            num_gpus=1 if self._room.on_accelerators else 0,
+            num_cpus=0 if self._room.on_accelerators else self._room.cores,
             name=None,
-            runtime_env={"env_vars": _settings() | ONE_EACH | {"OMP_NUM_THREADS": str(self._cores)}},
+            runtime_env={"env_vars": _settings() | ONE_EACH | {"OMP_NUM_THREADS": str(self._room.cores)}},
         )
-        handle: _Actor = actor.remote(self._setup, self._cores, this_process(), self._on_accelerators)
+        handle: _Actor = actor.remote(self._setup, self._room.cores, this_process(), self._room.on_accelerators)
         self._workers[index] = _Worker(handle, "pending", 0.0, -1, deaths)
         self._call(index, "pending", handle.place)
 
@@ -248,11 +207,11 @@ class WorkerPool:
         if isinstance(cause, WorkerUnusableError):
             return self._died(index, str(cause))
         if worker.state != "measuring" and not isinstance(cause, UsageError):
-            return self._died(index, _one_line(cause))
+            return self._died(index, one_line(cause))
         worker.deaths = 0
         is_loading = worker.state == "loading"  # what is wrong then ends the sweep, and is said in full
         _enter(worker, "idle")
-        return Finished(index, error=str(cause) if is_loading else _one_line(cause))
+        return Finished(index, error=str(cause) if is_loading else one_line(cause))
 
     def _died(self, index: int, reason: str) -> Finished:
         """Starts another in its place, unless it keeps dying. Raises SweepError if no worker is left."""
@@ -280,6 +239,7 @@ class WorkerPool:
         if now - self._looked < _LOOK_SEC:
             return
         self._looked = now
+        self._cluster.check()
         if self._count == 0 and now - self._grown > _GROW_SEC:
             self._grown = now
             for index in range(len(self._workers), self._capacity()):
@@ -298,17 +258,20 @@ class WorkerPool:
         elif longest > self._next_note_sec:
             self._next_note_sec = 4 * longest
             who = f"{len(pending)} of {len(self._workers)} workers"
-            self._note(f"waiting for {self._asks()} for each of {who}: {self._resources()}")
+            self._note(f"waiting for {self._room.asks} for each of {who}: {self._resources()}")
         up = any(worker.state not in ("pending", "lost") for worker in self._workers.values())
         if up or self._capacity():
             self._able = now
         elif now - self._able > _PENDING_END_SEC:
-            raise SweepError(f"no worker can be started: each needs {self._asks()}, and {self._resources()}")
+            raise SweepError(f"no worker can be started: each needs {self._room.asks}, and {self._resources()}")
+
+    def _capacity(self) -> int:
+        """How many workers the cluster as it is now has room for."""
+        return self._room.workers(self._cluster.nodes())
 
     def _resources(self) -> str:
-        name = "GPU" if self._on_accelerators else "CPU"
-        free = self._ray.available_resources().get(name, 0)
-        return f"the cluster has {self._total(name)}, of which {free:g} free"
+        name = self._room.resource
+        return f"the cluster has {self._cluster.total(name)}, of which {self._cluster.free(name):g} free"
 
     def _loading(self, index: int, now: float) -> Iterator[Finished]:
         worker = self._workers[index]
@@ -342,37 +305,6 @@ def _enter(worker: _Worker, state: Literal["pending", "loading", "idle", "measur
     now = time.monotonic()
     took, worker.state, worker.since, worker.noted = now - worker.since, state, now, False
     return took
-
-
-def init_ray(address: str | None) -> None:
-    """Joins the cluster at that address, or at Ray's own variable for it, or starts one here. Raises UsageError."""
-    import ray
-    import torch
-
-    from streamllm.engine.device import default_device
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")  # idle processes, which none of ours can be
-    os.environ.setdefault("RAY_worker_niceness", "0")  # 15 by default: beside a busy process they get a thirtieth
-    options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = address or os.environ.get("RAY_ADDRESS")
-    if address is None:
-        address = "local"  # Ray would join whatever cluster this machine has been part of last
-        options |= {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
-        if hasattr(os, "sched_getaffinity"):  # Ray would count cores that this process may not use
-            options["num_cpus"] = len(os.sched_getaffinity(0))
-        if default_device().type not in ("cpu", "cuda"):  # which Ray counts only with dpctl (Intel's), or of late
-            options["num_gpus"] = torch.accelerator.device_count()
-    try:
-        ray.init(address=address, **options)
-    except Exception as error:  # Ray raises a plain one where a node does not start
-        raise UsageError(f"Ray at address {address!r} cannot be used: {_one_line(error)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"
 
 
 def _why_died(error: BaseException) -> str:

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from typing import TextIO
+
+
+def tolerate() -> None:
+    """Has stdout and stderr print a question mark for what the terminal's encoding lacks."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # tests have others
+            stream.reconfigure(errors="replace")
 
 
 def say(content: str | bytes, stream: TextIO | None = None) -> None:

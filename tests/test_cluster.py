@@ -1,0 +1,128 @@
+"""Ray where it is not: what does not answer is named within seconds, and an end of Ray is noticed."""
+
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from http.server import HTTPServer, SimpleHTTPRequestHandler
+
+import pytest
+
+from orchestrator import command_line
+from orchestrator.configuration import WorkerSettings
+from orchestrator.workers import cluster as cluster_module
+from orchestrator.workers.cluster import Cluster
+from orchestrator.workers.messages import SweepError
+from orchestrator.workers.room import Room
+from streamllm.errors import UsageError
+
+
+@contextmanager
+def listening():
+    """A port where somebody listens and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+@contextmanager
+def serving_pages():
+    with HTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@contextmanager
+def deserted():
+    with listening() as address:
+        pass
+    yield address
+
+
+@pytest.fixture(autouse=True)
+def no_ray(monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster_module, "_CONNECT_SEC", 0.5)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: pytest.fail("Ray was asked"))
+
+
+@pytest.mark.parametrize("named", ["--address", "RAY_ADDRESS"])
+@pytest.mark.parametrize(
+    ("place", "problem"),
+    [
+        (deserted, "nothing listens there"),
+        (listening, "nothing answers there within 0.5 s"),
+        (serving_pages, "what listens there is not Ray"),
+    ],
+)
+def test_an_address_without_ray(place, problem, named, monkeypatch):
+    with place() as address:
+        if named == "RAY_ADDRESS":
+            monkeypatch.setenv("RAY_ADDRESS", address)
+        started = time.monotonic()
+        with pytest.raises(UsageError) as raised:
+            Cluster.join(address if named == "--address" else None)
+    said = str(raised.value)
+    assert said.startswith(f"{named}{' ' if named == '--address' else '='}{address}: {problem}"), said
+    assert "\n" not in said and time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("address", ["here", "host:", ":6379", "host:port", "host:99999"])
+def test_what_is_no_address(address):
+    with pytest.raises(UsageError, match=r"must be HOST:PORT, ray://HOST:PORT or auto"):
+        Cluster.join(address)
+
+
+def test_auto_without_ray(monkeypatch):
+    def none(address):
+        raise ConnectionError("Could not find any running Ray instance.")
+
+    monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", none)
+    with pytest.raises(UsageError, match=r"--address auto: no Ray runs on this machine; start one"):
+        Cluster.join("auto")
+    with deserted() as address:  # of a cluster that was there last
+        monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", lambda _: address)
+        with pytest.raises(UsageError, match=rf"--address auto \({address}\): nothing listens there"):
+            Cluster.join("auto")
+
+
+def test_the_real_one_is_told_from_others(cluster):
+    assert cluster_module._problem_of(*cluster_module._host_and_port(cluster.address)) == ""
+
+
+def test_the_end_of_ray_is_noticed():
+    with listening() as address:
+        place = cluster_module._host_and_port(address)
+        joined = Cluster(True, False, None, {"head": place})
+        joined.check()
+    with pytest.raises(SweepError, match=f"Ray's head at {address} is no more"):
+        joined.check()
+
+
+@pytest.mark.parametrize(
+    ("nodes", "count", "cpus", "cores", "workers"),
+    [
+        ([{"CPU": 8}], 0, 0, 1, 8),
+        ([{"CPU": 8}], 2, 0, 4, 2),
+        ([{"CPU": 8}, {"CPU": 3}], 3, 0, 3, 3),
+        ([{"CPU": 8}], 0, 3, 3, 2),
+        ([{"CPU": 16, "GPU": 4}, {"CPU": 4, "GPU": 2}], 0, 0, 2, 6),
+    ],
+)
+def test_room(nodes, count, cpus, cores, workers):
+    room = Room.of(nodes, WorkerSettings(count=count, cpus=cpus))
+    assert room.cores == cores and room.workers(nodes) >= workers
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--workers", "999"], r"workers 999: there is room for \d+, each with its own core; give --workers \d+"),
+        (["--cpus-per-worker", "999"], r"cpus per worker 999: no node has more than \d+; give \d+ or fewer"),
+    ],
+)
+def test_what_there_is_no_room_for_is_found_before_ray_starts(options, message, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=message):
+        command_line.resolve(command_line.parser().parse_args(options))
