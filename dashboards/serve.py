@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -23,10 +24,20 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO
 from urllib.parse import quote, unquote, urlsplit
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 from streamllm.errors import UsageError
-from streamllm.results.study import EXPERIMENT, VIEW, StudyResults, load_study, view_of
+from streamllm.results.mlflow_address import (
+    database_path,
+    experiment_id,
+    experiment_name,
+    is_databricks,
+    is_server,
+    runs_page,
+    store_uri,
+    without_password,
+)
+from streamllm.results.study import VIEW, StudyResults, load_study, view_of
 from streamllm.results.study_folder import StudyFolder
 from streamllm.terminal.program import program
 
@@ -160,18 +171,24 @@ def chosen_studies(names: Sequence[str]) -> list[StudyResults]:
     return studies
 
 
-def commands(studies: Sequence[StudyResults]) -> tuple[list[tuple[str, list[str]]], list[str]]:
-    """The servers to start, as name and command without its port, and a sentence for each that is not started."""
+def commands(studies: Sequence[StudyResults], uri: str) -> tuple[list[tuple[str, list[str]]], list[str]]:
+    """The servers to start, as name and command without its port, and a sentence for each that is not started.
+
+    uri: of MLflow's store."""
     start, said = [], []
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if uri.startswith(("http://", "https://")):
-        said.append(f"MLflow            {uri} ($MLFLOW_TRACKING_URI; not started here)")
-    elif not uri and not Path("mlflow.db").is_file():
-        said.append("MLflow            not started: no mlflow.db here; python -m orchestrator.sync STUDY makes one")
+    database = database_path(uri)
+    if is_server(uri):
+        said.append(f"MLflow            {without_password(uri)}{mlflow_view(studies[0].name, uri)} (not started here)")
+    elif is_databricks(uri):
+        said.append(f"MLflow            experiment {experiment_name()!r} of {uri} (not started here)")
+    elif database is not None and not database.is_file():
+        said.append(
+            f"MLflow            not started: no {_shown(database)}; python -m orchestrator.sync STUDY makes one"
+        )
     else:
         command = [sys.executable, "-P", "-m", "mlflow", "ui", "--workers", "1", "--host", _HOST]
         command += ["--uvicorn-opts", f"--app-dir {tempfile.gettempdir()}"]  # else modules are looked for here too
-        start.append(("MLflow", [*command, "--backend-store-uri", uri or "sqlite:///mlflow.db"]))
+        start.append(("MLflow", [*command, "--backend-store-uri", uri]))
     journal = studies[0].files.journal
     if importlib.util.find_spec("optuna_dashboard") is None:
         said.append("optuna-dashboard  not started: not installed; pip install 'streamllm-sweep[dashboard]' brings it")
@@ -232,15 +249,37 @@ def asked_to_end() -> Iterator[threading.Event]:
 
 def mlflow_view(study: str, address: str) -> str:
     """Where MLflow shows the study: the view that the sweep keeps there. Empty if it has none."""
-    named = f"{address}/api/2.0/mlflow/experiments/get-by-name?experiment_name={quote(EXPERIMENT)}"
+    view = view_of(study)
     try:
-        with urlopen(named, timeout=10.0) as answer:
+        with urlopen(_asking_for_experiment(address), timeout=10.0) as answer:
             experiment = json.load(answer)["experiment"]
+            known = any(tag["key"] == f"{VIEW}{view}" for tag in experiment.get("tags", ()))
+            return runs_page(experiment["experiment_id"], study) if known else ""
     except (OSError, ValueError, KeyError):
         return ""
-    view = view_of(study)
-    known = any(tag["key"] == f"{VIEW}{view}" for tag in experiment.get("tags", ()))
-    return f"/#/experiments/{experiment['experiment_id']}/runs?viewStateShareKey={quote(view)}" if known else ""
+
+
+def _asking_for_experiment(address: str) -> Request:
+    """As the user that MLflow's own clients are."""
+    parts = urlsplit(address)
+    wanted = experiment_id()
+    by = (
+        f"get-by-name?experiment_name={quote(experiment_name(), safe='')}"
+        if wanted is None
+        else f"get?experiment_id={quote(wanted)}"
+    )
+    request = Request(f"{without_password(address).rstrip('/')}/api/2.0/mlflow/experiments/{by}")
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME") or unquote(parts.username or "")
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or unquote(parts.password or "")
+    if user:
+        request.add_header("Authorization", f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}")
+    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        request.add_header("Authorization", f"Bearer {token}")
+    return request
+
+
+def _shown(path: Path) -> str:
+    return f"{path.name} here" if path.parent in (Path(), Path.cwd()) else str(path)
 
 
 def watch(
@@ -267,8 +306,8 @@ def watch(
             starting.clear()
 
 
-def serve(studies: Sequence[StudyResults], first_port: int) -> None:
-    start, said = commands(studies)
+def serve(studies: Sequence[StudyResults], first_port: int, tracking_uri: str | None = None) -> None:
+    start, said = commands(studies, store_uri(tracking_uri))
     children: list[Child] = []
     with tempfile.TemporaryDirectory() as logs, asked_to_end() as stop:
         port = _next_port("reports", first_port)
@@ -308,11 +347,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         "studies", metavar="STUDY", nargs="*", help="names or folders (all under sweeps/, newest first)"
     )
     parser.add_argument("--port", type=int, default=5000, metavar="N", help="the first one; others are the next (5000)")
+    parser.add_argument(
+        "--tracking-uri", metavar="URI", help="address of MLflow ($MLFLOW_TRACKING_URI, or its own default store)"
+    )
     arguments = parser.parse_args(argv)
     try:
         if not 1 <= arguments.port <= 65535:
             raise UsageError(f"port {arguments.port}: must be from 1 to 65535")
-        serve(chosen_studies(arguments.studies), arguments.port)
+        serve(chosen_studies(arguments.studies), arguments.port, arguments.tracking_uri)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

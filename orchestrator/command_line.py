@@ -56,6 +56,7 @@ _OF_SEARCHES = (
     "baseline_tokens",
     "seed",
     "address",
+    "tracking_uri",
 )
 """Options that mean nothing to a matrix."""
 
@@ -133,6 +134,9 @@ def parser() -> argparse.ArgumentParser:
     where = parser.add_argument_group("where")
     where.add_argument("--study", metavar="NAME", help="name of the study (MODEL-TEXT-SPACE)")
     where.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (sweeps/STUDY)")
+    where.add_argument(
+        "--tracking-uri", metavar="URI", help="address of MLflow ($MLFLOW_TRACKING_URI, or its own default store)"
+    )
     return parser
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import sys
 import time
@@ -29,10 +30,15 @@ if TYPE_CHECKING:
     from .tracking.mlflow_runs import Report
 
 
-def conclude(configuration: SweepConfiguration, tracker: Tracker, display: Display) -> None:
-    """Tables, figures, the recommendation, MLflow, and what to type next."""
+def conclude(
+    configuration: SweepConfiguration, tracker: Tracker, display: Display, tracking_uri: str | None = None
+) -> None:
+    """Tables, figures, the recommendation, MLflow, and what to type next.
+
+    tracking_uri: of MLflow, as far as the command line gave one."""
     from .tracking.mlflow_runs import one_line
 
+    in_store = f" --tracking-uri {shlex.quote(tracking_uri)}" if tracking_uri else ""
     results = load_study(str(configuration.output))
     files = [configuration.folder.configuration]
     if results.trials:
@@ -55,19 +61,21 @@ def conclude(configuration: SweepConfiguration, tracker: Tracker, display: Displ
         display.note(
             f"warning: MLflow does not have everything yet ({problem}); the results are complete in "
             f"{configuration.output}, and this brings it up to date: "
-            f"{_python()} -m orchestrator.sync {configuration.output}"
+            f"{_python()} -m orchestrator.sync {configuration.output}{in_store}"
         )
     if results.trials:
-        say(_next_steps(configuration))
+        say(_next_steps(configuration, in_store, tracker.address))
 
 
-def _next_steps(configuration: SweepConfiguration) -> str:
+def _next_steps(configuration: SweepConfiguration, in_store: str, in_mlflow: str) -> str:
+    """in_store: the option that names MLflow's store; in_mlflow: where that shows the study. "" if there is none."""
     python = _python()
     more = f" with --trials {2 * configuration.trials}" if configuration.search.time_budget is None else ""
     return "\n".join(
         (
             f"report    {configuration.output}/report.html; tables and figures beside it",
-            f"browse    {python} -m dashboards.serve",
+            f"browse    {python} -m dashboards.serve{in_store}",
+            *([f"MLflow    {in_mlflow}"] if in_mlflow else []),
             f"export    {python} -m dashboards.pareto {configuration.output} --format latex,parquet --all",
             f"go on     the same command{more}",
             f"bigger    {python} -m orchestrator.sweep --model EleutherAI/pythia-2.8b --dataset-name pg19 "

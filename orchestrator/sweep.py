@@ -70,11 +70,13 @@ def _run(argv: Sequence[str] | None, started: float, ending: Ending) -> int:
         for path in (configuration.output, configuration.store):
             remove_torn(path)
         until = started + (configuration.search.time_budget or math.inf)
-        return _sweep(configuration, configuration.claim(), until, ending)
+        return _sweep(configuration, configuration.claim(), until, ending, arguments.tracking_uri)
 
 
-def _sweep(configuration: SweepConfiguration, study_id: str, until: float, ending: Ending) -> int:
-    """`until`: when all should be finished, by the monotonic clock."""
+def _sweep(
+    configuration: SweepConfiguration, study_id: str, until: float, ending: Ending, tracking_uri: str | None
+) -> int:
+    """`until`: when all should be finished, by the monotonic clock; `tracking_uri`: of MLflow."""
     from streamllm.measuring.store import MeasurementStore
 
     from .conclusion import conclude
@@ -88,7 +90,7 @@ def _sweep(configuration: SweepConfiguration, study_id: str, until: float, endin
     study = Study(what.study, configuration.journal, what.space, what.cap, what.seed, sampler)
     trials = TrialsFile(folder, study.rows)
     store = MeasurementStore(configuration.store)
-    projection = Projection(configuration.to_dict(study_id), store)
+    projection = Projection(configuration.to_dict(study_id), store, tracking_uri)
     tracker = Tracker(projection, trials)
     display = Display(configuration.trials, study.rows, what.space.objectives, tracker, until=until)
     _introduce(configuration, study, display)
@@ -99,7 +101,7 @@ def _sweep(configuration: SweepConfiguration, study_id: str, until: float, endin
         return measured.code
     if measured.found:
         write_rows(folder.increases, measured.found)
-    conclude(configuration, tracker, display)
+    conclude(configuration, tracker, display, tracking_uri)
     return measured.code
 
 

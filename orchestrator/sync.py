@@ -56,7 +56,7 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     rows = read_rows(results.files.trials)  # as the sweep logs them: what was confirmed comes with the close
     projection = Projection(results.configuration, MeasurementStore(results.files.store), tracking_uri)
     try:
-        projection.open()
+        projection.open(lambda reason: print(reason, file=sys.stderr))
         for row in track(rows, "MLflow", console=Console(stderr=True), transient=True):
             projection.log(row)
         projection.close(results, report_of(results, [*write_outputs(results), results.files.configuration]))
@@ -66,6 +66,8 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     for reason in projection.refused:
         print(f"error: MLflow refuses {reason}", file=sys.stderr)
     say(f"{results.name}: {len(rows)} runs in MLflow, {projection.logged} of them logged or completed just now")
+    if projection.address:
+        say(projection.address)
     return 1 if projection.refused else 0
 
 

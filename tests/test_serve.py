@@ -1,11 +1,14 @@
 """One command for all UIs: real processes, real ports."""
 
+import http.server
+import json
 import os
 import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -14,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from dashboards import serve
+from streamllm.results.mlflow_address import store_uri
 from tests.test_report import ROWS, row, study
 from tests.waiting import wait_until
 
@@ -59,8 +63,6 @@ def gone(pid):
 def reports(tmp_path):
     (tmp_path / "secret.txt").write_text("secret")
     server = serve.Reports(0, [study(tmp_path / "s")])
-    import threading
-
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_address[1]}", tmp_path / "s"
     server.shutdown()
@@ -106,8 +108,6 @@ def test_a_child_ends_with_its_workers(tmp_path):
 
 
 def test_a_child_that_dies_is_reported_with_its_last_lines(tmp_path, capsys):
-    import threading
-
     program = "import sys; print('\\n'.join(f'line {n}' for n in range(30))); sys.exit('no such store')"
     child = serve.launch("MLflow", [sys.executable, "-c", program], 20001, tmp_path)
     child.process.wait(60)
@@ -137,20 +137,67 @@ def test_which_studies_and_stores(tmp_path, monkeypatch, capsys):
     assert serve.main(["--port", "0", "a"]) == 2
 
     studies = serve.chosen_studies(["a"])
-    start, said = serve.commands(studies)
+    start, said = serve.commands(studies, store_uri())
     assert start == [] and "no mlflow.db here" in said[0] and "optuna-dashboard" in said[1]
     Path("mlflow.db").touch()
     Path("sweeps/a/journal.log").touch()
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: object())
-    start, said = serve.commands(studies)
+    start, said = serve.commands(studies, store_uri())
     assert [name for name, _ in start] == ["MLflow", "optuna-dashboard"] and said == []
-    assert start[0][1][-2:] == ["--backend-store-uri", "sqlite:///mlflow.db"]
+    assert start[0][1][-2:] == ["--backend-store-uri", f"sqlite:///{tmp_path}/mlflow.db"]
     assert start[1][1][-1] == "sweeps/a/journal.log"
     assert all("127.0.0.1" in command for _, command in start)
     monkeypatch.setattr(serve.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there:5000")
-    start, said = serve.commands(studies)
-    assert start == [] and "http://there:5000" in said[0] and "not installed" in said[1]
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    start, said = serve.commands(studies, store_uri())
+    assert start == [] and "http://127.0.0.1:9 (not started here)" in said[0] and "not installed" in said[1]
+    start, said = serve.commands(studies, store_uri("databricks"))
+    assert start == [] and "experiment 'streamllm-sweep' of databricks" in said[0]
+    Path("mlruns/0").mkdir(parents=True)
+    Path("mlruns/0/meta.yaml").touch()
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    start, said = serve.commands(studies, store_uri())
+    assert start[0][1][-1] == f"file://{tmp_path}/mlruns", "the store that a sweep would take"
+
+
+def test_the_studys_view_on_a_server_that_runs_already(tmp_path, monkeypatch):
+    """Which wants to know who asks."""
+    asked = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append((self.path, self.headers["Authorization"]))
+            tags = [{"key": "mlflow.sharedViewState.s", "value": "{}"}]
+            self.send_response(200 if asked[-1][1] else 401)
+            self.end_headers()
+            self.wfile.write(json.dumps({"experiment": {"experiment_id": "7", "tags": tags}}).encode())
+
+        def log_message(self, *_):
+            pass
+
+    studies = [study(tmp_path / "s")]
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_address[1]}"
+        assert serve.commands(studies, address)[1][0] == f"MLflow            {address} (not started here)"
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "t0ken")
+        page = "/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=s"
+        assert f" {address}{page} (not" in serve.commands(studies, address)[1][0]
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "secret")
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "/Users/me/x")
+        assert page in serve.commands(studies, address)[1][0]
+        monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+        monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "7")
+        assert serve.mlflow_view("other", address) == "", "of a study that it does not have"
+        server.shutdown()
+    by_name = "/api/2.0/mlflow/experiments/get-by-name?experiment_name="
+    assert asked == [
+        (f"{by_name}streamllm-sweep", None),
+        (f"{by_name}streamllm-sweep", "Bearer t0ken"),
+        (f"{by_name}%2FUsers%2Fme%2Fx", "Basic bWU6c2VjcmV0"),
+        ("/api/2.0/mlflow/experiments/get?experiment_id=7", "Basic bWU6c2VjcmV0"),
+    ]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

@@ -106,6 +106,8 @@ def test_a_sweep_from_end_to_end(folder, cluster):
     assert "capped at" not in done.stderr, "the space's cap is below the trained length"
     assert "[4/4]" in done.stderr
     assert "Pareto front" in done.stdout and "python -m dashboards.pareto" in done.stdout
+    view = "#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=s"
+    assert f"MLflow    http://127.0.0.1:5000/{view} while `mlflow ui` runs\n" in done.stdout
 
     strict, baseline, *trials = rows_of(folder)
     assert (strict["method"], strict["n_sink"], strict["compress_every"]) == ("ring", 4, 1)
@@ -144,6 +146,8 @@ def test_a_sweep_from_end_to_end(folder, cluster):
         assert run.data.tags["pareto"] == str(str(row["trial"]) in on_front)
         assert run.data.metrics["ppl_vs_strict_percent"] == pytest.approx(row["ppl_vs_strict_percent"])
         assert run.data.params["n_sink"] == str(row["n_sink"])
+        (read,) = run.inputs.dataset_inputs
+        assert (read.dataset.name, read.dataset.digest) == (row["dataset"], row["text_digest"][:36])
 
     increases = {row["trial"]: row["ppl_increase_percent"] for row in json_lines(output / "increases.jsonl")}
     assert set(increases) == {"strict", *(row["trial"] for row in trials)}

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -18,15 +21,18 @@ from mlflow import MlflowClient
 from orchestrator import sync
 from orchestrator.conclusion import report_of, write_outputs
 from orchestrator.tracking import mlflow_runs as tracking
+from orchestrator.tracking.database_lock import opening
 from orchestrator.tracking.follower import Tracker
-from orchestrator.tracking.mlflow_runs import Projection
+from orchestrator.tracking.mlflow_runs import Projection, Report
 from orchestrator.trials_file import TrialsFile
 from orchestrator.workers.lease import study_lease
 from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
-from streamllm.results.schema import Row
-from streamllm.results.study import load_study, view_of
+from streamllm.results.mlflow_address import runs_page, shown_at, store_uri
+from streamllm.results.schema import POLICY_KNOBS, Row
+from streamllm.results.study import EXPERIMENT, load_study, view_of
 from streamllm.results.study_folder import StudyFolder, write_rows
 
+from .browser import browser, needs_browser
 from .made_studies import SOURCE
 from .waiting import wait_until
 
@@ -74,7 +80,8 @@ ROWS = [row("baseline", 9.0, 0.0, method="recompute"), row(0, 3.0, 0.5), row(1, 
 def study(tmp_path, empty_mlflow, monkeypatch):
     """A folder of a finished study, in a working directory with an empty MLflow store."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    for name in ("MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME", "MLFLOW_EXPERIMENT_ID"):
+        monkeypatch.delenv(name, raising=False)
     shutil.copyfile(empty_mlflow, "mlflow.db")
     folder = tmp_path / "sweeps/s"
     folder.mkdir(parents=True)
@@ -136,7 +143,7 @@ def contents(uri=None):
 
 def search(condition):
     client = MlflowClient(store())
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
     return sorted(run.data.tags.get("trial", "") for run in client.search_runs([experiment.experiment_id], condition))
 
 
@@ -177,23 +184,65 @@ def test_runs_are_found_by_what_they_are_and_carry_what_was_measured(study):
 def test_mlflows_own_view_shows_what_matters_at_once(study):
     assert synchronise() == 0
     client = MlflowClient(store())
-    experiment = client.get_experiment_by_name(tracking.EXPERIMENT)
+    experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
-    assert "parent run per study" in experiment.tags["mlflow.note.content"]
+    link = "[All runs of study s](#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=s)"
+    assert experiment.tags["mlflow.note.content"].startswith(f"{link}\n\nSweeps of streamllm-sweep: a parent run per")
     view = json.loads(experiment.tags["mlflow.sharedViewState.s"])
     assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`time_ratio`", True)
     assert search(view["searchFilter"]) == ["", "0", "1", "2", "3", "baseline"]
     runs = client.search_runs([experiment.experiment_id])
     logged = {f"{kind}.`{name}`" for run in runs for kind in ("params", "metrics", "tags")
               for name in getattr(run.data, kind)}  # fmt: skip
+    logged.add("attributes.`Dataset`")
     assert view["selectedColumns"] == view["columnOrder"] and set(view["selectedColumns"]) - logged == {
         "metrics.`peak_kv`",
         "metrics.`rounds`",
         "metrics.`front_probability`",
     }, "of columns that are never logged"
+    assert view["columnOrder"][:11] == [
+        "tags.`pareto`", "metrics.`tpot_ms`", "metrics.`front_probability`", "metrics.`ppl_vs_strict_percent`",
+        "tags.`method`", "tags.`backend.used`", *(f"params.`{knob.name}`" for knob in POLICY_KNOBS),
+    ]  # fmt: skip
     note = next(run for run in runs if "trial" not in run.data.tags).data.tags["mlflow.note.content"]
-    assert note.startswith("How fast can m stream") and "4 configurations were tried" in note
+    assert note.startswith(f"{link}\n\nHow fast can m stream") and "4 configurations were tried" in note
     assert "| ours | math |" in note, "the front"
+
+
+@needs_browser
+def test_what_mlflows_ui_makes_of_it(study, tmp_path):
+    """In a browser that has never been there."""
+    assert synchronise() == 0
+    port = free_port()
+    text = "(document.body?.innerText ?? '')"
+    with server(tmp_path, port), browser("--window-size=3600,1000") as chromium:
+        wait_until(lambda: answers(port), 300)
+        chromium.open(f"http://127.0.0.1:{port}/#/experiments/1")
+        chromium.until(f"{text}.includes('All runs of study s')")
+        link = chromium.run("return [...document.links].find(link => link.innerText == 'All runs of study s').href")
+        assert link == f"http://127.0.0.1:{port}{runs_page('1', 's')}"
+        chromium.open(f"http://127.0.0.1:{port}/#/experiments/1/runs")
+        chromium.until(f"{_NAMES}.startsWith('s')")
+        if chromium.run(f"return {_NAMES}") == "s":  # a race within MLflow: not always unfolded
+            chromium.run("document.querySelector('.ag-pinned-left-cols-container button').click()")
+        chromium.until(f"{_NAMES}.split(',').length == 6")
+        chromium.open(link)
+        chromium.until(f"{_NAMES} == '001 ours,000 ours,002 ours,baseline,s,003 ours'")
+        shown = chromium.run(f"return {text}").split("\n")
+        assert {"pareto", "tpot_ms", "ppl_vs_strict_percent", "backend.used", "n_sink", "Dataset"} <= set(shown)
+
+
+_NAMES = (
+    "[...document.querySelectorAll('.ag-pinned-left-cols-container [role=row]')]"
+    ".sort((one, other) => one.getAttribute('row-index') - other.getAttribute('row-index'))"
+    ".map(row => row.querySelector('a')?.innerText.split(' S=')[0]).join(',')"
+)
+"""Of the runs in the table, in its order."""
+
+
+def answers(port):
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def test_a_description_that_mlflow_would_cut_says_what_is_missing():
@@ -248,7 +297,7 @@ def test_what_is_no_longer_confirmed_is_taken_back_and_milliseconds_follow_the_r
 
 def test_what_a_kill_left_running_or_twice_is_ended_and_once(study):
     client = MlflowClient(store())
-    experiment = client.create_experiment(tracking.EXPERIMENT)
+    experiment = client.create_experiment(EXPERIMENT)
     common = {"study": "s", "study_id": "5711d"}
     client.create_run(experiment, tags=common)
     for trial in ("1", "2", "2", "77"):  # begun, begun, asked for twice of a slow server, and of no trial any more
@@ -263,13 +312,233 @@ def test_what_a_kill_left_running_or_twice_is_ended_and_once(study):
     assert "result.json" in runs["2"][6]
 
 
-def test_what_mlflow_refuses_does_not_hold_up_the_rest(study, capsys):
-    synchronise()
-    write_rows(study / "trials.jsonl", [row(0, n_sink=1), *ROWS[2:], row(5)])
-    capsys.readouterr()
+def test_what_mlflow_refuses_does_not_hold_up_the_rest(study, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRUNCATE_LONG_VALUES", "false")
+    write_rows(study / "trials.jsonl", [*ROWS, row(4, dtype="x" * 7000), row(5)])
     assert synchronise() == 1
-    assert "MLflow refuses trial 0" in capsys.readouterr().err
+    assert "MLflow refuses trial 4" in capsys.readouterr().err
     assert "5" in contents()
+
+
+def test_a_trial_that_came_to_be_another_configuration_gets_a_run_of_its_own_once(study, capsys):
+    """After half a journal was lost."""
+    synchronise()
+    assert search("tags.pareto = 'True'") == ["0", "1"]
+    write_rows(study / "trials.jsonl", [ROWS[0], row(0, 1.0, 0.1, n_sink=1, window_size=47), *ROWS[2:]])
+    assert synchronise() == 0
+    runs = MlflowClient(store()).search_runs(["1"])
+    (old,) = [run for run in runs if run.data.tags.get("replaced") == "True"]
+    assert (old.data.params["n_sink"], old.data.tags["replaced.trial"], old.info.status) == ("4", "0", "FINISHED")
+    assert not {"trial", "study", "study_id", "pareto"} & old.data.tags.keys()
+    assert search("tags.trial = '0' and params.n_sink = '1' and tags.pareto = 'True'") == ["0"]
+    assert search("tags.study = 's'") == ["", "0", "1", "2", "3", "baseline"], "what the view shows"
+    capsys.readouterr()
+    assert synchronise() == 0
+    assert "0 of them logged" in capsys.readouterr().out
+    assert len(MlflowClient(store()).search_runs(["1"])) == len(runs) == 7
+
+
+@pytest.mark.parametrize("kept", [("trial",), ("study_id", "trial"), ("pareto", "study_id", "trial")])
+def test_a_kill_while_a_run_is_set_aside_costs_none(study, kept):
+    synchronise()
+    client = MlflowClient(store())
+    (run,) = client.search_runs(["1"], "tags.trial = '0'")
+    for name in {"study", "pareto", "study_id", "trial"} - set(kept):
+        client.delete_tag(run.info.run_id, name)
+    write_rows(study / "trials.jsonl", [ROWS[0], row(0, n_sink=1), *ROWS[2:]])
+    assert synchronise() == 0
+    assert search("tags.study = 's'") == ["", "0", "1", "2", "3", "baseline"]
+    assert len(search("attributes.status != 'RUNNING'")) == 7
+
+
+def test_runs_name_their_data_set_and_are_unfolded(study):
+    rows = [row(n, text_digest="d" * 64, n_tokens=4096) for n in range(2)]
+    write_rows(study / "trials.jsonl", [*ROWS[:1], *rows, *ROWS[3:]])
+    synchronise()
+    runs = {run.data.tags.get("trial", ""): run for run in MlflowClient(store()).search_runs(["1"])}
+    sets = {trial: [i.dataset for i in run.inputs.dataset_inputs] for trial, run in runs.items()}
+    assert {trial: [(d.name, d.digest) for d in found] for trial, found in sets.items() if trial in ("0", "1")} == {
+        "0": [("t", "d" * 36)], "1": [("t", "d" * 36)]
+    }  # fmt: skip
+    assert json.loads(sets["0"][0].profile) == {"tokens": 4096}
+    assert [trial for trial, found in sorted(sets.items()) if not found] == ["", "3"], "the parent, and one that failed"
+    assert {trial for trial, run in runs.items() if run.data.tags.get("mlflow.runType") == "evaluation"} == {
+        "0", "1", "2", "3", "baseline"
+    }  # fmt: skip
+
+
+def test_the_experiment_is_the_one_that_the_environment_names(study, monkeypatch, capsys):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store())
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "/Users/me/x")
+    client = MlflowClient(store())
+    mine = client.create_experiment("/Users/me/x", tags={"mlflow.note.content": "mine"})
+    assert sync.main(["s"]) == 0
+    assert f"http://127.0.0.1:5000/#/experiments/{mine}/runs?" in capsys.readouterr().out
+    assert len(client.search_runs([mine])) == 6 and client.get_experiment_by_name(EXPERIMENT) is None
+    tags = client.get_experiment(mine).tags
+    assert tags["mlflow.note.content"] == "mine" and "mlflow.sharedViewState.s" in tags
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_NAME")
+    other = client.create_experiment("other")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", other)
+    assert sync.main(["s"]) == 0
+    assert len(client.search_runs([other])) == 6
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:///elsewhere.db")
+    assert synchronise() == 0, "what is given wins"
+    assert not Path("elsewhere.db").exists()
+
+
+def test_the_page_is_where_the_store_is_served(study, monkeypatch):
+    page = runs_page("7", "a b")
+    assert page == "/#/experiments/7/runs?workflowType=machine_learning&viewStateShareKey=a%20b"
+    assert shown_at("https://me:secret@there/mlflow/", page) == f"https://there/mlflow{page}"
+    assert shown_at(store_uri(), page) == f"http://127.0.0.1:5000{page} while `mlflow ui` runs"
+    assert shown_at("sqlite:///x.db", page).endswith(" while `mlflow ui --backend-store-uri sqlite:///x.db` runs")
+    assert shown_at("databricks://profile", page) == ""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://there")
+    assert store_uri() == "http://there" and store_uri("sqlite:///x.db") == "sqlite:///x.db"
+
+
+def test_two_at_once_on_a_fresh_database(study):
+    """MLflow alone: "duplicate column name", for one of them, in every try."""
+    Path("mlflow.db").unlink()
+    command = [sys.executable, "-m", "orchestrator.sync", "s"]
+    shutil.copytree("sweeps/s", "sweeps/r")
+    Path("sweeps/r/sweep.json").write_text(json.dumps(CONFIGURATION | {"study": "r", "study_id": "2nd"}))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    started = [
+        subprocess.Popen([*command[:-1], name], env=environment, stderr=subprocess.PIPE, text=True) for name in "rs"
+    ]
+    said = [process.communicate(timeout=500)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], said
+    assert len(MlflowClient(store()).search_runs(["1"])) == 12
+
+
+def test_whoever_opens_the_database_is_waited_for_until_it_dies(tmp_path):
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    program = (
+        "import sys, time; from orchestrator.tracking.database_lock import opening\n"
+        "with opening(sys.argv[1], print): print('mine', flush=True); time.sleep(600)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    holder = subprocess.Popen([sys.executable, "-c", program, uri], stdout=subprocess.PIPE, env=environment)
+    assert holder.stdout.readline() == b"mine\n"
+    said = []
+
+    def waiting(reason):
+        said.append(reason)
+        holder.kill()
+
+    with opening(uri, waiting):
+        assert said == [f"waiting for another process that opens {tmp_path}/mlflow.db"]
+    with opening(uri, waiting):
+        pass
+    assert len(said) == 1
+    holder.communicate()
+
+
+def failure(capsys, uri=None):
+    """The line that says why MLflow cannot be brought up to date."""
+    capsys.readouterr()
+    assert sync.main(["s", *(["--tracking-uri", uri] if uri else [])]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: MLflow cannot be brought up to date: ") and error.count("\n") == 1
+    return error.strip()
+
+
+def test_a_deleted_experiment_is_restored_by_the_command_that_is_named(study, capsys):
+    synchronise()
+    client = MlflowClient(store())
+    client.delete_experiment("1")
+    said = failure(capsys, store())
+    assert "the experiment 'streamllm-sweep' was deleted" in said and "MLFLOW_EXPERIMENT_NAME" in said
+    command = re.search(r"MLFLOW_TRACKING_URI=\S+ mlflow (experiments restore --experiment-id 1)", said)
+    environment = os.environ | {"MLFLOW_TRACKING_URI": store()}
+    subprocess.run([sys.executable, "-m", "mlflow", *command[1].split()], env=environment, check=True)
+    assert synchronise() == 0
+
+
+def test_an_old_folder_of_mlflows_is_named_with_what_to_do(study, capsys, monkeypatch):
+    Path("mlruns/0").mkdir(parents=True)
+    Path("mlruns/0/meta.yaml").write_text("experiment_id: '0'\nname: Default\n")
+    assert store_uri() == (Path.cwd() / "mlruns").as_uri(), "as MLflow itself"
+    folder = Path.cwd() / "mlruns"
+    assert failure(capsys).endswith(
+        f"maintenance mode and will not receive further updates; mv {folder} {folder}.old, or "
+        "MLFLOW_TRACKING_URI=sqlite:///mlflow.db leaves it where it is"
+    )
+
+
+@pytest.mark.parametrize(
+    "revision, told",
+    [
+        ("451aebb31d03", "; keep a copy of the database, then: mlflow db upgrade {uri}"),
+        ("0123456789ab", "; a newer MLflow has written it: pip install --upgrade mlflow, or mv {path} {path}.old"),
+    ],
+)
+def test_a_schema_of_another_version(study, capsys, revision, told):
+    with closing(sqlite3.connect("mlflow.db")) as database, database:
+        database.execute("update alembic_version set version_num = ?", [revision])
+    said = failure(capsys, store())
+    assert said.endswith(told.format(uri=store(), path=Path("mlflow.db").absolute()))
+    assert revision in said
+
+
+def test_a_database_that_is_none(study, capsys):
+    Path("mlflow.db").write_text("no database " * 1000)
+    path = Path("mlflow.db").absolute()
+    assert failure(capsys).endswith(f"file is not a database; mv {path} {path}.old")
+
+
+def test_what_follows_a_sweep_says_what_to_do_too(study, request):
+    Path("mlflow.db").write_text("no database " * 1000)
+    tracker = Tracker(Projection(CONFIGURATION, MeasurementStore("sweeps/.store")), TrialsFile(StudyFolder(study), []))
+    request.addfinalizer(tracker._process.kill)
+    wait_until(lambda: tracker.problem is not None)
+    path = Path("mlflow.db").absolute()
+    told = tracker.finish(Report(), lambda backlog: None, patience_sec=0.0)
+    assert told == tracker.problem and told.endswith(f"file is not a database; mv {path} {path}.old")
+    assert tracker.address == ""
+
+
+USER = "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+
+
+@pytest.mark.parametrize(
+    "status, told", [(401, f"error code 401 != 200; set {USER}"), (403, f" or set {USER} to those of somebody who may")]
+)
+def test_a_server_that_does_not_let_one_in(study, capsys, status, told):
+    with stub(status, b"You are not authenticated. " + b"Please see there. " * 30) as uri:
+        assert failure(capsys, uri).endswith(told)
+
+
+def test_databricks_names_are_paths(study, capsys):
+    message = "Got an invalid experiment name 'x'. An absolute path is required."
+    body = {"error_code": "INVALID_PARAMETER_VALUE", "message": message}
+    with stub(400, json.dumps(body).encode()) as uri:
+        told = "MLFLOW_EXPERIMENT_NAME=/Users/YOU/streamllm-sweep: there, names are absolute paths"
+        assert failure(capsys, uri).endswith(told)
+
+
+@contextmanager
+def stub(status, body):
+    """A server that answers all requests alike."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
 
 
 def test_sync_says_what_is_wrong(study, capsys):

@@ -51,6 +51,8 @@ class Tracker:
         self._done = 0
         self._problem: str | None = None
         self._refused: str | None = None
+        self.address = ""
+        """Where MLflow shows the study; "" as long as nobody knows."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 (open as long as the process)
@@ -140,7 +142,7 @@ class Tracker:
         """Takes in what the follower has said; the display's thread asks too."""
         with self._listening, suppress(EOFError, OSError):
             while self._pipe.poll():
-                self._done, self._problem, self._refused = self._pipe.recv()
+                self._done, self._problem, self._refused, self.address = self._pipe.recv()
 
 
 class _Follower:
@@ -181,7 +183,7 @@ class _Follower:
 
     def _follow(self) -> None:
         """Logs each line of `trials.jsonl`, from the first, as they come; then, asked to finish, the rest."""
-        self._projection.open()
+        self._projection.open(self._say)
         self._projection.reopen_parent()
         self._done = 0
         self._say()
@@ -208,7 +210,7 @@ class _Follower:
 
     def _say(self, problem: str | None = None) -> None:
         refused = self._projection.refused
-        self._pipe.send((self._done, problem, refused[0] if refused else None))
+        self._pipe.send((self._done, problem, refused[0] if refused else None, self._projection.address))
 
 
 def _whole_lines(file: IO[str]) -> Iterator[Row]:

@@ -11,21 +11,27 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamllm.measuring.store import MeasurementStore
-from streamllm.results.schema import FIELDS, FORMAT, KNOBS, AnyRow, knobs_in_short, told_name
-from streamllm.results.study import EXPERIMENT, FIXED, VIEW, StudyResults, view_of
+from streamllm.results.mlflow_address import experiment_id, experiment_name, runs_page, shown_at, store_uri
+from streamllm.results.schema import FIELDS, FORMAT, KNOBS, POLICY_KNOBS, AnyRow, knobs_in_short, told_name
+from streamllm.results.study import FIXED, VIEW, StudyResults, view_of
+
+from .database_lock import opening
+from .remedies import ExperimentDeletedError, with_remedy
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Run
+    from mlflow.entities import Experiment, Run
 
 _PARAMS = (*(field.name for field in KNOBS), "dtype")
 _TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if field.mlflow == "tag"}
@@ -33,14 +39,35 @@ _TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if fie
 _METRICS = tuple(field.name for field in FIELDS.values() if field.mlflow == "metric")
 _AT_THE_END = tuple(field.name for field in FIELDS.values() if field.final)
 PARENT_PARAMS = ("model", "dtype", "quantization", "cap", "seed")
-_VIEWED = sorted((field for field in FIELDS.values() if field.viewed), key=lambda field: field.mlflow != "metric")
-_COLUMNS = ("tags.`pareto`", *(f"{field.mlflow}s.`{field.tag or field.name}`" for field in _VIEWED))
-"""Columns of the table of runs that MLflow's UI shows at a study's own address, in this order."""
+_FIRST = ("tpot_ms", "front_probability", "ppl_vs_strict_percent", "method", "backend", *(k.name for k in POLICY_KNOBS))
+_VIEWED = [*(FIELDS[name] for name in _FIRST), *(f for f in FIELDS.values() if f.viewed and f.name not in _FIRST)]
+_COLUMNS = (
+    "tags.`pareto`",
+    *(
+        "attributes.`Dataset`" if field.name == "dataset" else f"{field.mlflow}s.`{field.tag or field.name}`"
+        for field in _VIEWED
+    ),
+)
+"""Columns of the table of runs that MLflow's UI shows at a study's own address, in this order: what a trial came to,
+what it is, the rest."""
+_NOTE = "mlflow.note.content"
+_ABOUT = (
+    "Sweeps of streamllm-sweep: a parent run per study, with the front in its description and artifacts, and a run per "
+    "configuration. `tags.pareto = 'True'` finds the front."
+)
 _LONGEST_NOTE = 8000
 """Characters of a tag's value that MLflow keeps."""
 _PARENT = "mlflow.parentRunId"
 _DIGEST = "digest"
 """Tag of a run that says what was logged of it."""
+_LOGGED = "2"
+"""Version of what is logged of a row; of an older one all is logged again. 1: no data set."""
+_UNFOLDED = {"mlflow.runType": "evaluation"}
+"""Tag of a child that has MLflow's table of runs show it below its parent at a browser's first visit, where it would
+else show the parent alone. Children stand below parents only where runs are sorted by their creation, as they are at
+first; sorted by any other column, as in our view, the table is flat."""
+_REPLACED = "replaced"
+"""Tag of a run whose trial came to be another configuration, and in front of those by which it would be found."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +94,66 @@ class Projection:
         """configuration: what `sweep.json` says."""
         self._configuration = configuration
         self._store = store
-        self._uri = tracking_uri
+        self._uri = store_uri(tracking_uri)
+        self._experiment = ""
         self.logged = 0
         """Runs that `log` has created or completed."""
         self.refused: list[str] = []
 
-    def open(self) -> None:
-        """Finds the study's runs, and creates the parent if there is none. A trial that has two runs, because a slow
-        server created one after nobody waited for its answer any more, keeps the first."""
-        self._client = _client(self._uri)
-        experiment = self._client.get_experiment_by_name(EXPERIMENT)
-        self._experiment = experiment.experiment_id if experiment else self._client.create_experiment(EXPERIMENT)
-        self._describe_experiment(experiment.tags if experiment else {})
+    @property
+    def address(self) -> str:
+        """Where MLflow shows the study, as a user is told; "" before it is opened."""
+        return shown_at(self._uri, self._page) if self._experiment else ""
+
+    @property
+    def _page(self) -> str:
+        return runs_page(self._experiment, self._configuration["study"])
+
+    @property
+    def _link(self) -> str:
+        """To the page, in Markdown."""
+        return f"[All runs of study {self._configuration['study']}]({self._page.removeprefix('/')})"
+
+    @contextmanager
+    def _advising(self) -> Iterator[None]:
+        """Errors say what to do about them, where there is something."""
+        try:
+            yield
+        except Exception as error:
+            with_remedy(error, self._uri, self._experiment)
+            raise
+
+    def open(self, waiting: Callable[[str], None] = lambda _: None) -> None:
+        """Finds the study's runs, and creates the parent if there is none. `waiting` is told if others who open the
+        database are waited for."""
+        with self._advising():
+            with opening(self._uri, waiting):
+                self._client = _client(self._uri)
+                experiment = self._find_experiment()
+            self._describe_experiment(experiment.tags)
+            self._find_runs()
+
+    def _find_experiment(self) -> Experiment:
+        """Created if there is none. Raises ExperimentDeletedError."""
+        from mlflow.exceptions import MlflowException
+
+        name = experiment_name()
+        if (wanted := experiment_id()) is not None:
+            experiment = self._client.get_experiment(wanted)
+        elif (experiment := self._client.get_experiment_by_name(name)) is None:
+            try:
+                experiment = self._client.get_experiment(self._client.create_experiment(name))
+            except MlflowException:  # another sweep may have been faster
+                if (experiment := self._client.get_experiment_by_name(name)) is None:
+                    raise
+        self._experiment = experiment.experiment_id
+        if experiment.lifecycle_stage == "deleted":
+            raise ExperimentDeletedError(experiment.name)
+        return experiment
+
+    def _find_runs(self) -> None:
+        """A trial that has two runs, because a slow server created one after nobody waited for its answer any more,
+        keeps the first."""
         self._runs: dict[str, str] = {}
         self._digests: dict[str, str] = {}
         self._on_front: set[str] = set()
@@ -108,7 +183,8 @@ class Projection:
     def log(self, row: AnyRow) -> None:
         """Makes the child run of a finished trial. What MLflow will never take, `refused` says why."""
         try:
-            self._log(row)
+            with self._advising():
+                self._log(row)
         except Exception as error:
             if not _is_refusal(error):
                 raise
@@ -117,11 +193,13 @@ class Projection:
     def _log(self, row: AnyRow) -> None:
         from mlflow.entities import Metric, Param, RunTag
 
-        trial, digest = str(row["trial"]), _digest(json.dumps(dict(row), sort_keys=True))
+        trial, digest = str(row["trial"]), _digest(_LOGGED, json.dumps(dict(row), sort_keys=True))
         if self._digests.get(trial) == digest:
             return
         ended = int(1000 * row["finished_at"])
-        tags = self._tags(row) | {_DIGEST: digest}
+        tags = self._tags(row) | _UNFOLDED | {_DIGEST: digest}
+        if trial in self._runs:
+            self._set_aside_unless_it_is(row, trial)
         run = self._runs.get(trial)
         if run is None:
             started = ended - (0 if row.get("reused") else int(1000 * row.get("runtime_sec", 0)))
@@ -136,13 +214,36 @@ class Projection:
             params=[Param(name, str(row[name])) for name in _PARAMS if name in row],
             tags=[RunTag(name, value) for name, value in tags.items()],
         )
+        self._log_dataset(run, row)
         self._log_artifacts(run, row)
         self._client.set_terminated(run, "FINISHED" if row["state"] == "complete" else "FAILED", ended)
         self._digests[trial] = digest
         self.logged += 1
 
+    def _set_aside_unless_it_is(self, row: AnyRow, trial: str) -> None:
+        """A run of another configuration than the trial's, as where half a journal was lost and its trials were chosen
+        anew: MLflow lets no param change. It is kept, where no search for the study finds it."""
+        run = self._client.get_run(self._runs[trial])
+        tags, params = run.data.tags, run.data.params
+        if all(str(row[name]) == params[name] for name in _PARAMS if name in params and name in row):
+            return
+        found_by = [name for name in ("study", "pareto", "study_id", "trial") if name in tags]
+        for name, value in [(_REPLACED, "True"), *((f"{_REPLACED}.{name}", tags[name]) for name in found_by)]:
+            self._client.set_tag(run.info.run_id, name, value)
+        if run.info.status == "RUNNING":
+            self._client.set_terminated(run.info.run_id, "KILLED")
+        for name in found_by:  # of what is left after a kill, `trial` is the last: without it, it would be a parent
+            self._client.delete_tag(run.info.run_id, name)
+        del self._runs[trial]
+        self._digests.pop(trial, None)
+        self._on_front.discard(trial)
+
     def close(self, results: StudyResults, report: Report) -> None:
         """Marks the front, logs what was confirmed, attaches the report to the parent, and ends all runs."""
+        with self._advising():
+            self._close(results, report)
+
+    def _close(self, results: StudyResults, report: Report) -> None:
         status, ended_at = results.files.read_outcome()
         rows = [*results.trials, results.baseline, results.strict]
         last = max((row["finished_at"] for row in rows if row), default=time.time())
@@ -184,33 +285,32 @@ class Projection:
 
         settings = self._configuration
         source = {"mlflow.source.name": "python -m orchestrator.sweep", "mlflow.source.type": "LOCAL"}
-        tags = self._common() | source | {"commit": settings["commit"], "model": settings["model"]}
+        tags = self._common() | source | {"commit": settings["commit"], "model": settings["model"], _NOTE: self._link}
         run = self._client.create_run(self._experiment, tags=tags, run_name=settings["study"]).info.run_id
         params = [Param(name, str(settings[name])) for name in PARENT_PARAMS]
         self._client.log_batch(run, params=[*params, Param("space", str(settings["space"]["name"]))])
         return str(run)
 
     def _describe_experiment(self, before: Mapping[str, str]) -> None:
-        """Says what the experiment is, and keeps the view of it that shows this study: what MLflow's "share" button
-        keeps, under the study's name."""
+        """Says what the experiment is, unless its owner has said it, and keeps the view of it that shows this study:
+        what MLflow's "share" button keeps, under the study's name.
+
+        MLflow 3.17 puts filter and order into the page's address, unless that has some already, and takes the columns;
+        which parents are unfolded, `runsExpanded`, it leaves out of a view on purpose."""
         study = self._configuration["study"]
         first, direction = next(iter(self._configuration["objectives"].items()))
-        tags = {
-            "mlflow.experimentKind": "custom_model_development",
-            "mlflow.note.content": (
-                "Sweeps of streamllm-sweep: a parent run per study, with the front in its description and artifacts, "
-                "and a run per configuration. `tags.pareto = 'True'` finds the front."
-            ),
-            f"{VIEW}{view_of(study)}": json.dumps(
-                {
-                    "searchFilter": f"tags.study = '{study}'",
-                    "orderByKey": f"metrics.`{told_name(first)}`",
-                    "orderByAsc": direction == "minimize",
-                    "selectedColumns": _COLUMNS,
-                    "columnOrder": _COLUMNS,
-                }
-            ),
+        view = {
+            "searchFilter": f"tags.study = '{study}'",
+            "orderByKey": f"metrics.`{told_name(first)}`",
+            "orderByAsc": direction == "minimize",
+            "selectedColumns": _COLUMNS,
+            "columnOrder": _COLUMNS,
         }
+        tags = {f"{VIEW}{view_of(study)}": json.dumps(view)}
+        if _ABOUT in before.get(_NOTE, _ABOUT):
+            tags[_NOTE] = f"{self._link}\n\n{_ABOUT}"
+        if "inferred" in before.get("mlflow.experimentKind", "inferred"):
+            tags["mlflow.experimentKind"] = "custom_model_development"
         for name, value in tags.items():
             if before.get(name) != value:
                 self._client.set_experiment_tag(self._experiment, name, value)
@@ -222,6 +322,19 @@ class Projection:
         values = {"quantization": self._configuration["quantization"]} | dict(row)
         words = {tag: values[name] for name, tag in _TAGS.items() if values.get(name) is not None}
         return self._common() | {tag: str(value)[:5000] for tag, value in words.items()}
+
+    def _log_dataset(self, run: str, row: AnyRow) -> None:
+        """For the column "Dataset"; nothing is read again."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if (name := row.get("dataset")) is None:
+            return
+        tokens = row.get("n_tokens")
+        digest = row.get("text_digest") or _digest(name, str(tokens))
+        source = {"tags": {"mlflow.source.name": "python -m orchestrator.sweep"}}
+        profile = None if tokens is None else json.dumps({"tokens": tokens})
+        dataset = Dataset(str(name)[:500], digest[:36], "code", json.dumps(source), profile=profile)
+        self._client.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])])
 
     def _log_artifacts(self, run: str, row: AnyRow) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -248,15 +361,15 @@ class Projection:
 
     def _attach(self, report: Report) -> None:
         """Files for the parent, unless it has just these; the description says what was found and shows the front."""
-        digest = _digest(*report.findings, *(path.read_bytes() for path in report.files))
+        digest = _digest(self._link, *report.findings, *(path.read_bytes() for path in report.files))
         parent = self._runs[""]
         if self._client.get_run(parent).data.tags.get(_DIGEST) == digest:
             return
         for path in report.files:
             self._client.log_artifact(parent, str(path))
             if path.suffix == ".md":
-                note = "\n\n".join([*report.findings, path.read_text(encoding="utf-8")])
-                self._client.set_tag(parent, "mlflow.note.content", shortened(note))
+                note = "\n\n".join([self._link, *report.findings, path.read_text(encoding="utf-8")])
+                self._client.set_tag(parent, _NOTE, shortened(note))
         self._client.set_tag(parent, _DIGEST, digest)
 
 
@@ -282,10 +395,13 @@ def _client(tracking_uri: str | None) -> MlflowClient:
 
 
 def _is_refusal(error: Exception) -> bool:
-    """An answer that will be the same next time: not of a server that is away, or that has lost its runs."""
+    """An answer that will be the same next time: not of a server that is away, or where runs or all of the experiment
+    were deleted."""
     from mlflow.exceptions import MlflowException
 
-    return isinstance(error, MlflowException) and error.get_http_status_code() == 400
+    if not isinstance(error, MlflowException) or error.get_http_status_code() != 400:
+        return False
+    return "must be in the 'active' state" not in str(error)
 
 
 def _final_metrics(row: AnyRow, before: Mapping[str, float]) -> dict[str, float]:
@@ -313,9 +429,13 @@ def _digest(*parts: str | bytes) -> str:
 
 
 def one_line(error: Exception) -> str:
+    """What went wrong and, where that is known, what to do about it."""
     text = " ".join(str(error).split())
     what, failed, _ = text.partition(" failed with exception ")  # what comes after it are the layers of the HTTP client
-    return f"{type(error).__name__}: {what[:200]}{' failed' if failed else ''}"
+    remedies = getattr(error, "__notes__", [])
+    if remedies:  # in place of MLflow's own, and of the query
+        what = re.split(r"\. | \[SQL: |\(Background", what)[0]
+    return "; ".join([f"{type(error).__name__}: {what[:200]}{' failed' if failed else ''}", *remedies])
 
 
 def _run_name(row: AnyRow) -> str:

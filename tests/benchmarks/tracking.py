@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import time
 import uuid
@@ -68,7 +69,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    tracking.EXPERIMENT = f"streamllm-sweep-benchmark-{uuid.uuid4().hex[:8]}"
+    os.environ["MLFLOW_EXPERIMENT_NAME"] = f"streamllm-sweep-benchmark-{uuid.uuid4().hex[:8]}"
     configuration: dict[str, Any] = dict.fromkeys(
         ("study", "commit", "model", "dtype", "quantization", "cap", "seed"), "benchmark"
     )
