@@ -10,9 +10,10 @@ from pathlib import Path
 
 from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
-from streamllm.results.study import StudyResults, load_study
+from streamllm.results.study import StudyResults
 from streamllm.terminal.printing import say
 
+from .loading import load
 from .pareto import parse_formats, show, write
 from .tables.columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
 from .tables.formats import FORMATS, Table
@@ -105,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="where files are written (the study's folder)")
     arguments = parser.parse_args(argv)
     try:
-        formats, study = parse_formats(arguments.format), load_study(arguments.study)
+        formats, study = parse_formats(arguments.format), load(arguments.study)
         paths = write_published(study, formats, arguments.output)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

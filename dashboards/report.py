@@ -20,11 +20,12 @@ from pathlib import Path
 from streamllm.errors import UsageError
 from streamllm.files import write_atomically
 from streamllm.results.schema import FIELDS, OBJECTIVES, AnyRow
-from streamllm.results.study import FIXED, StudyResults, load_study
+from streamllm.results.study import FIXED, StudyResults
 from streamllm.terminal.printing import say
 
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
 from .findings import Findings, findings
+from .loading import load
 from .tables import kinds
 from .tables.columns import COLUMNS, Column, shown_columns, unsaid_settings
 
@@ -43,6 +44,7 @@ _SUMMED_UP = ("main_comparison", "fixed_eval_speedup", "fixed_eval_ppl_compariso
               "fixed_eval_runtime")  # fmt: skip
 FIGURES = tuple(name for name in (*STUDY_FIGURES, *ROW_FIGURES) if name not in _SUMMED_UP)
 """All but what `results_summary` shows as well."""
+_ENDS = {None: "running, or killed", "": "how it ended is not known"}
 _DIGITS = 6
 """Significant ones in the page's data: what the chart and the table can show."""
 
@@ -261,10 +263,11 @@ def _reasons(rows: Sequence[AnyRow], key: str) -> str:
 
 
 def _environment(study: StudyResults) -> str:
+    status, _ = study.files.read_outcome()
     settings, rows = study.configuration, [*study.trials, *([study.baseline] if study.baseline is not None else [])]
-    space = settings["space"]
+    space = settings.get("space", {})
     facts = {
-        "study": f"{study.name} ({study.files.read_outcome()[0] or 'running, or killed'})",
+        "study": f"{study.name} ({_ENDS.get(status, status)})",
         "finished": _times(rows),
         "model": _values(settings, rows, "model", "model_digest"),
         "text": _values({}, rows, "dataset", "text_digest"),
@@ -274,7 +277,7 @@ def _environment(study: StudyResults) -> str:
         "dtype": _values({}, rows, "dtype"),
         "quantization": settings.get("quantization"),
         "total KV": f"{settings['cap']} ({space.get('cap_accounting', 'nominal')})",
-        "search space": space["name"],
+        "search space": space.get("name"),
         "sampler, seed": f"{settings.get('sampler', 'auto')}, {settings['seed']}",
         "commit": ", ".join(dict.fromkeys([settings["commit"], *(row["commit"] for row in rows if "commit" in row)])),
         "versions": ", ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items()),
@@ -313,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
             raise UsageError(f"output {str(arguments.output)!r}: its folder does not exist; create it")
-        path = write_report(load_study(arguments.study), arguments.output)
+        path = write_report(load(arguments.study), arguments.output)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

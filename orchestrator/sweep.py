@@ -68,6 +68,7 @@ def _sweep(configuration: SweepConfiguration, study_id: str, until: float) -> in
 
     what, sampler = configuration.identity, configuration.search.sampler
     study = Study(what.study, configuration.journal, what.space, what.cap, what.seed, sampler)
+    study.keep(configuration.to_dict(study_id))
     trials = TrialsFile(configuration.folder, study.rows)
     store = MeasurementStore(configuration.store)
     projection = Projection(configuration.to_dict(study_id), store)

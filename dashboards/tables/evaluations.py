@@ -10,6 +10,7 @@ from pathlib import Path
 
 from streamllm.errors import UsageError
 from streamllm.files import Json, Scalar
+from streamllm.results.study_folder import StudyFolder
 
 _SPELLINGS = {
     "model_name": "model",
@@ -43,13 +44,17 @@ _IN_NAMES = {
 
 def read_results(folder: Path) -> tuple[list[dict[str, Scalar]], list[str]]:
     """A row per result of the folder's `*.json`, subfolders included, with its `file` and `role`; and a line per file
-    that has none. Raises UsageError if the folder is none."""
+    that has none. Hidden folders, as the store is, and files of studies, which other tables show, are passed over.
+    Raises UsageError if the folder is none."""
     if not folder.is_dir():
         raise UsageError(f"results {str(folder)!r}: no such folder; give the one with the JSON files")
     rows: list[dict[str, Scalar]] = []
     problems = []
     for path in sorted(folder.rglob("*.json")):
-        name = str(path.relative_to(folder))
+        within = path.relative_to(folder)
+        if any(part.startswith(".") for part in within.parts) or StudyFolder(path.parent).configuration.exists():
+            continue
+        name = str(within)
         try:
             found = [{"file": name, **row} for row in _results(json.loads(path.read_text("utf-8")), path.stem)]
         except (OSError, ValueError, RecursionError) as error:

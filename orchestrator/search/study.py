@@ -8,31 +8,33 @@ MLflow. What was running when the driver died is handed out again, under its num
 from __future__ import annotations
 
 import math
-import os
 import random
 import warnings
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from search_spaces import SearchSpace, Value, judged
 from streamllm.errors import UsageError
+from streamllm.files import write_atomically
 from streamllm.measuring.reference_time import ReferencePool
-from streamllm.results.schema import OBJECTIVES, Row, told_name
+from streamllm.results.checks import measured_row
+from streamllm.results.damaged import DamagedError, all_told, keep_aside, read_lines
+from streamllm.results.schema import OBJECTIVES, NewerFormatError, Row, told_name
+from streamllm.results.schema import number as number_in
+from streamllm.results.study_folder import SETTINGS, StudyFolder, rows_and_damage
 
 from ..workers.messages import TrialSpec
+from .journal import ROW, JournalFile, checked_line, cut_torn_line, digests, is_of, rebuilt, rows_in
 from .points import configuration_of
 from .samplers import Result, Sampler, Suggestion
 
-_ROW = "row"
 _SKIPPED = "skipped"
 _DEATHS = "deaths"
 _NEIGHBOURS = 8
@@ -52,41 +54,115 @@ class Study:
     def __init__(
         self, name: str, journal: Path, space: SearchSpace, cap: int, seed: int, sampler: str = "auto"
     ) -> None:
+        """Opens the study, or begins it; a journal that is damaged is made anew first, and that is said. Raises
+        UsageError."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        _mend(journal)
         self.name = name
         self.space = space
         self.cap = cap
         self._random = random.Random(seed)
         self._size = space.size
-        self._backend = _Journal(str(journal))
-        self._storage = JournalStorage(self._backend)
-        self._study = optuna.create_study(
-            study_name=name,
-            storage=self._storage,
-            sampler=optuna.samplers.RandomSampler(),  # never asked: `samplers` suggests
-            directions=[OBJECTIVES[objective] for objective in space.objectives],  # type: ignore[misc]
-            load_if_exists=True,
-        )
-        if self._study.metric_names is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is experimental in Optuna
-                self._study.set_metric_names([told_name(objective) for objective in space.objectives])
-        trials = self._study.get_trials(deepcopy=False)
-        self._times = ReferencePool(_row(trial) for trial in trials if _ROW in trial.user_attrs)
+        trials = self._opened(journal)
+        self._times = ReferencePool(_row(trial) for trial in trials if ROW in trial.user_attrs)
         for trial in trials:
-            if trial.state == TrialState.RUNNING and _ROW in trial.user_attrs:  # killed in the middle of tell
+            if trial.state == TrialState.RUNNING and ROW in trial.user_attrs:  # killed in the middle of tell
                 self._finish(self._reopened(trial), _row(trial))
-        settled = [trial for trial in trials if trial.user_attrs.keys() & {_ROW, _SKIPPED}]
-        self.rows = [_row(trial) for trial in settled if _ROW in trial.user_attrs]
+        settled = [trial for trial in trials if trial.user_attrs.keys() & {ROW, _SKIPPED}]
+        self.rows = [_row(trial) for trial in settled if ROW in trial.user_attrs]
         """The finished trials. Milliseconds are not in them: what those are in is known when all are measured."""
         self._seen = {self._identity(space.complete(trial.params)) for trial in settled}
-        self._interrupted = deque(t for t in trials if t.state == TrialState.RUNNING and _ROW not in t.user_attrs)
+        self._interrupted = deque(t for t in trials if t.state == TrialState.RUNNING and ROW not in t.user_attrs)
         self._known = deque(space.known)
         self._points = space.points()
         self._open: dict[int, tuple[Trial, OpenTrial, Suggestion]] = {}
-        past = [self._result(space.complete(t.params), _row(t)) for t in settled if _ROW in t.user_attrs]
+        past = [self._result(space.complete(t.params), _row(t)) for t in settled if ROW in t.user_attrs]
         self._sampler = Sampler(sampler, space, seed, [result for result in past if result.row["state"] == "complete"])
+
+    def _opened(self, journal: Path) -> list[FrozenTrial]:
+        """Opens the journal, made anew if it is damaged, and returns its trials. Raises UsageError."""
+        try:
+            written, _ = rows_and_damage(StudyFolder(journal.parent).trials, measured_row)
+        except NewerFormatError:  # so are the journal's, or it is damaged
+            written = []
+        told = {row.trial: row for row in written if isinstance(row.trial, int)}
+        try:
+            cut_torn_line(journal)
+            trials = self._loaded(journal, told)
+        except NewerFormatError:
+            raise
+        except Exception as error:  # Optuna raises anything of a journal that is damaged
+            if isinstance(error, OSError) and not journal.is_dir() and not journal.is_symlink():
+                raise UsageError(f"{journal}: cannot be used ({error.strerror}); make it writable") from None
+            self._rebuild(journal, told, error)
+            trials = self._loaded(journal, {})
+        return trials
+
+    def _loaded(self, journal: Path, told: Mapping[int, Row]) -> list[FrozenTrial]:
+        """The trials of a new journal, or of one whose lines all mean something and that has the trials of these rows.
+        Raises anything for another."""
+        rows = rows_in(journal)
+        _, wrong = read_lines(journal, checked_line)
+        if wrong:
+            raise DamagedError(all_told(wrong))
+        self._backend = JournalFile(str(journal))
+        self._storage = JournalStorage(self._backend)
+        is_new = not journal.stat().st_size
+        self._study = self._begun(self._storage, is_new)
+        trials = self._study.get_trials(deepcopy=False)
+        for trial in trials:
+            self._check(journal, trial)
+        ours = {digests(row) for row in rows.values()}
+        finished = rows.keys() | {number for number, row in told.items() if not ours or digests(row) in ours}
+        if lost := finished - {trial.number for trial in trials if ROW in trial.user_attrs}:
+            raise DamagedError(f"{journal}: trial {min(lost)}, which had finished, is not in it")
+        return trials
+
+    def _begun(self, storage: JournalStorage, is_new: bool = True) -> optuna.Study:
+        """Raises KeyError if it should be there, and is not."""
+        sampler = optuna.samplers.RandomSampler()  # never asked: `samplers` suggests
+        if is_new:
+            directions = [OBJECTIVES[objective] for objective in self.space.objectives]
+            optuna.create_study(study_name=self.name, storage=storage, sampler=sampler, directions=directions)
+        study = optuna.load_study(study_name=self.name, storage=storage, sampler=sampler)
+        if study.metric_names is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is experimental in Optuna
+                study.set_metric_names([told_name(objective) for objective in self.space.objectives])
+        return study
+
+    def _check(self, journal: Path, trial: FrozenTrial) -> None:
+        """Raises anything for a trial that cannot be."""
+        has_row, deaths = ROW in trial.user_attrs, trial.user_attrs.get(_DEATHS, 0)
+        if not has_row and _SKIPPED not in trial.user_attrs and trial.state != TrialState.RUNNING:
+            return
+        point = self.space.complete(trial.params)
+        row = _row(trial) if has_row else None
+        if not isinstance(deaths, int) or (row is not None and not self._is_result(trial.number, row, point)):
+            raise DamagedError(f"{journal}: trial {trial.number} is not what was written")
+
+    def _is_result(self, number: int, row: Row, point: dict[str, Value]) -> bool:
+        return row.trial == number and self._is_told(row) and is_of(row, point, self.space, self.cap)
+
+    def _is_told(self, row: Row) -> bool:
+        """Whether it is a row as `tell` keeps it."""
+        values = [number_in(row, told_name(objective)) for objective in self.space.objectives]
+        return row.state == "failed" or (row.state == "complete" and None not in values)
+
+    def _rebuild(self, journal: Path, told: Mapping[int, Row], error: Exception) -> None:
+        """Makes the journal anew of what is readable in it and in `trials.jsonl`, keeps the damaged one aside, and says
+        so. Raises UsageError."""
+        rows = {number: row for number, row in {**told, **rows_in(journal)}.items() if self._is_told(row)}
+        lines, count = rebuilt(rows, self.space, self.cap, self._begun, self._template)
+        why = str(error) if isinstance(error, DamagedError) else f"{journal}: Optuna cannot read it ({error!r:.200})"
+        mended = journal.with_name(f".{journal.name}.mended")
+        write_atomically(mended, lines)
+        keep_aside(journal, [why], f"made anew with the {count} finished trials whose rows can be read")
+        mended.replace(journal)
+
+    def keep(self, settings: dict[str, object]) -> None:
+        """Keeps a copy of what `sweep.json` says, from which that file can be made again."""
+        if self._study.user_attrs.get(SETTINGS) != settings:
+            self._study.set_user_attr(SETTINGS, settings)
 
     @property
     def threads(self) -> int:
@@ -130,7 +206,7 @@ class Study:
         trial, open_trial, suggestion = self._open.pop(number)
         row = self._judged(row)
         with self._backend.together():
-            trial.set_user_attr(_ROW, row.to_json())
+            trial.set_user_attr(ROW, row.to_json())
             self._finish(trial, row)
         self.rows.append(row)
         complete = row["state"] == "complete"
@@ -184,6 +260,15 @@ class Study:
 
     def _created(self, params: dict[str, Value], state: TrialState, attributes: dict[str, str] | None = None) -> Trial:
         """In one line of the journal: all of it is there after a kill, or none."""
+        template = self._template(params, state, attributes)
+        return self._trial(self._storage.create_new_trial(self._study._study_id, template))
+
+    def _template(
+        self,
+        params: dict[str, Value],
+        state: TrialState = TrialState.RUNNING,
+        attributes: dict[str, str] | None = None,
+    ) -> FrozenTrial:
         chosen: dict[str, Value] = {}
         distributions: dict[str, BaseDistribution] = {}
 
@@ -193,8 +278,7 @@ class Study:
             return params[name]
 
         self.space.draw(take)
-        template = create_trial(state=state, params=chosen, distributions=distributions, user_attrs=attributes)
-        return self._trial(self._storage.create_new_trial(self._study._study_id, template))
+        return create_trial(state=state, params=chosen, distributions=distributions, user_attrs=attributes)
 
     def _reopened(self, frozen: FrozenTrial) -> Trial:
         return self._trial(frozen._trial_id)
@@ -240,35 +324,4 @@ class Study:
 
 
 def _row(trial: FrozenTrial) -> Row:
-    return Row.from_json(trial.user_attrs[_ROW], f"trial {trial.number} of the journal")
-
-
-class _Journal(JournalFileBackend):  # type: ignore[misc]
-    """Optuna's journal file, flushed to the disk with every write; writes that belong together go in one."""
-
-    _held: list[dict[str, object]] | None = None
-
-    def append_logs(self, logs: list[dict[str, object]]) -> None:
-        if self._held is not None:
-            self._held += logs
-        else:
-            super().append_logs(logs)
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        self._held = []
-        try:
-            yield
-            held, self._held = self._held, None
-            super().append_logs(held)
-        finally:
-            self._held = None
-
-
-def _mend(journal: Path) -> None:
-    """Cuts a line torn by a kill in mid-write, and removes the lock such a process left: we hold the study's own."""
-    Path(f"{journal}.lock").unlink(missing_ok=True)
-    if journal.exists():
-        content = journal.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(journal, content.rfind(b"\n") + 1)
+    return Row.from_json(trial.user_attrs[ROW], f"trial {trial.number} of the journal")

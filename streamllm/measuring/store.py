@@ -97,8 +97,8 @@ class MeasurementStore:
             )
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
-            with suppress(FileNotFoundError):  # another worker was first
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            with suppress(OSError):  # another worker was first; what cannot be moved, cannot be written either
                 path.rename(path.with_suffix(".damaged"))
             return None
 
