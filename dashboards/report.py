@@ -195,7 +195,7 @@ def _measured(study: StudyResults) -> str:
         )
     if row is not None and row.get("protocol") == "fast":
         said.append(
-            f"Quality: the perplexity of {_count(row, 'evaluated_tokens')} tokens of {row['dataset']}, computed in a "
+            f"Quality: the perplexity of {_count(row, 'evaluated_tokens')} tokens of {row.get('dataset', 'a text')}, computed in a "
             f"few block forwards, which gives the losses of token-by-token decoding. Increases are paired: over strict "
             f"StreamingLLM at every token; over the baseline that, and what strict StreamingLLM differs from the "
             f"baseline by at the tokens the baseline was sampled at."
@@ -206,7 +206,7 @@ def _measured(study: StudyResults) -> str:
             f"times the median time of strict StreamingLLM: {'; '.join(map(str, study.references))}."
         )
     elif row is not None:
-        said.append(f"Protocol {row.get('protocol')} on {row['dataset']}.")
+        said.append(f"Protocol {row.get('protocol')} on {row.get('dataset', 'a text')}.")
     rounds = max((row["rounds"] for row in rows if row.get("rounds")), default=None)
     if rounds is None:
         said.append("Nothing was confirmed: each time is of one measurement during the search.")

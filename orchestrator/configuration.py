@@ -298,7 +298,7 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> lis
 
 
 def _shown(name: str, value: object) -> str:
-    return f"{value:.12}..." if name.endswith("digest") and value else repr(value)
+    return f"{value:.12}..." if name.endswith("digest") and value and isinstance(value, str) else repr(value)
 
 
 def _versions() -> dict[str, str]:

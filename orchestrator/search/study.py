@@ -151,7 +151,7 @@ class Study:
     def _rebuild(self, journal: Path, told: Mapping[int, Row], error: Exception) -> None:
         """Makes the journal anew of what is readable in it and in `trials.jsonl`, keeps the damaged one aside, and says
         so. Raises UsageError."""
-        rows = {number: row for number, row in {**told, **rows_in(journal)}.items() if self._is_told(row)}
+        rows = {number: row for number, row in {**rows_in(journal), **told}.items() if self._is_told(row)}
         lines, count = rebuilt(rows, self.space, self.cap, self._begun, self._template)
         why = str(error) if isinstance(error, DamagedError) else f"{journal}: Optuna cannot read it ({error!r:.200})"
         mended = journal.with_name(f".{journal.name}.mended")
