@@ -60,7 +60,7 @@ ENTRIES = (
 
 def published_table(study: StudyResults) -> Table:
     """Their rows as the study measured them; blank where it did not."""
-    dataset = "wikitext" if "wikitext" in str(study.configuration["source"].get("dataset_name")) else "pg19"
+    dataset = "wikitext" if "wikitext" in str(study.configuration.get("source", {}).get("dataset_name")) else "pg19"
     rows = [_row(study, entry, dataset) for entry in ENTRIES]
     missing = [str(row["label"]) for row in rows if "tpot_ms" not in row]
     text, tokens = ("PG19", "20,000") if dataset == "pg19" else ("WikiText-103", "4,096")

@@ -195,10 +195,10 @@ def _measured(study: StudyResults) -> str:
         )
     if row is not None and row.get("protocol") == "fast":
         said.append(
-            f"Quality: the perplexity of {_count(row, 'evaluated_tokens')} tokens of {row.get('dataset', 'a text')}, computed in a "
-            f"few block forwards, which gives the losses of token-by-token decoding. Increases are paired: over strict "
-            f"StreamingLLM at every token; over the baseline that, and what strict StreamingLLM differs from the "
-            f"baseline by at the tokens the baseline was sampled at."
+            f"Quality: the perplexity of {_count(row, 'evaluated_tokens')} tokens of {row.get('dataset', 'a text')}, "
+            f"computed in a few block forwards, which gives the losses of token-by-token decoding. Increases are "
+            f"paired: over strict StreamingLLM at every token; over the baseline that, and what strict StreamingLLM "
+            f"differs from the baseline by at the tokens the baseline was sampled at."
         )
         said.append(
             "Speed: the steady state of a full cache. After a warm-up, segments of whole prune cycles are timed in "

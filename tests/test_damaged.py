@@ -13,13 +13,12 @@ from dashboards import pareto, report, summarize
 from dashboards.loading import load, load_all, studies_here
 from dashboards.serve import chosen_studies
 from dashboards.tables import frames
-from orchestrator.search.journal import rows_in
 from orchestrator.search.rounds import read_rounds
 from orchestrator.workers.lease import study_lease
 from streamllm.errors import UsageError
 from streamllm.results.damaged import DamagedError
 from streamllm.results.study import load_study
-from streamllm.results.study_folder import StudyFolder
+from streamllm.results.study_folder import StudyFolder, read_rows
 
 from .finished_study import TRIALS, configuration_in, go_on, write_finished
 
@@ -114,6 +113,10 @@ def there(finished, tmp_path, monkeypatch):
     return tmp_path / "sweeps/s"
 
 
+def finished_rows(folder):
+    return {row.trial: row for row in read_rows(folder / "trials.jsonl") if isinstance(row.trial, int)}
+
+
 def bytes_in(folder):
     return {path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
 
@@ -121,7 +124,7 @@ def bytes_in(folder):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("file", FILES)
 def test_the_same_command_goes_on_and_loses_nothing(there, file, way, capsys):
-    before = rows_in(there / "journal.log")
+    before = finished_rows(there)
     WAYS[way](there / file)
     study, _ = go_on(configuration_in(there.parent.parent))
     said = capsys.readouterr().err.splitlines()
@@ -183,7 +186,7 @@ def test_what_is_said_names_file_line_and_the_fix(there, capsys):
 
 def test_trials_that_either_the_journal_or_the_table_still_has_keep_their_numbers(there, capsys):
     """Of what both lost nothing is made up: its configuration is asked for again, under a new number."""
-    before = rows_in(there / "journal.log")
+    before = finished_rows(there)
     for name, lost in (("journal.log", (1, 3, 4)), ("trials.jsonl", (0, 3, 5))):
         lines = [line for line in lines_of(there / name) if not any(b'"trial":%d,' % trial in line.replace(b" ", b"")
                                                                     for trial in lost)]  # fmt: skip
@@ -199,7 +202,7 @@ def test_trials_that_either_the_journal_or_the_table_still_has_keep_their_number
 
 
 def test_lines_of_another_study_are_none_of_this_one(there, capsys):
-    before = rows_in(there / "journal.log")
+    before = finished_rows(there)
     for line, change in ((b"other", {"text_digest": "0"}), (b"space", {"n_sink": 9})):
         lines = lines_of(there / "trials.jsonl")
         row = json.loads(lines[-2]) | {"trial": 20 + len(line)} | change

@@ -35,7 +35,7 @@ def candidates(
     """The front; the `earlier` candidates, so that none leaves the front unmeasured; and the `others` nearest to it
     among the trials that no row of the front beats for certain: in some objective, the two intervals overlap."""
     paired = dict(_PAIRED.get(name, (name, direction)) for name, direction in objectives.items())
-    fit = [row for row in rows if row["state"] == "complete" and row.get("feasible", True)]
+    fit = [row for row in rows if objective_values(row, paired) is not None]
     front = pareto_front(fit, paired)
     rest = [row for row in fit if row not in front]
     reach = [(max((_reach(row, better, paired) for better in front), default=0.0), row) for row in rest]

@@ -7,34 +7,35 @@ the configuration that a row is of is a point of the space.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.storages import JournalStorage
 from optuna.storages.journal import BaseJournalBackend, JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from search_spaces import SearchSpace, Value
 from streamllm.errors import UsageError
+from streamllm.files import write_atomically
 from streamllm.results.checks import measured_row
-from streamllm.results.damaged import read_lines
-from streamllm.results.schema import KNOBS, POLICY_KNOBS, Row
+from streamllm.results.damaged import DamagedError, all_told, keep_aside, read_lines
+from streamllm.results.schema import OBJECTIVES, NewerFormatError, Row, number, told_name
+from streamllm.results.study_folder import StudyFolder, rows_and_damage
 
-from .points import configuration_of
+from .points import is_of, point_of
 
-ROW = "row"
-"""The attribute of a trial that its row is in."""
+ROW, SKIPPED, DEATHS = "row", "skipped", "deaths"
+"""Attributes of a trial: its row; why there is none; how many workers ended on it."""
 _FARTHEST = 10_000
 """Numbers between a trial and the next one that finished: more were never given."""
-_TRIED = 20_000
-"""Points that a row may be of."""
-_NAMES = {knob.parameter: knob.name for knob in KNOBS}
 
 
 class JournalFile(JournalFileBackend):  # type: ignore[misc]
@@ -72,119 +73,178 @@ class _Lines(BaseJournalBackend):  # type: ignore[misc]
         yield from self.logs[log_number_from:]
 
 
-def cut_torn_line(journal: Path) -> None:
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """A journal as it was when it was opened."""
+
+    file: JournalFile
+    storage: JournalStorage
+    study: optuna.Study
+    trials: list[FrozenTrial]
+    rows: dict[int, Row]
+    """Those of the finished trials, by their numbers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Journal:
+    name: str
+    path: Path
+    space: SearchSpace
+    cap: int
+
+    def opened(self) -> Opened:
+        """Opens the journal, or begins it. One that is damaged is made anew first, and that is said. Raises
+        UsageError, NewerFormatError where a row is of a later version."""
+        try:
+            written, _ = rows_and_damage(StudyFolder(self.path.parent).trials, measured_row)
+        except NewerFormatError:  # so are the journal's, or that file is damaged
+            written = []
+        told = {row.trial: row for row in written if isinstance(row.trial, int)}
+        try:
+            _cut_torn_line(self.path)
+            return self._loaded(told)
+        except NewerFormatError:
+            raise
+        except Exception as error:  # Optuna raises anything of a journal that is damaged
+            if isinstance(error, OSError) and not self.path.is_dir() and not self.path.is_symlink():
+                raise UsageError(
+                    f"{error.filename or self.path}: cannot be used ({error.strerror}); make it writable"
+                ) from None
+            self._rebuild(told, error)
+        return self._loaded({})
+
+    def _loaded(self, told: Mapping[int, Row]) -> Opened:
+        """A new journal, or one whose lines all mean something and that has the trials of these rows. Raises anything
+        for another."""
+        rows, wrong = _rows_in(self.path)
+        if wrong:
+            raise DamagedError(all_told(wrong))
+        file = JournalFile(str(self.path))
+        storage = JournalStorage(file)
+        study = self._study(storage, is_new=not self.path.stat().st_size)
+        trials = study.get_trials(deepcopy=False)
+        for trial in trials:
+            self._check(trial, rows)
+        ours = {_digests(row) for row in rows.values()}
+        finished = rows.keys() | {number for number, row in told.items() if not ours or _digests(row) in ours}
+        if lost := finished - {trial.number for trial in trials if ROW in trial.user_attrs}:
+            raise DamagedError(f"{self.path}: trial {min(lost)}, which had finished, is not in it")
+        return Opened(file, storage, study, trials, rows)
+
+    def _study(self, storage: JournalStorage, is_new: bool) -> optuna.Study:
+        """Raises KeyError if it should be there, and is not."""
+        sampler = optuna.samplers.RandomSampler()  # never asked: `samplers` suggests
+        if is_new:
+            directions = [OBJECTIVES[objective] for objective in self.space.objectives]
+            optuna.create_study(study_name=self.name, storage=storage, sampler=sampler, directions=directions)
+        study = optuna.load_study(study_name=self.name, storage=storage, sampler=sampler)
+        if study.metric_names is None:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what is experimental in Optuna
+                study.set_metric_names([told_name(objective) for objective in self.space.objectives])
+        return study
+
+    def _check(self, trial: FrozenTrial, rows: Mapping[int, Row]) -> None:
+        """Raises anything for a trial that cannot be."""
+        has_row = ROW in trial.user_attrs
+        if not has_row and SKIPPED not in trial.user_attrs and trial.state != TrialState.RUNNING:
+            return
+        point = self.space.complete(trial.params)
+        is_right = isinstance(trial.user_attrs.get(DEATHS, 0), int)
+        if has_row:
+            row, is_told = rows[trial.number], trial.user_attrs[ROW]["trial"] == trial.number
+            is_right &= is_told and self._is_result(row) and is_of(row, point, self.space, self.cap)
+        if not is_right:
+            raise DamagedError(f"{self.path}: trial {trial.number} is not what was written")
+
+    def _is_result(self, row: Row) -> bool:
+        """Whether it is a row as `Study.tell` keeps it."""
+        values = [number(row, told_name(objective)) for objective in self.space.objectives]
+        return row.state == "failed" or (row.state == "complete" and None not in values)
+
+    def _rebuild(self, told: Mapping[int, Row], error: Exception) -> None:
+        """Makes the journal anew of what is readable in it and in `trials.jsonl`, keeps the damaged one aside, and says
+        so. Raises UsageError."""
+        rows = {**_rows_in(self.path)[0], **told}
+        lines, count = self._with_trials({of: row for of, row in rows.items() if self._is_result(row)})
+        why = str(error) if isinstance(error, DamagedError) else f"{self.path}: Optuna cannot read it ({error!r:.200})"
+        mended = self.path.with_name(f".{self.path.name}.mended")
+        write_atomically(mended, lines)
+        keep_aside(self.path, [why], f"made anew with the {count} finished trials whose rows can be read")
+        mended.replace(self.path)
+
+    def _with_trials(self, rows: Mapping[int, Row]) -> tuple[str, int]:
+        """A journal with the trials of these rows, each under its number, and how many it has: those of another text,
+        or of no point of the space, are left out. They are running, and have their rows; trials between them that have
+        none have failed."""
+        lines = _Lines()
+        storage = JournalStorage(lines)
+        study = self._study(storage, is_new=True)._study_id
+        measured = Counter(_digests(row) for row in rows.values() if row.text_digest is not None)
+        ours = [digests for digests, _ in measured.most_common(1)]
+        there = kept = 0
+        for trial, row in sorted(rows.items()):
+            is_ours = trial < there + _FARTHEST and (row.text_digest is None or _digests(row) in ours)
+            point = point_of(row, self.space, self.cap) if is_ours else None
+            if point is None:
+                continue
+            for _ in range(there, trial):
+                storage.create_new_trial(study, create_trial(state=TrialState.FAIL))
+            storage.create_new_trial(study, trial_of(point, self.space, attributes={ROW: row.to_json()}))
+            there, kept = trial + 1, kept + 1
+        return "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in lines.logs), kept
+
+
+def trial_of(
+    params: Mapping[str, Value],
+    space: SearchSpace,
+    state: TrialState = TrialState.RUNNING,
+    attributes: Mapping[str, object] | None = None,
+) -> FrozenTrial:
+    """A trial of that point that no study has yet."""
+    chosen: dict[str, Value] = {}
+    distributions: dict[str, BaseDistribution] = {}
+
+    def take(name: str, choices: tuple[Value, ...]) -> Value:
+        chosen[name] = params[name]
+        distributions[name] = CategoricalDistribution(choices)
+        return params[name]
+
+    space.draw(take)
+    return create_trial(state=state, params=chosen, distributions=distributions, user_attrs=dict(attributes or {}))
+
+
+def _cut_torn_line(journal: Path) -> None:
     """Cuts a line torn by a kill in mid-write, and removes the lock such a process left: we hold the study's own.
     Raises OSError."""
     Path(f"{journal}.lock").unlink(missing_ok=True)
     if journal.is_file():
         content = journal.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(journal, content.rfind(b"\n") + 1)
+        whole = content.rfind(b"\n") + 1
+        if 0 < whole < len(content):  # without any, it is no journal
+            os.truncate(journal, whole)
 
 
-def checked_line(values: object) -> None:
-    """Raises ValueError for what is no line of a journal."""
-    if not isinstance(values, dict) or not isinstance(values.get("op_code"), int):
-        raise ValueError("no operation of Optuna's")
-
-
-def rows_in(journal: Path) -> dict[int, Row]:
-    """The rows of trials in those of its lines that can be read; of several of a trial the first, as Optuna has it.
-    Raises NewerFormatError."""
-    found, _ = read_lines(journal, _row_in)
+def _rows_in(journal: Path) -> tuple[dict[int, Row], list[str]]:
+    """The rows of trials in those of its lines that can be read, of several of a trial the first, as Optuna has it; and
+    what is wrong with the other lines. Raises NewerFormatError."""
+    found, wrong = read_lines(journal, _row_in)
     rows: dict[int, Row] = {}
     for row in found.values():
         if row is not None and isinstance(row.trial, int):
             rows.setdefault(row.trial, row)
-    return rows
-
-
-def rebuilt(
-    rows: Mapping[int, Row],
-    space: SearchSpace,
-    cap: int,
-    create: Callable[[JournalStorage], optuna.Study],
-    template: Callable[[dict[str, Value]], FrozenTrial],
-) -> tuple[str, int]:
-    """A journal with these trials, each under its number, and how many of them it has: those of another text, or of no
-    point of the space, it leaves out. They are running, and have their rows; what was never finished has failed.
-
-    create: makes the study; template: a trial with those values."""
-    lines = _Lines()
-    storage = JournalStorage(lines)
-    study = create(storage)._study_id
-    measured = Counter(digests(row) for row in rows.values() if row.text_digest is not None)
-    ours = [digests for digests, _ in measured.most_common(1)]
-    there = kept = 0
-    for number, row in sorted(rows.items()):
-        is_ours = row.text_digest is None or digests(row) in ours
-        point = point_of(row, space, cap) if is_ours and number < there + _FARTHEST else None
-        if point is None:
-            continue
-        for _ in range(there, number):
-            storage.create_new_trial(study, create_trial(state=TrialState.FAIL))
-        trial = template(point)
-        trial.user_attrs[ROW] = row.to_json()
-        storage.create_new_trial(study, trial)
-        there, kept = number + 1, kept + 1
-    return "".join(json.dumps(log, separators=(",", ":")) + "\n" for log in lines.logs), kept
-
-
-def point_of(row: Row, space: SearchSpace, cap: int) -> dict[str, Value] | None:
-    """The point of the space that the row measured; None if there is none."""
-    names = sorted(space.parameters, key="total_kv".__eq__)  # which rows do not say: tried before anything else changes
-    choices = [_possible(name, row, space) for name in names]
-    near = None
-    for values in itertools.islice(itertools.product(*choices), _TRIED):
-        point = space.complete(dict(zip(names, values, strict=True)))
-        if is_of(row, point, space, cap):
-            if row.window_size in _windows(point, space, cap):
-                return point
-            near = near or point
-    return near
-
-
-def is_of(row: Row, point: Mapping[str, Value], space: SearchSpace, cap: int) -> bool:
-    """Whether the row, as far as it says, is a measurement of that point, whatever its window is."""
-    try:
-        what = configuration_of(point, space, cap)
-        policies = (what.policy, what.effective)
-    except UsageError:
-        return False
-    asked = {"method": what.method, "backend_requested": what.backend, "execution": what.execution}
-    if what.quantization is not None:
-        asked["quantization"] = what.quantization
-    knobs = [field.name for field in POLICY_KNOBS if field.name != "window_size" and field.name in row]
-    return all(row.get(name, value) == value for name, value in asked.items()) and any(
-        all(getattr(policy, name) == row[name] for name in knobs) for policy in policies
-    )
-
-
-def digests(row: Row) -> tuple[str | None, ...]:
-    """Those of the text and of the weights, whatever became of them."""
-    return row.text_digest, (row.model_digest or "").partition(" ")[0]
-
-
-def _windows(point: Mapping[str, Value], space: SearchSpace, cap: int) -> tuple[int, int]:
-    what = configuration_of(point, space, cap)
-    return what.policy.window_size, what.effective.window_size
-
-
-def _possible(name: str, row: Row, space: SearchSpace) -> Sequence[Value]:
-    """The values that the row may have been given: its own or, of a number that its method makes another of, any."""
-    choices = space.parameters[name]
-    value = row.get(_NAMES[name])
-    if value in choices:
-        return (value,)
-    if isinstance(value, str) and value != space.defaults.get(name):
-        return ()
-    return choices
+    return rows, wrong
 
 
 def _row_in(line: object) -> Row | None:
     """The row that a line of a journal gives a trial. Raises ValueError."""
-    if not isinstance(line, dict):
-        return None
+    if not isinstance(line, dict) or not isinstance(line.get("op_code"), int):
+        raise ValueError("no operation of Optuna's")
     attributes = [line.get(name) for name in ("user_attr", "user_attrs")]
     row = next((one[ROW] for one in attributes if isinstance(one, dict) and ROW in one), None)
-    return None if row is None else measured_row(row)
+    return None if row is None else Row.checked(row)
+
+
+def _digests(row: Row) -> tuple[str | None, ...]:
+    """Those of the text and of the weights, whatever became of them."""
+    return row.text_digest, (row.model_digest or "").partition(" ")[0]

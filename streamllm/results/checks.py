@@ -61,7 +61,7 @@ def checked_settings(values: object) -> dict[str, Any]:
     space = _object(found.get("space", {"name": ""}), "a space", name=str)
     for limit in _object({"constraints": []} | space, "a space", constraints=list)["constraints"]:
         limit = _object(limit, "a constraint", metric=str, relation=str, limit=(int, float))
-        if limit["relation"] not in ("<=", ">=") or limit["metric"] not in FIELDS:
+        if len(limit) != 3 or limit["relation"] not in ("<=", ">=") or limit["metric"] not in FIELDS:
             raise ValueError(f"constraint {limit}: none of a sweep's")
     others = {"study_id": "", "sampler": "", "versions": {}, "source": {}} | found
     _object(others, "a sweep's settings", study_id=str, sampler=str, versions=dict, source=dict)

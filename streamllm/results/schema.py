@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Literal, Self
 
 from ..errors import UsageError
@@ -295,8 +296,8 @@ class Row(Mapping[str, Any]):
         if written < FORMAT:
             values = {key: value for key, value in values.items() if _is_key(key)}
         row = cls.of(values)
-        for key, value in row.items():
-            if not _is_value(key, value):
+        for key, value in values.items():
+            if value is not None and not _check_of(key)(value):
                 raise ValueError(f"{key} {value!r:.40}: no such value is possible")
         return row
 
@@ -373,24 +374,39 @@ _LARGEST = 1 << 62
 """Of numbers; one over it is the least of those that are above 0."""
 
 
-def _is_value(key: str, value: object) -> bool:
-    """Whether a row can have that value there; NaN and infinity are what a failed measurement may come to."""
+@cache
+def _check_of(key: str) -> Callable[[object], bool]:
+    """Tells whether a row can have a value there; NaN and infinity are what a failed measurement may come to."""
     name = next((key.removesuffix(end) for end in _ENDS if key not in FIELDS and key.endswith(end)), key)
+    kind = "float" if name != key else _TYPES[key]
     if name in _DATES:
-        return is_date(value)
-    if key not in FIELDS or _TYPES[key] == "float":
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            return False
-        if name in _POSITIVE and not key.endswith("_std") and value < 1 / _LARGEST:
-            return False
-        return not _LARGEST < abs(value) < math.inf
-    if _TYPES[key] == "int":
-        return _is_whole(value, FIELDS[key].least or 0)
-    if _TYPES[key] == "int | str":
-        return _is_whole(value) or _is_text(value)
-    if _TYPES[key] == "bool":
-        return isinstance(value, bool)
-    return _is_text(value) if _TYPES[key] == "str" else isinstance(value, list) and all(map(_is_whole, value))
+        return is_date
+    if kind == "float":
+        return _is_positive if name in _POSITIVE and not key.endswith("_std") else _is_number
+    if kind == "int":
+        return partial(_is_whole, least=FIELDS[key].least or 0)
+    return {"bool": _is_truth, "str": _is_text, "int | str": _is_name}.get(kind, _are_whole)
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and not _LARGEST < abs(value) < math.inf  # type: ignore[arg-type]
+
+
+def _is_positive(value: object) -> bool:
+    return _is_number(value) and not value < 1 / _LARGEST  # type: ignore[operator]
+
+
+def _is_truth(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_name(value: object) -> bool:
+    return _is_whole(value) or _is_text(value)
+
+
+def _are_whole(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_whole, value))
 
 
 def is_date(value: object) -> bool:
