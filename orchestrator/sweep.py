@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -173,13 +174,14 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display
     from streamllm.measuring.store import MeasurementStore
     from streamllm.results.study import load_study
 
-    from .search.confirm import candidates, confirmed_rows, unconfirmed_better
+    from .search.confirm import candidates, comparable, confirmed_rows, unconfirmed_better
     from .search.rounds import read_rounds, take_rounds
 
     folder, store, rounds = configuration.folder, MeasurementStore(configuration.store), configuration.confirm.rounds
     results = load_study(str(folder.path))
     earlier = {trial for one in read_rounds(folder) for trial in one.members}
-    chosen = added = candidates(results.trials, results.objectives, earlier)
+    can_be = partial(comparable, losses_of=lambda row: store.losses(row["quality_entry"]), note=display.note)
+    chosen = added = can_be(candidates(results.trials, results.objectives, earlier))
     while added and results.baseline is not None and driver.comparison is not None:
         display.confirming(len(chosen) + 1, rounds)
         fixed = results.baseline
@@ -202,9 +204,8 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display
         )
         write_rows(configuration.folder.confirmed, values)
         results = load_study(str(folder.path))
-        added = [
-            row for row in unconfirmed_better(results.trials, results.objectives) if str(row["trial"]) not in failed
-        ]
+        better = unconfirmed_better(results.trials, results.objectives)
+        added = can_be([row for row in better if str(row["trial"]) not in failed])
         if added:
             numbers = ", ".join(str(row["trial"]) for row in added)
             display.note(f"confirmed too, as nothing confirmed is better: trial {numbers}")

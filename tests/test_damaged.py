@@ -7,16 +7,22 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from dashboards import pareto, report, summarize
 from dashboards.loading import load, load_all, studies_here
 from dashboards.serve import chosen_studies
 from dashboards.tables import frames
+from orchestrator.search.confirm import comparable
 from orchestrator.search.rounds import read_rounds
+from orchestrator.search.rows import increases
 from orchestrator.workers.lease import study_lease
 from streamllm.errors import UsageError
+from streamllm.measuring.quality import QualityComparison
+from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
 from streamllm.results.damaged import DamagedError
+from streamllm.results.schema import Row
 from streamllm.results.study import load_study
 from streamllm.results.study_folder import StudyFolder, read_rows
 
@@ -299,3 +305,32 @@ def test_who_runs_a_study_is_told_whatever_was_in_its_lock(there):
             study_lease(StudyFolder(there)),
         ):
             pass
+
+
+def test_losses_that_the_store_has_no_more_are_missed_by_nothing_else(tmp_path):
+    store, losses = MeasurementStore(tmp_path), np.column_stack((np.arange(50.0), np.full(50, 1.0)))
+    rows, said = [], []
+    for trial, content in enumerate((None, b"", b"\x93NUMPY garbage", losses)):
+        key: dict[str, object] = {"trial": trial}
+        rows.append(Row(trial=trial, state="complete", quality_entry=entry_name(key)))
+        if content is not None:
+            store.put(key, Measurement({}, losses))
+        if isinstance(content, bytes):
+            store.losses_file(entry_name(key)).write_bytes(content)
+    assert [row.trial for row in increases(rows, QualityComparison(losses, losses), store.losses)] == [3]
+    assert comparable(rows, lambda row: store.losses(row["quality_entry"]), said.append) == rows[3:]
+    assert len(said) == 3 and "warning: trial 1 cannot be confirmed: its losses cannot be read (" in said[1]
+
+
+def test_store_entries_that_are_no_files_are_measured_again(tmp_path):
+    store = MeasurementStore(tmp_path)
+    for suffix in (".json", ".npy"):
+        store.put({"a": 1}, Measurement({}, np.zeros((2, 2))))
+        path = store.losses_file(entry_name({"a": 1})).with_suffix(suffix)
+        path.unlink()
+        path.mkdir()
+        assert store.get({"a": 1}) is None
+        if suffix == ".npy":
+            path.rmdir()
+    store.put({"a": 1}, Measurement({"b": 2}))
+    assert store.get({"a": 1}) == Measurement({"b": 2})

@@ -44,6 +44,21 @@ def candidates(
     return [*front, *near, *kept]
 
 
+def comparable(
+    rows: Sequence[AnyRow], losses_of: Callable[[AnyRow], np.ndarray], note: Callable[[str], None]
+) -> list[AnyRow]:
+    """Those whose losses can be read; `note` is told of the others."""
+    found = []
+    for row in rows:
+        try:
+            losses_of(row)
+        except (OSError, KeyError) as error:
+            note(f"warning: trial {row['trial']} cannot be confirmed: its losses cannot be read ({error})")
+        else:
+            found.append(row)
+    return found
+
+
 def unconfirmed_better(rows: Sequence[AnyRow], objectives: Mapping[str, str]) -> list[AnyRow]:
     """Trials that were not confirmed, and that no confirmed one dominates: they are to be confirmed too."""
     confirmed = [row for row in rows if row.get("rounds")]

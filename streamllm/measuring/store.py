@@ -140,8 +140,12 @@ class MeasurementStore:
         return self.root / name[:2] / f"{name}.npy"
 
     def losses(self, name: str) -> np.ndarray:
-        """(n, 2): position, nats. Raises OSError if there are none."""
-        table: np.ndarray = np.load(self.losses_file(name), allow_pickle=False)
+        """(n, 2): position, nats. Raises OSError if there are none, or they are damaged."""
+        path = self.losses_file(name)
+        try:
+            table: np.ndarray = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise OSError(f"{path}: damaged") from error
         return table
 
     def _path(self, key: Mapping[str, object]) -> Path:
