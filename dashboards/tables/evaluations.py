@@ -10,6 +10,7 @@ from pathlib import Path
 
 from streamllm.errors import UsageError
 from streamllm.files import Json, Scalar
+from streamllm.results.schema import FIELDS, dtype_of, is_text
 from streamllm.results.study_folder import StudyFolder
 
 _SPELLINGS = {
@@ -90,14 +91,23 @@ def _row(role: str, values: Mapping[str, Scalar], shared: Mapping[str, Scalar]) 
 
 
 def _renamed(values: Mapping[str, Json]) -> dict[str, Scalar]:
-    """Its single values, under our names."""
+    """Its single values, under our names; not those that our columns cannot show."""
     single: dict[str, Scalar] = {
         name: value
         for name, value in values.items()
         if name != "format" and not isinstance(value, dict | list) and value is not None
     }
     renamed = {_SPELLINGS[name]: value for name, value in single.items() if name in _SPELLINGS}
-    return renamed | {name: value for name, value in single.items() if name not in _SPELLINGS}
+    renamed |= {name: value for name, value in single.items() if name not in _SPELLINGS}
+    return {name: value for name, value in renamed.items() if _can_be_shown(name, value)}
+
+
+def _can_be_shown(name: str, value: Scalar) -> bool:
+    """Numbers where a column shows numbers, and words that can be written."""
+    field = re.sub("_(low|high|std)$", "", name)
+    if field in FIELDS and dtype_of(field) in ("Int64", "Float64"):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return not isinstance(value, str) or is_text(value)
 
 
 def _is_result(values: Mapping[str, Scalar]) -> bool:

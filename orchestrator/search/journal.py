@@ -150,7 +150,7 @@ class Journal:
         if not has_row and SKIPPED not in trial.user_attrs and trial.state != TrialState.RUNNING:
             return
         point = self.space.complete(trial.params)
-        is_right = isinstance(trial.user_attrs.get(DEATHS, 0), int)
+        is_right = isinstance(trial.user_attrs.get(DEATHS, 0), int) and isinstance(trial.system_attrs, dict)
         if has_row:
             row, is_told = rows[trial.number], trial.user_attrs[ROW]["trial"] == trial.number
             is_right &= is_told and self._is_result(row) and is_of(row, point, self.space, self.cap)

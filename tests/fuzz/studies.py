@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
 
-from dashboards import pareto, published, report
+from dashboards import pareto, published, report, summarize
 from dashboards.loading import load
+from dashboards.serve import chosen_studies
 from dashboards.tables import frames
 from orchestrator.conclusion import keep_front, keep_recommendation
 from orchestrator.search.confirm import candidates
@@ -32,9 +33,10 @@ from streamllm.errors import UsageError
 from streamllm.results.study import load_study
 
 from ..finished_study import TRIALS, configuration_in, go_on, write_finished
+from ..made_studies import row
 
 FILES = ("trials.jsonl", "journal.log", "sweep.json", "outcome.json", "confirmed.jsonl", "increases.jsonl",
-         "rounds.jsonl", "fronts.jsonl", "driver.lock")  # fmt: skip
+         "rounds.jsonl", "fronts.jsonl", "driver.lock", "../../results/one.json")  # fmt: skip
 _VALUES = (None, True, False, 0, -1, 1, 7, 1 << 40, 1 << 70, 0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), "",
            "x", "0", "é", "\ud800", "\0", "a\nb", [], [0], ["x"], [[]], {}, {"trial": 0}, {"": None})  # fmt: skip
 _FIGURES_EVERY = 100
@@ -48,6 +50,14 @@ class Failure:
     """What was damaged, and how."""
     error: str
     """The end of a traceback, or what was expected."""
+
+
+def write_base(folder: Path) -> None:
+    """A finished study, and the file of an evaluation."""
+    write_finished(folder)
+    (folder / "results").mkdir()
+    document = {"baseline": row("", 40.0, 0.0), "streaming": row("", 4.0, 2.0), "config": {"n_sink": 4}}
+    (folder / "results/one.json").write_text(json.dumps(document))
 
 
 def cases(seed: int, numbers: Iterator[int], base: Path, work: Path) -> Iterator[Failure | None]:
@@ -82,11 +92,13 @@ def _read(draw: random.Random, with_figures: bool) -> None:
     formats = ",".join(draw.sample(("md", "csv", "latex", "json", "html"), 2))
     everything = draw.choice(((), ("--all",)))
     _code(pareto.main(["s", "--output", "tables", "--format", formats, *everything]))
+    _code(summarize.main(["results"]))
     _code(pareto.main(["s", "--trace", draw.choice(("0", "2", "5", "baseline", "strict"))]))
     with _one_line():
         found = load("s")
         report.report(found, figures=None if with_figures else [])
         published.published_table(found)
+        chosen_studies([])
         candidates(found.trials, found.objectives)
     with _one_line():
         len(frames.load_study("s").trials)
@@ -97,7 +109,7 @@ def _go_on(only_one: bool) -> None:
     configuration = configuration_in(Path())
     with _one_line():
         study, _ = go_on(configuration)
-        numbers = sorted(row.trial for row in study.rows)
+        numbers = sorted(one.trial for one in study.rows)
         if only_one and numbers != list(range(TRIALS)):
             raise AssertionError(f"it goes on with the trials {numbers}")
         for trial in filter(None, (study.ask() for _ in range(3))):
@@ -271,7 +283,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
         with redirect_stderr(StringIO()):
-            write_finished(base)
+            write_base(base)
         work = Path(tempfile.mkdtemp()) / "work" if arguments.case is not None else Path(folder) / "work"
         seen: Counter[str] = Counter()
         total = 0
