@@ -7,7 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from streamllm.errors import UsageError
 from streamllm.results.damaged import DamagedError
+from streamllm.results.schema import NewerFormatError
 from streamllm.results.study import StudyResults, load_study
 from streamllm.terminal.printing import say
 
@@ -21,13 +23,13 @@ def load(study: str) -> StudyResults:
 
 
 def load_all(studies: Sequence[str]) -> list[StudyResults]:
-    """Those of several that can be read, with a line on stderr for each of the others. Raises DamagedError if none can,
-    UsageError for one that is none."""
-    found, damaged = [], []
+    """Those of several that can be read, with a line on stderr for each of the others. Raises DamagedError or
+    NewerFormatError if none can, UsageError for one that is none."""
+    found, damaged = [], list[UsageError]()
     for study in studies:
         try:
             found.append(load(study))
-        except DamagedError as error:
+        except (DamagedError, NewerFormatError) as error:
             damaged.append(error)
     if damaged and not found:
         raise damaged[0]

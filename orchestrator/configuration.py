@@ -195,9 +195,8 @@ class SweepConfiguration:
         before, _ = self.folder.known_configuration()
         if before is None:
             return None
-        before["source"] = asdict(TextSource()) | before.get(
-            "source", {}
-        )  # an older study has what it lacks as by default
+        # an older study has what it lacks as by default
+        before["source"] = asdict(TextSource()) | before.get("source", {})
         changed = _differences(before, self.identity.to_dict())
         if changed:
             raise UsageError(
@@ -221,8 +220,8 @@ class SweepConfiguration:
         study_id = self.check() or uuid.uuid4().hex
         known, wrong = self.folder.known_configuration()
         if wrong:
-            source = "this command" if known is None else "this command, which the journal's copy agrees with"
-            keep_aside(self.folder.configuration, wrong, f"it is made anew from {source}")
+            how = "under a new id" if known is None else "which the journal's copy agrees with"
+            keep_aside(self.folder.configuration, wrong, f"it is made anew from this command, {how}")
         self.folder.write_configuration(self.to_dict(study_id))
         return study_id
 
