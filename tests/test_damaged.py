@@ -14,6 +14,7 @@ from dashboards import pareto, report, summarize
 from dashboards.loading import load, load_all, studies_here
 from dashboards.serve import chosen_studies
 from dashboards.tables import frames
+from orchestrator.conclusion import keep_front
 from orchestrator.search.confirm import comparable
 from orchestrator.search.rounds import read_rounds
 from orchestrator.search.rows import increases
@@ -143,6 +144,7 @@ def test_the_same_command_goes_on_and_loses_nothing(there, file, way, capsys):
     asked = study.ask()
     assert asked is not None and asked.number not in before, "what was finished is not asked for again"
     assert file == "rounds.jsonl" or len(read_rounds(StudyFolder(there))) == 2
+    keep_front(found)
     again, _ = go_on(configuration_in(there.parent.parent))
     assert capsys.readouterr().err == "" and len(again.rows) == TRIALS, "it is said once"
 

@@ -3,14 +3,14 @@ documents' own format, with whatever of it they have."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from streamllm.errors import UsageError
 from streamllm.files import Json, Scalar
-from streamllm.results.schema import FIELDS, dtype_of, is_text
+from streamllm.results.damaged import parsed
+from streamllm.results.schema import FIELDS, dtype_of
 from streamllm.results.study_folder import StudyFolder
 
 _SPELLINGS = {
@@ -57,7 +57,7 @@ def read_results(folder: Path) -> tuple[list[dict[str, Scalar]], list[str]]:
             continue
         name = str(within)
         try:
-            found = [{"file": name, **row} for row in _results(json.loads(path.read_text("utf-8")), path.stem)]
+            found = [{"file": name, **row} for row in _results(parsed(path.read_bytes()), path.stem)]
         except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{name}: {' '.join(str(error).split())}")
             continue
@@ -103,11 +103,11 @@ def _renamed(values: Mapping[str, Json]) -> dict[str, Scalar]:
 
 
 def _can_be_shown(name: str, value: Scalar) -> bool:
-    """Numbers where a column shows numbers, and words that can be written."""
+    """Where a column shows numbers, only numbers."""
     field = re.sub("_(low|high|std)$", "", name)
     if field in FIELDS and dtype_of(field) in ("Int64", "Float64"):
         return isinstance(value, int | float) and not isinstance(value, bool)
-    return not isinstance(value, str) or is_text(value)
+    return True
 
 
 def _is_result(values: Mapping[str, Scalar]) -> bool:

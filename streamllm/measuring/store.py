@@ -130,10 +130,10 @@ class MeasurementStore:
     def key(self, name: str) -> dict[str, Json] | None:
         """All that determined the entry of that name; None if it is not there, or is damaged."""
         try:
-            key: dict[str, Json] = json.loads(self.losses_file(name).with_suffix(".json").read_bytes())["key"]
-        except (OSError, ValueError, KeyError, TypeError):
+            key: Json = json.loads(self.losses_file(name).with_suffix(".json").read_bytes())["key"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        return key
+        return key if isinstance(key, dict) else None
 
     def losses_file(self, name: str) -> Path:
         """Where the per-token losses of the entry of that name lie, if it has any."""

@@ -11,7 +11,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from ..errors import UsageError
 from ..terminal.printing import say
@@ -25,11 +25,20 @@ class DamagedError(UsageError):
     """A file without which a study cannot be read."""
 
 
+def parsed(content: bytes) -> Any:
+    """What JSON says. Raises ValueError, RecursionError; for halves of characters too, which JSON can say and nobody
+    write."""
+    value = json.loads(content.decode())
+    if b"\\ud" in content.lower():
+        json.dumps(value, ensure_ascii=False).encode()
+    return value
+
+
 def read_json(path: Path, parse: Callable[[object], T]) -> T:
     """What `parse` makes of the JSON in a file; it raises ValueError for what is none of its own. Raises DamagedError,
     for a file that is not there too."""
     try:
-        return parse(json.loads(path.read_bytes().decode()))
+        return parse(parsed(path.read_bytes()))
     except OSError as error:
         raise DamagedError(f"{path}: {_cannot(error)}") from None
     except json.JSONDecodeError as error:
@@ -54,7 +63,7 @@ def read_lines(path: Path, parse: Callable[[object], T]) -> tuple[dict[int, T], 
     wrong = []
     for number, line in enumerate(content.split(b"\n")[:-1], 1):
         try:
-            found[number] = parse(json.loads(line.decode()))
+            found[number] = parse(parsed(line))
         except NewerFormatError as error:
             raise NewerFormatError(f"{path}, line {number}: {error}") from None
         except (ValueError, RecursionError) as error:
@@ -90,7 +99,7 @@ def _cannot(error: OSError) -> str:
 
 
 def _reason(error: Exception) -> str:
-    if isinstance(error, UnicodeDecodeError):
+    if isinstance(error, UnicodeError):
         return "no UTF-8"
     if isinstance(error, json.JSONDecodeError):
         return f"no JSON ({error.msg})"

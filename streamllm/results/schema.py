@@ -385,7 +385,7 @@ def _check_of(key: str) -> Callable[[object], bool]:
         return _is_positive if name in _POSITIVE and not key.endswith("_std") else _is_number
     if kind == "int":
         return partial(_is_whole, least=FIELDS[key].least or 0)
-    return {"bool": _is_truth, "str": is_text, "int | str": _is_name}.get(kind, _are_whole)
+    return {"bool": _is_truth, "str": _is_text, "int | str": _is_name}.get(kind, _are_whole)
 
 
 def _is_number(value: object) -> bool:
@@ -402,7 +402,7 @@ def _is_truth(value: object) -> bool:
 
 
 def _is_name(value: object) -> bool:
-    return _is_whole(value) or is_text(value)
+    return _is_whole(value) or _is_text(value)
 
 
 def _are_whole(value: object) -> bool:
@@ -418,11 +418,5 @@ def _is_whole(value: object, least: int = 0) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
 
 
-def is_text(value: object) -> bool:
-    """Words that can be written: JSON may hold halves of characters, which no encoding has."""
-    if not isinstance(value, str):
-        return False
-    try:
-        return bool(value.encode()) or not value
-    except UnicodeEncodeError:
-        return False
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
