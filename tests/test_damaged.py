@@ -211,9 +211,9 @@ def test_trials_that_either_the_journal_or_the_table_still_has_keep_their_number
 
 def test_lines_of_another_study_are_none_of_this_one(there, capsys):
     before = finished_rows(there)
-    for line, change in ((b"other", {"text_digest": "0"}), (b"space", {"n_sink": 9})):
+    for number, change in ((20, {"text_digest": "0"}), (21, {"n_sink": 9, "method": "ours"})):
         lines = lines_of(there / "trials.jsonl")
-        row = json.loads(lines[-2]) | {"trial": 20 + len(line)} | change
+        row = json.loads(lines[-2]) | {"trial": number} | change
         (there / "trials.jsonl").write_bytes(b"".join(lines) + f"{json.dumps(row)}\n".encode())
     (there / "journal.log").unlink()
     study, _ = go_on(configuration_in(there.parent.parent))
