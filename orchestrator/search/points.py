@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from search_spaces import SearchSpace, Value
 from streamllm.configuration import Configuration
@@ -55,20 +56,19 @@ def point_of(row: Row, space: SearchSpace, cap: int) -> dict[str, Value] | None:
     near = None
     for values in itertools.islice(itertools.product(*choices), _TRIED):
         point = space.complete(dict(zip(names, values, strict=True)))
-        if is_of(row, point, space, cap):
-            if row.window_size in _windows(point, space, cap):
-                return point
-            near = near or point
+        with suppress(UsageError):
+            if is_of(row, point, space, cap):
+                if row.window_size in _windows(point, space, cap):
+                    return point
+                near = near or point
     return near
 
 
 def is_of(row: Row, point: Mapping[str, Value], space: SearchSpace, cap: int) -> bool:
-    """Whether the row, as far as it says, is a measurement of that point, whatever its window is."""
-    try:
-        what = configuration_of(point, space, cap)
-        policies = (what.policy, what.effective)
-    except UsageError:
-        return False
+    """Whether the row, as far as it says, is a measurement of that point, whatever its window is. Raises UsageError
+    where the point stands for no configuration."""
+    what = configuration_of(point, space, cap)
+    policies = (what.policy, what.effective)
     asked = {"method": what.method, "backend_requested": what.backend, "execution": what.execution}
     if what.quantization is not None:
         asked["quantization"] = what.quantization
