@@ -8,6 +8,7 @@ from pathlib import Path
 from orchestrator.conclusion import keep_front
 from orchestrator.configuration import Identity, SweepConfiguration
 from orchestrator.search.rounds import Round
+from orchestrator.search.rows import failed_row
 from orchestrator.search.study import Study
 from orchestrator.trials_file import TrialsFile
 from orchestrator.workers.lease import study_lease
@@ -73,7 +74,7 @@ def write_finished(folder: Path, study: str = "s") -> SweepConfiguration:
         assert trial is not None and trial.number == number
         made = _made(number, trial.spec.configuration, 1.5 + 0.5 * number, 5.0 - number)
         if number == TRIALS - 1:
-            made |= {"state": "failed", "feasible": False, "reason": "MemoryError: no room", "time_ratio": None}
+            made = failed_row(trial, "MemoryError: no room", 0)
         trials.trial_finished(opened.tell(number, made))
     opened.ask()
     files = configuration.folder

@@ -223,6 +223,13 @@ def test_lines_of_another_study_are_none_of_this_one(there, capsys):
     assert {row.trial: row for row in study.rows}.keys() == before.keys()
 
 
+def test_a_row_under_another_number_is_no_trial_more(there, capsys):
+    row = json.loads(lines_of(there / "trials.jsonl")[5])
+    damaged(there / "trials.jsonl", 6, row | {"trial": 6000})
+    study, _ = go_on(configuration_in(there.parent.parent))
+    assert sorted(row.trial for row in study.rows) == list(range(TRIALS)) and capsys.readouterr().err == ""
+
+
 def test_files_of_a_later_version_are_left_alone(there, capsys):
     lines = [json.loads(line) for line in lines_of(there / "journal.log")]
     for line in lines:

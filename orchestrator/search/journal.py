@@ -125,9 +125,9 @@ class Journal:
         trials = study.get_trials(deepcopy=False)
         for trial in trials:
             self._check(trial, rows)
-        ours = {_digests(row) for row in rows.values()}
-        finished = rows.keys() | {number for number, row in told.items() if not ours or _digests(row) in ours}
-        if lost := finished - {trial.number for trial in trials if ROW in trial.user_attrs}:
+        more = {trial: row for trial, row in told.items() if trial not in rows}
+        lost = rows.keys() - {trial.number for trial in trials if ROW in trial.user_attrs} | _others(more, rows).keys()
+        if lost:
             raise DamagedError(f"{self.path}: trial {min(lost)}, which had finished, is not in it")
         return Opened(file, storage, study, trials, rows)
 
@@ -167,8 +167,9 @@ class Journal:
     def _rebuild(self, told: Mapping[int, Row], error: Exception) -> None:
         """Makes the journal anew of what is readable in it and in `trials.jsonl`, keeps the damaged one aside, and says
         so. Raises UsageError."""
-        rows = {**_rows_in(self.path)[0], **told}
-        lines, count = self._with_trials({of: row for of, row in rows.items() if self._is_result(row)})
+        rows, _ = _rows_in(self.path)
+        rows = rows | _others(told, rows)
+        lines, count = self._with_trials({trial: row for trial, row in rows.items() if self._is_result(row)})
         why = str(error) if isinstance(error, DamagedError) else f"{self.path}: Optuna cannot read it ({error!r:.200})"
         mended = self.path.with_name(f".{self.path.name}.mended")
         write_atomically(mended, lines)
@@ -245,6 +246,21 @@ def _row_in(line: object) -> Row | None:
     attributes = [line.get(name) for name in ("user_attr", "user_attrs")]
     row = next((one[ROW] for one in attributes if isinstance(one, dict) and ROW in one), None)
     return None if row is None else Row.checked(row)
+
+
+def _others(told: Mapping[int, Row], rows: Mapping[int, Row]) -> dict[int, Row]:
+    """Those told, of the same text or of none, as what failed is, that are none of the rows, under whatever number."""
+    texts = {_digests(row) for row in rows.values() if row.text_digest is not None}
+    known = {_unnumbered(row) for row in rows.values()} if told else set()
+    return {
+        trial: row
+        for trial, row in told.items()
+        if (not texts or row.text_digest is None or _digests(row) in texts) and _unnumbered(row) not in known
+    }
+
+
+def _unnumbered(row: Row) -> str:
+    return json.dumps({**row, "trial": None}, sort_keys=True)
 
 
 def _digests(row: Row) -> tuple[str | None, ...]:
