@@ -12,7 +12,7 @@ import pytest
 
 from dashboards import pareto, report, summarize
 from dashboards.loading import load, load_all, studies_here
-from dashboards.serve import chosen_studies
+from dashboards.serve import Reports, chosen_studies
 from dashboards.tables import frames
 from orchestrator.conclusion import keep_front
 from orchestrator.search.confirm import comparable
@@ -291,6 +291,14 @@ def test_one_damaged_study_keeps_no_other_from_being_shown(there, capsys):
     with pytest.warns(UserWarning, match=r"increases.jsonl, line 1: not a row; left out"):
         (there.parent / "good/increases.jsonl").write_text("1\n")
         assert len(frames.load_study("good").trials) == TRIALS
+
+
+def test_a_study_that_is_damaged_while_it_is_served_is_a_page_that_says_so(there):
+    with Reports(0, [load_study("s")]) as reports:
+        for name in ("sweep.json", "journal.log"):
+            (there / name).write_text("{")
+        page = reports.page("/s.html")
+    assert page is not None and b"sweep.json, line 1: no JSON" in page and b"given again, makes it anew" in page
 
 
 def test_a_summary_of_the_folder_of_studies_leaves_studies_and_their_store_alone(there, capsys):
