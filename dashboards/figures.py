@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from streamllm.errors import UsageError
 from streamllm.results.front import hypervolume
 from streamllm.results.schema import AnyRow, knobs_in_short, number
-from streamllm.results.study import StudyResults, is_study, load_study
+from streamllm.results.study import StudyResults, is_study
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import program
 
@@ -22,6 +22,7 @@ from .drawing.comparisons import BASELINE_LABEL, backends, comparison, runtime
 from .drawing.importance import importance
 from .drawing.kv_length import kv_length
 from .drawing.style import BLUE, GREY, LABELS, VERMILLION, NoDataError, interval_errors, new_figure, save, style
+from .loading import load_all
 from .recommendation import QUALITIES, recommended
 from .tables.columns import BY_KEY
 from .tables.evaluations import read_results
@@ -157,7 +158,7 @@ def write_figures(
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
-        studies = [load_study(name) for name in arguments.study if is_study(name) or not Path(name).is_dir()]
+        studies = load_all([name for name in arguments.study if is_study(name) or not Path(name).is_dir()])
         evaluations = []
         for name in arguments.study:
             if not is_study(name) and Path(name).is_dir():

@@ -115,7 +115,12 @@ def _certainty(study: StudyResults, chosen: AnyRow | None) -> tuple[str, ...]:
         said.append(f"{failed} of {len(study.trials)} configurations failed; the reasons are at the end.")
     status, _ = study.files.read_outcome()
     if status != "FINISHED":
-        words = {None: "has not finished", "KILLED": "was interrupted", "FAILED": "ended with an error"}
+        words = {
+            None: "has not finished",
+            "": "ended in a way that is not known",
+            "KILLED": "was interrupted",
+            "FAILED": "ended with an error",
+        }
         said.append(f"The sweep {words[status]}: what it would have found is not in here.")
     return tuple(said)
 

@@ -11,11 +11,12 @@ from pathlib import Path
 
 from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
-from streamllm.results.study import StudyResults, load_study
+from streamllm.results.study import StudyResults
 from streamllm.terminal.arguments import percent
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import program
 
+from .loading import load_all
 from .tables import kinds
 from .tables.columns import shown_columns
 from .tables.formats import FORMATS, Table, write_file
@@ -67,13 +68,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         formats = parse_formats(arguments.format)
-        studies = [load_study(study) for study in arguments.study]
+        studies = load_all(arguments.study)
         if arguments.trace is not None:
             say(_traced(studies, arguments.trace))
             return 0
         limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
         table = pareto_table(studies, arguments.all, arguments.where, limit)
-        here = studies[0].folder if len(studies) == 1 else Path()
+        here = studies[0].folder if len(arguments.study) == 1 else Path()
         paths = write(table, formats, arguments.output or here)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

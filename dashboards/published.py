@@ -10,10 +10,11 @@ from pathlib import Path
 
 from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
-from streamllm.results.study import StudyResults, load_study
+from streamllm.results.study import StudyResults
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import program
 
+from .loading import load
 from .pareto import parse_formats, show, write
 from .tables.columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
 from .tables.formats import FORMATS, Table
@@ -60,7 +61,7 @@ ENTRIES = (
 
 def published_table(study: StudyResults) -> Table:
     """Their rows as the study measured them; blank where it did not."""
-    dataset = "wikitext" if "wikitext" in str(study.configuration["source"].get("dataset_name")) else "pg19"
+    dataset = "wikitext" if "wikitext" in str(study.configuration.get("source", {}).get("dataset_name")) else "pg19"
     rows = [_row(study, entry, dataset) for entry in ENTRIES]
     missing = [str(row["label"]) for row in rows if "tpot_ms" not in row]
     text, tokens = ("PG19", "20,000") if dataset == "pg19" else ("WikiText-103", "4,096")
@@ -106,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="DIR", help="where files are written (the study's folder)")
     arguments = parser.parse_args(argv)
     try:
-        formats, study = parse_formats(arguments.format), load_study(arguments.study)
+        formats, study = parse_formats(arguments.format), load(arguments.study)
         paths = write_published(study, formats, arguments.output)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

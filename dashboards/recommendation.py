@@ -103,7 +103,7 @@ def reproduce_command(study: StudyResults, row: AnyRow) -> str:
         "model": settings["model"],
         "dtype": row.get("dtype"),
         "quantization": what.quantization or settings["quantization"],
-        **settings["source"],
+        **settings.get("source", {}),
         "method": what.method,
         **asdict(what.policy),
         "attn_backend": what.backend,

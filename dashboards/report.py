@@ -20,12 +20,13 @@ from pathlib import Path
 from streamllm.errors import UsageError
 from streamllm.files import write_atomically
 from streamllm.results.schema import FIELDS, OBJECTIVES, AnyRow
-from streamllm.results.study import FIXED, StudyResults, load_study
+from streamllm.results.study import FIXED, StudyResults
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import program
 
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
 from .findings import Findings, findings
+from .loading import load
 from .tables import kinds
 from .tables.columns import COLUMNS, Column, shown_columns, unsaid_settings
 
@@ -44,6 +45,7 @@ _SUMMED_UP = ("main_comparison", "fixed_eval_speedup", "fixed_eval_ppl_compariso
               "fixed_eval_runtime")  # fmt: skip
 FIGURES = tuple(name for name in (*STUDY_FIGURES, *ROW_FIGURES) if name not in _SUMMED_UP)
 """All but what `results_summary` shows as well."""
+_ENDS = {None: "running, or killed", "": "how it ended is not known"}
 _DIGITS = 6
 """Significant ones in the page's data: what the chart and the table can show."""
 
@@ -194,10 +196,10 @@ def _measured(study: StudyResults) -> str:
         )
     if row is not None and row.get("protocol") == "fast":
         said.append(
-            f"Quality: the perplexity of {_count(row, 'evaluated_tokens')} tokens of {row['dataset']}, computed in a "
-            f"few block forwards, which gives the losses of token-by-token decoding. Increases are paired: over strict "
-            f"StreamingLLM at every token; over the baseline that, and what strict StreamingLLM differs from the "
-            f"baseline by at the tokens the baseline was sampled at."
+            f"Quality: the perplexity of {_count(row, 'evaluated_tokens')} tokens of {row.get('dataset', 'a text')}, "
+            f"computed in a few block forwards, which gives the losses of token-by-token decoding. Increases are "
+            f"paired: over strict StreamingLLM at every token; over the baseline that, and what strict StreamingLLM "
+            f"differs from the baseline by at the tokens the baseline was sampled at."
         )
         said.append(
             "Speed: the steady state of a full cache. After a warm-up, segments of whole prune cycles are timed in "
@@ -205,7 +207,7 @@ def _measured(study: StudyResults) -> str:
             f"times the median time of strict StreamingLLM: {'; '.join(map(str, study.references))}."
         )
     elif row is not None:
-        said.append(f"Protocol {row.get('protocol')} on {row['dataset']}.")
+        said.append(f"Protocol {row.get('protocol')} on {row.get('dataset', 'a text')}.")
     rounds = max((row["rounds"] for row in rows if row.get("rounds")), default=None)
     if rounds is None:
         said.append("Nothing was confirmed: each time is of one measurement during the search.")
@@ -262,10 +264,11 @@ def _reasons(rows: Sequence[AnyRow], key: str) -> str:
 
 
 def _environment(study: StudyResults) -> str:
+    status, _ = study.files.read_outcome()
     settings, rows = study.configuration, [*study.trials, *([study.baseline] if study.baseline is not None else [])]
-    space = settings["space"]
+    space = settings.get("space", {})
     facts = {
-        "study": f"{study.name} ({study.files.read_outcome()[0] or 'running, or killed'})",
+        "study": f"{study.name} ({_ENDS.get(status, status)})",
         "finished": _times(rows),
         "model": _values(settings, rows, "model", "model_digest"),
         "text": _values({}, rows, "dataset", "text_digest"),
@@ -275,7 +278,7 @@ def _environment(study: StudyResults) -> str:
         "dtype": _values({}, rows, "dtype"),
         "quantization": settings.get("quantization"),
         "total KV": f"{settings['cap']} ({space.get('cap_accounting', 'nominal')})",
-        "search space": space["name"],
+        "search space": space.get("name"),
         "sampler, seed": f"{settings.get('sampler', 'auto')}, {settings['seed']}",
         "commit": ", ".join(dict.fromkeys([settings["commit"], *(row["commit"] for row in rows if "commit" in row)])),
         "versions": ", ".join(f"{name} {version}" for name, version in settings.get("versions", {}).items()),
@@ -314,7 +317,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
             raise UsageError(f"output {str(arguments.output)!r}: its folder does not exist; create it")
-        path = write_report(load_study(arguments.study), arguments.output)
+        path = write_report(load(arguments.study), arguments.output)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -41,6 +41,8 @@ from streamllm.results.study import VIEW, StudyResults, load_study, view_of
 from streamllm.results.study_folder import StudyFolder
 from streamllm.terminal.program import program
 
+from .loading import load_all, studies_here
+
 _HOST = "127.0.0.1"
 _PORTS = 100
 """Ports tried, from the one that is wanted."""
@@ -96,7 +98,10 @@ class Reports(ThreadingHTTPServer):
         if folder is None:
             return None
         with self._writing:
-            return up_to_date_report(folder).read_bytes()
+            try:
+                return up_to_date_report(folder).read_bytes()
+            except UsageError as error:  # damaged since
+                return f'<!doctype html><meta charset="utf-8"><title>Damaged</title><p>{escape(str(error))}'.encode()
 
     def _index(self) -> str:
         links = "".join(
@@ -160,9 +165,8 @@ def free_port(wanted: int) -> int:
 def chosen_studies(names: Sequence[str]) -> list[StudyResults]:
     """Those named, or all under `sweeps/`, the one that went on last first. Raises UsageError."""
     if not names:
-        found = sorted(Path("sweeps").glob("*/trials.jsonl"), key=lambda path: path.stat().st_mtime, reverse=True)
-        names = [str(path.parent) for path in found]
-    studies = [load_study(name) for name in names]
+        names = studies_here()
+    studies = load_all(names)
     if not studies:
         raise UsageError("no study under sweeps/: name one, or run python -m orchestrator.sweep first")
     taken = [study.name for study in studies]

@@ -53,7 +53,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"warning: left out {problem}", file=sys.stderr)
         if not rows:
             raise UsageError(
-                f"results {str(folder)!r}: no JSON file in it has results, as `streamllm evaluate --output-file` writes"
+                f"results {str(folder)!r}: no JSON file in it has results, as `streamllm evaluate --output-file` "
+                "writes; python -m dashboards.pareto shows studies"
             )
         content = FORMATS[chosen].write(summary_table(rows, folder))
         if arguments.output_file is None:

@@ -17,10 +17,12 @@ from dashboards.pareto import export, print_table
 from dashboards.published import write_published
 from dashboards.recommendation import recommended, record
 from dashboards.report import FIGURES, write_report
+from streamllm.results.checks import checked_front
+from streamllm.results.damaged import read_lines
 from streamllm.results.front import dominators
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults, load_study
-from streamllm.results.study_folder import append_line, whole_lines
+from streamllm.results.study_folder import append_line
 from streamllm.terminal.printing import say
 
 if TYPE_CHECKING:
@@ -109,8 +111,8 @@ def report_of(results: StudyResults, files: Sequence[Path]) -> Report:
 def keep_front(results: StudyResults) -> list[str]:
     """Adds the study's front to `fronts.jsonl`. Returns why trials are no longer on it, a line each."""
     path, front = results.files.fronts, results.front
-    lines = whole_lines(path)
-    before = json.loads(lines[-1])["front"] if lines else []
+    fronts, _ = read_lines(path, checked_front)
+    before = fronts[max(fronts)] if fronts else []
     now = [row["trial"] for row in front]
     left = [row for row in results.trials if row["trial"] in set(before) - set(now)]
     reasons = [

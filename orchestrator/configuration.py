@@ -17,6 +17,7 @@ from search_spaces import SearchSpace
 from streamllm.errors import UsageError
 from streamllm.libraries import installed
 from streamllm.measuring.text import TextSource
+from streamllm.results.damaged import keep_aside
 from streamllm.results.schema import OBJECTIVES
 from streamllm.results.study_folder import StudyFolder
 
@@ -191,17 +192,18 @@ class SweepConfiguration:
         """The id of the study that is there already; None if there is none.
 
         Raises UsageError that shows the difference if that one is of another sweep."""
-        if not self.folder.configuration.exists():
+        before, _ = self.folder.known_configuration()
+        if before is None:
             return None
-        before = self.folder.read_configuration()
-        before["source"] = asdict(TextSource()) | before["source"]  # an older study has what it lacks as by default
+        # an older study has what it lacks as by default
+        before["source"] = asdict(TextSource()) | before.get("source", {})
         changed = _differences(before, self.identity.to_dict())
         if changed:
             raise UsageError(
                 f"study {self.identity.study!r} exists with other settings ({'; '.join(changed)}); "
                 f"repeat those, or give another --study"
             )
-        return str(before["study_id"])
+        return str(before.get("study_id") or uuid.uuid4().hex)
 
     def goes_on(self) -> bool:
         """Whether there is a study, and of this very sweep."""
@@ -211,10 +213,15 @@ class SweepConfiguration:
             return False
 
     def claim(self) -> str:
-        """Writes `sweep.json`, or checks that the one there is of the same sweep. Returns the study's id.
+        """Writes `sweep.json`, or checks that the one there, or the journal's copy of it, is of the same sweep. Returns
+        the study's id.
 
         Raises UsageError that shows the difference."""
         study_id = self.check() or uuid.uuid4().hex
+        known, wrong = self.folder.known_configuration()
+        if wrong:
+            how = "under a new id" if known is None else "which the journal's copy agrees with"
+            keep_aside(self.folder.configuration, wrong, f"it is made anew from this command, {how}")
         self.folder.write_configuration(self.to_dict(study_id))
         return study_id
 
@@ -290,7 +297,7 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> lis
 
 
 def _shown(name: str, value: object) -> str:
-    return f"{value:.12}..." if name.endswith("digest") and value else repr(value)
+    return f"{value:.12}..." if name.endswith("digest") and value and isinstance(value, str) else repr(value)
 
 
 def _versions() -> dict[str, str]:

@@ -160,4 +160,5 @@ def _like(path: Path, configuration: SweepConfiguration) -> list[Row]:
         return []
     if any(before.get(name) != now[name] for name in ("model", "source", "dtype", "quantization")):
         return []
-    return [row for row in rows if isinstance(row.trial, int) and row.state == "complete"]
+    needed = {"n_tokens", "quality_sec", "speed_sec"}
+    return [row for row in rows if isinstance(row.trial, int) and row.state == "complete" and needed <= row.keys()]

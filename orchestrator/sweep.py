@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -88,6 +89,7 @@ def _sweep(
 
     what, sampler, folder = configuration.identity, configuration.search.sampler, configuration.folder
     study = Study(what.study, configuration.journal, what.space, what.cap, what.seed, sampler)
+    study.keep(configuration.to_dict(study_id))
     trials = TrialsFile(folder, study.rows)
     store = MeasurementStore(configuration.store)
     projection = Projection(configuration.to_dict(study_id), store, tracking_uri)
@@ -219,13 +221,14 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display
     from streamllm.measuring.store import MeasurementStore
     from streamllm.results.study import load_study
 
-    from .search.confirm import candidates, confirmed_rows, unconfirmed_better
+    from .search.confirm import candidates, comparable, confirmed_rows, unconfirmed_better
     from .search.rounds import read_rounds, take_rounds
 
     folder, store, rounds = configuration.folder, MeasurementStore(configuration.store), configuration.confirm.rounds
     results = load_study(str(folder.path))
     earlier = {trial for one in read_rounds(folder) for trial in one.members}
-    chosen = added = candidates(results.trials, results.objectives, earlier)
+    can_be = partial(comparable, losses_of=lambda row: store.losses(row["quality_entry"]), note=display.note)
+    chosen = added = can_be(candidates(results.trials, results.objectives, earlier))
     while added and results.baseline is not None and driver.comparison is not None:
         display.confirming(len(chosen) + 1, rounds)
         fixed = results.baseline
@@ -248,9 +251,8 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display
         )
         write_rows(configuration.folder.confirmed, values)
         results = load_study(str(folder.path))
-        added = [
-            row for row in unconfirmed_better(results.trials, results.objectives) if str(row["trial"]) not in failed
-        ]
+        better = unconfirmed_better(results.trials, results.objectives)
+        added = can_be([row for row in better if str(row["trial"]) not in failed])
         if added:
             numbers = ", ".join(str(row["trial"]) for row in added)
             display.note(f"confirmed too, as nothing confirmed is better: trial {numbers}")

@@ -25,12 +25,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    from streamllm.results.study import load_study
+    from dashboards.loading import load
 
     from .workers.lease import study_lease
 
     try:
-        folder = load_study(arguments.study).files
+        folder = load(arguments.study).files
         with study_lease(folder):
             return _sync(str(folder.path), arguments.tracking_uri)
     except UsageError as error:
@@ -46,14 +46,17 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     from rich.progress import track
 
     from streamllm.measuring.store import MeasurementStore
+    from streamllm.results.checks import measured_row
     from streamllm.results.study import load_study
-    from streamllm.results.study_folder import read_rows
+    from streamllm.results.study_folder import rows_and_damage
 
     from .conclusion import report_of, write_outputs
     from .tracking.mlflow_runs import Projection, one_line
 
     results = load_study(folder)
-    rows = read_rows(results.files.trials)  # as the sweep logs them: what was confirmed comes with the close
+    rows, _ = rows_and_damage(
+        results.files.trials, measured_row
+    )  # as the sweep logs them: what was confirmed comes with the close
     projection = Projection(results.configuration, MeasurementStore(results.files.store), tracking_uri)
     try:
         projection.open(lambda reason: print(reason, file=sys.stderr))

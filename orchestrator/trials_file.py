@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from streamllm.results.checks import measured_row
 from streamllm.results.schema import Row
 from streamllm.results.study import FIXED
-from streamllm.results.study_folder import StudyFolder, append_row, read_rows, write_rows
+from streamllm.results.study_folder import StudyFolder, append_row, mend_lines, write_rows
 
 from .workers.messages import TrialSpec, WorkerDescription
 
@@ -21,7 +22,8 @@ class TrialsFile:
         """Writes what the study has finished; what trials are compared with, itself no trial, stays as it was."""
         folder.forget_the_end()
         self.path = folder.trials
-        self._fixed = {row.trial: row for row in read_rows(self.path) if row.trial in FIXED}
+        known = mend_lines(self.path, measured_row, "it is made anew from the journal")
+        self._fixed = {row.trial: row for row in known if row.trial in FIXED}
         written = [*self._fixed.values(), *rows]
         self.count = len(written)
         write_rows(self.path, written)

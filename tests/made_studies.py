@@ -1,4 +1,4 @@
-"""Study folders with known contents, for tests of tables and figures."""
+"""Study folders with known contents, for tests of tables, figures and damage."""
 
 import json
 

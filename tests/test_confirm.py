@@ -28,6 +28,7 @@ def row(trial, ratio, increase, half_width=0.5, **more):
     })  # fmt: skip
 
 
+RAW = {"measured_tpot_ms": 2.0, "reference_tpot_ms": 1.0, "pairs": 12, "timed_at": 0.0, "load": 0.5}
 BASELINE = row("baseline", 40.0, 0.0) | {"method": "recompute", "n_sink": 4}
 
 
@@ -46,10 +47,9 @@ def numbers(rows):
 def rounds_of(ratios, spread=0.01):
     """Rounds whose candidates have those median ratios. ratios: trial -> one per round."""
     random = np.random.default_rng(0)
-    raw = {"measured_tpot_ms": 2.0, "reference_tpot_ms": 1.0, "pairs": 12, "timed_at": 0.0, "load": 0.5}
     return [
         Round({str(trial): (values[number] * np.exp(random.normal(0, spread, 12))).tolist() for trial, values in
-               ratios.items()}, dict.fromkeys(map(str, ratios), raw), {}, "code")
+               ratios.items()}, dict.fromkeys(map(str, ratios), RAW), {}, "code")
         for number in range(len(next(iter(ratios.values()))))
     ]  # fmt: skip
 
@@ -151,7 +151,7 @@ class PretendPool:
 
 def measured(worker, spec):
     ratios = [1.0 * spec.round, 2.0 * spec.round]
-    return Finished(worker, measurement=TrialMeasurement(Row(load=0.5), None, False, True, ratios))
+    return Finished(worker, measurement=TrialMeasurement(Row(**RAW), None, False, True, ratios))
 
 
 ROWS = [BASELINE, row(1, 1.0, 1.0), row(2, 2.0, 0.5)]
@@ -264,8 +264,7 @@ def test_clocks_that_drift_make_no_false_certainty(drift):
                 pairs = [(ratio * drift(at) * random.lognormal(0, 0.03), drift(at) * random.lognormal(0, 0.03))
                          for _ in range(12)]  # fmt: skip
                 ratios[str(trial)] = [own / reference for own, reference in pairs]
-            raw = {"measured_tpot_ms": 2.0, "reference_tpot_ms": 1.0, "pairs": 12, "timed_at": 0.0, "load": 0.5}
-            rounds.append(Round(ratios, dict.fromkeys(ratios, raw), {}, "code"))
+            rounds.append(Round(ratios, dict.fromkeys(ratios, RAW), {}, "code"))
         rows = [row(trial, 1.0, 100 * math.expm1(shifts[trial])) for trial in truth]
         _, *found = confirmed_rows(
             rounds, rows, BASELINE, COMPARISON, lambda row: losses(shifts[row["trial"]]), OBJECTIVES

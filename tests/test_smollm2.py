@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from streamllm.engine.block_parallel import block_parallel_losses
 from streamllm.engine.loading import load_model, load_tokenizer, resolve_model
 from streamllm.policy import EvictionPolicy
-from streamllm.results.study import read_rows
+from streamllm.results.study_folder import read_rows
 from streamllm.testbed import TEXT_FILE
 
 from . import preloaded, quick_sweep

@@ -92,6 +92,13 @@ def test_the_documents_flags_and_every_format(results, capsys):
     assert (results.parent / "deep/paper_results.md").read_text().startswith("# Results in results")
 
 
+def test_values_that_a_column_cannot_show_are_left_out(results):
+    odd = {"perplexity": 4.5, "tpot_ms": "fast", "tpot_ms_low": [], "n_sink": True, "method": "ours"}
+    (results / "odd.json").write_text(json.dumps({"streaming": odd}))
+    (found,) = [one for one in read_results(results)[0] if one["file"] == "odd.json"]
+    assert found.keys() >= {"perplexity", "method"} and not found.keys() & odd.keys() - {"perplexity", "method"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

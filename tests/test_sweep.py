@@ -348,3 +348,34 @@ def test_a_second_driver_is_told_who_has_the_study(folder):
         done = sweep(folder)
     assert done.returncode == 2
     assert f"run by process {os.getpid()}" in done.stderr
+
+
+def test_a_study_of_which_everything_is_damaged_goes_on(prepared, cluster):
+    """Nothing is measured again, no run is made twice, and each file is told of in a line."""
+    folder, study = prepared, prepared / "sweeps/s"
+    given = ("--address", cluster.address, "--workers", "1", "--trials", "3", "--confirm", "1")
+    done = sweep(folder, *given)
+    assert done.returncode == 0, done.stderr
+    trials, runs = (
+        [row for row in rows_of(folder) if row["trial"] in range(3)],
+        {run.info.run_id for run in runs_of(folder)},
+    )
+    stored = {path: path.stat().st_mtime_ns for path in (folder / "sweeps/.store").rglob("*.json")}
+    for name, number in (("journal.log", 3), ("trials.jsonl", 2), ("rounds.jsonl", 0), ("sweep.json", 7)):
+        lines = (study / name).read_bytes().splitlines(keepends=True)
+        lines[number] = b"\xff" + lines[number]
+        (study / name).write_bytes(b"".join(lines))
+    (study / "outcome.json").write_text("[]")
+    (study / "driver.lock").unlink()
+    (study / "driver.lock").mkdir()
+
+    done = sweep(folder, *given)
+    assert done.returncode == 0, done.stderr
+    warnings = [line for line in done.stderr.splitlines() if line.startswith("warning: ")]
+    told = ("driver.lock", "sweep.json", "journal.log", "rounds.jsonl", "trials.jsonl")
+    assert [line.split(".damaged-1")[0].rpartition(" ")[2] for line in warnings] == [*told]
+    assert [row for row in rows_of(folder) if row["trial"] in range(3)] == trials
+    assert {path: path.stat().st_mtime_ns for path in stored} == stored
+    assert {run.info.run_id for run in runs_of(folder)} == runs
+    again = sweep(folder, *given)
+    assert again.returncode == 0 and "warning: " not in again.stderr, again.stderr

@@ -34,7 +34,8 @@ def traced(tmp_path, monkeypatch, capsys):
     baseline = BASELINE | measured | {"quality_entry": "ba" * 32, "sampled_tokens": 64, "time_ratio": 4.0}
     confirmed = {"trial": 1, "rounds": 2, "round_lines": [2, 3], "time_ratio": 0.25, "front_probability": 1.0}
     folder = write_study(tmp_path, trials, baseline=baseline, confirmed=[confirmed])
-    times = {"timed_at": 1.8e9, "load": 0.25, **WORKER}
+    clock = {"measured_tpot_ms": 2.0, "reference_tpot_ms": 8.0, "pairs": 12}
+    times = {"timed_at": 1.8e9, "load": 0.25, **clock, **WORKER}
     rounds = [
         {"ratios": {"1": [ratio] * 12}, "times": {"1": times}, "failed": {}, "code": "c0de"}
         for ratio in (9, 0.26, 0.24)

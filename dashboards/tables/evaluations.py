@@ -3,13 +3,15 @@ documents' own format, with whatever of it they have."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from streamllm.errors import UsageError
 from streamllm.files import Json, Scalar
+from streamllm.results.damaged import parsed
+from streamllm.results.schema import FIELDS, dtype_of
+from streamllm.results.study_folder import StudyFolder
 
 _SPELLINGS = {
     "model_name": "model",
@@ -43,15 +45,19 @@ _IN_NAMES = {
 
 def read_results(folder: Path) -> tuple[list[dict[str, Scalar]], list[str]]:
     """A row per result of the folder's `*.json`, subfolders included, with its `file` and `role`; and a line per file
-    that has none. Raises UsageError if the folder is none."""
+    that has none. Hidden folders, as the store is, and files of studies, which other tables show, are passed over.
+    Raises UsageError if the folder is none."""
     if not folder.is_dir():
         raise UsageError(f"results {str(folder)!r}: no such folder; give the one with the JSON files")
     rows: list[dict[str, Scalar]] = []
     problems = []
     for path in sorted(folder.rglob("*.json")):
-        name = str(path.relative_to(folder))
+        within = path.relative_to(folder)
+        if any(part.startswith(".") for part in within.parts) or StudyFolder(path.parent).configuration.exists():
+            continue
+        name = str(within)
         try:
-            found = [{"file": name, **row} for row in _results(json.loads(path.read_text("utf-8")), path.stem)]
+            found = [{"file": name, **row} for row in _results(parsed(path.read_bytes()), path.stem)]
         except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{name}: {' '.join(str(error).split())}")
             continue
@@ -85,14 +91,23 @@ def _row(role: str, values: Mapping[str, Scalar], shared: Mapping[str, Scalar]) 
 
 
 def _renamed(values: Mapping[str, Json]) -> dict[str, Scalar]:
-    """Its single values, under our names."""
+    """Its single values, under our names; not those that our columns cannot show."""
     single: dict[str, Scalar] = {
         name: value
         for name, value in values.items()
         if name != "format" and not isinstance(value, dict | list) and value is not None
     }
     renamed = {_SPELLINGS[name]: value for name, value in single.items() if name in _SPELLINGS}
-    return renamed | {name: value for name, value in single.items() if name not in _SPELLINGS}
+    renamed |= {name: value for name, value in single.items() if name not in _SPELLINGS}
+    return {name: value for name, value in renamed.items() if _can_be_shown(name, value)}
+
+
+def _can_be_shown(name: str, value: Scalar) -> bool:
+    """Where a column shows numbers, only numbers."""
+    field = re.sub("_(low|high|std)$", "", name)
+    if field in FIELDS and dtype_of(field) in ("Int64", "Float64"):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return True
 
 
 def _is_result(values: Mapping[str, Scalar]) -> bool:

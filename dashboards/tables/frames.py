@@ -6,6 +6,7 @@ Columns are the schema's fields, under their names and in its order, each that s
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -45,8 +46,12 @@ class StudyFrames:
 
 
 def load_study(study: str) -> StudyFrames:
-    """A study by name, under `sweeps/` of the working directory, or by the path of its folder. Raises UsageError."""
-    return StudyFrames(studies.load_study(study))
+    """A study by name, under `sweeps/` of the working directory, or by the path of its folder. Warns of what cannot be
+    read of it. Raises UsageError."""
+    results = studies.load_study(study)
+    for problem in results.problems:
+        warnings.warn(problem, stacklevel=2)
+    return StudyFrames(results)
 
 
 def frame(rows: Sequence[Row], name: str) -> pd.DataFrame:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import textwrap
 import time
@@ -14,6 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from streamllm.errors import UsageError
 from streamllm.measuring.reference_time import WORKER
 from streamllm.measuring.store import MeasurementStore
+from streamllm.results.checks import checked_round
+from streamllm.results.damaged import read_lines
 from streamllm.results.schema import POLICY_KNOBS, AnyRow
 from streamllm.results.study import FIXED, StudyResults
 
@@ -113,13 +114,14 @@ def _rounds(study: StudyResults, row: AnyRow) -> Iterator[Pair]:
     if not numbers:
         yield "confirmed", f"in {row['rounds']} rounds, whose lines in rounds.jsonl were not noted then"
         return
-    path = study.files.rounds
-    lines = path.read_text().splitlines() if path.is_file() else []
-    gone = "" if len(lines) >= max(numbers) else ", which are there no more"
+    path, trial = study.files.rounds, str(row["trial"])
+    lines, _ = read_lines(path, checked_round)
+    found = [number for number in numbers if trial in lines.get(number, {}).get("ratios", {})]
+    gone = "" if len(found) == len(numbers) else ", which are not all there, or damaged"
     yield "confirmed", f"{path}, lines {', '.join(map(str, numbers))}{gone}"
-    for number in [] if gone else numbers:
-        one = json.loads(lines[number - 1])
-        ratios, times = one["ratios"][str(row["trial"])], one["times"][str(row["trial"])]
+    for number in found:
+        one = lines[number]
+        ratios, times = one["ratios"][trial], one["times"][trial]
         middle = sorted(ratios)[len(ratios) // 2]
         when = f"{_date(times.get('timed_at'))}, load {times.get('load', math.nan):.2f}, code {one['code']}"
         yield f"line {number}", f"ratio {middle:.4g} of {len(ratios)} pairs, {when}, on {described(times)}"

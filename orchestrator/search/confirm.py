@@ -35,13 +35,28 @@ def candidates(
     """The front; the `earlier` candidates, so that none leaves the front unmeasured; and the `others` nearest to it
     among the trials that no row of the front beats for certain: in some objective, the two intervals overlap."""
     paired = dict(_PAIRED.get(name, (name, direction)) for name, direction in objectives.items())
-    fit = [row for row in rows if row["state"] == "complete" and row.get("feasible", True)]
+    fit = [row for row in rows if objective_values(row, paired) is not None]
     front = pareto_front(fit, paired)
     rest = [row for row in fit if row not in front]
     reach = [(max((_reach(row, better, paired) for better in front), default=0.0), row) for row in rest]
     near = [row for _, row in sorted((pair for pair in reach if pair[0] <= 1), key=lambda pair: pair[0])][:others]
     kept = [row for row in rest if row not in near and str(row["trial"]) in earlier]
     return [*front, *near, *kept]
+
+
+def comparable(
+    rows: Sequence[AnyRow], losses_of: Callable[[AnyRow], np.ndarray], note: Callable[[str], None]
+) -> list[AnyRow]:
+    """Those whose losses can be read; `note` is told of the others."""
+    found = []
+    for row in rows:
+        try:
+            losses_of(row)
+        except (OSError, KeyError) as error:
+            note(f"warning: trial {row['trial']} cannot be confirmed: its losses cannot be read ({error})")
+        else:
+            found.append(row)
+    return found
 
 
 def unconfirmed_better(rows: Sequence[AnyRow], objectives: Mapping[str, str]) -> list[AnyRow]:

@@ -1,13 +1,23 @@
-"""A search space's points as configurations, and whether all of them can be made."""
+"""A search space's points as configurations, whether all of them can be made, and which one a row is of."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from search_spaces import SearchSpace, Value
 from streamllm.configuration import Configuration
 from streamllm.engine.methods import check_execution, check_protocol
+from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
+from streamllm.results.schema import KNOBS, POLICY_KNOBS, Row
+
+_TRIED = 20_000
+"""Points that a row may be of."""
+_NAMES = {knob.parameter: knob.name for knob in KNOBS}
+_SAID = ("method", "backend_requested", *(knob.name for knob in POLICY_KNOBS))
+"""Knobs that a row must say, to be placed."""
 
 
 def configuration_of(params: Mapping[str, Value], space: SearchSpace, cap: int) -> Configuration:
@@ -35,3 +45,50 @@ def check_cap(space: SearchSpace, cap: int) -> None:
         with_derived_window(EvictionPolicy(**widest), min(cap, largest))
     except PolicyError as error:
         raise PolicyError(f"space {space.name!r}: {error}") from error
+
+
+def point_of(row: Row, space: SearchSpace, cap: int) -> dict[str, Value] | None:
+    """The point of the space that the row measured; None if there is none."""
+    if any(name not in row for name in _SAID):
+        return None
+    names = sorted(space.parameters, key="total_kv".__eq__)  # which rows do not say: tried before anything else changes
+    choices = [_possible(name, row, space) for name in names]
+    near = None
+    for values in itertools.islice(itertools.product(*choices), _TRIED):
+        point = space.complete(dict(zip(names, values, strict=True)))
+        with suppress(UsageError):
+            if is_of(row, point, space, cap):
+                if row.window_size in _windows(point, space, cap):
+                    return point
+                near = near or point
+    return near
+
+
+def is_of(row: Row, point: Mapping[str, Value], space: SearchSpace, cap: int) -> bool:
+    """Whether the row, as far as it says, is a measurement of that point, whatever its window is. Raises UsageError
+    where the point stands for no configuration."""
+    what = configuration_of(point, space, cap)
+    policies = (what.policy, what.effective)
+    asked = {"method": what.method, "backend_requested": what.backend, "execution": what.execution}
+    if what.quantization is not None:
+        asked["quantization"] = what.quantization
+    knobs = [field.name for field in POLICY_KNOBS if field.name != "window_size" and field.name in row]
+    return all(row.get(name, value) == value for name, value in asked.items()) and any(
+        all(getattr(policy, name) == row[name] for name in knobs) for policy in policies
+    )
+
+
+def _windows(point: Mapping[str, Value], space: SearchSpace, cap: int) -> tuple[int, int]:
+    what = configuration_of(point, space, cap)
+    return what.policy.window_size, what.effective.window_size
+
+
+def _possible(name: str, row: Row, space: SearchSpace) -> Sequence[Value]:
+    """The values that the row may have been given: its own or, of a number that its method makes another of, any."""
+    choices = space.parameters[name]
+    value = row.get(_NAMES[name])
+    if value in choices:
+        return (value,)
+    if isinstance(value, str) and value != space.defaults.get(name):
+        return ()
+    return choices

@@ -11,14 +11,16 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Protocol
 
 from streamllm.configuration import Configuration
 from streamllm.engine.methods import METHODS
 from streamllm.measuring.store import code_digest
+from streamllm.results.checks import checked_round
+from streamllm.results.damaged import read_lines
 from streamllm.results.schema import AnyRow
-from streamllm.results.study_folder import StudyFolder, append_line, whole_lines
+from streamllm.results.study_folder import StudyFolder, append_line
 
 from ..workers.messages import SweepError, TrialMeasurement, TrialSpec
 from ..workers.pool import Finished
@@ -58,8 +60,13 @@ class Round:
 
 
 def read_rounds(folder: StudyFolder) -> list[Round]:
-    """All whole rounds of a study, the oldest first; a line that was torn by a kill is none."""
-    return [Round(**json.loads(line) | {"line": number}) for number, line in enumerate(whole_lines(folder.rounds), 1)]
+    """All whole rounds of a study, the oldest first; a line that was torn by a kill, or is damaged, is none."""
+    found, _ = read_lines(folder.rounds, checked_round)
+    names = {field.name for field in fields(Round)}
+    return [
+        Round(**{name: value for name, value in one.items() if name in names} | {"line": number})
+        for number, one in found.items()
+    ]
 
 
 def take_rounds(

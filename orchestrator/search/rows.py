@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
@@ -58,17 +59,21 @@ def trial_row(
 
 
 def increases(rows: Iterable[Row], comparison: QualityComparison, losses_of: Callable[[str], np.ndarray]) -> list[Row]:
-    """The cost of each complete trial in perplexity beside the baseline, as well as it is known by now.
+    """The cost of each complete trial in perplexity beside the baseline, as well as it is known by now; not of a trial
+    whose losses the store has no more: its row says what was known then.
 
-    losses_of: by the name of the store's entry; configurations of one policy share it."""
+    losses_of: by the name of the store's entry; configurations of one policy share it. Raises OSError if it is gone."""
     known: dict[str, dict[str, float]] = {}
     added = []
     for row in rows:
         entry = row.quality_entry
         if row.state == "complete" and entry is not None:
             if entry not in known:
-                known[entry] = comparison.increase(losses_of(entry)).flat("ppl_increase_percent")
-            added.append(Row.of({"trial": row.trial, **known[entry]}))
+                known[entry] = {}
+                with suppress(OSError):
+                    known[entry] = comparison.increase(losses_of(entry)).flat("ppl_increase_percent")
+            if known[entry]:
+                added.append(Row.of({"trial": row.trial, **known[entry]}))
     return added
 
 

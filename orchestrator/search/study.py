@@ -8,33 +8,26 @@ MLflow. What was running when the driver died is handed out again, under its num
 from __future__ import annotations
 
 import math
-import os
 import random
 import warnings
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import FrozenTrial, Trial, TrialState
 
 from search_spaces import SearchSpace, Value, judged
 from streamllm.errors import UsageError
 from streamllm.measuring.reference_time import ReferencePool
-from streamllm.results.schema import OBJECTIVES, Row, told_name
+from streamllm.results.schema import Row, told_name
+from streamllm.results.study_folder import SETTINGS
 
 from ..workers.messages import TrialSpec
+from .journal import DEATHS, ROW, SKIPPED, Journal, trial_of
 from .points import configuration_of
 from .samplers import Result, Sampler, Suggestion
 
-_ROW = "row"
-_SKIPPED = "skipped"
-_DEATHS = "deaths"
 _NEIGHBOURS = 8
 """Neighbours tried at each distance, in place of a configuration that was tried already."""
 
@@ -52,41 +45,36 @@ class Study:
     def __init__(
         self, name: str, journal: Path, space: SearchSpace, cap: int, seed: int, sampler: str = "auto"
     ) -> None:
+        """Opens the study, or begins it; a journal that is damaged is made anew first, and that is said. Raises
+        UsageError."""
         optuna.logging.set_verbosity(optuna.logging.ERROR)
-        _mend(journal)
         self.name = name
         self.space = space
         self.cap = cap
         self._random = random.Random(seed)
         self._size = space.size
-        self._backend = _Journal(str(journal))
-        self._storage = JournalStorage(self._backend)
-        self._study = optuna.create_study(
-            study_name=name,
-            storage=self._storage,
-            sampler=optuna.samplers.RandomSampler(),  # never asked: `samplers` suggests
-            directions=[OBJECTIVES[objective] for objective in space.objectives],  # type: ignore[misc]
-            load_if_exists=True,
-        )
-        if self._study.metric_names is None:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what is experimental in Optuna
-                self._study.set_metric_names([told_name(objective) for objective in space.objectives])
-        trials = self._study.get_trials(deepcopy=False)
-        self._times = ReferencePool(_row(trial) for trial in trials if _ROW in trial.user_attrs)
+        opened = Journal(name, journal, space, cap).opened()
+        self._file, self._storage, self._study = opened.file, opened.storage, opened.study
+        rows, trials = opened.rows, opened.trials
+        self._times = ReferencePool(rows.values())
         for trial in trials:
-            if trial.state == TrialState.RUNNING and _ROW in trial.user_attrs:  # killed in the middle of tell
-                self._finish(self._reopened(trial), _row(trial))
-        settled = [trial for trial in trials if trial.user_attrs.keys() & {_ROW, _SKIPPED}]
-        self.rows = [_row(trial) for trial in settled if _ROW in trial.user_attrs]
+            if trial.state == TrialState.RUNNING and trial.number in rows:  # killed in the middle of tell
+                self._finish(self._reopened(trial), rows[trial.number])
+        settled = [trial for trial in trials if trial.user_attrs.keys() & {ROW, SKIPPED}]
+        self.rows = [rows[trial.number] for trial in settled if trial.number in rows]
         """The finished trials. Milliseconds are not in them: what those are in is known when all are measured."""
         self._seen = {self._identity(space.complete(trial.params)) for trial in settled}
-        self._interrupted = deque(t for t in trials if t.state == TrialState.RUNNING and _ROW not in t.user_attrs)
+        self._interrupted = deque(t for t in trials if t.state == TrialState.RUNNING and t.number not in rows)
         self._known = deque(space.known)
         self._points = space.points()
         self._open: dict[int, tuple[Trial, OpenTrial, Suggestion]] = {}
-        past = [self._result(space.complete(t.params), _row(t)) for t in settled if _ROW in t.user_attrs]
+        past = [self._result(space.complete(t.params), rows[t.number]) for t in settled if t.number in rows]
         self._sampler = Sampler(sampler, space, seed, [result for result in past if result.row["state"] == "complete"])
+
+    def keep(self, settings: dict[str, object]) -> None:
+        """Keeps a copy of what `sweep.json` says, from which that file can be made again."""
+        if self._study.user_attrs.get(SETTINGS) != settings:
+            self._study.set_user_attr(SETTINGS, settings)
 
     @property
     def threads(self) -> int:
@@ -120,8 +108,8 @@ class Study:
     def died(self, number: int) -> int:
         """Notes that a worker ended on an open trial. Returns how many have, in all starts of the sweep."""
         trial, *_ = self._open[number]
-        deaths = int(trial.user_attrs.get(_DEATHS, 0)) + 1
-        trial.set_user_attr(_DEATHS, deaths)
+        deaths = int(trial.user_attrs.get(DEATHS, 0)) + 1
+        trial.set_user_attr(DEATHS, deaths)
         return deaths
 
     def tell(self, number: int, row: Row) -> Row:
@@ -129,8 +117,8 @@ class Study:
         `violated` naming those it breaks, and failed if an objective is not a finite number."""
         trial, open_trial, suggestion = self._open.pop(number)
         row = self._judged(row)
-        with self._backend.together():
-            trial.set_user_attr(_ROW, row.to_json())
+        with self._file.together():
+            trial.set_user_attr(ROW, row.to_json())
             self._finish(trial, row)
         self.rows.append(row)
         complete = row["state"] == "complete"
@@ -177,24 +165,15 @@ class Study:
 
     def _skip(self, trial: Trial | None, params: dict[str, Value], reason: str) -> None:
         if trial is None:
-            self._created(params, TrialState.FAIL, {_SKIPPED: reason})
+            self._created(params, TrialState.FAIL, {SKIPPED: reason})
         else:
-            trial.set_user_attr(_SKIPPED, reason)
+            trial.set_user_attr(SKIPPED, reason)
             self._storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def _created(self, params: dict[str, Value], state: TrialState, attributes: dict[str, str] | None = None) -> Trial:
         """In one line of the journal: all of it is there after a kill, or none."""
-        chosen: dict[str, Value] = {}
-        distributions: dict[str, BaseDistribution] = {}
-
-        def take(name: str, choices: tuple[Value, ...]) -> Value:
-            chosen[name] = params[name]
-            distributions[name] = CategoricalDistribution(choices)
-            return params[name]
-
-        self.space.draw(take)
-        template = create_trial(state=state, params=chosen, distributions=distributions, user_attrs=attributes)
-        return self._trial(self._storage.create_new_trial(self._study._study_id, template))
+        trial = trial_of(params, self.space, state, attributes)
+        return self._trial(self._storage.create_new_trial(self._study._study_id, trial))
 
     def _reopened(self, frozen: FrozenTrial) -> Trial:
         return self._trial(frozen._trial_id)
@@ -237,38 +216,3 @@ class Study:
 
     def _identity(self, params: dict[str, Value]) -> tuple[Value, ...]:
         return tuple(params[name] for name in self.space.parameters)
-
-
-def _row(trial: FrozenTrial) -> Row:
-    return Row.from_json(trial.user_attrs[_ROW], f"trial {trial.number} of the journal")
-
-
-class _Journal(JournalFileBackend):  # type: ignore[misc]
-    """Optuna's journal file, flushed to the disk with every write; writes that belong together go in one."""
-
-    _held: list[dict[str, object]] | None = None
-
-    def append_logs(self, logs: list[dict[str, object]]) -> None:
-        if self._held is not None:
-            self._held += logs
-        else:
-            super().append_logs(logs)
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        self._held = []
-        try:
-            yield
-            held, self._held = self._held, None
-            super().append_logs(held)
-        finally:
-            self._held = None
-
-
-def _mend(journal: Path) -> None:
-    """Cuts a line torn by a kill in mid-write, and removes the lock such a process left: we hold the study's own."""
-    Path(f"{journal}.lock").unlink(missing_ok=True)
-    if journal.exists():
-        content = journal.read_bytes()
-        if not content.endswith(b"\n"):
-            os.truncate(journal, content.rfind(b"\n") + 1)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from streamllm.errors import UsageError
+from streamllm.results.damaged import keep_aside
 from streamllm.results.study_folder import StudyFolder
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ def _node_lock(name: str, operation: int) -> Iterator[None]:
 def _open(name: str) -> IO[str]:
     name = name.replace("/", "_")
     folder = os.environ.get("STREAMLLM_LEASES") or tempfile.gettempdir()
-    return (Path(folder) / f"streamllm-{name}-{os.getuid()}.lock").open("a+")
+    return (Path(folder) / f"streamllm-{name}-{os.getuid()}.lock").open("a+", errors="replace")
 
 
 def this_process() -> str:
@@ -123,7 +124,7 @@ def _take(names: Sequence[str], count: int, layer: int, owner: str) -> tuple[lis
 @contextmanager
 def study_lease(folder: StudyFolder) -> Iterator[None]:
     """One driver at a time per study. Raises UsageError that names the one already there."""
-    with folder.lock.open("a+") as file:
+    with _opened_lock(folder.lock) as file:
         try:
             _lock_as(file, this_process())
         except BlockingIOError:
@@ -132,6 +133,19 @@ def study_lease(folder: StudyFolder) -> Iterator[None]:
                 "--study"
             ) from None
         yield
+
+
+def _opened_lock(path: Path) -> IO[str]:
+    """Raises UsageError."""
+    if path.is_dir() or (path.is_symlink() and not path.exists()):  # which nobody can have locked
+        keep_aside(path, [f"{path}: no file"], "one is made")
+    try:
+        return path.open("a+", errors="replace")
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be opened ({error.strerror}), so nobody knows whether another process runs this study; "
+            "make it writable, or remove it"
+        ) from None
 
 
 def _lock_as(file: IO[str], owner: str) -> None:
@@ -144,4 +158,5 @@ def _lock_as(file: IO[str], owner: str) -> None:
 
 def _holder(file: IO[str]) -> str:
     file.seek(0)
-    return file.read().strip() or "another process"
+    who = "".join(filter(str.isprintable, file.read(200))).strip()
+    return who or "another process"

@@ -97,8 +97,8 @@ class MeasurementStore:
             )
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError):
-            with suppress(FileNotFoundError):  # another worker was first
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            with suppress(OSError):  # another worker was first; what cannot be moved, cannot be written either
                 path.rename(path.with_suffix(".damaged"))
             return None
 
@@ -130,18 +130,22 @@ class MeasurementStore:
     def key(self, name: str) -> dict[str, Json] | None:
         """All that determined the entry of that name; None if it is not there, or is damaged."""
         try:
-            key: dict[str, Json] = json.loads(self.losses_file(name).with_suffix(".json").read_bytes())["key"]
-        except (OSError, ValueError, KeyError, TypeError):
+            key: Json = json.loads(self.losses_file(name).with_suffix(".json").read_bytes())["key"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             return None
-        return key
+        return key if isinstance(key, dict) else None
 
     def losses_file(self, name: str) -> Path:
         """Where the per-token losses of the entry of that name lie, if it has any."""
         return self.root / name[:2] / f"{name}.npy"
 
     def losses(self, name: str) -> np.ndarray:
-        """(n, 2): position, nats. Raises OSError if there are none."""
-        table: np.ndarray = np.load(self.losses_file(name), allow_pickle=False)
+        """(n, 2): position, nats. Raises OSError if there are none, or they are damaged."""
+        path = self.losses_file(name)
+        try:
+            table: np.ndarray = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise OSError(f"{path}: damaged") from error
         return table
 
     def _path(self, key: Mapping[str, object]) -> Path:

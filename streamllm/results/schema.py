@@ -8,15 +8,22 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import Any, Literal, Self
 
 from ..errors import UsageError
 from ..files import Json
 
 Direction = Literal["minimize", "maximize"]
+
+
+class NewerFormatError(UsageError):
+    """A row of a later version's format: nothing is wrong with it, but it cannot be read."""
+
+
 FORMAT = 3
 """Version of the rows' own format. 1: times were no ratios; 2: rows could have any keys."""
 
@@ -269,16 +276,30 @@ class Row(Mapping[str, Any]):
     def from_json(cls, values: Mapping[str, object], where: str) -> Row:
         """`where`: for the message. Raises UsageError for a row of a later version, or with keys that are none of a
         row's. Older rows might have any: those that mean nothing any more are left out."""
+        try:
+            return cls.checked(values)
+        except NewerFormatError as error:
+            raise NewerFormatError(f"{where}: {error}") from None
+        except ValueError as error:
+            raise UsageError(f"{where}: {error}") from None
+
+    @classmethod
+    def checked(cls, values: object) -> Row:
+        """A row from what JSON says. Raises NewerFormatError; ValueError for all that is no row."""
+        if not isinstance(values, dict):
+            raise ValueError("not a row")
         written = values.get("format", 2)
         values = {key: value for key, value in values.items() if key != "format"}
         if not isinstance(written, int) or written > FORMAT:
-            raise UsageError(f"{where}: has rows of format {written}, this version reads {FORMAT}; use a newer one")
+            told = f"has rows of format {written}, this version reads {FORMAT}; use a newer one"
+            raise NewerFormatError(told) if isinstance(written, int) else ValueError(told)
         if written < FORMAT:
             values = {key: value for key, value in values.items() if _is_key(key)}
-        try:
-            return cls.of(values)
-        except ValueError as error:
-            raise UsageError(f"{where}: {error}") from None
+        row = cls.of(values)
+        for key, value in values.items():
+            if value is not None and not _check_of(key)(value):
+                raise ValueError(f"{key} {value!r:.40}: no such value is possible")
+        return row
 
     def to_json(self) -> dict[str, Json]:
         return {"format": FORMAT, **self}
@@ -304,7 +325,7 @@ POLICY_KNOBS = tuple(field for field in KNOBS if field.symbol)
 """Those of an `EvictionPolicy`."""
 OBJECTIVES: dict[str, Direction] = {field.name: field.objective for field in FIELDS.values() if field.objective}
 """Measures that a sweep can optimise, and which way; constraints are on the same measures."""
-_TYPES = {field.name: str(field.type) for field in dataclasses.fields(Row)}
+_TYPES = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(Row)}
 _ENDS = ("_low", "_high", "_std")
 
 
@@ -331,7 +352,7 @@ def dtype_of(key: str) -> str:
     if key not in FIELDS:
         return "Float64"
     kinds = {"int": "Int64", "float": "Float64", "str": "string", "bool": "boolean"}
-    return kinds.get(_TYPES[key].removesuffix(" | None"), "object")
+    return kinds.get(_TYPES[key], "object")
 
 
 def _sorted(values: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
@@ -345,3 +366,57 @@ def _sorted(values: Mapping[str, object]) -> tuple[dict[str, object], dict[str, 
 
 def _is_key(key: str) -> bool:
     return key in FIELDS or any(key.endswith(end) and key.removesuffix(end) in FIELDS for end in _ENDS)
+
+
+_POSITIVE = ("time_ratio", "tpot_ms", "measured_tpot_ms", "reference_tpot_ms", "speedup", "perplexity")
+_DATES = ("finished_at", "timed_at")
+_LARGEST = 1 << 62
+"""Of numbers; one over it is the least of those that are above 0."""
+
+
+@cache
+def _check_of(key: str) -> Callable[[object], bool]:
+    """Tells whether a row can have a value there; NaN and infinity are what a failed measurement may come to."""
+    name = next((key.removesuffix(end) for end in _ENDS if key not in FIELDS and key.endswith(end)), key)
+    kind = "float" if name != key else _TYPES[key]
+    if name in _DATES:
+        return is_date
+    if kind == "float":
+        return _is_positive if name in _POSITIVE and not key.endswith("_std") else _is_number
+    if kind == "int":
+        return partial(_is_whole, least=FIELDS[key].least or 0)
+    return {"bool": _is_truth, "str": _is_text, "int | str": _is_name}.get(kind, _are_whole)
+
+
+def _is_number(value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and not _LARGEST < abs(value) < math.inf  # type: ignore[arg-type]
+
+
+def _is_positive(value: object) -> bool:
+    return _is_number(value) and not value < 1 / _LARGEST  # type: ignore[operator]
+
+
+def _is_truth(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_name(value: object) -> bool:
+    return _is_whole(value) or _is_text(value)
+
+
+def _are_whole(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_whole, value))
+
+
+def is_date(value: object) -> bool:
+    """Whether it is a number of seconds since 1970, in the next centuries."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1 << 34
+
+
+def _is_whole(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= _LARGEST
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)

@@ -13,9 +13,11 @@ from search_spaces import Constraint, judged
 
 from ..errors import UsageError
 from ..measuring.reference_time import WORKER, ReferencePool, ReferenceTime, speedup
+from .checks import measured_row
+from .damaged import AGAIN, DamagedError, all_told
 from .front import study_front
 from .schema import Row
-from .study_folder import StudyFolder, StudySettings, read_rows
+from .study_folder import StudyFolder, StudySettings, rows_and_damage
 
 EXPERIMENT = "streamllm-sweep"
 """The name of the experiment in MLflow that holds all studies."""
@@ -47,6 +49,8 @@ class StudyResults:
     """The trials as the search measured them, all alike; the baseline, where there is one, first."""
     references: Sequence[ReferenceTime] = ()
     """The reference's time on each kind of worker: the unit of all milliseconds."""
+    problems: Sequence[str] = ()
+    """What could not be read, a sentence without its end per file."""
 
     @property
     def objectives(self) -> dict[str, str]:
@@ -73,14 +77,19 @@ class StudyResults:
 
 
 def load_study(study: str) -> StudyResults:
-    """A study by name, under `sweeps/` of the working directory, or by the path of its folder. Raises UsageError."""
-    found = next((folder for folder in _folders(study) if folder.exists), None)
-    if found is None:
-        known = ", ".join(sorted(path.parent.name for path in Path("sweeps").glob("*/trials.jsonl"))) or "none yet"
-        raise UsageError(f"study {study!r}: neither a folder with results nor one of sweeps/ ({known})")
-    configuration = cast(StudySettings, found.read_configuration())
-    increases, confirmed = ({row.trial: row for row in read_rows(path)} for path in (found.increases, found.confirmed))
-    measured = [row | increases.get(row.trial, _NOTHING) for row in read_rows(found.trials)]
+    """A study by name, under `sweeps/` of the working directory, or by the path of its folder; nothing is written.
+    Raises DamagedError where too little of it can be read, UsageError."""
+    found = _found(study)
+    configuration, problems = _settings(found)
+    measured, lacking = rows_and_damage(found.trials, measured_row)
+    if lacking and not measured:
+        raise DamagedError(f"{all_told(lacking)}; {AGAIN}")
+    (increased, no_increases), (again, not_confirmed) = map(rows_and_damage, (found.increases, found.confirmed))
+    problems += [f"{all_told(wrong)}; left out, {AGAIN}" for wrong in (lacking, no_increases, not_confirmed) if wrong]
+    if found.read_outcome()[0] == "":
+        problems.append(f"{found.outcome}: damaged, how the sweep ended is not known; {AGAIN}")
+    increases, confirmed = ({row.trial: row for row in rows} for rows in (increased, again))
+    measured = [row | increases.get(row.trial, _NOTHING) for row in measured]
     merged = [_confirmed(row, confirmed.get(row.trial)) for row in measured]
     pool = ReferencePool([*measured, *(row for row in merged if row.rounds)])
     fixed = {row.trial: pool.with_time(_as_unit(row)) for row in merged if row.trial in FIXED}
@@ -97,6 +106,7 @@ def load_study(study: str) -> StudyResults:
         strict=_finished(fixed[STRICT], baseline, ()) if STRICT in fixed else None,
         searched=[pool.with_time(row) for row in measured if row.trial != STRICT],
         references=pool.times(),
+        problems=problems,
     )
 
 
@@ -126,9 +136,30 @@ def _finished(row: Row, baseline: Row | None, constraints: Sequence[Constraint])
     return row | {"violated": None} | judged(row, constraints) if constraints else row
 
 
+def _found(study: str) -> StudyFolder:
+    """The folder with the study's results. Raises DamagedError, UsageError."""
+    folders = _folders(study)
+    for folder in folders:
+        if folder.exists:
+            return folder
+    for folder in folders:
+        if folder.configuration.is_file():
+            raise DamagedError(f"{folder.trials}: no file with results; {AGAIN}")
+    known = ", ".join(sorted(path.parent.name for path in Path("sweeps").glob("*/trials.jsonl"))) or "none yet"
+    raise UsageError(f"study {study!r}: neither a folder with results nor one of sweeps/ ({known})")
+
+
+def _settings(folder: StudyFolder) -> tuple[StudySettings, list[str]]:
+    """The study's settings, and what is wrong with the file that says them. Raises DamagedError."""
+    known, wrong = folder.known_configuration()
+    if known is None:
+        raise DamagedError(f"{all_told(wrong) if wrong else f'{folder.configuration}: no such file'}; {AGAIN}")
+    return cast(StudySettings, known), [f"{all_told(wrong)}; the journal's copy is read, {AGAIN}" for _ in wrong[:1]]
+
+
 def is_study(study: str) -> bool:
-    """Whether `load_study` finds it."""
-    return any(folder.exists for folder in _folders(study))
+    """Whether `load_study` finds it, damaged or not."""
+    return any(folder.exists or folder.configuration.is_file() for folder in _folders(study))
 
 
 def _folders(study: str) -> tuple[StudyFolder, StudyFolder]:

@@ -11,13 +11,19 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NotRequired, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 from ..files import Scalar, write_atomically
-from .schema import Row
+from .checks import checked_front, checked_outcome, checked_round, checked_row, checked_settings
+from .damaged import DamagedError, keep_aside, read_json, read_lines
+from .schema import NewerFormatError, Row
+
+T = TypeVar("T")
+SETTINGS = "settings"
+"""The attribute of the journal's study that keeps what `sweep.json` says."""
 
 
 class SpaceSettings(TypedDict):
@@ -106,33 +112,76 @@ class StudyFolder:
         return self.trials.is_file()
 
     def read_configuration(self) -> dict[str, Any]:
-        return dict(json.loads(self.configuration.read_text()))
+        """Raises DamagedError, where it is not there too."""
+        return read_json(self.configuration, checked_settings)
+
+    def kept_configuration(self) -> dict[str, Any] | None:
+        """The copy of it that the journal keeps; None if there is none, as older versions kept none."""
+        found, _ = read_lines(self.journal, _kept)
+        return next((settings for settings in reversed(found.values()) if settings is not None), None)
+
+    def known_configuration(self) -> tuple[dict[str, Any] | None, list[str]]:
+        """What it says or, where it is damaged or gone, what the journal keeps of it, if anything; and what is
+        wrong."""
+        try:
+            return self.read_configuration(), []
+        except DamagedError as error:
+            kept = self.kept_configuration()
+            is_new = kept is None and not os.path.lexists(self.configuration)
+            return kept, [] if is_new else [str(error)]
 
     def write_configuration(self, values: Mapping[str, object]) -> None:
         write_atomically(self.configuration, json.dumps(values, indent=2) + "\n")
 
     def read_outcome(self) -> tuple[str | None, float | None]:
-        """How the sweep ended (FINISHED, FAILED or KILLED) and when, in seconds since 1970; None of one that runs, or
-        was killed outright."""
-        if not self.outcome.is_file():
+        """How the sweep ended (FINISHED, FAILED or KILLED; empty if that cannot be read) and when, in seconds since
+        1970; None of one that runs, or was killed outright."""
+        if not os.path.lexists(self.outcome):
             return None, None
-        outcome = json.loads(self.outcome.read_text())
-        return outcome["status"], outcome["ended_at"]
+        try:
+            return read_json(self.outcome, checked_outcome)
+        except DamagedError:
+            return "", None
 
     def write_outcome(self, status: str) -> None:
         write_atomically(self.outcome, json.dumps({"status": status, "ended_at": time.time()}) + "\n")
 
     def forget_the_end(self) -> None:
-        """A sweep goes on: how it ended, and what was confirmed, holds no more."""
+        """A sweep goes on: how it ended, and what was confirmed, holds no more. What is damaged of the files that are
+        added to is taken away. Raises UsageError."""
         for path in (self.outcome, self.confirmed):
-            path.unlink(missing_ok=True)
+            if path.is_file() or path.is_symlink():
+                path.unlink()
+            elif path.exists():
+                keep_aside(path, [f"{path}: no file"], "it is made anew when the sweep ends")
+        for path, parse in ((self.increases, checked_row), (self.rounds, checked_round), (self.fronts, checked_front)):
+            mend_lines(path, parse)
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a JSON-lines file, none if it does not exist; of rows of the same trial the last counts. Raises
-    UsageError for rows of a later version."""
-    rows = [Row.from_json(json.loads(line), str(path)) for line in whole_lines(path)]
-    return list({row.trial: row for row in rows}.values())
+    """The rows of trials in a JSON-lines file that can be read, none if it does not exist; of rows of the same trial
+    the last counts. Raises NewerFormatError."""
+    return rows_and_damage(path)[0]
+
+
+def rows_and_damage(path: Path, parse: Callable[[object], Row] | None = None) -> tuple[list[Row], list[str]]:
+    """The rows, and what is wrong with other lines. parse: `measured_row` for `trials.jsonl`."""
+    found, wrong = read_lines(path, parse or checked_row)
+    return list({row.trial: row for row in found.values()}.values()), wrong
+
+
+def mend_lines(path: Path, parse: Callable[[object], T], instead: str = "") -> list[T]:
+    """What `parse` makes of the lines that can be read. If some cannot they are taken away and that is said, with what
+    comes `instead`; the file as it was is kept aside. Raises UsageError."""
+    try:
+        found, wrong = read_lines(path, parse)
+    except NewerFormatError as error:  # the journal, which was read before, has no such rows
+        found, wrong = {}, [str(error)]
+    if wrong:
+        lines = path.read_bytes().split(b"\n") if found else []
+        keep_aside(path, wrong, instead or f"left out, {len(found)} other lines are kept")
+        write_atomically(path, b"".join(lines[number - 1] + b"\n" for number in found))
+    return list(found.values())
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -144,13 +193,6 @@ def append_row(path: Path, row: Row) -> None:
         file.write(json.dumps(row.to_json()) + "\n")
 
 
-def whole_lines(path: Path) -> list[str]:
-    """Those of a file that have their end, none if it does not exist: a last line without it is being written, or was
-    when the sweep was killed."""
-    whole, _, _ = path.read_text().rpartition("\n") if path.is_file() else ("", "", "")
-    return whole.splitlines()
-
-
 def append_line(path: Path, line: str) -> None:
     """Takes a torn last line away first."""
     if path.is_file():
@@ -159,3 +201,9 @@ def append_line(path: Path, line: str) -> None:
             os.truncate(path, content.rfind(b"\n") + 1)
     with path.open("a") as file:
         file.write(f"{line}\n")
+
+
+def _kept(line: object) -> dict[str, Any] | None:
+    """The settings that a line of the journal keeps. Raises ValueError."""
+    attributes = line.get("user_attr") if isinstance(line, dict) else None
+    return checked_settings(attributes[SETTINGS]) if isinstance(attributes, dict) and SETTINGS in attributes else None
