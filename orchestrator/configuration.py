@@ -21,7 +21,7 @@ from streamllm.results.schema import OBJECTIVES
 from streamllm.results.study_folder import StudyFolder
 
 from .options import SAMPLERS
-from .search.points import check_cap, check_methods
+from .search.points import check_cap, check_methods, check_possible
 from .study_name import check_study_name
 
 _FORMAT = 2
@@ -63,6 +63,7 @@ class Identity:
         check_methods(self.space)
         _check_quantizations(self.space, self.quantization)
         check_cap(self.space, self.cap)
+        check_possible(self.space, self.cap)
 
     def with_digests(self) -> Identity:
         """With those of weights and text, which are read for it."""

@@ -200,6 +200,12 @@ def with_derived_window(policy: EvictionPolicy, cap: int, accounting: CapAccount
     widest = cap - policy.n_sink - policy.cache_slack
     if accounting == "nominal":
         return replace(policy, window_size=widest)
+    # Without pruning at all, or before the first prune, nothing fits; where a prune ends at once, the next is R later.
+    interval = policy.compress_every
+    if interval == 0 or interval > cap:
+        widest = 0
+    elif policy.max_drop == 0:
+        widest = min(widest, cap - policy.n_sink - interval)
     for window in range(widest, 0, -1):
         candidate = replace(policy, window_size=window)
         state = steady_state(candidate)
