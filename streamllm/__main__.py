@@ -7,6 +7,7 @@ from pathlib import Path
 
 from .environment import HELP, read_env_file
 from .errors import UsageError
+from .terminal.arguments import check_values
 
 
 def main() -> int:
@@ -35,6 +36,7 @@ def main() -> int:
         subparser.set_defaults(run=command.run)
     arguments = parser.parse_args()
     try:
+        check_values(arguments)
         return int(arguments.run(arguments))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -18,7 +18,7 @@ class TextError(UsageError):
     """No such text, or too little of it; the message says what to give instead."""
 
 
-def shown(value: object, most: int = 60) -> str:
+def shown(value: object, most: int = 100) -> str:
     """A value as a message shows it: its repr, of a long one the beginning."""
     if isinstance(value, int) and value.bit_length() > 4 * most:  # Python refuses to write thousands of digits
         return f"{'-' * (value < 0)}{abs(value) >> (value.bit_length() - 4 * most):#x}..."

@@ -44,6 +44,7 @@ MEASURING_CODE = (
     "engine.rotary",
     "engine.slots",
     "engine.triton_attention",
+    "engine.weight_files",
     "environment",
     "errors",
     "files",

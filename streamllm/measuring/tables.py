@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
-from ..errors import TextError
+from ..errors import TextError, reason_of, shown
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, IterableDataset
@@ -55,11 +55,13 @@ def text_of(rows: Rows, book: str | None, join: str) -> str:
         if not texts:
             raise TextError(f"{rows.what}: no rows; give another file or --split")
         return _joined(_strings(rows, texts, 0), join)
-    number = int(book) if re.fullmatch(r"-?\d+", book) else _number_of(rows, book)
+    number = int(book) if re.fullmatch(r"-?\d{1,18}", book) else _number_of(rows, book)
     texts = list(rows.read("text", number, 1)) if number >= 0 else []
     if not texts:
         count = sum(1 for _ in rows.read(rows.columns[0], 0, None))
-        raise TextError(f"book {book}: {rows.what} has {count} rows; give a number from 0 to {count - 1}, or a title")
+        raise TextError(
+            f"book {book[:60]}: {rows.what} has {count} rows; give a number from 0 to {count - 1}, or a title"
+        )
     return _strings(rows, texts, number)[0]
 
 
@@ -68,7 +70,8 @@ def _number_of(rows: Rows, book: str) -> int:
     column = next((name for name in _TITLES if name in rows.columns), None)
     if column is None:
         raise TextError(
-            f"book {book!r}: {rows.what} has no titles (no column {' or '.join(_TITLES)}); give a row's number, from 0"
+            f"book {shown(book)}: {rows.what} has no titles (no column {' or '.join(_TITLES)}); "
+            f"give a row's number, from 0"
         )
     titles = [str(title) for title in rows.read(column, 0, None)]
     wanted, slugs = slug(book), [slug(title) for title in titles]
@@ -85,7 +88,7 @@ def _number_of(rows: Rows, book: str) -> int:
         names = {name.partition("-by-")[0]: title for name, title in zip(slugs, titles, strict=True)}
         near = ", ".join(repr(names[name]) for name in get_close_matches(wanted, names))
         raise TextError(
-            f"book {book!r}: no such title in {rows.what}{f'; near it: {near}' if near else ''}; "
+            f"book {shown(book)}: no such title in {rows.what}{f'; near it: {near}' if near else ''}; "
             f"give a title, words of one, or a number from 0 to {len(titles) - 1}"
         )
     return found[0]
@@ -227,5 +230,5 @@ def _explained(what: str, fix: str = _FIX) -> Iterator[None]:
     except TextError:
         raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise TextError(f"{what}: {reason[:200]}{fix}" if fix else f"{what} ({reason[:200]})") from error
+        reason = reason_of(error)
+        raise TextError(f"{what}: {reason}{fix}" if fix else f"{what} ({reason})") from error

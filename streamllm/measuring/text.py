@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import TextError
+from ..errors import TextError, reason_of, shown
+from ..files import is_file, is_folder
 from ..testbed import TEXT_FILE
 from .tables import JOINS, SUFFIXES, dataset_rows, file_rows, slug, text_of
 
@@ -22,6 +25,8 @@ HUB_DATASETS = {"wikitext": ("Salesforce/wikitext", "wikitext-103-v1"), "pg19": 
 """Short names -> hub id and default configuration. Script data sets are gone from `datasets`: these are parquet."""
 
 
+_CHARACTERS = 64
+"""Far more than a token has on average."""
 _LONGEST_BOOK = 40
 """Characters of a label, which is a folder's name too."""
 
@@ -75,8 +80,8 @@ class TextSource:
         if len(given) > 1:
             raise TextError("give one of --text, --token-ids and --dataset-name, not several")
         for path in (self.text, self.token_ids):
-            if path is not None and not path.is_file():
-                raise TextError(f"text {str(path)!r}: {'not a file' if path.exists() else 'no such file'}")
+            if path is not None and not is_file(path):
+                raise TextError(f"text {shown(str(path))}: {'not a file' if is_folder(path) else 'no such file'}")
         self._check_rows()
         if self.offset < 0:
             raise TextError(f"offset {self.offset}: must be a whole number >= 0")
@@ -121,29 +126,62 @@ def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, v
     """Reads and tokenizes; `tokenizer` is needed unless the source is token ids.
 
     Raises TextError for unreadable, empty or foreign input."""
-    import numpy as np
 
     source.check()
-    lead = 0
     if source.token_ids is not None:
-        ids = _read_ids(source.token_ids)
-    elif tokenizer is None:
+        return _stream(source, _read_ids(source.token_ids), 0, vocabulary)
+    if tokenizer is None:
         raise TextError("this model has no tokenizer; give --token-ids FILE.json")
-    else:
-        ids = tokenizer(_read_text(source), verbose=False)["input_ids"]
-        lead = _lead(tokenizer, ids)
+    ids = _ids(tokenizer, _read_text(source), source)
+    return _stream(source, ids, _lead(tokenizer, ids), vocabulary)
+
+
+def check_text(source: TextSource, tokenizer: Callable[[], PreTrainedTokenizerBase], vocabulary: int | None) -> None:
+    """Raises what `load_tokens` would, of a text that need not be downloaded. No more of it is tokenized than tells
+    whether it is long enough. vocabulary: None where it is not known yet."""
+    source.check()
+    vocabulary = sys.maxsize if vocabulary is None else vocabulary
+    if source.token_ids is not None:
+        load_tokens(source, None, vocabulary)
+        return
+    if source.dataset_name is not None and local_data(source.dataset_name) is None:
+        return
+    text, able = _read_text(source), tokenizer()
+    for part in (text[: _CHARACTERS * (source.offset + _CHARACTERS)], text):
+        ids = _ids(able, part, source)
+        lead = _lead(able, ids)
+        if len(ids) >= lead + source.offset + 2:
+            break
+    _stream(source, ids, lead, vocabulary)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, source: TextSource) -> list[int]:
+    """Raises TextError."""
+    try:
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    except BaseException as error:  # of a broken tokenizer: anything, and Rust's panic
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise TextError(f"text {source.label!r}: the model's tokenizer fails on it ({reason_of(error)})") from error
+    return ids
+
+
+def _stream(source: TextSource, ids: list[int], lead: int, vocabulary: int) -> TokenStream:
+    """The part of the text's token ids that is asked for. Raises TextError."""
+    import numpy as np
+
     chosen = (ids[:lead] + ids[lead + source.offset :])[: source.max_eval_tokens]
     foreign = next((token for token in chosen if not 0 <= token < vocabulary), None)
     if foreign is not None:
         raise TextError(
-            f"text {source.label!r}: token id {foreign}, the model knows 0 .. {vocabulary - 1}; give its own"
+            f"text {source.label!r}: token id {shown(foreign)}, the model knows 0 .. {vocabulary - 1}; give its own"
         )
-    tokens = np.array(chosen, dtype=np.int64)
-    if len(tokens) < 2:
+    if len(chosen) < 2:
         raise TextError(
-            f"text {source.label!r}: {len(tokens)} of its {len(ids)} tokens are left after offset {source.offset}, "
+            f"text {source.label!r}: {len(chosen)} of its {len(ids)} tokens are left after offset {source.offset}, "
             f"at least 2 are needed; lower --offset or give a longer text"
         )
+    tokens = np.array(chosen, dtype=np.int64)
     return TokenStream(tokens, source.label, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(), lead > 0)
 
 
@@ -158,20 +196,33 @@ def file_digest(source: TextSource) -> str | None:
     path = source.text or source.token_ids or (TEXT_FILE if source.dataset_name is None else None)
     if path is None:
         path = local_data(str(source.dataset_name))
-    if path is None or not path.is_file():
+    if path is None or not is_file(path):
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_ids(path: Path) -> list[int]:
+    what = f"token ids {shown(str(path))}"
     try:
-        ids = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise TextError(f"token ids {str(path)!r}: not JSON ({error})") from error
+        ids = json.loads(_decoded(path, what))
+    except (ValueError, RecursionError) as error:  # of a number of thousands of digits too
+        if isinstance(error, TextError):
+            raise
+        raise TextError(f"{what}: not JSON ({reason_of(error, 100)}); give a list as [17, 4, 256]") from error
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise TextError(f"token ids {str(path)!r}: must be one JSON list of whole numbers, as [17, 4, 256]")
+        raise TextError(f"{what}: must be one JSON list of whole numbers, as [17, 4, 256]")
     return ids
+
+
+def _decoded(path: Path, what: str) -> str:
+    """A file of UTF-8; a byte-order mark is no part of it. Raises TextError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{what}: not UTF-8 ({error.reason} in byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise TextError(f"{what}: cannot be read ({error.strerror}); let yourself read it") from error
 
 
 def _read_text(source: TextSource) -> str:
@@ -179,7 +230,7 @@ def _read_text(source: TextSource) -> str:
         text = _read_dataset(source)
     else:
         path = source.text or TEXT_FILE
-        text = _read_file(path, f"text {str(path)!r}", source)
+        text = _read_file(path, f"text {shown(str(path))}", source)
     if "\0" in text:
         raise TextError(f"text {source.name!r}: not a text, or not in UTF-8: it has NUL characters")
     return text
@@ -194,10 +245,7 @@ def _read_file(path: Path, what: str, source: TextSource) -> str:
         return text_of(file_rows(path, what), source.row, source.join)
     if asked := source._asked_of_rows():
         raise TextError(f"{asked}: is for texts in rows, and {what} is one plain text ({path.name}); leave it out")
-    try:
-        return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the text
-    except UnicodeDecodeError as error:
-        raise TextError(f"text {str(path)!r}: not UTF-8 ({error.reason})") from error
+    return _decoded(path, what)
 
 
 def hub_name(source: TextSource) -> tuple[str, str | None]:
