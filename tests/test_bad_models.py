@@ -172,7 +172,7 @@ def test_a_sweep_and_a_matrix_say_it_before_anything_is_started(folder, monkeypa
 @pytest.mark.parametrize("damage", [sharded(), configured(tie_word_embeddings=False)])
 def test_what_is_whole_is_not_refused(damage, folder):
     damage(folder)
-    what = ("--model", "m", "--max-eval-tokens", "200", "--cap", "64", "--space", "sink")
+    what = ("--model", "m", "--token-ids", str(GOLDEN / "tokens.json"), "--space", "sink")
     done = dry_run(*what, cwd=folder.parent)
     assert done.returncode == 0, done.stderr
 

@@ -258,7 +258,7 @@ def test_the_baselines_sample_leaves_nan_elsewhere(tmp_path):
         (("--max-eval-tokens", "1"), "max_eval_tokens 1"),
         (("--baseline-tokens", "0"), "baseline_tokens '0': must be a whole number >= 1, 'all' or 'auto'"),
         (("--baseline-tokens", "9", "--protocol", "decode-loop"), "baseline_tokens '9': is for --protocol fast"),
-        (("--book", "3"), "book '3': is for texts in rows; give --dataset-name"),
+        (("--book", "3"), "book '3': is for texts in rows; give dataset_name"),
         (("--output-file", "/dev/null/result.json"), "it, or its folder, cannot be made (not a folder)"),
         (("--per-token-losses", "losses.csv"), "must end in .npy or .parquet"),
         (("--prefill-tokens", "64"), "prefill_tokens 64: must be >= 1, and --protocol chunked"),

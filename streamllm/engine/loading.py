@@ -106,7 +106,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
 
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer.from_pretrained, name)
     if not len(tokenizer):
-        raise ModelNotFoundError(f"model {name!r}: no tokenizer in its files; give --token-ids FILE.json")
+        raise ModelNotFoundError(f"model {shown(name)}: no tokenizer in its files; give token_ids, a file of them")
     return tokenizer
 
 

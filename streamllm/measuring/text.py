@@ -74,11 +74,18 @@ class TextSource:
         """The book to read; None: all rows."""
         return "0" if self.book is None and self.dataset_name is not None and self.name == "pg19" else self.book
 
+    def __post_init__(self) -> None:
+        """From Python, a file's name will do."""
+        for name in ("text", "token_ids"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
+
     def check(self) -> None:
         """Raises TextError for what can be seen to be wrong without reading anything."""
+        self._check_types()
         given = [value for value in (self.text, self.token_ids, self.dataset_name) if value is not None]
         if len(given) > 1:
-            raise TextError("give one of --text, --token-ids and --dataset-name, not several")
+            raise TextError("text, token_ids, dataset_name: several are given; give one of them")
         for path in (self.text, self.token_ids):
             if path is not None and not is_file(path):
                 raise TextError(f"text {shown(str(path))}: {'not a file' if is_folder(path) else 'no such file'}")
@@ -88,9 +95,21 @@ class TextSource:
         if self.max_eval_tokens is not None and self.max_eval_tokens < 2:
             raise TextError(f"max_eval_tokens {self.max_eval_tokens}: must be >= 2 (one token to predict another)")
 
+    def _check_types(self) -> None:
+        """Of values from Python; the command line's are what they should be."""
+        for name in ("text", "token_ids"):
+            if not isinstance(value := getattr(self, name), Path | None):
+                raise TextError(f"{name} {shown(value)}: must be a path")
+        for name in ("dataset_name", "dataset_config", "split", "book", "join"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise TextError(f"{name} {shown(value)}: must be a text")
+        for name, value in (("offset", self.offset), ("max_eval_tokens", self.max_eval_tokens or 2)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TextError(f"{name} {shown(value)}: must be a whole number")
+
     def _check_rows(self) -> None:
         if self.split != "test" and self.dataset_name is None:
-            raise TextError(f"split {self.split!r}: is for data sets; give --dataset-name, or leave --split out")
+            raise TextError(f"split {self.split!r}: is for data sets; give dataset_name, or leave split out")
         if self.join not in JOINS:
             raise TextError(f"join {self.join!r}: must be one of {', '.join(JOINS)}")
         if self.book is not None and not slug(self.book):
@@ -98,11 +117,11 @@ class TextSource:
         asked = self._asked_of_rows()
         if asked and self.dataset_name is None and (self.text is None or not _is_table(self.text)):
             raise TextError(
-                f"{asked}: is for texts in rows; give --dataset-name or --text FILE with {', '.join(SUFFIXES)}, "
+                f"{asked}: is for texts in rows; give dataset_name, or as text a file with {', '.join(SUFFIXES)}, "
                 f"or leave it out"
             )
         if self.join != "lines" and self.row is not None:
-            raise TextError(f"join {self.join!r}: joins many rows, and a book is one; leave --join out")
+            raise TextError(f"join {self.join!r}: joins many rows, and a book is one; leave join out")
 
     def _asked_of_rows(self) -> str:
         """The option that only rows can satisfy, as a message names it; empty: none."""
@@ -131,7 +150,7 @@ def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, v
     if source.token_ids is not None:
         return _stream(source, _read_ids(source.token_ids), 0, vocabulary)
     if tokenizer is None:
-        raise TextError("this model has no tokenizer; give --token-ids FILE.json")
+        raise TextError("this model has no tokenizer; give token_ids, a file of them")
     ids = _ids(tokenizer, _read_text(source), source)
     return _stream(source, ids, _lead(tokenizer, ids), vocabulary)
 
@@ -179,7 +198,7 @@ def _stream(source: TextSource, ids: list[int], lead: int, vocabulary: int) -> T
     if len(chosen) < 2:
         raise TextError(
             f"text {source.label!r}: {len(chosen)} of its {len(ids)} tokens are left after offset {source.offset}, "
-            f"at least 2 are needed; lower --offset or give a longer text"
+            f"at least 2 are needed; lower offset or give a longer text"
         )
     tokens = np.array(chosen, dtype=np.int64)
     return TokenStream(tokens, source.label, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(), lead > 0)
@@ -233,6 +252,11 @@ def _read_text(source: TextSource) -> str:
         text = _read_file(path, f"text {shown(str(path))}", source)
     if "\0" in text:
         raise TextError(f"text {source.name!r}: not a text, or not in UTF-8: it has NUL characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can name what is none
+        bad = f"{text[error.start]!r} (character {error.start})"
+        raise TextError(f"text {source.name!r}: not a text: it has half a character, {bad}; mend it") from None
     return text
 
 
@@ -265,7 +289,7 @@ def _read_dataset(source: TextSource) -> str:
     if local is not None and not local.is_dir():
         if source.split != "test":
             raise TextError(
-                f"split {source.split!r}: {what} is the one file {str(local)!r}; leave --split out, or put a folder in "
+                f"split {source.split!r}: {what} is the one file {str(local)!r}; leave split out, or put a folder in "
                 f"the hub's layout there"
             )
         return _read_file(local, what, source)
