@@ -28,5 +28,10 @@ def shown(value: object, most: int = 100) -> str:
 
 def reason_of(error: BaseException, most: int = 200) -> str:
     """The first line that a library's error says anything in, or its kind."""
-    lines = ("".join(c if c.isprintable() else " " for c in line).strip() for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)[:most]
+    lines = (plain(line, most) for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
+def plain(text: str, most: int = 100) -> str:
+    """A text for the middle of a line: of a long one the beginning, and a blank for what would not print."""
+    return "".join(c if c.isprintable() else " " for c in text[:most]).strip()

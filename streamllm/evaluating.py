@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .configuration import Configuration
-from .errors import UsageError
+from .errors import UsageError, shown
 from .measuring.baseline import as_baseline, average, baseline_policy, compared, sampled
 from .measuring.reference_time import with_times
 from .measuring.text import TextSource
@@ -48,9 +48,9 @@ class Measuring:
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
-            raise UsageError(f"protocol {self.protocol!r}: must be one of {', '.join(PROTOCOLS)}")
+            raise UsageError(f"protocol {shown(self.protocol)}: must be one of {', '.join(PROTOCOLS)}")
         if self.baseline_tokens is not None and self.baseline_tokens < 0:
-            raise UsageError(f"baseline_tokens {self.baseline_tokens}: must be a whole number >= 0")
+            raise UsageError(f"baseline_tokens {shown(self.baseline_tokens)}: must be a whole number >= 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ def _check_names(what: Configuration, dtype: str) -> None:
         ("dtype", dtype, DTYPES),
     ):
         if name not in known:
-            raise UsageError(f"{kind} {name!r}: must be one of {', '.join(known)}")
+            raise UsageError(f"{kind} {shown(name)}: must be one of {', '.join(known)}")
 
 
 def load_model_and_text(

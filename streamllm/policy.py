@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from .errors import UsageError
+from .errors import UsageError, shown
 
 CapAccounting = Literal["nominal", "peak"]
 RefreshPosition = Literal["tail", "order"]
@@ -52,7 +52,7 @@ class EvictionPolicy:
         for field in fields(EvictionPolicy):
             value, least = getattr(self, field.name), 1 if field.name == "window_size" else 0
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
-                raise PolicyError(f"{field.name} {value!r}: must be a whole number from {least} to {_MOST:,}")
+                raise PolicyError(f"{field.name} {shown(value)}: must be a whole number from {least} to {_MOST:,}")
 
     @property
     def kept(self) -> int:

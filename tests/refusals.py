@@ -18,12 +18,16 @@ MOST_CHARACTERS = 600
 """Of a refusal."""
 
 
+class TooLongError(BaseException):
+    """No library catches it as one of its own."""
+
+
 @contextlib.contextmanager
 def within(seconds: int, mib: int = 4096) -> Iterator[None]:
-    """Raises TimeoutError, or MemoryError where it wants more memory than that beside what there is."""
+    """Raises TooLongError, or MemoryError where it wants more memory than that beside what there is."""
 
     def late(*_: object) -> None:
-        raise TimeoutError(f"longer than {seconds} s")
+        raise TooLongError(f"longer than {seconds} s")
 
     with Path("/proc/self/statm").open() as file:
         held = int(file.read().split()[0]) * resource.getpagesize()

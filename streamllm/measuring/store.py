@@ -33,6 +33,7 @@ MEASURING_CODE = (
     "engine.device",
     "engine.execution",
     "engine.gguf",
+    "engine.gguf_header",
     "engine.loading",
     "engine.methods",
     "engine.methods.mit",

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
-from ..errors import TextError, reason_of, shown
+from ..errors import TextError, plain, reason_of, shown
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, IterableDataset
@@ -48,10 +48,8 @@ def slug(title: str) -> str:
 def text_of(rows: Rows, book: str | None, join: str) -> str:
     """One row, by its number from 0 or its title, or (None) all of them joined. Raises TextError."""
     if "text" not in rows.columns:
-        columns = ", ".join(map(str, rows.columns)) or "none"
-        raise TextError(
-            f"{rows.what}: no column 'text' among {columns[:200]}; the text must be in a column of that name"
-        )
+        columns = plain(", ".join(rows.columns), 200) or "none"
+        raise TextError(f"{rows.what}: no column 'text' among {columns}; the text must be in a column of that name")
     if book is None:
         texts = list(rows.read("text", 0, None))
         if not texts:
@@ -62,7 +60,7 @@ def text_of(rows: Rows, book: str | None, join: str) -> str:
     if not texts:
         count = sum(1 for _ in rows.read(rows.columns[0], 0, None))
         raise TextError(
-            f"book {book[:60]}: {rows.what} has {count} rows; give a number from 0 to {count - 1}, or a title"
+            f"book {plain(book)}: {rows.what} has {count} rows; give a number from 0 to {count - 1}, or a title"
         )
     return _strings(rows, texts, number)[0]
 
@@ -184,7 +182,7 @@ def dataset_rows(name: str, config: str | None, split: str, what: str, by_file: 
     there = builder.config.data_files or {}  # a cached data set has none
     splits = [str(one) for one in there or builder.info.splits or ()]
     if split not in splits:
-        raise TextError(f"split {split!r}: {what} has {', '.join(splits)}; give one of these as split")
+        raise TextError(f"split {shown(split)}: {what} has {', '.join(splits)}; give one of these as split")
     files = [str(file) for file in there.get(split, ())]
     if files and all(file.endswith(".parquet") for file in files):
         return _parquet_rows(files, what, what, _FIX)

@@ -91,9 +91,11 @@ class TextSource:
                 raise TextError(f"text {shown(str(path))}: {'not a file' if is_folder(path) else 'no such file'}")
         self._check_rows()
         if self.offset < 0:
-            raise TextError(f"offset {self.offset}: must be a whole number >= 0")
+            raise TextError(f"offset {shown(self.offset)}: must be a whole number >= 0")
         if self.max_eval_tokens is not None and self.max_eval_tokens < 2:
-            raise TextError(f"max_eval_tokens {self.max_eval_tokens}: must be >= 2 (one token to predict another)")
+            raise TextError(
+                f"max_eval_tokens {shown(self.max_eval_tokens)}: must be >= 2 (one token to predict another)"
+            )
 
     def _check_types(self) -> None:
         """Of values from Python; the command line's are what they should be."""
@@ -103,17 +105,18 @@ class TextSource:
         for name in ("dataset_name", "dataset_config", "split", "book", "join"):
             if not isinstance(value := getattr(self, name), str | None):
                 raise TextError(f"{name} {shown(value)}: must be a text")
-        for name, value in (("offset", self.offset), ("max_eval_tokens", self.max_eval_tokens or 2)):
+        length = 2 if self.max_eval_tokens is None else self.max_eval_tokens
+        for name, value in (("offset", self.offset), ("max_eval_tokens", length)):
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TextError(f"{name} {shown(value)}: must be a whole number")
 
     def _check_rows(self) -> None:
         if self.split != "test" and self.dataset_name is None:
-            raise TextError(f"split {self.split!r}: is for data sets; give dataset_name, or leave split out")
+            raise TextError(f"split {shown(self.split)}: is for data sets; give dataset_name, or leave split out")
         if self.join not in JOINS:
-            raise TextError(f"join {self.join!r}: must be one of {', '.join(JOINS)}")
+            raise TextError(f"join {shown(self.join)}: must be one of {', '.join(JOINS)}")
         if self.book is not None and not slug(self.book):
-            raise TextError(f"book {self.book!r}: must be a title, words of one, or a number from 0")
+            raise TextError(f"book {shown(self.book)}: must be a title, words of one, or a number from 0")
         asked = self._asked_of_rows()
         if asked and self.dataset_name is None and (self.text is None or not _is_table(self.text)):
             raise TextError(
@@ -121,13 +124,13 @@ class TextSource:
                 f"or leave it out"
             )
         if self.join != "lines" and self.row is not None:
-            raise TextError(f"join {self.join!r}: joins many rows, and a book is one; leave join out")
+            raise TextError(f"join {shown(self.join)}: joins many rows, and a book is one; leave join out")
 
     def _asked_of_rows(self) -> str:
         """The option that only rows can satisfy, as a message names it; empty: none."""
         if self.book is not None:
-            return f"book {self.book!r}"
-        return f"join {self.join!r}" if self.join != "lines" else ""
+            return f"book {shown(self.book)}"
+        return f"join {shown(self.join)}" if self.join != "lines" else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +184,9 @@ def _ids(tokenizer: PreTrainedTokenizerBase, text: str, source: TextSource) -> l
     except BaseException as error:  # of a broken tokenizer: anything, and Rust's panic
         if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
-        raise TextError(f"text {source.label!r}: the model's tokenizer fails on it ({reason_of(error)})") from error
+        raise TextError(
+            f"text {shown(source.label)}: the model's tokenizer fails on it ({reason_of(error)})"
+        ) from error
     return ids
 
 
@@ -193,12 +198,13 @@ def _stream(source: TextSource, ids: list[int], lead: int, vocabulary: int) -> T
     foreign = next((token for token in chosen if not 0 <= token < vocabulary), None)
     if foreign is not None:
         raise TextError(
-            f"text {source.label!r}: token id {shown(foreign)}, the model knows 0 .. {vocabulary - 1}; give its own"
+            f"text {shown(source.label)}: token id {shown(foreign)}, the model knows 0 .. {vocabulary - 1}; "
+            f"give its own"
         )
     if len(chosen) < 2:
         raise TextError(
-            f"text {source.label!r}: {len(chosen)} of its {len(ids)} tokens are left after offset {source.offset}, "
-            f"at least 2 are needed; lower offset or give a longer text"
+            f"text {shown(source.label)}: {len(chosen)} of its {len(ids)} tokens are left after offset "
+            f"{source.offset}, at least 2 are needed; lower offset or give a longer text"
         )
     tokens = np.array(chosen, dtype=np.int64)
     return TokenStream(tokens, source.label, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(), lead > 0)
@@ -251,12 +257,12 @@ def _read_text(source: TextSource) -> str:
         path = source.text or TEXT_FILE
         text = _read_file(path, f"text {shown(str(path))}", source)
     if "\0" in text:
-        raise TextError(f"text {source.name!r}: not a text, or not in UTF-8: it has NUL characters")
+        raise TextError(f"text {shown(source.name)}: not a text, or not in UTF-8: it has NUL characters")
     try:
         text.encode()
     except UnicodeEncodeError as error:  # JSON can name what is none
         bad = f"{text[error.start]!r} (character {error.start})"
-        raise TextError(f"text {source.name!r}: not a text: it has half a character, {bad}; mend it") from None
+        raise TextError(f"text {shown(source.name)}: not a text: it has half a character, {bad}; mend it") from None
     return text
 
 
@@ -283,14 +289,14 @@ def hub_name(source: TextSource) -> tuple[str, str | None]:
 
 def _read_dataset(source: TextSource) -> str:
     """The `text` column of a split: one book, or all rows joined."""
-    what = f"data set {source.dataset_name!r}"
+    what = f"data set {shown(source.dataset_name)}"
     name, config = hub_name(source)
     local = local_data(str(source.dataset_name))
     if local is not None and not local.is_dir():
         if source.split != "test":
             raise TextError(
-                f"split {source.split!r}: {what} is the one file {str(local)!r}; leave split out, or put a folder in "
-                f"the hub's layout there"
+                f"split {shown(source.split)}: {what} is the one file {str(local)!r}; leave split out, or put a folder "
+                f"in the hub's layout there"
             )
         return _read_file(local, what, source)
     if local is not None:

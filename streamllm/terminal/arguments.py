@@ -165,7 +165,7 @@ def percent(text: str) -> float:
     except ValueError:
         value = math.nan
     if not -100 < value < math.inf:
-        raise UsageError(f"max-ppl-increase {text!r}: must be a number of percent above -100, for example 3")
+        raise UsageError(f"max-ppl-increase {shown(text)}: must be a number of percent above -100, for example 3")
     return value
 
 
