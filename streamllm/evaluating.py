@@ -113,16 +113,19 @@ def _check_names(what: Configuration, dtype: str) -> None:
 def load_model_and_text(
     model: str, source: TextSource, dtype: str = "auto", quantization: str = "none", threads: int | None = None
 ) -> tuple[LoadedModel, TokenStream]:
-    """Raises UsageError, UnsupportedModelError, TextError."""
+    """What is wrong with either is found before weights are read. Raises UsageError, UnsupportedModelError,
+    TextError."""
     from .engine.device import limit_threads
-    from .engine.loading import load_model, load_tokenizer
-    from .measuring.text import load_tokens
+    from .engine.loading import check_files, load_model, load_tokenizer
+    from .measuring.text import check_text, load_tokens
 
     limit_threads(threads)
+    vocabulary = check_files(model)
+    tokenizer = None if source.token_ids is not None else load_tokenizer(model)
+    check_text(source, lambda: tokenizer, vocabulary)
     with working(f"loading {model}"):
         loaded = load_model(model, dtype, quantization=quantization)
     with working(f"reading {source.label}"):
-        tokenizer = None if source.token_ids is not None else load_tokenizer(model)
         return loaded, load_tokens(source, tokenizer, loaded.vocabulary)
 
 

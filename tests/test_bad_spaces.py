@@ -4,9 +4,11 @@ import os
 
 import pytest
 
+from orchestrator import sweep
+from orchestrator.workers import pool
 from search_spaces import SpaceError, is_matrix, load_matrix, load_space
 
-from .refusals import dry_run, refusal, within
+from .refusals import dry_run, refusal, run, within
 
 GOOD = "parameters: {n_sink: [0, 4], compress_every: {low: 1, high: 9, step: 4}, method: [mit]}\n"
 LAUGHS = "a0: &a0 [1, 2]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
@@ -190,6 +192,13 @@ def test_spaces_of_which_no_point_is_possible(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
     said = refusal(dry_run("--space", "mine.yaml", cwd=tmp_path))
     assert "space 'mine'" in said and message in said
+
+
+def test_the_sweep_says_it_before_ray_is_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool, "init_ray", lambda _: pytest.fail("Ray was started"))
+    (tmp_path / "mine.yaml").write_text(IMPOSSIBLE[0][0])
+    assert "space 'mine'" in refusal(run(sweep.main, "--space", "mine.yaml", cwd=tmp_path))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml"]
 
 
 def test_a_space_is_not_refused_for_some_points_that_are_impossible(tmp_path):

@@ -92,6 +92,13 @@ def test_texts(tmp_path, name, content, message):
     assert message in message_of(tmp_path, "--text", name, content)
 
 
+def test_no_weights_are_read_for_a_text_that_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr("streamllm.engine.loading.load_model", lambda *_, **__: pytest.fail("weights were read"))
+    (tmp_path / "t.txt").write_bytes(b"\xff")
+    for verb in ("evaluate", "baseline", "diagnose", "profile"):
+        assert "not UTF-8" in refusal(command(verb, "--text", "t.txt", cwd=tmp_path))
+
+
 def test_columns_and_offsets(tmp_path):
     rows = json.dumps([{"text": "a", **{"x" * 200 + str(n): 1 for n in range(50)}}, {"y" * 3000: 1}])
     assert "no column 'text'" in message_of(tmp_path, "--text", "t.json", rows.encode())

@@ -32,7 +32,7 @@ from .model import LoadedModel, attention_span
 from .model import trained_length as positions_of
 from .quantization import quantize
 from .rotary import Rotary, text_config
-from .weight_files import check_config_file, check_weight_files, lacks
+from .weight_files import check_config_file, check_weight_files, lacks, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -94,11 +94,14 @@ def _check_weights(name: str, found: Mapping[str, Any]) -> None:
 def check_files(name: str) -> int | None:
     """The size of a local model's vocabulary; None of one from the hub, whose files are as they were put there.
 
-    Reads no weights. Raises UsageError, UnsupportedModelError for a folder that is damaged or incomplete."""
+    Reads no weights. Raises UsageError, UnsupportedModelError for a folder that is damaged or incomplete, and for what
+    the model's configuration says it has that the engine has not."""
     source = Path(resolve_model(name))
     if not is_folder(source):
         return None
-    return check_weight_files(name, source, configuration_of(name))
+    model = check_weight_files(name, source, configuration_of(name))
+    check_features(model, own_attention=False)
+    return vocabulary_of(model)
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -34,14 +34,16 @@ def check_config_file(name: str, folder: Path) -> None:
                 raise _unusable(name, f"{key} {shown(count)} in config.json, must be from 0 to {_MOST_LAYERS}")
 
 
-def check_weight_files(name: str, folder: Path, config: PretrainedConfig) -> int:
-    """The vocabulary's size, by the configuration. Raises UsageError for files that are damaged or not all there,
-    UnsupportedModelError if they lack tensors of the model that the configuration describes."""
+def check_weight_files(name: str, folder: Path, config: PretrainedConfig) -> PreTrainedModel:
+    """The model that the configuration describes, without memory for its weights.
+
+    Raises UsageError for files that are damaged or not all there, UnsupportedModelError if they lack tensors of the model
+    that the configuration describes."""
     shapes = _shapes(name, folder)
     model = _empty_model(name, config)
     if getattr(config, "quantization_config", None) is None:  # packed weights have shapes of their own
         _compare(name, shapes, model)
-    return int(model.get_input_embeddings().num_embeddings)
+    return model
 
 
 def _shapes(name: str, folder: Path) -> Shapes:
@@ -96,10 +98,14 @@ def _empty_model(name: str, config: PretrainedConfig) -> PreTrainedModel:
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-            int(model.get_input_embeddings().num_embeddings)
+            vocabulary_of(model)
     except Exception as error:  # of a value of the wrong kind, a model's code raises anything
         raise _unusable(name, f"config.json describes no model: {type(error).__name__}: {reason_of(error)}") from error
     return model
+
+
+def vocabulary_of(model: PreTrainedModel) -> int:
+    return int(model.get_input_embeddings().num_embeddings)
 
 
 def _compare(name: str, shapes: Mapping[str, tuple[int, ...]], model: PreTrainedModel) -> None:

@@ -25,6 +25,7 @@ HUB_DATASETS = {"wikitext": ("Salesforce/wikitext", "wikitext-103-v1"), "pg19": 
 """Short names -> hub id and default configuration. Script data sets are gone from `datasets`: these are parquet."""
 
 
+_NO_TOKENIZER = "this model has no tokenizer; give token_ids, a file of them"
 _CHARACTERS = 64
 """Far more than a token has on average."""
 _LONGEST_BOOK = 40
@@ -153,12 +154,14 @@ def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, v
     if source.token_ids is not None:
         return _stream(source, _read_ids(source.token_ids), 0, vocabulary)
     if tokenizer is None:
-        raise TextError("this model has no tokenizer; give token_ids, a file of them")
+        raise TextError(_NO_TOKENIZER)
     ids = _ids(tokenizer, _read_text(source), source)
     return _stream(source, ids, _lead(tokenizer, ids), vocabulary)
 
 
-def check_text(source: TextSource, tokenizer: Callable[[], PreTrainedTokenizerBase], vocabulary: int | None) -> None:
+def check_text(
+    source: TextSource, tokenizer: Callable[[], PreTrainedTokenizerBase | None], vocabulary: int | None
+) -> None:
     """Raises what `load_tokens` would, of a text that need not be downloaded. No more of it is tokenized than tells
     whether it is long enough. vocabulary: None where it is not known yet."""
     source.check()
@@ -169,6 +172,8 @@ def check_text(source: TextSource, tokenizer: Callable[[], PreTrainedTokenizerBa
     if source.dataset_name is not None and local_data(source.dataset_name) is None:
         return
     text, able = _read_text(source), tokenizer()
+    if able is None:
+        raise TextError(_NO_TOKENIZER)
     for part in (text[: _CHARACTERS * (source.offset + _CHARACTERS)], text):
         ids = _ids(able, part, source)
         lead = _lead(able, ids)
