@@ -194,8 +194,8 @@ def device_name(device: torch.device) -> str:
     return str(name(device)) if name is not None else f"{device.type} of {cpu}"
 
 
-_MOST_THREADS = 1024
-"""More than any machine's cores; OpenMP ends the process where it cannot start them."""
+_MOST_THREADS = max(256, os.cpu_count() or 1)
+"""OpenMP ends the process where it cannot start as many as it is told."""
 
 
 def limit_threads(count: int | None) -> None:

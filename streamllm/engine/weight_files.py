@@ -37,8 +37,8 @@ def check_config_file(name: str, folder: Path) -> None:
 def check_weight_files(name: str, folder: Path, config: PretrainedConfig) -> PreTrainedModel:
     """The model that the configuration describes, without memory for its weights.
 
-    Raises UsageError for files that are damaged or not all there, UnsupportedModelError if they lack tensors of the model
-    that the configuration describes."""
+    Raises UsageError for files that are damaged or not all there, UnsupportedModelError if they lack tensors of the
+    model that the configuration describes."""
     shapes = _shapes(name, folder)
     model = _empty_model(name, config)
     if getattr(config, "quantization_config", None) is None:  # packed weights have shapes of their own

@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
 import yaml
 
 from orchestrator import sweep
@@ -364,9 +365,13 @@ def _import_all() -> None:
 
 @contextlib.contextmanager
 def _elsewhere() -> Iterator[None]:
-    """In an empty folder, with an environment that is forgotten again."""
+    """In an empty folder, with an environment and a number of threads that are forgotten again."""
+    threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), mock.patch.dict(os.environ):
-        yield
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def main() -> int:
