@@ -97,7 +97,9 @@ def _empty_model(name: str, config: PretrainedConfig) -> PreTrainedModel:
 
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+                config, attn_implementation="eager", trust_remote_code=False
+            )
             vocabulary_of(model)
     except Exception as error:  # of a value of the wrong kind, a model's code raises anything
         raise _unusable(name, f"config.json describes no model: {type(error).__name__}: {reason_of(error)}") from error
