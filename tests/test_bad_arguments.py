@@ -192,6 +192,12 @@ def test_a_folder_of_that_name_is_none_and_windows_way_of_utf_8_is(tmp_path, mon
     assert os.environ == {"STREAMLLM_MODEL": "mine", "HF_HOME": "x"}
 
 
+@pytest.mark.parametrize("folder", [LONG, "/dev/null", "a/" * 3000, "nowhere"])
+def test_variables_that_name_no_folder(tmp_path, monkeypatch, folder):
+    monkeypatch.setenv("STREAMLLM_DATA", folder)
+    assert "STREAMLLM_DATA '" in refusal(dry_run("--dataset-name", "pg19", cwd=tmp_path))
+
+
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
 def test_a_folder_for_temporary_files_that_ray_cannot_use(tmp_path, monkeypatch, variable):
     monkeypatch.delenv("RAY_TMPDIR", raising=False)

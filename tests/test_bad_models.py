@@ -12,6 +12,7 @@ from orchestrator.workers import pool
 from streamllm.testbed import MODEL_FOLDER
 
 from .conftest import GOLDEN
+from .fuzz.inputs import good_gguf
 from .refusals import command, dry_run, refusal, run
 
 
@@ -222,3 +223,11 @@ def test_a_damaged_copy_of_a_gguf_file(tmp_path, monkeypatch):
     for content in ("{", "[]", '{"digest": "x"}'):
         (copy / "gguf.json").write_text(content)
         assert "damaged" in refusal(dry_run("--model", "m.gguf", cwd=tmp_path))
+
+
+@pytest.mark.parametrize("folder", ["x" * 300, "/dev/null"])
+def test_a_folder_for_copies_that_cannot_be_made(tmp_path, monkeypatch, folder):
+    pytest.importorskip("gguf")
+    monkeypatch.setenv("STREAMLLM_CACHE", folder)
+    (tmp_path / "m.gguf").write_bytes(good_gguf())
+    assert "let STREAMLLM_CACHE be a folder" in refusal(dry_run("--model", "m.gguf", cwd=tmp_path))

@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-from streamllm.errors import UsageError
+from streamllm.errors import UsageError, shown
 from streamllm.terminal.output import obstacle
 
 _LONGEST = 103 if sys.platform == "darwin" else 107
@@ -26,7 +26,7 @@ def check_temporary_folder(address: str | None) -> None:
         most = len(os.fsencode(folder)) + _LONGEST - size
         reason = f"too long a path for Ray's sockets: {len(os.fsencode(folder))} bytes, at most {most}"
     if reason is not None:
-        raise UsageError(f"{name} {folder!r}: {reason}; set RAY_TMPDIR=/tmp, or to another short path")
+        raise UsageError(f"{name} {shown(folder)}: {reason}; set RAY_TMPDIR=/tmp, or to another short path")
 
 
 def _longest_socket(folder: str) -> str:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UnsupportedModelError, UsageError, reason_of, shown
-from ..files import is_file
+from ..files import is_file, is_folder
 from ..libraries import hush_libraries
 from .gguf_header import check_header
 
@@ -82,13 +82,19 @@ def converted(file: Path) -> Path:
     state = file.stat()
     digest = _digest(file, state.st_size, state.st_mtime_ns)
     folder = cache_folder() / "gguf" / digest[:16]
-    if folder.is_dir():
+    if is_folder(folder):
         return folder
     known = _read(file)
     print(
         f"{file.name}: converting {known['weights']} to safetensors, once; takes seconds", file=sys.stderr, flush=True
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{shown(str(folder.parent))}: cannot be made ({error.strerror}); "
+            f"let STREAMLLM_CACHE be a folder that can be written to"
+        ) from error
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / "model"
         new.mkdir()

@@ -316,8 +316,12 @@ def local_data(name: str) -> Path | None:
     root = os.environ.get("STREAMLLM_DATA")
     if not root or Path(name).name != name:
         return None
-    if not Path(root).is_dir():
-        raise TextError(f"STREAMLLM_DATA {root!r}: no such folder; it is to hold data sets as NAME.txt or NAME.parquet")
-    there = {path.with_suffix(path.suffix.lower()).name: path for path in sorted(Path(root).iterdir())}
+    what = f"STREAMLLM_DATA {shown(root)}"
+    if not is_folder(Path(root)):
+        raise TextError(f"{what}: no such folder; it is to hold data sets as NAME.txt or NAME.parquet")
+    try:
+        there = {path.with_suffix(path.suffix.lower()).name: path for path in sorted(Path(root).iterdir())}
+    except OSError as error:
+        raise TextError(f"{what}: cannot be read ({error.strerror}); let yourself read it") from error
     candidates = (f"{name}{suffix}" for suffix in (".txt", ".jsonl", ".parquet", ""))
     return next((there[candidate] for candidate in candidates if candidate in there), None)

@@ -118,12 +118,12 @@ def _share_out(folder: Path) -> None:
 def gguf(chance: random.Random) -> None:
     from streamllm.engine.gguf import _read
 
-    Path("fuzzed.gguf").write_bytes(damaged_bytes(chance, _gguf_file()))
+    Path("fuzzed.gguf").write_bytes(damaged_bytes(chance, good_gguf()))
     _read(Path("fuzzed.gguf"))
 
 
 @cache
-def _gguf_file() -> bytes:
+def good_gguf() -> bytes:
     import numpy as np
     from gguf import GGUFWriter
 
@@ -228,6 +228,9 @@ _OF_COMMANDS = {
 }  # fmt: skip
 
 
+_VARIABLES = ("STREAMLLM_MODEL", "STREAMLLM_DATASET", "STREAMLLM_DATA", "FLASH_SDPA", "TMPDIR", "RAY_TMPDIR")
+
+
 def _arguments(chance: random.Random, usual: dict[str, str]) -> list[str]:
     Path("good.txt").write_text("a night of words and words\n" * 40)
     Path("good.json").write_text(json.dumps(list(range(200))))
@@ -242,6 +245,8 @@ def _arguments(chance: random.Random, usual: dict[str, str]) -> list[str]:
 def sweeps_options(chance: random.Random) -> None:
     """All of a dry run but its cost, which takes seconds to find out, and its last word."""
     given = ["--dry-run", "--space=sink", *_arguments(chance, _VALUES)]
+    if chance.random() < 0.3:
+        os.environ[chance.choice(_VARIABLES)] = odd_word(chance).replace("\0", "")
     with mock.patch("orchestrator.dry_run._cost", lambda *_: "not asked"):
         _run(lambda: sweep.main(given))
 
