@@ -26,7 +26,7 @@ def check_temporary_folder(address: str | None) -> None:
         most = len(os.fsencode(folder)) + _LONGEST - size
         reason = f"too long a path for Ray's sockets: {len(os.fsencode(folder))} bytes, at most {most}"
     if reason is not None:
-        raise UsageError(f"{name} {shown(folder)}: {reason}; set RAY_TMPDIR=/tmp, or to another short path")
+        raise UsageError(f"{name} {shown(folder, 200)}: {reason}; set RAY_TMPDIR=/tmp, or to another short path")
 
 
 def _longest_socket(folder: str) -> str:

@@ -85,9 +85,6 @@ def converted(file: Path) -> Path:
     if is_folder(folder):
         return folder
     known = _read(file)
-    print(
-        f"{file.name}: converting {known['weights']} to safetensors, once; takes seconds", file=sys.stderr, flush=True
-    )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -95,6 +92,9 @@ def converted(file: Path) -> Path:
             f"{shown(str(folder.parent))}: cannot be made ({error.strerror}); "
             f"let STREAMLLM_CACHE be a folder that can be written to"
         ) from error
+    print(
+        f"{file.name}: converting {known['weights']} to safetensors, once; takes seconds", file=sys.stderr, flush=True
+    )
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / "model"
         new.mkdir()
