@@ -95,10 +95,13 @@ def _empty_model(name: str, config: PretrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights. Raises UsageError where the configuration describes none."""
     from transformers import AutoModelForCausalLM
 
+    dtype = getattr(config, "dtype", None)
+    if dtype is not None and not isinstance(dtype, torch.dtype):
+        raise _unusable(name, f"dtype {shown(dtype)} in config.json is none of torch's")
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
-                config, attn_implementation="eager", trust_remote_code=False
+                config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
             vocabulary_of(model)
     except Exception as error:  # of a value of the wrong kind, a model's code raises anything
