@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING
 from search_spaces import SHIPPED, load_space
 from streamllm import __version__
 from streamllm.environment import HELP
-from streamllm.errors import UsageError
+from streamllm.errors import UsageError, shown
 from streamllm.terminal.arguments import (
     add_model_arguments,
     add_sample_argument,
     add_text_arguments,
+    check_values,
     percent,
     sample_size,
     text_source,
 )
+from streamllm.terminal.output import check_folder
 from streamllm.terminal.program import program
 
 from .options import SAMPLERS
@@ -93,10 +95,14 @@ def parser() -> argparse.ArgumentParser:
         help="what suggests configurations; may change when a study goes on (auto: by how many trials there are)",
     )
     how.add_argument(
-        "--workers", type=int, default=0, metavar="N", help="actors (one per GPU; without any, one per core)"
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="actors (0, one per GPU; without any, one per core)",
     )
     how.add_argument(
-        "--cpus-per-worker", type=int, default=0, metavar="N", help="cores each worker owns (1, or an equal share)"
+        "--cpus-per-worker", type=int, default=0, metavar="N", help="cores each worker owns (0: one, or an equal share)"
     )
     how.add_argument(
         "--trial-timeout",
@@ -144,6 +150,7 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
     """Raises UsageError, for an option too that a matrix, which searches nothing, cannot heed."""
     from .matrix.plan import MatrixRequest
 
+    check_values(arguments)
     usual = parser().parse_args([])
     given = [name for name in _OF_SEARCHES if getattr(arguments, name) != getattr(usual, name)]
     if given:
@@ -170,7 +177,10 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     from .configuration import ConfirmSettings, SearchSettings, SweepConfiguration, WorkerSettings
     from .workers.cluster import resources_here
     from .workers.room import Room
+    from .workers.temporary import check_temporary_folder
 
+    check_values(arguments)
+    check_temporary_folder(arguments.address)
     source = text_source(arguments)
     space = load_space(arguments.space)
     search = SearchSettings(
@@ -191,8 +201,10 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
     confirm = ConfirmSettings(rounds=arguments.confirm, max_ppl_increase=limit)
     identity = _identity(arguments, source, space)
+    output = arguments.output or Path("sweeps") / identity.study
+    check_folder("output", output)
     configuration = SweepConfiguration(
-        output=arguments.output or Path("sweeps") / identity.study,
+        output=output,
         identity=identity.with_digests(),
         search=search,
         workers=workers,
@@ -236,8 +248,10 @@ def _has_cuda(address: str | None, dry_run: bool) -> bool:
 
 def seconds(text: str) -> float:
     """The seconds in a time such as 90s, 30m, 2h or 1h30m. Raises UsageError."""
-    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    from .configuration import MOST_SECONDS
+
+    match = re.fullmatch(r"(?:(\d{1,12})h)?(?:(\d{1,12})m)?(?:(\d{1,12})s?)?", text)
     total = sum(int(part or 0) * unit for part, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
-    if total == 0:
-        raise UsageError(f"time budget {text!r}: must be a time such as 90s, 30m, 2h or 1h30m")
+    if not 0 < total <= MOST_SECONDS:
+        raise UsageError(f"time budget {shown(text)}: must be a time such as 90s, 30m, 2h or 1h30m")
     return float(total)

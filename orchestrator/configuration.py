@@ -14,7 +14,7 @@ from pathlib import Path
 
 import streamllm
 from search_spaces import SearchSpace
-from streamllm.errors import UsageError
+from streamllm.errors import UsageError, shown
 from streamllm.libraries import installed
 from streamllm.measuring.text import TextSource
 from streamllm.results.damaged import keep_aside
@@ -22,19 +22,23 @@ from streamllm.results.schema import OBJECTIVES
 from streamllm.results.study_folder import StudyFolder
 
 from .options import SAMPLERS
-from .search.points import check_cap, check_methods
+from .search.points import check_cap, check_methods, check_possible
 from .study_name import check_study_name
 
 _FORMAT = 2
 """Format of a study's rows: from 2 on their times are ratios to a reference's."""
 _TRIALS = 16
+MOST_SECONDS = 1e9
+"""Thirty years: what waits can be asked to wait for so long."""
+_MOST_SEED = 4_000_000_000
+"""NumPy takes 32 bits, and a study that goes on adds the number of its trials."""
 
 
 def total_kv(given: int | None, cap: int, trained: int | None) -> int:
     """The given value, or else the space's cap, but no more than the trained length. Raises UsageError."""
     most = min(cap, trained or cap)
     if given is not None and not 1 <= given <= most:
-        raise UsageError(f"cap {given}: must be from 1 to {most}, by the space and the model's trained length")
+        raise UsageError(f"cap {shown(given)}: must be from 1 to {most}, by the space and the model's trained length")
     return given or most
 
 
@@ -60,16 +64,19 @@ class Identity:
 
     def __post_init__(self) -> None:
         check_study_name(self.study)
-        check_least(0, seed=self.seed)
+        check_whole(0, seed=self.seed, most=_MOST_SEED)
         check_methods(self.space)
         _check_quantizations(self.space, self.quantization)
         check_cap(self.space, self.cap)
+        check_possible(self.space, self.cap)
 
     def with_digests(self) -> Identity:
-        """With those of weights and text, which are read for it."""
-        from streamllm.engine.loading import weights_digest
-        from streamllm.measuring.text import file_digest
+        """With those of weights and text, which are read for it. Raises UsageError for what is wrong with them."""
+        from streamllm.engine.loading import check_files, load_tokenizer, weights_digest
+        from streamllm.measuring.text import check_text, file_digest
 
+        vocabulary = check_files(self.model)
+        check_text(self.source, lambda: load_tokenizer(self.model), vocabulary)
         return replace(self, model_digest=weights_digest(self.model), text_file_digest=file_digest(self.source))
 
     def to_dict(self) -> dict[str, object]:
@@ -94,8 +101,8 @@ class SearchSettings:
     """Size of the baseline's sample; 0: all; None: as many as a share of the time allows."""
 
     def __post_init__(self) -> None:
-        check_least(1, trials=self.trials)
-        check_least(0, baseline_tokens=self.baseline_tokens)
+        check_whole(1, trials=self.trials)
+        check_whole(0, baseline_tokens=self.baseline_tokens)
         _check_seconds(time_budget=self.time_budget)
         if self.sampler not in SAMPLERS:
             raise UsageError(f"sampler {self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
@@ -117,7 +124,7 @@ class WorkerSettings:
     """Seconds after which one that loads is."""
 
     def __post_init__(self) -> None:
-        check_least(0, workers=self.count, cpus_per_worker=self.cpus)
+        check_whole(0, workers=self.count, cpus_per_worker=self.cpus)
         _check_seconds(trial_timeout=self.trial_timeout, load_timeout=self.load_timeout)
 
 
@@ -131,7 +138,7 @@ class ConfirmSettings:
     """Percent over re-computation that what is recommended may cost; None: the front's knee is."""
 
     def __post_init__(self) -> None:
-        check_least(0, confirm=self.rounds)
+        check_whole(0, confirm=self.rounds)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -226,18 +233,20 @@ class SweepConfiguration:
         return study_id
 
 
-def check_least(least: int, **values: int | None) -> None:
+def check_whole(least: int, *, most: int = 2**63 - 1, **values: int | None) -> None:
     """values: by the options' names. Raises UsageError."""
     for name, value in values.items():
         if value is not None and value < least:
-            raise UsageError(f"{name} {value}: must be a whole number >= {least}")
+            raise UsageError(f"{name} {shown(value)}: must be a whole number >= {least}")
+        if value is not None and value > most:
+            raise UsageError(f"{name} {shown(value)}: must be a whole number from {least} to {most}")
 
 
 def _check_seconds(**values: float | None) -> None:
     """Raises UsageError."""
     for name, value in values.items():
-        if value is not None and not value > 0:
-            raise UsageError(f"{name} {value}: must be a number of seconds > 0")
+        if value is not None and not 0 < value <= MOST_SECONDS:
+            raise UsageError(f"{name} {value}: must be a number of seconds > 0, and at most {MOST_SECONDS:g}")
 
 
 def _check_quantizations(space: SearchSpace, given: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
@@ -9,6 +11,7 @@ from pathlib import Path
 
 import yaml
 
+from streamllm.errors import shown
 from streamllm.policy import TOTAL_KV_CAP, CapAccounting
 from streamllm.results.schema import OBJECTIVES
 
@@ -22,6 +25,11 @@ _OF_THE_SWEEP = ("quantization",)
 """Parameters that a space which does not name them leaves to the command line."""
 _KEYS = ("description", "cap", "cap_accounting", "objectives", "constraints", "parameters", "known")
 _ACCOUNTINGS: tuple[CapAccounting, ...] = ("nominal", "peak")
+_MOST_CHOICES = 10_000
+"""Of a parameter's range."""
+_MOST_COMBINATIONS = 100_000
+_SHOWN = 20
+"""Choices that a message names."""
 _RELATION = re.compile(r"(\w+)\s*(<=|>=)\s*(-?\d+(?:\.\d+)?)")
 
 
@@ -61,6 +69,7 @@ class _SpaceReader(Reader):
         for name in [name for name in when if self.is_never_chosen(name, parameters[name], when[name], defaults)]:
             parameters[name] = (defaults[name],)
             del when[name]
+        self.check_combinations(when, parameters, node)
         for name, condition in when.items():
             if other := next((other for other in condition if other in when), None):
                 raise self.fail(given[name], f"{name}: depends on {other}, which is conditional itself")
@@ -79,6 +88,19 @@ class _SpaceReader(Reader):
         known = self.sequence(entries["known"], "known") if "known" in entries else []
         return replace(space, known=tuple(self.known(entry, space) for entry in known if not self.is_of_cuda(entry)))
 
+    def check_combinations(
+        self, when: Mapping[str, Mapping[str, object]], parameters: Mapping[str, Sequence[Value]], node: yaml.Node
+    ) -> None:
+        """Whoever counts a space's points goes through those of the parameters that conditions depend on."""
+        deciding = sorted({other for conditions in when.values() for other in conditions})
+        count = math.prod(len(parameters[name]) for name in deciding)
+        if count > _MOST_COMBINATIONS:
+            raise self.fail(
+                node,
+                f"{count} combinations of {', '.join(deciding)}, which conditions depend on; "
+                f"give at most {_MOST_COMBINATIONS}, with fewer choices or conditions",
+            )
+
     def accounting(self, node: yaml.Node | None) -> CapAccounting:
         return "nominal" if node is None else self.word(node, "cap_accounting", _ACCOUNTINGS)
 
@@ -93,13 +115,18 @@ class _SpaceReader(Reader):
     def constraints(self, node: yaml.Node | None) -> tuple[Constraint, ...]:
         found = []
         for entry in self.sequence(node, "constraints") if node is not None else []:
-            text = str(self.scalar(entry))
-            match = _RELATION.fullmatch(text.strip())
-            if match is None or match[1] not in OBJECTIVES:
+            text = self.scalar(entry)
+            match = _RELATION.fullmatch(str(text).strip())
+            if match is None or match[1] not in OBJECTIVES or math.isinf(float(match[3])):
                 raise self.fail(
-                    entry, f"constraint {text!r}: must be METRIC <= NUMBER or >=, METRIC one of {', '.join(OBJECTIVES)}"
+                    entry,
+                    f"constraint {shown(text)}: must be METRIC <= NUMBER or >=, METRIC one of {', '.join(OBJECTIVES)}",
                 )
             found.append(Constraint(match[1], "<=" if match[2] == "<=" else ">=", float(match[3])))
+        for low, high in itertools.product(found, found):
+            if low.relation == ">=" and high.relation == "<=" and low.metric == high.metric and low.limit > high.limit:
+                assert node is not None
+                raise self.fail(node, f"constraints {low} and {high}: nothing can be both; give one of them")
         return tuple(found)
 
     def choices(self, name: str, node: yaml.Node) -> tuple[Value, ...]:
@@ -156,12 +183,16 @@ class _SpaceReader(Reader):
         if low > high:
             raise self.fail(node, f"{name}: low {low} is above high {high}")
         if not log:
-            return tuple(range(low, high + 1, self.whole(keys["step"], f"{name} step", 1) if "step" in keys else 1))
+            values = range(low, high + 1, self.whole(keys["step"], f"{name} step", 1) if "step" in keys else 1)
+            if (high - low) // values.step >= _MOST_CHOICES:
+                count = (high - low) // values.step + 1
+                raise self.fail(node, f"{name}: {count} choices; give at most {_MOST_CHOICES}, by a larger step or log")
+            return tuple(values)
         factor = self.whole(keys["step"], f"{name} step of a log range", 2) if "step" in keys else 2
-        values = [low]
-        while values[-1] * factor <= high:
-            values.append(values[-1] * factor)
-        return tuple(values)
+        powers = [low]
+        while powers[-1] * factor <= high:
+            powers.append(powers[-1] * factor)
+        return tuple(powers)
 
     def value(self, name: str, node: yaml.Node) -> Value:
         if name in LEAST:
@@ -196,7 +227,7 @@ class _SpaceReader(Reader):
     def check_among(self, what: str, values: tuple[Value, ...], choices: tuple[Value, ...], node: yaml.Node) -> None:
         for value in values:
             if value not in choices:
-                raise self.fail(node, f"{what} {value!r} is not among its choices: {', '.join(map(str, choices))}")
+                raise self.fail(node, f"{what} {value!r} is not among its choices: {_listed(choices)}")
 
     def known(self, node: yaml.Node, space: SearchSpace) -> dict[str, Value]:
         """A configuration; what it does not say is a parameter's first choice."""
@@ -207,6 +238,10 @@ class _SpaceReader(Reader):
             allowed = space.parameters[name] if space.active(name, known) else (space.defaults[name],)
             self.check_among(f"known {name}", (value,), allowed, given[name])
         return known
+
+
+def _listed(choices: Sequence[Value]) -> str:
+    return ", ".join(map(str, choices[:_SHOWN])) + f", ... {choices[-1]}" * (len(choices) > _SHOWN)
 
 
 def _is_list(node: yaml.Node) -> bool:

@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 import yaml
 
+from streamllm.errors import shown
 from streamllm.options import DTYPES, PROTOCOLS
 from streamllm.policy import TOTAL_KV_CAP
 from streamllm.results.schema import FIELDS
@@ -33,6 +36,9 @@ _COLUMNS = {
 }
 """A table's measures by protocol, where a matrix does not say."""
 
+_MOST_CELLS = 100_000
+_LONGEST = 200
+"""Bytes of a file's name, less `.json`: file systems take 255."""
 _BASELINES = ("recompute", "dense")
 _WORDS = {**WORDS, "protocol": tuple(PROTOCOLS), "dtype": DTYPES}
 _AXES = ("dataset", *_WORDS, *LEAST)
@@ -151,10 +157,13 @@ class _MatrixReader(Reader):
             axes={name: self.values(name, axis) for name, axis in grid.items()},
             configurations=self.configurations(entries["configurations"], grid) if "configurations" in entries else (),
             max_eval_tokens=self.lengths(entries["max_eval_tokens"]) if "max_eval_tokens" in entries else {},
-            file=str(self.scalar(entries["file"])) if "file" in entries else "",
+            file=self.file(entries["file"]) if "file" in entries else "",
             names=self.names(entries["names"]) if "names" in entries else {},
             columns=self.columns(entries["columns"]) if "columns" in entries else (),
         )
+        count = math.prod(len(values) for values in matrix.axes.values()) * max(len(matrix.configurations), 1)
+        if count > _MOST_CELLS:
+            raise self.fail(entries["matrix"], f"{count} cells; give at most {_MOST_CELLS}, with fewer values")
         if conflict := next((c for c in matrix.cells() if c.window_size and c.total_kv), None):
             raise self.fail(
                 entries["matrix"], f"window_size {conflict.window_size}, total_kv {conflict.total_kv}: give one of them"
@@ -174,7 +183,19 @@ class _MatrixReader(Reader):
             return self.whole(node, name, LEAST[name])
         if name in _WORDS:
             return self.word(node, name, _WORDS[name])
-        return str(self.scalar(node))
+        return self.text(node, name)
+
+    def file(self, node: yaml.Node) -> str:
+        """Names stand in it and nothing else: a width, say, could be as large as memory."""
+        pattern = self.text(node, "file")
+        allowed = [f.name for f in fields(Cell)]
+        try:
+            parts = [(axis, bool(how or conversion)) for _, axis, how, conversion in Formatter().parse(pattern)]
+        except ValueError:
+            parts = [("", True)]
+        if any(how or axis not in (None, *allowed) for axis, how in parts):
+            raise self.fail(node, f"file {shown(pattern)}: may name {{{'}, {'.join(allowed)}}}")
+        return pattern
 
     def configurations(self, node: yaml.Node, grid: Mapping[str, yaml.Node]) -> tuple[Mapping[str, Value], ...]:
         found = []
@@ -185,20 +206,20 @@ class _MatrixReader(Reader):
             if twice := next((name for name in given if name in grid), None):
                 raise self.fail(given[twice], f"{twice}: is an axis of the matrix, a configuration cannot set it too")
             values = {name: self.value(name, value) for name, value in given.items() if name != "name"}
-            found.append({"configuration": str(self.scalar(given["name"])), **values})
+            found.append({"configuration": self.text(given["name"], "name"), **values})
         return tuple(found)
 
     def lengths(self, node: yaml.Node) -> dict[str, int]:
         if not isinstance(node, yaml.MappingNode):
             return {"": self.whole(node, "max_eval_tokens", 2)}
-        return {str(key.value): self.whole(value, f"max_eval_tokens of {key.value}", 2) for key, value in node.value}
+        lengths = self.by_word(node, "max_eval_tokens")
+        return {name: self.whole(value, f"max_eval_tokens of {name[:60]}", 2) for name, value in lengths.items()}
 
     def names(self, node: yaml.Node) -> dict[str, dict[str, str]]:
         axes = self.mapping(node, "names", _AXES)
         return {
-            axis: {str(key.value): str(self.scalar(value)) for key, value in words.value}
+            axis: {value: str(self.scalar(word)) for value, word in self.by_word(words, f"names of {axis}").items()}
             for axis, words in axes.items()
-            if isinstance(words, yaml.MappingNode)
         }
 
     def columns(self, node: yaml.Node) -> tuple[str, ...]:
@@ -206,12 +227,13 @@ class _MatrixReader(Reader):
         return tuple(self.word(entry, "columns", MEASURES) for entry in entries)
 
     def check_files(self, matrix: Matrix, node: yaml.Node) -> None:
-        """Every cell has a file of its own."""
-        allowed = [f.name for f in fields(Cell)]
-        try:
-            stems = Counter(matrix.stem(cell) for cell in matrix.cells())
-        except (KeyError, ValueError, IndexError):
-            raise self.fail(node, f"file {matrix.file!r}: may name {{{'}, {'.join(allowed)}}}") from None
+        """Every cell has a file of its own, by a name that a file can have."""
+        stems = Counter(matrix.stem(cell) for cell in matrix.cells())
+        longest = max(stems, key=lambda stem: len(stem.encode(errors="replace")))
+        if (size := len(longest.encode(errors="replace"))) > _LONGEST:
+            raise self.fail(node, f"file {shown(longest)}: {size} bytes long; use at most {_LONGEST}")
         stem, count = stems.most_common(1)[0]
         if count > 1:
-            raise self.fail(node, f"file {stem!r}: {count} cells have it; name all of {', '.join(matrix.varying())}")
+            raise self.fail(
+                node, f"file {shown(stem)}: {count} cells have it; name all of {', '.join(matrix.varying())}"
+            )

@@ -11,6 +11,7 @@ from pathlib import Path
 from . import __version__
 from .environment import HELP, read_env_file
 from .errors import UsageError
+from .terminal.arguments import check_values
 from .terminal.printing import tolerate
 from .terminal.program import COMMANDS, program
 
@@ -55,6 +56,7 @@ def _run(argv: Sequence[str]) -> int:
         commands.add_parser(name, help=about)
     arguments = parser.parse_args(argv)
     try:
+        check_values(arguments)
         return int(arguments.run(arguments))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

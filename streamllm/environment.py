@@ -7,13 +7,15 @@ OMP_WAIT_POLICY is PASSIVE unless the environment, not the file, says otherwise.
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import warnings
 from pathlib import Path
 
-from .errors import UsageError
+from .errors import UsageError, shown
 
+_MOST_BYTES = 2**18
 NAMES = ("STREAMLLM_MODEL", "STREAMLLM_DATASET", "STREAMLLM_DATA", "STREAMLLM_CACHE")
 HELP = """environment:
   STREAMLLM_MODEL, STREAMLLM_DATASET  defaults of --model and --dataset-name
@@ -28,16 +30,36 @@ HELP = """environment:
 def read_env_file(path: Path = Path(".env")) -> None:
     """Puts what the file says into the environment where that does not say it already; other names are not ours.
 
-    Before anything of Hugging Face is imported, which reads HF_* only then. Raises UsageError for a misspelt name."""
-    if not path.is_file():
+    Before anything of Hugging Face is imported, which reads HF_* only then. Raises UsageError for a misspelt name,
+    and for a file that is not text in UTF-8."""
+    if not path.is_file():  # a folder of that name is a virtual environment
         return
     from dotenv import dotenv_values
 
-    for name, value in dotenv_values(path, interpolate=False).items():
+    for name, value in dotenv_values(stream=io.StringIO(_read(path)), interpolate=False).items():
         if name.startswith("STREAMLLM_") and name not in NAMES:
-            raise UsageError(f"{path}: unknown name {name!r}; must be one of {', '.join(NAMES)}, FLASH_SDPA or HF_*")
+            raise UsageError(
+                f"{path}: unknown name {shown(name)}; must be one of {', '.join(NAMES)}, FLASH_SDPA or HF_*"
+            )
         if value is not None and (name in NAMES or name == "FLASH_SDPA" or name.startswith("HF_")):
             os.environ.setdefault(name, value)
+
+
+def _read(path: Path) -> str:
+    """Raises UsageError."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(_MOST_BYTES + 1)
+        text = content.decode("utf-8-sig")
+    except OSError as error:
+        raise UsageError(f"{path}: cannot be read ({error.strerror}); let yourself read it, or remove it") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path}: not UTF-8 ({error.reason} in byte {error.start}); save it as UTF-8") from error
+    if len(content) > _MOST_BYTES:
+        raise UsageError(f"{path}: more than {_MOST_BYTES // 1024} KiB; a line NAME=VALUE for each name will do")
+    if "\0" in text:
+        raise UsageError(f"{path}: has NUL characters; save it as plain text in UTF-8")
+    return text
 
 
 def wait_passively() -> None:

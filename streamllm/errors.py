@@ -16,3 +16,22 @@ class UnsupportedModelError(UsageError):
 
 class TextError(UsageError):
     """No such text, or too little of it; the message says what to give instead."""
+
+
+def shown(value: object, most: int = 100) -> str:
+    """A value as a message shows it: its repr, of a long one the beginning."""
+    if isinstance(value, int) and value.bit_length() > 4 * most:  # Python refuses to write thousands of digits
+        return f"{'-' * (value < 0)}{abs(value) >> (value.bit_length() - 4 * most):#x}..."
+    text = repr(value)
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def reason_of(error: BaseException, most: int = 200) -> str:
+    """The first line that a library's error says anything in, or its kind."""
+    lines = (plain(line, most) for line in str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
+
+
+def plain(text: str, most: int = 100) -> str:
+    """A text for the middle of a line: of a long one the beginning, and a blank for what would not print."""
+    return "".join(c if c.isprintable() else " " for c in text[:most]).strip()

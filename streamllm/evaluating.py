@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .configuration import Configuration
-from .errors import UsageError
+from .errors import UsageError, shown
 from .measuring.baseline import as_baseline, average, baseline_policy, compared, sampled
 from .measuring.reference_time import with_times
 from .measuring.text import TextSource
@@ -48,9 +48,9 @@ class Measuring:
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
-            raise UsageError(f"protocol {self.protocol!r}: must be one of {', '.join(PROTOCOLS)}")
+            raise UsageError(f"protocol {shown(self.protocol)}: must be one of {', '.join(PROTOCOLS)}")
         if self.baseline_tokens is not None and self.baseline_tokens < 0:
-            raise UsageError(f"baseline_tokens {self.baseline_tokens}: must be a whole number >= 0")
+            raise UsageError(f"baseline_tokens {shown(self.baseline_tokens)}: must be a whole number >= 0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,22 +107,25 @@ def _check_names(what: Configuration, dtype: str) -> None:
         ("dtype", dtype, DTYPES),
     ):
         if name not in known:
-            raise UsageError(f"{kind} {name!r}: must be one of {', '.join(known)}")
+            raise UsageError(f"{kind} {shown(name)}: must be one of {', '.join(known)}")
 
 
 def load_model_and_text(
     model: str, source: TextSource, dtype: str = "auto", quantization: str = "none", threads: int | None = None
 ) -> tuple[LoadedModel, TokenStream]:
-    """Raises UsageError, UnsupportedModelError, TextError."""
+    """What is wrong with either is found before weights are read. Raises UsageError, UnsupportedModelError,
+    TextError."""
     from .engine.device import limit_threads
-    from .engine.loading import load_model, load_tokenizer
-    from .measuring.text import load_tokens
+    from .engine.loading import check_files, load_model, load_tokenizer
+    from .measuring.text import check_text, load_tokens
 
     limit_threads(threads)
+    vocabulary = check_files(model)
+    tokenizer = None if source.token_ids is not None else load_tokenizer(model)
+    check_text(source, lambda: tokenizer, vocabulary)
     with working(f"loading {model}"):
         loaded = load_model(model, dtype, quantization=quantization)
     with working(f"reading {source.label}"):
-        tokenizer = None if source.token_ids is not None else load_tokenizer(model)
         return loaded, load_tokens(source, tokenizer, loaded.vocabulary)
 
 

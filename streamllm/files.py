@@ -20,6 +20,21 @@ Json: TypeAlias = "dict[str, Json] | list[Json] | Scalar"
 _JUST_CREATED_SEC = 1.0
 
 
+def is_file(path: Path) -> bool:
+    """As the path's own, which raises for a name that is too long or has a NUL, and in a folder that is closed to us:
+    no file, here."""
+    with suppress(OSError, ValueError):
+        return path.is_file()
+    return False
+
+
+def is_folder(path: Path) -> bool:
+    """As `is_file`."""
+    with suppress(OSError, ValueError):
+        return path.is_dir()
+    return False
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Raises OSError, leaving nothing of it behind."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.new")

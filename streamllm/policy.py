@@ -10,7 +10,7 @@ import itertools
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
-from .errors import UsageError
+from .errors import UsageError, shown
 
 CapAccounting = Literal["nominal", "peak"]
 RefreshPosition = Literal["tail", "order"]
@@ -52,7 +52,7 @@ class EvictionPolicy:
         for field in fields(EvictionPolicy):
             value, least = getattr(self, field.name), 1 if field.name == "window_size" else 0
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
-                raise PolicyError(f"{field.name} {value!r}: must be a whole number from {least} to {_MOST:,}")
+                raise PolicyError(f"{field.name} {shown(value)}: must be a whole number from {least} to {_MOST:,}")
 
     @property
     def kept(self) -> int:
@@ -200,6 +200,12 @@ def with_derived_window(policy: EvictionPolicy, cap: int, accounting: CapAccount
     widest = cap - policy.n_sink - policy.cache_slack
     if accounting == "nominal":
         return replace(policy, window_size=widest)
+    # Without pruning at all, or before the first prune, nothing fits; where a prune ends at once, the next is R later.
+    interval = policy.compress_every
+    if interval == 0 or interval > cap:
+        widest = 0
+    elif policy.max_drop == 0:
+        widest = min(widest, cap - policy.n_sink - interval)
     for window in range(widest, 0, -1):
         candidate = replace(policy, window_size=window)
         state = steady_state(candidate)

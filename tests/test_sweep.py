@@ -199,7 +199,7 @@ def test_a_sweep_from_end_to_end(folder, cluster):
         (("--study", ".store"), "study '.store': use letters"),
         (("--study", ""), "study '': use letters"),
         (("--study", "x" * 201), "201 bytes long; use at most 200"),
-        (("--text", "nowhere.txt"), "not several"),
+        (("--text", "nowhere.txt"), "several are given; give one of them"),
         (("--model", "nowhere"), "model 'nowhere'"),
         (("--space", "small.yaml"), "cap 3: below n_sink 4"),
     ],

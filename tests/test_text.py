@@ -119,7 +119,7 @@ def test_books_by_title_and_number(tmp_path, kind):
     file = next((folder / "data").glob("test-*"))
     assert text(text=file, book="Pioneer days").endswith("Frank Moore")
     for book, message in {
-        "blood": r"2 titles of data set '.*' have these words; give a number: \"Dragon's .* \(--book 1\), \"More",
+        "blood": r"2 titles of data set '.*' have these words; give a number: \"Dragon's .* \(book 1\), \"More",
         "Dragns blod": "no such title in data set '.*'; near it: \"Dragon's blood by Henry Milner Rideout\", \"More",
         "zzz": "no such title in data set '[^;]*'; give a title, words of one, or a number from 0 to 3",
         "4": "book 4: data set '.*' has 4 rows; give a number from 0 to 3, or a title",
@@ -127,7 +127,7 @@ def test_books_by_title_and_number(tmp_path, kind):
     }.items():
         with pytest.raises(TextError, match=message):
             tokens_of(dataset_name=str(folder), book=book)
-    with pytest.raises(TextError, match=r"split 'dev': data set '.*' has train, test; give --split"):
+    with pytest.raises(TextError, match=r"split 'dev': data set '.*' has train, test; give one of these as split"):
         tokens_of(dataset_name=str(folder), split="dev")
 
 
@@ -362,7 +362,7 @@ def test_offline_an_uncached_hub_id_says_what_to_give_instead():
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("TextError data set 'nobody/nothing': ")
-    assert done.stdout.endswith("give a cached hub id, a local folder or --text FILE\n")
+    assert done.stdout.endswith("give a cached hub id, a local folder or a file as text\n")
     assert done.stdout.count("\n") == 1
 
 
@@ -393,7 +393,7 @@ def test_bad_token_ids_are_explained(tmp_path, content, message):
 
 
 def test_contradictions_and_missing_files_are_refused_before_reading(tmp_path):
-    with pytest.raises(TextError, match="not several"):
+    with pytest.raises(TextError, match="several are given; give one of them"):
         TextSource(text=tmp_path / "a", dataset_name="pg19").check()
     with pytest.raises(TextError, match="no such file"):
         TextSource(text=tmp_path / "a").check()
@@ -404,11 +404,11 @@ def test_contradictions_and_missing_files_are_refused_before_reading(tmp_path):
     for source, message in (
         (
             {"book": "3"},
-            "book '3': is for texts in rows; give --dataset-name or --text FILE with .jsonl, .json, .parquet",
+            "book '3': is for texts in rows; give dataset_name, or as text a file with .jsonl, .json, .parquet",
         ),
         ({"text": plain, "book": "a title"}, "book 'a title': is for texts in rows"),
         ({"token_ids": plain, "join": "paragraphs"}, "join 'paragraphs': is for texts in rows"),
-        ({"text": plain, "split": "train"}, "split 'train': is for data sets; give --dataset-name"),
+        ({"text": plain, "split": "train"}, "split 'train': is for data sets; give dataset_name"),
         ({"dataset_name": "wikitext", "join": "words"}, "join 'words': must be one of lines, paragraphs"),
         ({"dataset_name": "pg19", "join": "paragraphs"}, "join 'paragraphs': joins many rows, and a book is one"),
         ({"dataset_name": "pg19", "book": "?!"}, r"book '\?!': must be a title"),

@@ -14,8 +14,9 @@ from streamllm.errors import UsageError
 from streamllm.measuring.text import TextSource
 from streamllm.policy import EvictionPolicy, for_chunks, with_derived_window
 from streamllm.results.schema import AnyRow, knobs_in_short
+from streamllm.terminal.output import check_folder
 
-from ..configuration import check_least, total_kv
+from ..configuration import check_whole, total_kv
 from ..study_name import check_study_name, model_label, study_name
 
 
@@ -65,7 +66,7 @@ class MatrixRequest:
     output: Path | None
 
     def __post_init__(self) -> None:
-        check_least(0, cpus_per_worker=self.threads)
+        check_whole(0, cpus_per_worker=self.threads)
         if self.study is not None:
             check_study_name(self.study)
 
@@ -128,13 +129,15 @@ def make_plan(request: MatrixRequest) -> MatrixPlan:
         if value != usual:
             matrix = matrix.with_axis(axis, value)
 
-    from streamllm.engine.loading import trained_length
+    from streamllm.engine.loading import check_files, trained_length
 
+    check_files(request.model)
     cap = total_kv(request.cap, matrix.cap, trained_length(request.model))
     of_cap = [] if request.cap is None else [str(request.cap)]
     usual = study_name(model_label(request.model), *([source.label] if named else []), matrix.name, *of_cap)
     name = usual if request.study is None else request.study
     folder = request.output or Path("sweeps") / name
+    check_folder("output", folder)
     cells = []
     for cell in matrix.cells():
         text = source if named else replace(source, text=None, token_ids=None, dataset_name=cell.dataset)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
+from typing import Any
 
 from search_spaces import SearchSpace, Value
 from streamllm.configuration import Configuration
@@ -35,6 +38,39 @@ def check_methods(space: SearchSpace) -> None:
     """Raises UsageError if one of the space's methods cannot be measured by a search's protocol."""
     for method in space.parameters.get("method", ()):
         check_protocol(str(method), "fast")
+
+
+def check_possible(space: SearchSpace, cap: int) -> None:
+    """Raises UsageError with the reason of the first point if there is none in the space that can be measured."""
+    first: UsageError | None = None
+    for params in _likeliest(space).points():
+        try:
+            configuration_of(params, space, cap)
+        except UsageError as error:
+            first = first or error
+        else:
+            return
+    raise UsageError(f"space {space.name!r}: none of its {space.size} points can be measured; for one, {first}")
+
+
+def _likeliest(space: SearchSpace) -> SearchSpace:
+    """The space with those choices alone that leave a window where others do; and, of the parameters that conditions
+    depend on, and of those that decide how a method is executed, with all."""
+    best: dict[str, Callable[[Any], Value]] = {
+        "n_sink": min,
+        "cache_slack": min,
+        "total_kv": max,
+        "compress_every": lambda choices: min(choices, key=lambda interval: interval or math.inf),
+        "max_drop": lambda choices: max(choices, key=lambda drop: drop or math.inf),
+        "attn_backend": min,
+        "quantization": min,
+    }
+    deciding = {other for conditions in space.when.values() for other in conditions}
+    few = {
+        name: (best[name](choices),) if name in best and name not in deciding else choices
+        for name, choices in space.parameters.items()
+    }
+    return replace(space, parameters=few)
 
 
 def check_cap(space: SearchSpace, cap: int) -> None:

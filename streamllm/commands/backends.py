@@ -11,6 +11,7 @@ import sys
 from ..options import DTYPES
 from ..terminal.printing import say
 
+_MOST_HEAD_SIZE = 16384
 HELP = "which attention backends run here, found out by running them"
 
 
@@ -34,8 +35,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ..engine.probing import probe_backend
     from ..errors import UsageError
 
-    if arguments.head_size < 1:
-        raise UsageError(f"head_size {arguments.head_size}: must be a whole number >= 1")
+    if not 1 <= arguments.head_size <= _MOST_HEAD_SIZE:
+        raise UsageError(f"head_size {arguments.head_size}: must be a whole number from 1 to {_MOST_HEAD_SIZE}")
     device = default_device()
     if (doubt := unverified(device)) is not None:
         print(f"warning: {doubt}", file=sys.stderr)

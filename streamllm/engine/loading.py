@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModelError, UsageError
+from ..errors import UnsupportedModelError, UsageError, reason_of, shown
+from ..files import is_folder
 from ..libraries import hush_libraries
 from ..policy import EvictionPolicy
 from ..testbed import MODEL_FOLDER
@@ -31,6 +32,7 @@ from .model import LoadedModel, attention_span
 from .model import trained_length as positions_of
 from .quantization import quantize
 from .rotary import Rotary, text_config
+from .weight_files import check_config_file, check_weight_files, lacks, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -62,6 +64,7 @@ def load_model(
     if (doubt := unverified(device)) is not None:
         warnings.warn(doubt, stacklevel=2)
     torch_dtype = resolve_dtype(dtype, device)
+    check_files(name)
     model, found = _from_pretrained(
         AutoModelForCausalLM.from_pretrained,
         name,
@@ -77,13 +80,8 @@ def load_model(
 
 def _check_weights(name: str, found: Mapping[str, Any]) -> None:
     """Raises UnsupportedModelError if the files lack weights: transformers would fill in random ones."""
-    missing = sorted(found["missing_keys"])
-    if missing:
-        shown = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
-        raise UnsupportedModelError(
-            f"{name}: its files lack {len(missing)} tensors of the model that config.json describes ({shown}); "
-            f"they are incomplete, or another model's; get all of them again"
-        )
+    if found["missing_keys"]:
+        lacks(name, sorted(found["missing_keys"]))
     if found["unexpected_keys"]:
         unused = sorted(found["unexpected_keys"])
         warnings.warn(
@@ -93,12 +91,25 @@ def _check_weights(name: str, found: Mapping[str, Any]) -> None:
         )
 
 
+def check_files(name: str) -> int | None:
+    """The size of a local model's vocabulary; None of one from the hub, whose files are as they were put there.
+
+    Reads no weights. Raises UsageError, UnsupportedModelError for a folder that is damaged or incomplete, and for what
+    the model's configuration says it has that the engine has not."""
+    source = Path(resolve_model(name))
+    if not is_folder(source):
+        return None
+    model = check_weight_files(name, source, configuration_of(name))
+    check_features(model, own_attention=False)
+    return vocabulary_of(model)
+
+
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     tokenizer: PreTrainedTokenizerBase = _from_pretrained(AutoTokenizer.from_pretrained, name)
     if not len(tokenizer):
-        raise ModelNotFoundError(f"model {name!r}: no tokenizer in its files; give --token-ids FILE.json")
+        raise ModelNotFoundError(f"model {shown(name)}: no tokenizer in its files; give token_ids, a file of them")
     return tokenizer
 
 
@@ -106,7 +117,7 @@ def weights_digest(name: str) -> str:
     """Names the weights and what they mean: the hub's commit, or a hash of the local files, of a GGUF file itself.
     Raises UsageError if what was converted of that is not what it was."""
     source = Path(resolve_model(name))
-    if not source.is_dir():
+    if not is_folder(source):
         commit = configuration_of(name)._commit_hash
         assert commit, "what comes from the hub has a commit"
         return str(commit)
@@ -123,9 +134,11 @@ def trained_length(name: str) -> int | None:
 
 
 def configuration_of(name: str) -> Any:
-    """Raises ModelNotFoundError."""
+    """Raises UsageError."""
     from transformers import AutoConfig
 
+    if is_folder(source := Path(resolve_model(name))):
+        check_config_file(name, source)
     return _from_pretrained(AutoConfig.from_pretrained, name)
 
 
@@ -197,11 +210,10 @@ def _from_pretrained(load: Callable[..., Any], name: str, **options: Any) -> Any
     source = resolve_model(name)
     try:
         return load(source, trust_remote_code=False, **options)
-    except Exception as error:  # of what is damaged or mistyped, transformers and safetensors raise anything
-        if name == "testbed":
+    except BaseException as error:  # of what is damaged or mistyped, libraries raise anything, and Rust's panic
+        if name == "testbed" or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
             raise
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        where = "folder" if Path(name).exists() else "hub id that is cached or can be downloaded now"
+        where = "folder" if is_folder(Path(source)) else "hub id that is cached or can be downloaded now"
         raise ModelNotFoundError(
-            f"model {name!r}: not a usable {where} ({reason[:200]}); give 'testbed', a folder or a hub id"
+            f"model {shown(name)}: not a usable {where} ({reason_of(error)}); give 'testbed', a folder or a hub id"
         ) from error

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING
 
-from ..errors import TextError
+from ..errors import TextError, plain, reason_of, shown
 
 if TYPE_CHECKING:
     from datasets import DatasetBuilder, IterableDataset
@@ -28,7 +28,7 @@ JOINS = ("lines", "paragraphs")
 blank, with an empty line between; so the source documents join WikiText."""
 _TITLES = ("short_book_title", "title")
 """Columns that titles stand in, PG19's own first."""
-_FIX = "; give a cached hub id, a local folder or --text FILE"
+_FIX = "; give a cached hub id, a local folder or a file as text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,18 +48,20 @@ def slug(title: str) -> str:
 def text_of(rows: Rows, book: str | None, join: str) -> str:
     """One row, by its number from 0 or its title, or (None) all of them joined. Raises TextError."""
     if "text" not in rows.columns:
-        columns = ", ".join(rows.columns) or "none"
+        columns = plain(", ".join(rows.columns), 200) or "none"
         raise TextError(f"{rows.what}: no column 'text' among {columns}; the text must be in a column of that name")
     if book is None:
         texts = list(rows.read("text", 0, None))
         if not texts:
-            raise TextError(f"{rows.what}: no rows; give another file or --split")
+            raise TextError(f"{rows.what}: no rows; give another file or split")
         return _joined(_strings(rows, texts, 0), join)
-    number = int(book) if re.fullmatch(r"-?\d+", book) else _number_of(rows, book)
+    number = int(book) if re.fullmatch(r"-?\d{1,18}", book) else _number_of(rows, book)
     texts = list(rows.read("text", number, 1)) if number >= 0 else []
     if not texts:
         count = sum(1 for _ in rows.read(rows.columns[0], 0, None))
-        raise TextError(f"book {book}: {rows.what} has {count} rows; give a number from 0 to {count - 1}, or a title")
+        raise TextError(
+            f"book {plain(book)}: {rows.what} has {count} rows; give a number from 0 to {count - 1}, or a title"
+        )
     return _strings(rows, texts, number)[0]
 
 
@@ -68,7 +70,8 @@ def _number_of(rows: Rows, book: str) -> int:
     column = next((name for name in _TITLES if name in rows.columns), None)
     if column is None:
         raise TextError(
-            f"book {book!r}: {rows.what} has no titles (no column {' or '.join(_TITLES)}); give a row's number, from 0"
+            f"book {shown(book)}: {rows.what} has no titles (no column {' or '.join(_TITLES)}); "
+            f"give a row's number, from 0"
         )
     titles = [str(title) for title in rows.read(column, 0, None)]
     wanted, slugs = slug(book), [slug(title) for title in titles]
@@ -79,13 +82,13 @@ def _number_of(rows: Rows, book: str) -> int:
     )
     found = next((those for test in alike if (those := [n for n, name in enumerate(slugs) if test(name)])), [])
     if len(found) > 1:
-        some = ", ".join(f"{titles[number]!r} (--book {number})" for number in found[:5])
+        some = ", ".join(f"{titles[number]!r} (book {number})" for number in found[:5])
         raise TextError(f"book {book!r}: {len(found)} titles of {rows.what} have these words; give a number: {some}")
     if not found:
         names = {name.partition("-by-")[0]: title for name, title in zip(slugs, titles, strict=True)}
         near = ", ".join(repr(names[name]) for name in get_close_matches(wanted, names))
         raise TextError(
-            f"book {book!r}: no such title in {rows.what}{f'; near it: {near}' if near else ''}; "
+            f"book {shown(book)}: no such title in {rows.what}{f'; near it: {near}' if near else ''}; "
             f"give a title, words of one, or a number from 0 to {len(titles) - 1}"
         )
     return found[0]
@@ -94,7 +97,9 @@ def _number_of(rows: Rows, book: str) -> int:
 def _strings(rows: Rows, texts: Sequence[object], first: int) -> list[str]:
     for number, text in enumerate(texts, first + 1):
         if not isinstance(text, str):
-            raise TextError(f"{rows.what}: 'text' of row {number} is {text!r}, not a string; mend or remove that row")
+            raise TextError(
+                f"{rows.what}: 'text' of row {number} is {shown(text)}, not a string; mend or remove that row"
+            )
     return [text for text in texts if isinstance(text, str)]
 
 
@@ -154,9 +159,9 @@ def _json_rows(path: Path, what: str) -> Rows:
     except json.JSONDecodeError:
         whole = [json.loads(line) for line in content.split("\n") if line.strip()]
     rows = whole if isinstance(whole, list) else [whole]
-    lacking = next((row for row in rows if not isinstance(row, dict) or "text" not in row), None)
-    if lacking is not None:
-        return Rows(what, list(lacking) if isinstance(lacking, dict) else [], lambda *_: iter(()))
+    lacking = next((row for row in rows if not isinstance(row, dict) or "text" not in row), rows)
+    if lacking is not rows:
+        return Rows(what, [str(column) for column in lacking] if isinstance(lacking, dict) else [], lambda *_: iter(()))
 
     def read(column: str, first: int, count: int | None) -> Iterator[object]:
         return (row.get(column) for row in islice(rows, first, None if count is None else first + count))
@@ -177,7 +182,7 @@ def dataset_rows(name: str, config: str | None, split: str, what: str, by_file: 
     there = builder.config.data_files or {}  # a cached data set has none
     splits = [str(one) for one in there or builder.info.splits or ()]
     if split not in splits:
-        raise TextError(f"split {split!r}: {what} has {', '.join(splits)}; give --split with one of these")
+        raise TextError(f"split {shown(split)}: {what} has {', '.join(splits)}; give one of these as split")
     files = [str(file) for file in there.get(split, ())]
     if files and all(file.endswith(".parquet") for file in files):
         return _parquet_rows(files, what, what, _FIX)
@@ -227,5 +232,5 @@ def _explained(what: str, fix: str = _FIX) -> Iterator[None]:
     except TextError:
         raise
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise TextError(f"{what}: {reason[:200]}{fix}" if fix else f"{what} ({reason[:200]})") from error
+        reason = reason_of(error)
+        raise TextError(f"{what}: {reason}{fix}" if fix else f"{what} ({reason})") from error

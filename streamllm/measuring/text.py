@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import TextError
+from ..errors import TextError, reason_of, shown
+from ..files import is_file, is_folder
 from ..testbed import TEXT_FILE
 from .tables import JOINS, SUFFIXES, dataset_rows, file_rows, slug, text_of
 
@@ -22,6 +25,9 @@ HUB_DATASETS = {"wikitext": ("Salesforce/wikitext", "wikitext-103-v1"), "pg19": 
 """Short names -> hub id and default configuration. Script data sets are gone from `datasets`: these are parquet."""
 
 
+_NO_TOKENIZER = "this model has no tokenizer; give token_ids, a file of them"
+_CHARACTERS = 64
+"""Far more than a token has on average."""
 _LONGEST_BOOK = 40
 """Characters of a label, which is a folder's name too."""
 
@@ -69,41 +75,63 @@ class TextSource:
         """The book to read; None: all rows."""
         return "0" if self.book is None and self.dataset_name is not None and self.name == "pg19" else self.book
 
+    def __post_init__(self) -> None:
+        """From Python, a file's name will do."""
+        for name in ("text", "token_ids"):
+            if isinstance(value := getattr(self, name), str):
+                object.__setattr__(self, name, Path(value))
+
     def check(self) -> None:
         """Raises TextError for what can be seen to be wrong without reading anything."""
+        self._check_types()
         given = [value for value in (self.text, self.token_ids, self.dataset_name) if value is not None]
         if len(given) > 1:
-            raise TextError("give one of --text, --token-ids and --dataset-name, not several")
+            raise TextError("text, token_ids, dataset_name: several are given; give one of them")
         for path in (self.text, self.token_ids):
-            if path is not None and not path.is_file():
-                raise TextError(f"text {str(path)!r}: {'not a file' if path.exists() else 'no such file'}")
+            if path is not None and not is_file(path):
+                raise TextError(f"text {shown(str(path))}: {'not a file' if is_folder(path) else 'no such file'}")
         self._check_rows()
         if self.offset < 0:
-            raise TextError(f"offset {self.offset}: must be a whole number >= 0")
+            raise TextError(f"offset {shown(self.offset)}: must be a whole number >= 0")
         if self.max_eval_tokens is not None and self.max_eval_tokens < 2:
-            raise TextError(f"max_eval_tokens {self.max_eval_tokens}: must be >= 2 (one token to predict another)")
+            raise TextError(
+                f"max_eval_tokens {shown(self.max_eval_tokens)}: must be >= 2 (one token to predict another)"
+            )
+
+    def _check_types(self) -> None:
+        """Of values from Python; the command line's are what they should be."""
+        for name in ("text", "token_ids"):
+            if not isinstance(value := getattr(self, name), Path | None):
+                raise TextError(f"{name} {shown(value)}: must be a path")
+        for name in ("dataset_name", "dataset_config", "split", "book", "join"):
+            if not isinstance(value := getattr(self, name), str | None):
+                raise TextError(f"{name} {shown(value)}: must be a text")
+        length = 2 if self.max_eval_tokens is None else self.max_eval_tokens
+        for name, value in (("offset", self.offset), ("max_eval_tokens", length)):
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TextError(f"{name} {shown(value)}: must be a whole number")
 
     def _check_rows(self) -> None:
         if self.split != "test" and self.dataset_name is None:
-            raise TextError(f"split {self.split!r}: is for data sets; give --dataset-name, or leave --split out")
+            raise TextError(f"split {shown(self.split)}: is for data sets; give dataset_name, or leave split out")
         if self.join not in JOINS:
-            raise TextError(f"join {self.join!r}: must be one of {', '.join(JOINS)}")
+            raise TextError(f"join {shown(self.join)}: must be one of {', '.join(JOINS)}")
         if self.book is not None and not slug(self.book):
-            raise TextError(f"book {self.book!r}: must be a title, words of one, or a number from 0")
+            raise TextError(f"book {shown(self.book)}: must be a title, words of one, or a number from 0")
         asked = self._asked_of_rows()
         if asked and self.dataset_name is None and (self.text is None or not _is_table(self.text)):
             raise TextError(
-                f"{asked}: is for texts in rows; give --dataset-name or --text FILE with {', '.join(SUFFIXES)}, "
+                f"{asked}: is for texts in rows; give dataset_name, or as text a file with {', '.join(SUFFIXES)}, "
                 f"or leave it out"
             )
         if self.join != "lines" and self.row is not None:
-            raise TextError(f"join {self.join!r}: joins many rows, and a book is one; leave --join out")
+            raise TextError(f"join {shown(self.join)}: joins many rows, and a book is one; leave join out")
 
     def _asked_of_rows(self) -> str:
         """The option that only rows can satisfy, as a message names it; empty: none."""
         if self.book is not None:
-            return f"book {self.book!r}"
-        return f"join {self.join!r}" if self.join != "lines" else ""
+            return f"book {shown(self.book)}"
+        return f"join {shown(self.join)}" if self.join != "lines" else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,29 +149,69 @@ def load_tokens(source: TextSource, tokenizer: PreTrainedTokenizerBase | None, v
     """Reads and tokenizes; `tokenizer` is needed unless the source is token ids.
 
     Raises TextError for unreadable, empty or foreign input."""
-    import numpy as np
 
     source.check()
-    lead = 0
     if source.token_ids is not None:
-        ids = _read_ids(source.token_ids)
-    elif tokenizer is None:
-        raise TextError("this model has no tokenizer; give --token-ids FILE.json")
-    else:
-        ids = tokenizer(_read_text(source), verbose=False)["input_ids"]
-        lead = _lead(tokenizer, ids)
+        return _stream(source, _read_ids(source.token_ids), 0, vocabulary)
+    if tokenizer is None:
+        raise TextError(_NO_TOKENIZER)
+    ids = _ids(tokenizer, _read_text(source), source)
+    return _stream(source, ids, _lead(tokenizer, ids), vocabulary)
+
+
+def check_text(
+    source: TextSource, tokenizer: Callable[[], PreTrainedTokenizerBase | None], vocabulary: int | None
+) -> None:
+    """Raises what `load_tokens` would, of a text that need not be downloaded. No more of it is tokenized than tells
+    whether it is long enough. vocabulary: None where it is not known yet."""
+    source.check()
+    vocabulary = sys.maxsize if vocabulary is None else vocabulary
+    if source.token_ids is not None:
+        load_tokens(source, None, vocabulary)
+        return
+    if source.dataset_name is not None and local_data(source.dataset_name) is None:
+        return
+    text, able = _read_text(source), tokenizer()
+    if able is None:
+        raise TextError(_NO_TOKENIZER)
+    for part in (text[: _CHARACTERS * (source.offset + _CHARACTERS)], text):
+        ids = _ids(able, part, source)
+        lead = _lead(able, ids)
+        if len(ids) >= lead + source.offset + 2:
+            break
+    _stream(source, ids, lead, vocabulary)
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str, source: TextSource) -> list[int]:
+    """Raises TextError."""
+    try:
+        ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
+    except BaseException as error:  # of a broken tokenizer: anything, and Rust's panic
+        if not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise TextError(
+            f"text {shown(source.label)}: the model's tokenizer fails on it ({reason_of(error)})"
+        ) from error
+    return ids
+
+
+def _stream(source: TextSource, ids: list[int], lead: int, vocabulary: int) -> TokenStream:
+    """The part of the text's token ids that is asked for. Raises TextError."""
+    import numpy as np
+
     chosen = (ids[:lead] + ids[lead + source.offset :])[: source.max_eval_tokens]
     foreign = next((token for token in chosen if not 0 <= token < vocabulary), None)
     if foreign is not None:
         raise TextError(
-            f"text {source.label!r}: token id {foreign}, the model knows 0 .. {vocabulary - 1}; give its own"
+            f"text {shown(source.label)}: token id {shown(foreign)}, the model knows 0 .. {vocabulary - 1}; "
+            f"give its own"
+        )
+    if len(chosen) < 2:
+        raise TextError(
+            f"text {shown(source.label)}: {len(chosen)} of its {len(ids)} tokens are left after offset "
+            f"{source.offset}, at least 2 are needed; lower offset or give a longer text"
         )
     tokens = np.array(chosen, dtype=np.int64)
-    if len(tokens) < 2:
-        raise TextError(
-            f"text {source.label!r}: {len(tokens)} of its {len(ids)} tokens are left after offset {source.offset}, "
-            f"at least 2 are needed; lower --offset or give a longer text"
-        )
     return TokenStream(tokens, source.label, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(), lead > 0)
 
 
@@ -158,20 +226,33 @@ def file_digest(source: TextSource) -> str | None:
     path = source.text or source.token_ids or (TEXT_FILE if source.dataset_name is None else None)
     if path is None:
         path = local_data(str(source.dataset_name))
-    if path is None or not path.is_file():
+    if path is None or not is_file(path):
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _read_ids(path: Path) -> list[int]:
+    what = f"token ids {shown(str(path))}"
     try:
-        ids = json.loads(path.read_text(encoding="utf-8-sig"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise TextError(f"token ids {str(path)!r}: not JSON ({error})") from error
+        ids = json.loads(_decoded(path, what))
+    except (ValueError, RecursionError) as error:  # of a number of thousands of digits too
+        if isinstance(error, TextError):
+            raise
+        raise TextError(f"{what}: not JSON ({reason_of(error, 100)}); give a list as [17, 4, 256]") from error
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise TextError(f"token ids {str(path)!r}: must be one JSON list of whole numbers, as [17, 4, 256]")
+        raise TextError(f"{what}: must be one JSON list of whole numbers, as [17, 4, 256]")
     return ids
+
+
+def _decoded(path: Path, what: str) -> str:
+    """A file of UTF-8; a byte-order mark is no part of it. Raises TextError."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise TextError(f"{what}: not UTF-8 ({error.reason} in byte {error.start}); save it as UTF-8") from error
+    except OSError as error:
+        raise TextError(f"{what}: cannot be read ({error.strerror}); let yourself read it") from error
 
 
 def _read_text(source: TextSource) -> str:
@@ -179,9 +260,14 @@ def _read_text(source: TextSource) -> str:
         text = _read_dataset(source)
     else:
         path = source.text or TEXT_FILE
-        text = _read_file(path, f"text {str(path)!r}", source)
+        text = _read_file(path, f"text {shown(str(path))}", source)
     if "\0" in text:
-        raise TextError(f"text {source.name!r}: not a text, or not in UTF-8: it has NUL characters")
+        raise TextError(f"text {shown(source.name)}: not a text, or not in UTF-8: it has NUL characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # JSON can name what is none
+        bad = f"{text[error.start]!r} (character {error.start})"
+        raise TextError(f"text {shown(source.name)}: not a text: it has half a character, {bad}; mend it") from None
     return text
 
 
@@ -194,10 +280,7 @@ def _read_file(path: Path, what: str, source: TextSource) -> str:
         return text_of(file_rows(path, what), source.row, source.join)
     if asked := source._asked_of_rows():
         raise TextError(f"{asked}: is for texts in rows, and {what} is one plain text ({path.name}); leave it out")
-    try:
-        return path.read_text(encoding="utf-8-sig")  # a byte-order mark is no part of the text
-    except UnicodeDecodeError as error:
-        raise TextError(f"text {str(path)!r}: not UTF-8 ({error.reason})") from error
+    return _decoded(path, what)
 
 
 def hub_name(source: TextSource) -> tuple[str, str | None]:
@@ -211,14 +294,14 @@ def hub_name(source: TextSource) -> tuple[str, str | None]:
 
 def _read_dataset(source: TextSource) -> str:
     """The `text` column of a split: one book, or all rows joined."""
-    what = f"data set {source.dataset_name!r}"
+    what = f"data set {shown(source.dataset_name)}"
     name, config = hub_name(source)
     local = local_data(str(source.dataset_name))
     if local is not None and not local.is_dir():
         if source.split != "test":
             raise TextError(
-                f"split {source.split!r}: {what} is the one file {str(local)!r}; leave --split out, or put a folder in "
-                f"the hub's layout there"
+                f"split {shown(source.split)}: {what} is the one file {str(local)!r}; leave split out, or put a folder "
+                f"in the hub's layout there"
             )
         return _read_file(local, what, source)
     if local is not None:
@@ -233,8 +316,12 @@ def local_data(name: str) -> Path | None:
     root = os.environ.get("STREAMLLM_DATA")
     if not root or Path(name).name != name:
         return None
-    if not Path(root).is_dir():
-        raise TextError(f"STREAMLLM_DATA {root!r}: no such folder; it is to hold data sets as NAME.txt or NAME.parquet")
-    there = {path.with_suffix(path.suffix.lower()).name: path for path in sorted(Path(root).iterdir())}
+    what = f"STREAMLLM_DATA {shown(root)}"
+    if not is_folder(Path(root)):
+        raise TextError(f"{what}: no such folder; it is to hold data sets as NAME.txt or NAME.parquet")
+    try:
+        there = {path.with_suffix(path.suffix.lower()).name: path for path in sorted(Path(root).iterdir())}
+    except OSError as error:
+        raise TextError(f"{what}: cannot be read ({error.strerror}); let yourself read it") from error
     candidates = (f"{name}{suffix}" for suffix in (".txt", ".jsonl", ".parquet", ""))
     return next((there[candidate] for candidate in candidates if candidate in there), None)

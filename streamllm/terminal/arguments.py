@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.backends import BACKENDS, default_backend
 from ..engine.methods import METHODS, OFFERED
 from ..environment import default_dataset, default_model
-from ..errors import UsageError
+from ..errors import UsageError, shown
 from ..evaluating import STORE, Measuring
 from ..measuring.tables import JOINS
 from ..measuring.text import TextSource
@@ -152,8 +153,8 @@ def sample_size(text: str, protocol: str = "fast") -> int | None:
         raise UsageError(f"baseline_tokens {text!r}: is for --protocol fast, {protocol} takes no sample; leave it out")
     if text == "all":
         return 0
-    if not text.isdecimal() or int(text) < 1:
-        raise UsageError(f"baseline_tokens {text!r}: must be a whole number >= 1, 'all' or 'auto'")
+    if not re.fullmatch(r"\d{1,18}", text) or int(text) < 1:
+        raise UsageError(f"baseline_tokens {shown(text)}: must be a whole number >= 1, 'all' or 'auto'")
     return int(text)
 
 
@@ -164,7 +165,7 @@ def percent(text: str) -> float:
     except ValueError:
         value = math.nan
     if not -100 < value < math.inf:
-        raise UsageError(f"max-ppl-increase {text!r}: must be a number of percent above -100, for example 3")
+        raise UsageError(f"max-ppl-increase {shown(text)}: must be a number of percent above -100, for example 3")
     return value
 
 
@@ -200,11 +201,34 @@ def text_source(arguments: argparse.Namespace) -> TextSource:
     return source
 
 
+def check_values(arguments: argparse.Namespace) -> None:
+    """Raises UsageError for a number that 64 bits do not hold, and for a name that no file can have or that cannot be
+    written down."""
+    for name, given in vars(arguments).items():
+        for value in given if isinstance(given, list) else [given]:
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                raise UsageError(f"{name} {shown(value)}: must be a whole number of at most 64 bits")
+            if isinstance(value, str | Path):
+                _check_name(f"--{name.replace('_', '-')}", str(value))
+
+
+def _check_name(option: str, text: str) -> None:
+    """Raises UsageError."""
+    if "\0" in text:
+        raise UsageError(f"{option} {shown(text)}: has a NUL character; leave it out")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"{option} {shown(text)}: not UTF-8; give, or rename to, a name that is") from None
+
+
 def load_asked(arguments: argparse.Namespace) -> tuple[LoadedModel, TokenStream]:
     """The model and the text that were asked for. Raises UsageError."""
     from ..evaluating import load_model_and_text
-    from .output import messages_on_stderr
+    from .output import check_folder, messages_on_stderr
 
+    if "store" in arguments:
+        check_folder("store", arguments.store)
     chosen = arguments.dtype, arguments.quantization, arguments.threads
     with messages_on_stderr():
         return load_model_and_text(arguments.model, text_source(arguments), *chosen)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...errors import UnavailableError, UsageError
-from ...options import PROTOCOLS
+from ...options import EXECUTIONS, PROTOCOLS
 from ...policy import EvictionPolicy
 
 if TYPE_CHECKING:
@@ -79,7 +79,9 @@ def sampled_losses(method: str) -> SampledLosses | None:
 
 
 def check_execution(method: str, execution: str) -> None:
-    """Raises UsageError for a way the method's step cannot be run."""
+    """Raises UsageError for a way that there is not, or that the method's step cannot be run."""
+    if execution not in EXECUTIONS:
+        raise UsageError(f"execution {execution!r}: must be one of {', '.join(EXECUTIONS)}")
     allowed = method_named(method).executions
     if execution not in allowed:
         able = [name for name in METHODS if execution in method_named(name).executions]
