@@ -1,6 +1,8 @@
 """Option values, names and folders that cannot be."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -232,3 +234,19 @@ def test_an_execution_that_there_is_not():
 
 def test_what_no_workers_means_is_said():
     assert "0, one per GPU; without any, one per core" in dry_run("--help").stdout.replace("\n", " ")
+
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize(
+    ("locale", "said"),
+    [(ASCII, "b?k.txt in UTF-8, which this environment turns off for Python; set PYTHONUTF8=1"),
+     ({"PYTHONUTF8": "1", "PYTHONIOENCODING": "ascii"}, "error: workers 9999: there is room for")],
+)  # fmt: skip
+def test_letters_of_other_languages_in_a_name(locale, said, tmp_path):
+    (tmp_path / "b\u00f6k.txt").write_bytes(b"a few words\n" * 40)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)} | locale
+    command = [sys.executable, "-m", "orchestrator.sweep", "--text", "b\u00f6k.txt", "--workers", "9999"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=100)
+    assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and said in done.stderr.decode(), done.stderr

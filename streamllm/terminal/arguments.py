@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -219,7 +220,15 @@ def _check_name(option: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"{option} {shown(text)}: not UTF-8; give, or rename to, a name that is") from None
+        raise UsageError(f"{option} {shown(text)}: {_why_undecoded(text)}") from None
+
+
+def _why_undecoded(text: str) -> str:
+    try:
+        meant = os.fsencode(text).decode()
+    except UnicodeError:
+        return "not UTF-8; give, or rename to, a name that is"
+    return f"is {meant} in UTF-8, which this environment turns off for Python; set PYTHONUTF8=1"
 
 
 def load_asked(arguments: argparse.Namespace) -> tuple[LoadedModel, TokenStream]:
