@@ -10,12 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from streamllm.errors import UsageError
 from streamllm.results.front import hypervolume
 from streamllm.results.schema import AnyRow, knobs_in_short, number
 from streamllm.results.study import StudyResults, is_study
 from streamllm.terminal.printing import say
-from streamllm.terminal.program import program
+from streamllm.terminal.program import command, program
 
 from .drawing.ablations import KNOBS, ablation
 from .drawing.comparisons import BASELINE_LABEL, backends, comparison, runtime
@@ -155,6 +154,7 @@ def write_figures(
     return written
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
@@ -169,9 +169,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = arguments.output or (studies[0].folder if len(arguments.study) == len(studies) == 1 else Path())
         folder.mkdir(parents=True, exist_ok=True)
         written = write_figures(studies, folder, tuple(arguments.format), evaluations)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except OSError as error:
         print(f"error: output {error.filename!r}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2

@@ -14,7 +14,7 @@ from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults
 from streamllm.terminal.arguments import percent
 from streamllm.terminal.printing import say
-from streamllm.terminal.program import program
+from streamllm.terminal.program import command, program
 
 from .loading import load_all
 from .tables import kinds
@@ -64,21 +64,18 @@ def rich_table(rows: Sequence[AnyRow], title: str, objectives: Collection[str] =
     return View(Table(title, (), columns, kinds.marked(rows, timed_on), dispensable=dispensable(objectives)))
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    try:
-        formats = parse_formats(arguments.format)
-        studies = load_all(arguments.study)
-        if arguments.trace is not None:
-            say(_traced(studies, arguments.trace))
-            return 0
-        limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
-        table = pareto_table(studies, arguments.all, arguments.where, limit)
-        here = studies[0].folder if len(arguments.study) == 1 else Path()
-        paths = write(table, formats, arguments.output or here)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    formats = parse_formats(arguments.format)
+    studies = load_all(arguments.study)
+    if arguments.trace is not None:
+        say(_traced(studies, arguments.trace))
+        return 0
+    limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
+    table = pareto_table(studies, arguments.all, arguments.where, limit)
+    here = studies[0].folder if len(arguments.study) == 1 else Path()
+    paths = write(table, formats, arguments.output or here)
     show(table, "\n".join(table.summary), table.notes)
     say(" ".join(("written:", *map(str, paths))))
     return 0

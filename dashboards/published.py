@@ -8,11 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults
 from streamllm.terminal.printing import say
-from streamllm.terminal.program import program
+from streamllm.terminal.program import command, program
 
 from .loading import load
 from .pareto import parse_formats, show, write
@@ -94,6 +93,7 @@ def _row(study: StudyResults, entry: Entry, dataset: str) -> AnyRow:
     return common | (dict(found[0]) if found else {})
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=program("dashboards.published"),
@@ -106,12 +106,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, metavar="DIR", help="where files are written (the study's folder)")
     arguments = parser.parse_args(argv)
-    try:
-        formats, study = parse_formats(arguments.format), load(arguments.study)
-        paths = write_published(study, formats, arguments.output)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    formats, study = parse_formats(arguments.format), load(arguments.study)
+    paths = write_published(study, formats, arguments.output)
     table = published_table(study)
     show(table, table.title, table.notes)
     say(" ".join(("written:", *map(str, paths))))

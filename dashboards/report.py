@@ -22,7 +22,7 @@ from streamllm.files import write_atomically
 from streamllm.results.schema import FIELDS, OBJECTIVES, AnyRow
 from streamllm.results.study import FIXED, StudyResults
 from streamllm.terminal.printing import say
-from streamllm.terminal.program import program
+from streamllm.terminal.program import command, program
 
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
 from .findings import Findings, findings
@@ -306,6 +306,7 @@ def _times(rows: Sequence[AnyRow]) -> str:
     return f"first trial {first}, last {last}"
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=program("dashboards.report"),
@@ -314,13 +315,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("study", metavar="STUDY", help="a name under sweeps/, or the path of an output folder")
     parser.add_argument("--output", type=Path, metavar="FILE", help="where to (report.html in the study's folder)")
     arguments = parser.parse_args(argv)
-    try:
-        if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
-            raise UsageError(f"output {str(arguments.output)!r}: its folder does not exist; create it")
-        path = write_report(load(arguments.study), arguments.output)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
+        raise UsageError(f"output {str(arguments.output)!r}: its folder does not exist; create it")
+    path = write_report(load(arguments.study), arguments.output)
     say(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
 

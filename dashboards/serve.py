@@ -39,7 +39,7 @@ from streamllm.results.mlflow_address import (
 )
 from streamllm.results.study import VIEW, StudyResults, load_study, view_of
 from streamllm.results.study_folder import StudyFolder
-from streamllm.terminal.program import program
+from streamllm.terminal.program import command, program
 
 from .loading import load_all, studies_here
 
@@ -342,6 +342,7 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=program("dashboards.serve"),
@@ -355,13 +356,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--tracking-uri", metavar="URI", help="address of MLflow ($MLFLOW_TRACKING_URI, or its own default store)"
     )
     arguments = parser.parse_args(argv)
-    try:
-        if not 1 <= arguments.port <= 65535:
-            raise UsageError(f"port {arguments.port}: must be from 1 to 65535")
-        serve(chosen_studies(arguments.studies), arguments.port, arguments.tracking_uri)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if not 1 <= arguments.port <= 65535:
+        raise UsageError(f"port {arguments.port}: must be from 1 to 65535")
+    serve(chosen_studies(arguments.studies), arguments.port, arguments.tracking_uri)
     return 0
 
 

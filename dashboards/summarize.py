@@ -10,7 +10,7 @@ from pathlib import Path
 from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
 from streamllm.terminal.printing import say
-from streamllm.terminal.program import program
+from streamllm.terminal.program import command, program
 
 from .tables.columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
 from .tables.evaluations import read_results
@@ -41,29 +41,26 @@ def summary_table(rows: Sequence[AnyRow], folder: Path) -> Table:
     return Table(f"Results in {folder.name or folder}", (), columns, sorted(rows, key=order), notes=notes)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
-    try:
-        folder = arguments.results_dir or arguments.folder
-        if folder is None:
-            raise UsageError("no RESULTS_DIR: give the folder with the JSON files")
-        chosen = _format(arguments.format, arguments.output_file)
-        rows, problems = read_results(folder)
-        for problem in problems:
-            print(f"warning: left out {problem}", file=sys.stderr)
-        if not rows:
-            raise UsageError(
-                f"results {str(folder)!r}: no JSON file in it has results, as `streamllm evaluate --output-file` "
-                "writes; python -m dashboards.pareto shows studies"
-            )
-        content = FORMATS[chosen].write(summary_table(rows, folder))
-        if arguments.output_file is None:
-            say(content)
-        else:
-            write_file(arguments.output_file, content)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = arguments.results_dir or arguments.folder
+    if folder is None:
+        raise UsageError("no RESULTS_DIR: give the folder with the JSON files")
+    chosen = _format(arguments.format, arguments.output_file)
+    rows, problems = read_results(folder)
+    for problem in problems:
+        print(f"warning: left out {problem}", file=sys.stderr)
+    if not rows:
+        raise UsageError(
+            f"results {str(folder)!r}: no JSON file in it has results, as `streamllm evaluate --output-file` "
+            "writes; python -m dashboards.pareto shows studies"
+        )
+    content = FORMATS[chosen].write(summary_table(rows, folder))
+    if arguments.output_file is None:
+        say(content)
+    else:
+        write_file(arguments.output_file, content)
     return 0
 
 

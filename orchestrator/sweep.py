@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING
 from search_spaces import is_matrix
 from streamllm.environment import read_env_file
 from streamllm.errors import UsageError
-from streamllm.files import explained, remove_torn
+from streamllm.files import remove_torn
 from streamllm.results.study_folder import write_rows
-from streamllm.terminal.printing import say, tolerate
+from streamllm.terminal.printing import say
+from streamllm.terminal.program import command
 
 from .command_line import matrix_request, parser, resolve
 from .ending import WORDS, Ending
@@ -33,18 +34,12 @@ if TYPE_CHECKING:
     from .workers.messages import WorkerSetup
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
-    tolerate()
     with Ending() as ending:
         try:
             return _run(argv, started, ending)
-        except UsageError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        except OSError as error:  # of a disk that is full, a folder that is gone
-            print(f"error: {error.filename or 'a file'}: {explained(error)}", file=sys.stderr)
-            return 1
         except KeyboardInterrupt:
             ending.was_heard()
             ending.say()

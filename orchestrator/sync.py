@@ -6,9 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from streamllm.errors import UsageError
 from streamllm.terminal.printing import say
-from streamllm.terminal.program import program
+from streamllm.terminal.program import command, program
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -23,6 +22,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     from dashboards.loading import load
@@ -33,9 +33,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = load(arguments.study).files
         with study_lease(folder):
             return _sync(str(folder.path), arguments.tracking_uri)
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
         print("interrupted: the same command goes on from here", file=sys.stderr)
         return 130

@@ -10,10 +10,8 @@ from pathlib import Path
 
 from . import __version__
 from .environment import HELP, read_env_file
-from .errors import UsageError
 from .terminal.arguments import check_values
-from .terminal.printing import tolerate
-from .terminal.program import COMMANDS, program
+from .terminal.program import COMMANDS, command, program
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,13 +24,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(arguments)
 
 
-def _run(argv: Sequence[str]) -> int:
-    tolerate()
-    try:
-        read_env_file()
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+@command
+def _run(argv: Sequence[str] | None) -> int:
+    read_env_file()
     parser = argparse.ArgumentParser(
         prog=program("streamllm"),
         description="StreamingLLM on any rotary language model.",
@@ -42,27 +36,21 @@ def _run(argv: Sequence[str]) -> int:
     parser.add_argument("--version", action="version", version=f"streamllm-sweep {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for path in sorted((Path(__file__).parent / "commands").glob("[a-z]*.py")):
-        command = import_module(f".commands.{path.stem}", __package__)
+        module = import_module(f".commands.{path.stem}", __package__)
         subparser = commands.add_parser(
             path.stem,
-            help=command.HELP,
-            description=command.HELP,
-            epilog=command.__doc__,
+            help=module.HELP,
+            description=module.HELP,
+            epilog=module.__doc__,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_arguments(subparser)
-        subparser.set_defaults(run=command.run)
+        module.add_arguments(subparser)
+        subparser.set_defaults(run=module.run)
     for name, (_, about) in COMMANDS.items():
         commands.add_parser(name, help=about)
     arguments = parser.parse_args(argv)
-    try:
-        check_values(arguments)
-        return int(arguments.run(arguments))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    check_values(arguments)
+    return int(arguments.run(arguments))
 
 
 if __name__ == "__main__":

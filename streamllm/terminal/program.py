@@ -1,9 +1,17 @@
-"""The commands by their names, and how the one that runs was called: by its name, or by that of its module."""
+"""The commands by their names, how the one that runs was called, by its name or its module's, and how it ends."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
+from functools import wraps
 from pathlib import Path
+
+from ..errors import UsageError
+from ..files import explained
+from .printing import tolerate
+
+Main = Callable[[Sequence[str] | None], int]
 
 COMMANDS = {
     "sweep": ("orchestrator.sweep", "search the knobs for the best trade-offs of speed and perplexity"),
@@ -23,3 +31,23 @@ def program(module: str) -> str:
     if Path(sys.argv[0]).stem != "streamllm":
         return f"python -m {module}"
     return " ".join(["streamllm", *(name for name, (other, _) in COMMANDS.items() if other == module)])
+
+
+def command(main: Main) -> Callable[..., int]:
+    """The `main` of a command, which returns its exit code: of what a user can do something about, a line."""
+
+    @wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        tolerate()
+        try:
+            return main(argv)
+        except UsageError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:  # of a disk that is full, a folder that is gone
+            print(f"error: {error.filename or 'a file'}: {explained(error)}", file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            return 130
+
+    return run
