@@ -56,3 +56,18 @@ def test_workers_do_not_look_for_modules_in_the_working_directory(monkeypatch, t
     monkeypatch.setattr(cluster, "_vital", lambda ray: {})
     cluster.Cluster.join(None)
     assert where == [ROOT] and Path.cwd() == tmp_path
+
+
+@pytest.mark.parametrize("module", ["streamllm", "orchestrator.sweep", "dashboards.pareto"])
+def test_a_working_directory_that_is_no_more(module, tmp_path):
+    program = (
+        f"import os, shutil; shutil.rmtree('here'); from {module} import main; raise SystemExit(main(['evaluate']))"
+    )
+    program = program.replace("streamllm import", "streamllm.__main__ import")
+    (tmp_path / "here").mkdir()
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    program = program.replace("'here'", repr(str(tmp_path / "here")))
+    command = [sys.executable, "-P", "-c", program]
+    done = subprocess.run(command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 2
+    assert done.stderr == "error: the working directory has been removed; change to one that is there\n"

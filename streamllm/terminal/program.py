@@ -40,6 +40,7 @@ def command(main: Main) -> Callable[..., int]:
     def run(argv: Sequence[str] | None = None) -> int:
         tolerate()
         try:
+            _check_directory()
             return main(argv)
         except UsageError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -51,3 +52,11 @@ def command(main: Main) -> Callable[..., int]:
             return 130
 
     return run
+
+
+def _check_directory() -> None:
+    """Raises UsageError; libraries end the process where there is none."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        raise UsageError("the working directory has been removed; change to one that is there") from None
