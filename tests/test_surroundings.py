@@ -60,14 +60,12 @@ def test_workers_do_not_look_for_modules_in_the_working_directory(monkeypatch, t
 
 @pytest.mark.parametrize("module", ["streamllm", "orchestrator.sweep", "dashboards.pareto"])
 def test_a_working_directory_that_is_no_more(module, tmp_path):
-    program = (
-        f"import os, shutil; shutil.rmtree('here'); from {module} import main; raise SystemExit(main(['evaluate']))"
-    )
-    program = program.replace("streamllm import", "streamllm.__main__ import")
-    (tmp_path / "here").mkdir()
+    here = tmp_path / "here"
+    here.mkdir()
+    home = "streamllm.__main__" if module == "streamllm" else module
+    program = f"import shutil; shutil.rmtree({str(here)!r}); from {home} import main; raise SystemExit(main(['x']))"
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    program = program.replace("'here'", repr(str(tmp_path / "here")))
     command = [sys.executable, "-P", "-c", program]
-    done = subprocess.run(command, cwd=tmp_path / "here", env=environment, capture_output=True, text=True, timeout=100)
+    done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, timeout=100)
     assert done.returncode == 2
     assert done.stderr == "error: the working directory has been removed; change to one that is there\n"
