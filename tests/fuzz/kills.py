@@ -110,7 +110,7 @@ def play(folder: Path, database: Path, target: str, is_time: Callable[[], bool],
             process.kill()
             process.join()
         codes.append(process.exitcode or 0)
-        said = (folder / "stderr").read_text()
+        said = "".join((folder / name).read_text() for name in ("stdout", "stderr"))
         if any(word in said for word in ("Traceback", "*** SIG", "(raylet)")):
             wrong.append(f"start {len(codes)} said: {said[-2000:]}")
         now = {path: path.stat().st_mtime_ns for path in (folder / "sweeps/.store").rglob("*.json")}
