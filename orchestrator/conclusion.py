@@ -27,13 +27,18 @@ from streamllm.terminal.printing import say
 
 if TYPE_CHECKING:
     from .configuration import SweepConfiguration
+    from .ending import Ending
     from .screen.display import Display
     from .tracking.follower import Tracker
     from .tracking.mlflow_runs import Report
 
 
 def conclude(
-    configuration: SweepConfiguration, tracker: Tracker, display: Display, tracking_uri: str | None = None
+    configuration: SweepConfiguration,
+    tracker: Tracker,
+    display: Display,
+    ending: Ending,
+    tracking_uri: str | None = None,
 ) -> None:
     """Tables, figures, the recommendation, MLflow, and what to type next.
 
@@ -58,6 +63,7 @@ def conclude(
     try:
         problem = tracker.finish(report_of(results, files), display.draining)
     except KeyboardInterrupt:
+        ending.was_heard()
         problem = "interrupted"
     if problem is not None:
         display.note(

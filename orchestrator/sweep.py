@@ -52,7 +52,7 @@ def _run(argv: Sequence[str] | None, started: float, ending: Ending) -> int:
     if is_matrix(arguments.space):
         from .matrix.run import run_matrix
 
-        return run_matrix(matrix_request(arguments), arguments.dry_run)
+        return run_matrix(matrix_request(arguments), arguments.dry_run, ending)
     from .workers.lease import study_lease
 
     configuration = resolve(arguments)
@@ -98,7 +98,7 @@ def _sweep(
         return measured.code
     if measured.found:
         write_rows(folder.increases, measured.found)
-    conclude(configuration, tracker, display, tracking_uri)
+    conclude(configuration, tracker, display, ending, tracking_uri)
     return measured.code
 
 

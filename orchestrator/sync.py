@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
+from .ending import WORDS
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -34,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with study_lease(folder):
             return _sync(str(folder.path), arguments.tracking_uri)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from here", file=sys.stderr)
+        print(WORDS, file=sys.stderr)
         return 130
 
 

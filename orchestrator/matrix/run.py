@@ -25,6 +25,7 @@ from streamllm.results.schema import Row
 from streamllm.results.study_folder import StudyFolder
 from streamllm.terminal.printing import say
 
+from ..ending import WORDS, Ending
 from ..workers.lease import leases_on, study_lease
 from .plan import Document, MatrixPlan, MatrixRequest, Outcome, Planned, cost, describe, make_plan
 
@@ -45,7 +46,7 @@ class _SpoiledError(RuntimeError):
     """Nothing can be measured by this process any more."""
 
 
-def run_matrix(request: MatrixRequest, dry_run: bool) -> int:
+def run_matrix(request: MatrixRequest, dry_run: bool, ending: Ending) -> int:
     """The exit code: 1 if a cell failed. Raises UsageError."""
     plan = make_plan(request)
     if dry_run:
@@ -53,13 +54,13 @@ def run_matrix(request: MatrixRequest, dry_run: bool) -> int:
         return 0
     plan.folder.mkdir(parents=True, exist_ok=True)
     with study_lease(StudyFolder(plan.folder)):
-        code = _measure_all(plan, plan.documents())
+        code = _measure_all(plan, plan.documents(), ending)
         documents = plan.documents()
         _conclude(plan, [documents[planned.file] for planned in plan.cells if planned.file in documents])
     return code
 
 
-def _measure_all(plan: MatrixPlan, documents: dict[Path, Document]) -> int:
+def _measure_all(plan: MatrixPlan, documents: dict[Path, Document], ending: Ending) -> int:
     from streamllm.terminal.output import messages_on_stderr
 
     finished = {file for file, document in documents.items() if document["state"] == "complete"}
@@ -80,8 +81,9 @@ def _measure_all(plan: MatrixPlan, documents: dict[Path, Document]) -> int:
         _info(f"the accelerator can compute nothing more ({error}); the same command goes on from here")
         return 1
     except KeyboardInterrupt:
-        _info("interrupted: the same command goes on from here")
-        return 130
+        ending.was_heard()
+        _info(WORDS)
+        return ending.exit_code
     return int(any(document["state"] == "failed" for document in documents.values()))
 
 
