@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+import signal
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import streamllm.measuring.evaluation
 from dashboards.drawing.style import LABELS, style
 from dashboards.tables.matrix_tables import _figure, matrix_figures, matrix_rows, matrix_tables
+from orchestrator.matrix import run as matrix_run
 from orchestrator.matrix.plan import make_plan, policy_of
 from orchestrator.sweep import main, matrix_request, parser
 from search_spaces import MEASURES, SHIPPED, Cell, SpaceError, is_matrix, load_matrix
@@ -225,6 +228,21 @@ def test_nothing_finished_is_measured_again(run, evaluations, capsys):
     (run.folder / "results" / "tokens_main_backend-math.json").unlink()
     assert run(BACKENDS) == 0 and len(evaluations.calls) == 5  # the store has it
     assert run.results()["tokens_main_backend-math"]["streaming"]["reused"]
+
+
+class Terminated(list):
+    def __getitem__(self, number):
+        signal.raise_signal(signal.SIGTERM)
+
+
+def test_a_scheduler_asks_it_to_end(run, evaluations, capsys, monkeypatch):
+    """Its tables take longer than it is waited before the signal would be sent again."""
+    evaluations.raises = Terminated([3])
+    conclude = matrix_run._conclude
+    monkeypatch.setattr(matrix_run, "_conclude", lambda *given: (time.sleep(2.5), conclude(*given)))
+    assert run(BACKENDS) == 143
+    assert capsys.readouterr().err.count("the same command goes on from here") == 1
+    assert (run.folder / "mine.md").is_file()
 
 
 def test_a_failing_cell_is_recorded_and_the_others_go_on(run, evaluations):
