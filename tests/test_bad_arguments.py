@@ -42,7 +42,7 @@ HUGE, LONG = "1" + "0" * 30, "x" * 300
         (("--workers", "-1"), "workers -1"),
         (("--workers", "1000000"), "workers 1000000: there is room for"),
         (("--cpus-per-worker", HUGE), "cpus_per_worker 1000"),
-        (("--cpus-per-worker", "100000"), "there is room for"),
+        (("--cpus-per-worker", "100000"), "cpus per worker 100000: no node has more than"),
         (("--confirm", HUGE), "confirm 1000"),
         (("--confirm", "-1"), "confirm -1"),
         (("--cap", HUGE), "cap 1000"),

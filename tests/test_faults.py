@@ -16,6 +16,7 @@ from orchestrator.configuration import WorkerSettings
 from orchestrator.driver import Driver
 from orchestrator.search.study import Study
 from orchestrator.workers import pool as pool_module
+from orchestrator.workers.cluster import Cluster
 from orchestrator.workers.device_kinds import device_kinds
 from orchestrator.workers.messages import SweepError, TrialSpec, WorkerSetup, WorkerUnusableError
 from orchestrator.workers.pool import WorkerPool
@@ -254,7 +255,7 @@ def test_what_a_pending_worker_waits_for_is_said(sweep, monkeypatch):
     assert note.startswith("waiting for 2 CPU for each of 1 of 1 workers: the cluster has 2, of which ")
     with monkeypatch.context() as gone:
         gone.setattr(pool_module, "_PENDING_END_SEC", 0.5)
-        gone.setattr(WorkerPool, "_nodes", lambda self: [])
+        gone.setattr(Cluster, "nodes", lambda self: [])
         with pytest.raises(SweepError, match="no worker can be started: each needs 2 CPU, and the cluster has 0"):
             answers(pool)
     ray.kill(other)

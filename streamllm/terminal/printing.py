@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from contextlib import suppress
 from typing import TextIO
 
 
@@ -12,7 +13,8 @@ def tolerate() -> None:
     """Has stdout and stderr print a question mark for what the terminal's encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # tests have others
-            stream.reconfigure(errors="replace")
+            with suppress(OSError):  # nobody reads it
+                stream.reconfigure(errors="replace")
 
 
 def say(content: str | bytes, stream: TextIO | None = None) -> None:
