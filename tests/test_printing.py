@@ -117,6 +117,30 @@ def note():
     Path("end").touch()
 
 
+def note_where_nothing_is_taken():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    note()
+
+
+def test_a_sweep_goes_on_where_its_log_is_on_a_full_disk(tmp_path):
+    assert preloaded.run(note_where_nothing_is_taken, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "end").exists()
+
+
+def test_closed_outputs_go_nowhere_and_lend_no_file_their_numbers(study, tmp_path):
+    command = (
+        "import sys; from dashboards.pareto import main; code = main(['s']); "
+        "sys.exit(code or open('other', 'w').fileno() < 3)"
+    )
+    done = subprocess.run(
+        f'{sys.executable} -c "{command}" >&- 2>&-',
+        shell=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0 and (study / "pareto.md").is_file()
+
+
 def test_nor_does_a_sweep_end_because_nobody_reads_what_it_notes(tmp_path):
     assert preloaded.run(note, cwd=tmp_path, unread=(1, 2)).returncode == 0
     assert (tmp_path / "end").exists()
