@@ -317,6 +317,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.output is not None and not arguments.output.absolute().parent.is_dir():
         raise UsageError(f"output {str(arguments.output)!r}: its folder does not exist; create it")
+    if arguments.output is not None and arguments.output.is_dir():
+        raise UsageError(f"output {str(arguments.output)!r}: a folder; give the name of a file")
     path = write_report(load(arguments.study), arguments.output)
     say(f"written: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0

@@ -17,13 +17,14 @@ from dashboards.pareto import export, print_table
 from dashboards.published import write_published
 from dashboards.recommendation import recommended, record
 from dashboards.report import FIGURES, write_report
+from streamllm.files import explained
 from streamllm.results.checks import checked_front
 from streamllm.results.damaged import read_lines
 from streamllm.results.front import dominators
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults, load_study
 from streamllm.results.study_folder import append_line
-from streamllm.terminal.printing import say
+from streamllm.terminal.printing import discard, say
 
 if TYPE_CHECKING:
     from .configuration import SweepConfiguration
@@ -52,7 +53,11 @@ def conclude(
         keep_recommendation(results)
         for reason in keep_front(results):
             display.note(reason)
-        print_table(results)
+        try:
+            print_table(results)
+        except OSError as error:  # what follows it, MLflow above all, is not lost with it
+            discard(sys.stdout)
+            display.note(f"warning: the table could not be printed ({explained(error)}); {configuration.output} has it")
         try:
             files += write_outputs(results)
         except Exception as error:  # the results are complete without it

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from streamllm.files import is_file
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
@@ -61,7 +62,8 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
         projection.open(lambda reason: print(reason, file=sys.stderr))
         for row in track(rows, "MLflow", console=Console(stderr=True), transient=True):
             projection.log(row)
-        projection.close(results, report_of(results, [*write_outputs(results), results.files.configuration]))
+        files = [*write_outputs(results), results.files.configuration]
+        projection.close(results, report_of(results, [path for path in files if is_file(path)]))  # it may be lost
     except Exception as error:  # MLflow raises anything
         print(f"error: MLflow cannot be brought up to date: {one_line(error)}", file=sys.stderr)
         return 1

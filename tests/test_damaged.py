@@ -14,6 +14,7 @@ from dashboards import pareto, report, summarize
 from dashboards.loading import load, load_all, studies_here
 from dashboards.serve import Reports, chosen_studies
 from dashboards.tables import frames
+from orchestrator import sync
 from orchestrator.conclusion import keep_front
 from orchestrator.search.confirm import comparable
 from orchestrator.search.rounds import read_rounds
@@ -351,3 +352,12 @@ def test_store_entries_that_are_no_files_are_measured_again(tmp_path):
             path.rmdir()
     store.put({"a": 1}, Measurement({"b": 2}))
     assert store.get({"a": 1}) == Measurement({"b": 2})
+
+
+def test_mlflow_is_brought_up_to_date_where_the_settings_are_lost(tmp_path, empty_mlflow, monkeypatch, capsys):
+    output = write_finished(tmp_path).output
+    (output / "sweep.json").unlink()
+    monkeypatch.chdir(tmp_path)
+    shutil.copyfile(empty_mlflow, "mlflow.db")
+    assert sync.main(["s", "--tracking-uri", "sqlite:///mlflow.db"]) == 0
+    assert "the journal's copy is read" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from streamllm.engine.generation import StreamingCache
+from streamllm.errors import UsageError
 
 from .conftest import GOLDEN
 from .dispatched import (
@@ -130,3 +131,18 @@ def test_what_does_neither_passes():
         there = torch.ones(3, device="meta")
         there.copy_(torch.ones(3).to("meta", non_blocking=True)).fill_(2.0)
         there[0] = 2.0
+
+
+def test_a_cluster_that_asks_for_a_token_has_its_remedy_named(monkeypatch):
+    import ray
+
+    from orchestrator.workers import cluster
+
+    def refuse(**_):
+        raise ConnectionError("Failed to connect")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    monkeypatch.setattr(cluster, "_check_answers", lambda _: None)
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    with pytest.raises(UsageError, match="RAY_AUTH_MODE=token before the command"):
+        cluster._init(ray, "127.0.0.1:6379")

@@ -1,5 +1,6 @@
 """Commands whose output nobody reads to its end: `| head`. They end quietly, their files are written all the same."""
 
+import errno
 import json
 import os
 import subprocess
@@ -9,12 +10,14 @@ from types import SimpleNamespace
 
 import pytest
 
+from orchestrator import conclusion
 from orchestrator.screen.display import Display
 from streamllm.__main__ import main as engine
 from streamllm.terminal.printing import say
 
 from . import preloaded, quick_sweep
 from .conftest import GOLDEN
+from .finished_study import write_finished
 from .made_studies import row, write_study
 from .preloaded import ROOT
 from .quick_sweep import shorten
@@ -117,6 +120,30 @@ def note():
     Path("end").touch()
 
 
+def note_where_nothing_is_taken():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 2)
+    note()
+
+
+def test_a_sweep_goes_on_where_its_log_is_on_a_full_disk(tmp_path):
+    assert preloaded.run(note_where_nothing_is_taken, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "end").exists()
+
+
+def test_closed_outputs_go_nowhere_and_lend_no_file_their_numbers(study, tmp_path):
+    command = (
+        "import sys; from dashboards.pareto import main; code = main(['s']); "
+        "sys.exit(code or open('other', 'w').fileno() < 3)"
+    )
+    done = subprocess.run(
+        f'{sys.executable} -c "{command}" >&- 2>&-',
+        shell=True,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0 and (study / "pareto.md").is_file()
+
+
 def test_nor_does_a_sweep_end_because_nobody_reads_what_it_notes(tmp_path):
     assert preloaded.run(note, cwd=tmp_path, unread=(1, 2)).returncode == 0
     assert (tmp_path / "end").exists()
@@ -126,3 +153,16 @@ def test_what_is_said_is_there_at_once(capfdbinary):
     say("é\nsecond")
     say(b"\xff\x00")
     assert capfdbinary.readouterr().out == "é\nsecond\n".encode() + b"\xff\x00"
+
+
+def test_a_table_that_nothing_takes_costs_neither_report_nor_mlflow(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(conclusion, "print_table", full)
+    monkeypatch.setattr(conclusion, "discard", lambda _: None)  # pytest's own stdout stays
+    configuration, said, tracked = write_finished(tmp_path), [], []
+    tracker = SimpleNamespace(finish=lambda report, _: tracked.append(report), address="")
+    conclusion.conclude(configuration, tracker, SimpleNamespace(note=said.append, draining=None))
+    assert len(tracked) == 1 and (configuration.output / "report.html").is_file()
+    assert len(said) == 1 and "No space left on device" in said[0]

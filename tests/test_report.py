@@ -195,6 +195,12 @@ def test_other_objectives(tmp_path):
     assert "knee" in page.text["summary"].lower()
 
 
+def test_an_output_that_is_a_folder_is_refused_by_its_name(tmp_path, capsys):
+    study(tmp_path / "s")
+    assert main([str(tmp_path / "s"), "--output", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: output '{tmp_path}': a folder; give the name of a file\n"
+
+
 def test_command(tmp_path, capsys):
     study(tmp_path / "s")
     assert main([str(tmp_path / "s")]) == 0

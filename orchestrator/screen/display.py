@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from typing import Protocol
+from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -47,6 +47,13 @@ class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Nobody reads any more: the sweep goes on."""
         discard(sys.stderr)
+
+    def __exit__(self, *error: Any) -> None:
+        """All that is written is written here. So does it where the terminal is gone or the disk of the log is full."""
+        try:
+            super().__exit__(*error)
+        except OSError:
+            discard(sys.stderr)
 
 
 class Display:

@@ -111,7 +111,9 @@ def _init(ray: Any, address: str | None) -> None:
             _in_a_thread_that_stays(lambda: ray.init(address=address or "local", **options))
     except Exception as error:  # Ray raises a plain one where a node does not start
         what = _named(address) if address else "a cluster of this machine's own"
-        raise UsageError(f"Ray: {what} cannot be used: {one_line(error)}") from error
+        asks = address and "RAY_AUTH_MODE" not in os.environ  # as one of `ray start` does, `ray.init` by default not
+        hint = "; RAY_AUTH_MODE=token before the command, if that cluster asks for a token" if asks else ""
+        raise UsageError(f"Ray: {what} cannot be used: {one_line(error)}{hint}") from error
     for number, handler in before.items():  # Ray's own for SIGTERM prints stacks
         signal.signal(number, handler)
 

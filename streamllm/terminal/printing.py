@@ -10,7 +10,13 @@ from typing import TextIO
 
 
 def tolerate() -> None:
-    """Has stdout and stderr print a question mark for what the terminal's encoding lacks."""
+    """Has stdout and stderr print a question mark for what the terminal's encoding lacks. Those that are closed (`>&-`)
+    go nowhere: the next file opened would have their number, and be written into by libraries."""
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # tests have others
             with suppress(OSError):  # nobody reads it
