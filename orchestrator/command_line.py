@@ -175,7 +175,7 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
 def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     """Checks all that can be checked before anything is started. Raises UsageError."""
     from .configuration import ConfirmSettings, SearchSettings, SweepConfiguration, WorkerSettings
-    from .workers.cluster import resources_here
+    from .workers.cluster import check_answers, resources_here
     from .workers.room import Room
     from .workers.temporary import check_temporary_folder
 
@@ -196,6 +196,9 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         trial_timeout=arguments.trial_timeout,
         load_timeout=arguments.load_timeout,
     )
+    joined = workers.address or os.environ.get("RAY_ADDRESS")
+    if joined and not arguments.dry_run:
+        check_answers(joined)
     if (here := resources_here(workers.address)) is not None:
         Room.of([here], workers)
     limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)

@@ -12,6 +12,9 @@ from streamllm.terminal.program import command, program
 
 from .ending import WORDS
 
+_PATIENCE_SEC = 60.0
+"""For another that brings the same study up to date."""
+
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -34,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         folder = load(arguments.study).files
-        with study_lease(folder):
+        with study_lease(folder, _PATIENCE_SEC):
             return _sync(str(folder.path), arguments.tracking_uri)
     except KeyboardInterrupt:
         print(WORDS, file=sys.stderr)

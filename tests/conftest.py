@@ -47,6 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
     again and again for half a minute where it cannot be reached."""
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ["RAY_AUTH_MODE"] = "disabled"  # be there a token on this machine or not
     if not is_gpu_session(config.option.markexpr):
         os.environ.update(HIDDEN)
         leases = os.environ["STREAMLLM_LEASES"] = tempfile.mkdtemp(prefix="leases-")

@@ -1,5 +1,6 @@
 """Ray where it is not: what does not answer is named within seconds, and an end of Ray is noticed."""
 
+import os
 import socket
 import threading
 import time
@@ -126,3 +127,24 @@ def test_what_there_is_no_room_for_is_found_before_ray_starts(options, message, 
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UsageError, match=message):
         command_line.resolve(command_line.parser().parse_args(options))
+
+
+@pytest.mark.parametrize("has_token", [True, False])
+def test_a_token_is_shown_where_there_is_one(has_token, monkeypatch, tmp_path):
+    """A cluster of `ray start` asks for it, and `ray.init` does not show it by itself."""
+    monkeypatch.setenv("RAY_AUTH_MODE", "")
+    monkeypatch.delenv("RAY_AUTH_MODE")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    if has_token:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray/auth_token").write_text("x")
+    cluster_module.check_answers("local")
+    assert os.environ.get("RAY_AUTH_MODE") == ("token" if has_token else None)
+
+
+def test_one_that_never_lets_this_process_join(monkeypatch):
+    monkeypatch.setattr(cluster_module, "check_answers", lambda address: None)
+    monkeypatch.setattr(cluster_module, "_JOIN_SEC", 0.3)
+    monkeypatch.setattr("ray.init", lambda **_: time.sleep(2))
+    with pytest.raises(UsageError, match="--address a:1 cannot be used: TimeoutError: it does not let this process"):
+        Cluster.join("a:1")

@@ -21,6 +21,8 @@ from streamllm.errors import UsageError
 from .messages import SweepError
 
 _CONNECT_SEC = 4.0
+_JOIN_SEC = 90.0
+"""A busy machine takes 20 to start Ray."""
 _HTTP2_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
 """What a client of gRPC begins with, and a frame of settings (RFC 9113, section 3.4); a server answers with its own."""
 _SETTINGS = 4
@@ -102,13 +104,13 @@ def _init(ray: Any, address: str | None) -> None:
         if default_device().type not in ("cpu", "cuda"):  # which Ray counts only with dpctl (Intel's), or of late
             options["num_gpus"] = torch.accelerator.device_count()
     else:
-        _check_answers(address)
+        check_answers(address)
     before = _handlers()
     try:
         # workers look for modules where the driver is then: not in the working directory, among other people's files
         with chdir(Path(__file__).resolve().parents[2]):
             # without an address Ray would join whatever cluster this machine has been part of last
-            _in_a_thread_that_stays(lambda: ray.init(address=address or "local", **options))
+            _in_a_thread_that_stays(lambda: ray.init(address=address or "local", **options), _JOIN_SEC)
     except Exception as error:  # Ray raises a plain one where a node does not start
         what = _named(address) if address else "a cluster of this machine's own"
         asks = address and "RAY_AUTH_MODE" not in os.environ  # as one of `ray start` does, `ray.init` by default not
@@ -126,10 +128,11 @@ def _handlers() -> dict[int, Any]:
     return {number: handler for number in numbers if (handler := signal.getsignal(number)) is not None}
 
 
-def _in_a_thread_that_stays(start: Callable[[], object]) -> None:
+def _in_a_thread_that_stays(start: Callable[[], object], seconds: float) -> None:
     """So that this one hears signals meanwhile, and Ray does not take them; with the thread that started Ray's
-    processes the kernel would end them."""
+    processes the kernel would end them. Raises TimeoutError after so many seconds."""
     started: Future[None] = Future()
+    deadline = time.monotonic() + seconds
 
     def run() -> None:
         try:
@@ -141,6 +144,8 @@ def _in_a_thread_that_stays(start: Callable[[], object]) -> None:
 
     threading.Thread(target=run, name="ray", daemon=True).start()
     while not started.done():
+        if time.monotonic() > deadline:
+            raise TimeoutError("it does not let this process join it")
         time.sleep(0.05)
     started.result()
 
@@ -155,9 +160,12 @@ def _vital(ray: Any) -> dict[str, tuple[str, int]]:
     return {"head": head, "raylet": (own["NodeManagerAddress"], int(own["NodeManagerPort"]))}
 
 
-def _check_answers(address: str) -> None:
+def check_answers(address: str) -> None:
     """Raises UsageError, within seconds, if no Ray answers there: `ray.init` would not for minutes, and take no signal
     meanwhile."""
+    if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or (Path.home() / ".ray/auth_token").is_file():
+        # as `ray start` asks for it; where nobody asks, it does no harm; Ray reads this when it is imported
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
     if address == "local" or address.startswith("ray://"):
         return
     found = address

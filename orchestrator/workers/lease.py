@@ -122,16 +122,21 @@ def _take(names: Sequence[str], count: int, layer: int, owner: str) -> tuple[lis
 
 
 @contextmanager
-def study_lease(folder: StudyFolder) -> Iterator[None]:
-    """One driver at a time per study. Raises UsageError that names the one already there."""
+def study_lease(folder: StudyFolder, patience: float = 0.0) -> Iterator[None]:
+    """One driver at a time per study. Raises UsageError that names the one already there, after so many seconds."""
+    deadline = time.monotonic() + patience
     with _opened_lock(folder.lock) as file:
-        try:
-            _lock_as(file, this_process())
-        except BlockingIOError:
-            raise UsageError(
-                f"study {folder.path.name!r} is being run by {_holder(file)}; wait for it, stop it, or give another "
-                "--study"
-            ) from None
+        while True:
+            try:
+                _lock_as(file, this_process())
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline:
+                    raise UsageError(
+                        f"study {folder.path.name!r} is being run by {_holder(file)}; wait for it, stop it, or give "
+                        "another --study"
+                    ) from None
+            time.sleep(0.2)
         yield
 
 
