@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -48,6 +49,8 @@ def pytest_configure(config: pytest.Config) -> None:
     os.environ["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] = "false"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ["RAY_AUTH_MODE"] = "disabled"  # be there a token on this machine or not
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as scripts have it in what they run in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if not is_gpu_session(config.option.markexpr):
         os.environ.update(HIDDEN)
         leases = os.environ["STREAMLLM_LEASES"] = tempfile.mkdtemp(prefix="leases-")

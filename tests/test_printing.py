@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from orchestrator import conclusion
+from orchestrator.ending import Ending
 from orchestrator.screen.display import Display
 from streamllm.__main__ import main as engine
 from streamllm.terminal.printing import say
@@ -163,6 +164,6 @@ def test_a_table_that_nothing_takes_costs_neither_report_nor_mlflow(tmp_path, mo
     monkeypatch.setattr(conclusion, "discard", lambda _: None)  # pytest's own stdout stays
     configuration, said, tracked = write_finished(tmp_path), [], []
     tracker = SimpleNamespace(finish=lambda report, _: tracked.append(report), address="")
-    conclusion.conclude(configuration, tracker, SimpleNamespace(note=said.append, draining=None))
+    conclusion.conclude(configuration, tracker, SimpleNamespace(note=said.append, draining=None), Ending())
     assert len(tracked) == 1 and (configuration.output / "report.html").is_file()
     assert len(said) == 1 and "No space left on device" in said[0]
