@@ -14,10 +14,14 @@ from .terminal.arguments import check_values
 from .terminal.program import COMMANDS, command, program
 
 
+def script() -> int:
+    """What the installed `streamllm` calls."""
+    os.environ.setdefault("PYTHONSAFEPATH", "1")  # what lies in the working directory is no module of ours
+    return main()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else [*argv]
-    if Path(sys.argv[0]).stem == "streamllm":
-        os.environ.setdefault("PYTHONSAFEPATH", "1")  # what lies in the working directory is no module of ours
     if arguments and arguments[0] in COMMANDS:
         module, _ = COMMANDS[arguments[0]]
         return int(import_module(module).main(arguments[1:]))

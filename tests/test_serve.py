@@ -44,9 +44,9 @@ def status(address, host=None):
 
 
 @contextmanager
-def occupied(port=0):
+def occupied():
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
+        taken.bind(("127.0.0.1", 0))
         taken.listen()
         yield taken.getsockname()[1]
 
@@ -206,10 +206,9 @@ def test_one_command_serves_and_whatever_ends_it_ends_all(tmp_path, number):
     study(tmp_path / "sweeps/s")
     environment = {name: value for name, value in os.environ.items() if name != "MLFLOW_TRACKING_URI"}
     environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[1]), environment.get("PYTHONPATH", "")])
-    wanted = serve.free_port(21000)
     (tmp_path / "mlflow.db").touch()
-    command = [sys.executable, "-m", "dashboards.serve", "--port", str(wanted)]
-    with occupied(wanted), (tmp_path / "out").open("w+") as out:
+    with occupied() as wanted, (tmp_path / "out").open("w+") as out:
+        command = [sys.executable, "-m", "dashboards.serve", "--port", str(wanted)]
         process = subprocess.Popen(
             command, cwd=tmp_path, stdout=out, stderr=out, env=environment, start_new_session=True
         )
