@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .configuration import Configuration
 from .errors import UsageError, shown
-from .measuring.baseline import as_baseline, average, baseline_policy, compared, sampled
+from .measuring.baseline import as_baseline, average, baseline_policy, compared, row_of, sampled
 from .measuring.reference_time import with_times
 from .measuring.text import TextSource
 from .options import DTYPES, EXECUTIONS, PROTOCOLS, QUANTIZATIONS
@@ -226,8 +226,7 @@ def baseline_runs(measurements: Measurements, beside: Configuration, how: Measur
             with working(name, "timing") as progress:
                 run = measurements.whole(protocol, what, how.strict, progress, number, size)
         losses = run.losses
-        row = Row.of(run.keys.identity(what, protocol) | run.record)
-        row = row | {"reference_total": measurements.total, "reused": not run.is_fresh}
+        row = row_of(what, protocol, run)
         runs.append((as_baseline(row, losses, compare_quality(measurements, protocol, losses)), losses))
     raise AssertionError("unreachable: the store is finite")
 

@@ -202,7 +202,10 @@ def test_nvidias_driver_is_asked_for_its_version(tmp_path, monkeypatch):
 
 def test_results_name_their_entries_in_the_store(tmp_path, golden_model, golden_tokens):
     stream = TokenStream(golden_tokens[:60], "golden", "digest")
-    of, what = Measurements.of(MeasurementStore(tmp_path), golden_model("llama-tiny"), stream, 24), Configuration("ours", POLICY)
+    of, what = (
+        Measurements.of(MeasurementStore(tmp_path), golden_model("llama-tiny"), stream, 24),
+        Configuration("ours", POLICY),
+    )
     for fresh in (True, False):
         found = of.whole("fast", what)
         assert found.is_fresh == fresh

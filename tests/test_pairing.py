@@ -12,7 +12,6 @@ from streamllm.measuring.bench import Bench, Leases
 from streamllm.measuring.jobs import Job
 from streamllm.measuring.pairing import between_references, in_turn, take_pairs
 from streamllm.measuring.reference_time import ReferencePool, speedup, with_times
-from streamllm.measuring.store import MeasurementStore
 from streamllm.measuring.text import TokenStream
 from streamllm.measuring.timing import measure_speed
 from streamllm.policy import EvictionPolicy, strict_policy

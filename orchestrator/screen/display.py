@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dashboards.pareto import rich_table
+from streamllm.measuring.jobs import Job
 from streamllm.measuring.reference_time import ReferencePool
 from streamllm.results.front import hypervolume, pareto_front
 from streamllm.results.schema import OBJECTIVES, Row, told_name
@@ -23,7 +24,7 @@ from streamllm.results.study import BASELINE, STRICT
 from streamllm.terminal.printing import discard
 from streamllm.terminal.progress import LINE_SEC, regularly, spoken
 
-from ..workers.messages import TrialSpec, WorkerDescription
+from ..workers.messages import WorkerDescription
 from .plot import Plot
 
 _FRONT_ROWS = 5
@@ -117,17 +118,19 @@ class Display:
         where = f"GPU {description['visible_devices']}, " if description["visible_devices"] else ""
         cores = ",".join(map(str, description["cores"])) or "all"
         self._doing[worker] = "idle"
-        self.note(f"worker {worker}: {where}{description['device']}, cores {cores}, {description['n_tokens']} tokens")
+        self.note(f"worker {worker}: {where}{description['conditions'].kind['device']}, cores {cores}")
 
-    def trial_started(self, worker: int, spec: TrialSpec) -> None:
+    def worker_idle(self, worker: int) -> None:
+        self._doing[worker] = "idle"
+
+    def job_started(self, worker: int, job: Job) -> None:
         if self._confirming is not None:
             total, started = self._confirming
             self._confirming = total, started + 1
-            if spec.round > self._round:
-                self._round = spec.round
-                self.note(f"confirming: round {spec.round}")
-            self._doing = dict.fromkeys(self._doing, "idle")  # in rounds one works at a time
-        self._doing[worker] = f"{spec.configuration}{f', round {spec.round}' if spec.round else ''}"
+            if job.run > self._round:
+                self._round = job.run
+                self.note(f"confirming: round {job.run}")
+        self._doing[worker] = str(job)
 
     def trial_finished(self, row: Row) -> None:
         if row["trial"] in _FIXED:
@@ -144,7 +147,6 @@ class Display:
                 self.note(f"{said}{' (from the store)' * row['reused']}")
             return
         self._count(row)
-        self._doing[row["worker"]] = "idle"
         outcome = _outcome(self._times.with_time(row))
         self.note(f"[{self._done:>{len(str(self._total))}}/{self._total}] {outcome}")
 

@@ -23,16 +23,17 @@ import subprocess
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TypedDict
-
-import torch
+from typing import TYPE_CHECKING, TypedDict
 
 from ..engine.backends import BACKENDS
-from ..engine.device import cpu_capability, device_name
 from ..engine.methods import METHODS
-from ..engine.model import LoadedModel
 from ..libraries import installed
 from .store import code_digest
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..engine.model import LoadedModel
 
 
 class KindOfWorker(TypedDict):
@@ -68,6 +69,8 @@ class Conditions:
 
     @classmethod
     def of(cls, loaded: LoadedModel) -> Conditions:
+        from ..engine.device import cpu_capability
+
         device = loaded.device
         return cls(
             model=loaded.name,
@@ -104,6 +107,10 @@ class Conditions:
 def kind_of_worker(device: torch.device) -> KindOfWorker:
     """The part of a row that says who timed it: times of workers that differ in any of it do not compare. See
     `reference_time`."""
+    import torch
+
+    from ..engine.device import device_name
+
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
@@ -113,6 +120,8 @@ def kind_of_worker(device: torch.device) -> KindOfWorker:
 
 def software(device: torch.device) -> dict[str, str | None]:
     """Versions that every time on that device depends on, the reference's too."""
+    import torch
+
     found = {name: installed(name) for name in ("torch", "transformers")} | {"python": platform.python_version()}
     if device.type == "cpu":
         return found | {"omp_wait_policy": os.environ.get("OMP_WAIT_POLICY")}

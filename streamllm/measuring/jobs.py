@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..configuration import Configuration
 
@@ -34,6 +34,8 @@ class Job:
     """Of a quality that is sampled: which part of the sample."""
     tokens: int | None = None
     """Of one whose parts have been put together: how many losses they are. Nobody measures it."""
+    peek: bool = False
+    """Only if the store has it: the result is None otherwise."""
 
     @property
     def is_timed(self) -> bool:
@@ -59,4 +61,5 @@ class Done:
     worker: int | None = None
 
 
-Plan = Generator[Sequence[Job], Sequence[Done], T]
+Plan = Generator[Sequence[Job], Sequence[Any], T]
+"""Its results are of type Done or, of a job that peeks, None."""

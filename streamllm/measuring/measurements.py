@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
+
 from ..configuration import Configuration
 from ..engine.decoding import Progress
 from ..engine.methods import sampled_losses
@@ -15,7 +17,7 @@ from .bench import Bench
 from .jobs import Done, Job, Plan
 from .keys import Keys
 from .plans import Evaluated
-from .sample import FixedSize, SampleSize, sample_batches
+from .sample import SampleSize
 from .store import MeasurementStore
 from .text import TokenStream
 
@@ -53,12 +55,14 @@ class Measurements:
         """A plan's result. strict, and what is raised: as `Bench.measure`."""
         return _run(plan, lambda job: self._done(job, strict, progress))
 
-    def _done(self, job: Job, strict: bool, progress: Progress | None) -> Done:
+    def _done(self, job: Job, strict: bool, progress: Progress | None) -> Done | None:
         keys = self.keys
         key = keys.of(job)
         found = self.store.get(key)
         if found is not None:
             return Done(found, keys, is_fresh=False)
+        if job.peek:
+            return None
         measured = self.bench.measure(job, strict, progress if job.batch is None else None)
         self.store.put(key, measured)
         return Done(measured, keys, is_fresh=True)
@@ -86,38 +90,37 @@ class Measurements:
 
     def find(self, protocol: str, what: Configuration, run: int = 0) -> Evaluated | None:
         """What `whole` would return, of a sample as it is, if it is stored."""
-        size = None
-        if protocol == "fast" and sampled_losses(what.method) is not None:
-            size = FixedSize(self._stored_tokens(what))
-            if not size.tokens:
-                return None
+        size = _AsItIs() if protocol == "fast" and sampled_losses(what.method) is not None else None
         try:
             return self._kept(_run(plans.whole(protocol, what, self.stream, run, size), self._stored))
         except LookupError:
             return None
 
-    def _stored(self, job: Job) -> Done:
+    def _stored(self, job: Job) -> Done | None:
         """Raises LookupError."""
         found = self.store.get(self.keys.of(job))
-        if found is None:
-            raise LookupError(str(job))
-        return Done(found, self.keys, is_fresh=False)
-
-    def _stored_tokens(self, what: Configuration) -> int:
-        """Size of the sample that is stored."""
-        known = 0
-        for number, positions in enumerate(sample_batches(len(self.stream.tokens), what.policy.kept)):
-            if self.store.get(self.keys.of(Job("quality", what, batch=number))) is None:
-                break
-            known += len(positions)
-        return known
+        if found is not None:
+            return Done(found, self.keys, is_fresh=False)
+        if job.peek:
+            return None
+        raise LookupError(str(job))
 
     def _kept(self, evaluated: Evaluated) -> Evaluated:
         plans.keep_sample(self.store, evaluated)
         return evaluated
 
 
-def _run(plan: Plan[T], do: Callable[[Job], Done]) -> T:
+class _AsItIs:
+    """A sample's size that is enough as soon as there is any."""
+
+    def reached(self, table: np.ndarray) -> bool:
+        return True
+
+    def expected(self, table: np.ndarray) -> int:
+        return len(table)
+
+
+def _run(plan: Plan[T], do: Callable[[Job], Done | None]) -> T:
     """A plan's result, one job after the other."""
     try:
         jobs = next(plan)

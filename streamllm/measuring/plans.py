@@ -15,7 +15,7 @@ from ..policy import strict_policy
 from .evaluation import Quality, fast_record
 from .jobs import Done, Job, Plan
 from .keys import Keys
-from .sample import FixedSize, SampleSize, sample_batches
+from .sample import BATCH, FixedSize, SampleSize
 from .store import Measurement, MeasurementStore, entry_name
 from .text import TokenStream
 
@@ -52,36 +52,38 @@ def quality(
     if sampled_losses(what.method) is None:
         (done,) = yield [Job("quality", what)]
         return _evaluated([done], done.measurement)
-    return (yield from sample(what, text, size or FixedSize(), progress))
+    return joined(what, (yield from sample(what, text, size or FixedSize(), progress)))
 
 
 def sample(
     what: Configuration, text: TokenStream, size: SampleSize, progress: Progress | None = None
-) -> Plan[Evaluated]:
-    """Batch by batch, each kept as soon as it is there."""
+) -> Plan[list[Done]]:
+    """Its parts, batch by batch, each kept as soon as it is there. What is stored counts whole."""
     parts: list[Done] = []
-    batches = sample_batches(len(text.tokens), what.policy.kept)
-    for number, _ in enumerate(batches):
-        table = table_of(parts)
-        if len(table) and size.reached(table):
-            break
-        if progress is not None:
-            progress(len(table), max(size.expected(table), len(table) + 1))
-        parts += yield [Job("quality", what, batch=number)]
+    is_stored = True
+    for number in range(batches_of(what, text)):
+        job = Job("quality", what, batch=number)
+        if is_stored:
+            (part,) = yield [replace(job, peek=True)]
+            is_stored = part is not None
+        if not is_stored:
+            table = table_of(parts)
+            if len(table) and size.reached(table):
+                break
+            if progress is not None:
+                progress(len(table), max(size.expected(table), len(table) + 1))
+            (part,) = yield [job]
+        parts.append(part)
     if progress is not None:
         total = len(table_of(parts))
         progress(total, total)
-    return joined(what, parts)
+    return parts
 
 
-def batches_for(what: Configuration, text: TokenStream, tokens: int) -> int:
-    """How many batches of a sample have so many losses, or all there are."""
-    known = 0
-    for number, positions in enumerate(sample_batches(len(text.tokens), what.policy.kept), 1):
-        known += len(positions)
-        if known >= tokens:
-            return number
-    return number
+def batches_of(what: Configuration, text: TokenStream) -> int:
+    """How many batches its whole sample has."""
+    n_losses = len(text.tokens) - 1
+    return 1 if n_losses <= what.policy.kept else -(-n_losses // BATCH)
 
 
 def joined(what: Configuration, parts: Sequence[Done]) -> Evaluated:
@@ -102,6 +104,14 @@ def keep_sample(store: MeasurementStore, evaluated: Evaluated) -> None:
             store.put(key, measurement)
 
 
+def grown(before: Evaluated, sample: Evaluated) -> Evaluated:
+    """The same with a larger sample."""
+    record = before.record | sample.record
+    return replace(
+        sample, record=record | {"runtime_sec": record["quality_sec"] + record["speed_sec"]}, keys=before.keys
+    )
+
+
 def fast(
     what: Configuration,
     text: TokenStream,
@@ -112,18 +122,21 @@ def fast(
     """Quality and speed by protocol `fast`; the speed is taken once per run."""
     if sampled_losses(what.method) is None:
         of_quality, speed = yield [Job("quality", what), Job("speed", what, run=run)]
-        known = _evaluated([of_quality], of_quality.measurement)
-    else:
-        known = yield from quality(what, text, size, progress)
-        (speed,) = yield [Job("speed", what, run=run)]
-    return Evaluated(
-        fast_record(known.record, speed.measurement.record),
-        known.losses,
-        speed.keys,
-        known.is_fresh or speed.is_fresh,
-        known.seconds + speed.seconds,
-        speed.worker,
-        known.whole_sample,
+        return with_speed(_evaluated([of_quality], of_quality.measurement), speed)
+    known = yield from quality(what, text, size, progress)
+    (speed,) = yield [Job("speed", what, run=run)]
+    return with_speed(known, speed)
+
+
+def with_speed(known: Evaluated, speed: Done) -> Evaluated:
+    """Both halves."""
+    return replace(
+        known,
+        record=fast_record(known.record, speed.measurement.record),
+        keys=speed.keys,
+        is_fresh=known.is_fresh or speed.is_fresh,
+        seconds=known.seconds + speed.seconds,
+        worker=speed.worker,
     )
 
 
