@@ -53,7 +53,7 @@ class BaselineSample:
 
     def is_due(self) -> bool:
         """Whether it is its turn beside trials."""
-        if self.is_whole or self._on_it > _SHARE * self._on_all:
+        if self.is_whole or not self._on_all or self._on_it > _SHARE * self._on_all:
             return False
         improves = self.wanted is None and self.tokens < MOST_TOKENS and not self._is_precise
         return self.is_short() or improves
