@@ -132,9 +132,10 @@ class Scheduler:
         first: Variant,
         note: Callable[[str], None] = lambda _: None,
         watchers: Sequence[Watcher] = (),
-        check: Callable[[int, WorkerDescription], None] = lambda *_: None,
+        check: Callable[[int, WorkerDescription], bool] = lambda *_: True,
     ) -> None:
-        """first: as which workers load the model. check: of a worker that is new; may raise."""
+        """first: as which workers load the model. check: whether a worker that is new may take part; may
+        raise."""
         self.concurrent = False
         """Whether accelerators of one node may be timed at once."""
         self._pool = pool
@@ -304,7 +305,8 @@ class Scheduler:
                 f"{description['host']} has other code of streamllm-sweep than this machine: install the same version "
                 f"on all nodes"
             )
-        self._check(worker, description)
+        if not self._check(worker, description):
+            return
         node = self._nodes.setdefault(description["host"], _Node(description["device_type"] == "cpu"))
         kind = kind_of(conditions.kind)
         self._conditions[kind, self._first] = conditions

@@ -148,7 +148,7 @@ def test_files_that_are_not_the_drivers_are_refused(tmp_path, monkeypatch):
     right = WorkerSetup("./m", VARIANT, tmp_path, weights_digest("./m"))
     monkeypatch.setattr(Worker, "_claim", lambda self: setattr(self, "cores", []) or [])
     assert Worker(right, 1, "me").load()["conditions"].model_digest == right.model_digest
-    with pytest.raises(UsageError, match="model './m' on .* differs from the one"):
+    with pytest.raises(UsageError, match=r"model './m' on .* differs from the one"):
         Worker(replace(right, model_digest="0" * 64), 1, "me").load()
 
 

@@ -16,8 +16,9 @@ from streamllm.policy import EvictionPolicy, for_chunks, with_derived_window
 from streamllm.results.schema import AnyRow, knobs_in_short
 from streamllm.terminal.output import check_folder
 
-from ..configuration import check_whole, total_kv
+from ..configuration import WorkerSettings, check_whole, total_kv
 from ..study_name import check_study_name, model_label, study_name
+from ..workers.messages import Variant
 
 
 class Outcome(TypedDict, total=False):
@@ -48,7 +49,7 @@ class Document(Outcome, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixRequest:
-    """What a user asks of a matrix. Raises UsageError for a number of threads that cannot be."""
+    """What a user asks of a matrix. Raises UsageError for a number of rounds that cannot be."""
 
     space: str
     """Its name or file."""
@@ -60,13 +61,14 @@ class MatrixRequest:
     quantization: str
     cap: int | None
     """Total KV; None: the matrix', or the trained length."""
-    threads: int | None
-    """None: torch's default."""
+    workers: WorkerSettings
+    rounds: int
+    """In which all times are taken again."""
     study: str | None
     output: Path | None
 
     def __post_init__(self) -> None:
-        check_whole(0, cpus_per_worker=self.threads)
+        check_whole(0, confirm=self.rounds)
         if self.study is not None:
             check_study_name(self.study)
 
@@ -81,6 +83,10 @@ class Planned:
     policy: EvictionPolicy
     baseline: str
     file: Path
+
+    @property
+    def variant(self) -> Variant:
+        return Variant(self.cell.dtype, self.cell.quantization)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -100,7 +106,12 @@ class MatrixPlan:
     """Total KV, in tokens."""
     cells: Sequence[Planned]
     """In the order of the table."""
-    threads: int | None
+    model: str
+    trained_length: int | None
+    vocabulary: int | None
+    """Its size; None of a model from the hub."""
+    workers: WorkerSettings
+    rounds: int
 
     @property
     def store(self) -> Path:
@@ -131,8 +142,8 @@ def make_plan(request: MatrixRequest) -> MatrixPlan:
 
     from streamllm.engine.loading import check_files, trained_length
 
-    check_files(request.model)
-    cap = total_kv(request.cap, matrix.cap, trained_length(request.model))
+    vocabulary, trained = check_files(request.model), trained_length(request.model)
+    cap = total_kv(request.cap, matrix.cap, trained)
     of_cap = [] if request.cap is None else [str(request.cap)]
     usual = study_name(model_label(request.model), *([source.label] if named else []), matrix.name, *of_cap)
     name = usual if request.study is None else request.study
@@ -151,7 +162,9 @@ def make_plan(request: MatrixRequest) -> MatrixPlan:
             f"cap {cap}: a cell of the matrix has its own window of {wide.cell.window_size} tokens, "
             f"{wide.policy.kept + wide.policy.cache_slack} with sinks and slack; leave --cap out"
         )
-    return MatrixPlan(name, folder, matrix, cap, cells, request.threads)
+    return MatrixPlan(
+        name, folder, matrix, cap, cells, request.model, trained, vocabulary, request.workers, request.rounds
+    )
 
 
 def policy_of(cell: Cell, cap: int) -> EvictionPolicy:

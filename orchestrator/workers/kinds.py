@@ -37,7 +37,7 @@ class Kinds:
         self._model = next((unquantized(row["model_digest"]) for row in known if "model_digest" in row), None)
         """Digest of the weights, whatever became of them; in a new study, the first worker's."""
 
-    def check(self, worker: int, description: WorkerDescription) -> None:
+    def check(self, worker: int, description: WorkerDescription) -> bool:
         """A study is of one model, whoever measures and whenever; tables tell the kinds apart, and one confirms. Raises
         UsageError."""
         conditions = description["conditions"]
@@ -57,6 +57,7 @@ class Kinds:
         )
         if differ:
             self._note(f"warning: worker {worker} is of another kind than when the study began: {differ}")
+        return True
 
     def to_confirm(self, members: Mapping[Kind, Mapping[str, Sequence[int]]]) -> Kind:
         """The kind whose workers confirm: the study's or, where none is of it any more, that of most of them."""
