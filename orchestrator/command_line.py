@@ -56,7 +56,6 @@ _OF_SEARCHES = (
     "baseline_tokens",
     "seed",
     "max_ppl_increase",
-    "tracking_uri",
 )
 """Options that mean nothing to a matrix."""
 

@@ -200,7 +200,7 @@ class SweepConfiguration:
             "max_ppl_increase": confirm.max_ppl_increase,
             "study_id": study_id,
             "summary": self.summary,
-            "versions": _versions(),
+            "versions": versions(),
             "commit": commit(),
         }
 
@@ -318,7 +318,7 @@ def _shown(name: str, value: object) -> str:
     return f"{value:.12}..." if name.endswith("digest") and value and isinstance(value, str) else repr(value)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions installed where the sweep is started; those that a measurement was made with are in its entry's key."""
     names = ("torch", "transformers", "torchao", "kvpress", "flash-attn", "optuna", "ray", "mlflow")
     return {name: version for name in names if (version := installed(name)) is not None}

@@ -405,8 +405,9 @@ class Scheduler:
         return not node.timing or (self.concurrent and not node.is_cpu)
 
     def _is_alone(self, node: _Node, wanted: _Wanted) -> bool:
-        """Whether nothing may run on the node beside it: on a CPU all share caches, memory and clock."""
-        return wanted.job.is_timed and (node.is_cpu or wanted.job.kind == "times")
+        """Whether nothing may run on the node beside it: on a CPU, where all share caches, memory and clock; and what
+        is measured again to be sure."""
+        return wanted.job.is_timed and (node.is_cpu or wanted.job.run > 0)
 
     def _staying_for(self, worker: int, member: _Member) -> _Wanted | None:
         for wanted in self._staying:

@@ -53,7 +53,7 @@ def _run(argv: Sequence[str] | None, started: float, ending: Ending) -> int:
     if is_matrix(arguments.space):
         from .matrix.run import run_matrix
 
-        return run_matrix(matrix_request(arguments), arguments.dry_run, ending)
+        return run_matrix(matrix_request(arguments), arguments.dry_run, ending, arguments.tracking_uri)
     from .workers.lease import study_lease
 
     configuration = resolve(arguments)

@@ -41,6 +41,8 @@ class Document(Outcome, total=False):
 
     cell: str
     settings: dict[str, object]
+    rounds: int
+    """In which all was taken again."""
     measured_sec: float
     finished_at: float
     """Seconds since 1970."""
@@ -118,8 +120,14 @@ class MatrixPlan:
         """Shared with the sweeps beside it."""
         return self.folder.parent / ".store"
 
+    def is_finished(self, planned: Planned, documents: Mapping[Path, Document], rounds: int | None = None) -> bool:
+        """Whether a cell is, the rounds included: so many, or all that are wanted."""
+        document = documents.get(planned.file)
+        wanted = self.rounds if rounds is None else rounds
+        return document is not None and document["state"] == "complete" and document.get("rounds", 0) >= wanted
+
     def documents(self) -> dict[Path, Document]:
-        """The files there are. Raises UsageError if a finished one was made under other settings."""
+        """What the files say that there are. Raises UsageError if a finished one was made under other settings."""
         found = {planned.file: _read(planned.file) for planned in self.cells}
         for planned in self.cells:
             document = found[planned.file]
@@ -198,7 +206,7 @@ def describe(plan: MatrixPlan) -> str:
             f"{cell.method} {cell.attn_backend}{execution} {cell.dtype} {knobs_in_short(asdict(policy))}, "
             f"{'all' if most is None else most} tokens of {planned.source.label}"
         )
-    left = [planned for planned in plan.cells if documents.get(planned.file, {}).get("state") != "complete"]
+    left = [planned for planned in plan.cells if not plan.is_finished(planned, documents)]
     return "\n".join([*lines, f"left: {cost(left, documents)}"])
 
 

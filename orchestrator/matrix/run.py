@@ -25,6 +25,7 @@ from ..workers.kinds import Kind, kind_of, unquantized
 from ..workers.lease import study_lease
 from . import cells
 from .plan import Document, MatrixPlan, MatrixRequest, Outcome, Planned, cost, describe, make_plan
+from .study import MatrixStudy
 
 if TYPE_CHECKING:
     from streamllm.measuring.text import TextSource, TokenStream
@@ -39,7 +40,7 @@ _TOLD = {"dataset", "protocol", "method", "attn_backend", "execution"}
 """Axes that the source documents' figures tell apart."""
 
 
-def run_matrix(request: MatrixRequest, dry_run: bool, ending: Ending) -> int:
+def run_matrix(request: MatrixRequest, dry_run: bool, ending: Ending, tracking_uri: str | None = None) -> int:
     """The exit code: 1 if a cell failed. Raises UsageError."""
     plan = make_plan(request)
     if dry_run:
@@ -47,13 +48,22 @@ def run_matrix(request: MatrixRequest, dry_run: bool, ending: Ending) -> int:
         return 0
     plan.folder.mkdir(parents=True, exist_ok=True)
     with study_lease(StudyFolder(plan.folder)):
-        code = _measure_all(plan, plan.documents(), ending)
         documents = plan.documents()
-        _conclude(plan, [documents[planned.file] for planned in plan.cells if planned.file in documents])
+        study = MatrixStudy(plan, documents, tracking_uri)
+        try:
+            status, code = _measure_all(plan, documents, study, ending)
+        except UsageError:
+            study.folder.write_outcome("FAILED")
+            raise
+        finished = [documents[planned.file] for planned in plan.cells if planned.file in documents]
+        study.end(status, _conclude(plan, finished), ending, _info)
     return code
 
 
-def _measure_all(plan: MatrixPlan, documents: dict[Path, Document], ending: Ending) -> int:
+def _measure_all(
+    plan: MatrixPlan, documents: dict[Path, Document], study: MatrixStudy, ending: Ending
+) -> tuple[str, int]:
+    """How it ended, and the exit code."""
     from streamllm.measuring.store import MeasurementStore
     from streamllm.terminal.output import messages_on_stderr
 
@@ -62,29 +72,34 @@ def _measure_all(plan: MatrixPlan, documents: dict[Path, Document], ending: Endi
     from ..workers.messages import SweepError
     from ..workers.pool import WorkerPool
 
-    finished = {file for file, document in documents.items() if document["state"] == "complete"}
-    left = [planned for planned in plan.cells if planned.file not in finished]
-    _info(f"{plan.name}: {len(plan.cells)} cells, {len(finished)} of them finished; total KV {plan.cap}")
+    done = [planned for planned in plan.cells if plan.is_finished(planned, documents)]
+    left = [planned for planned in plan.cells if planned not in done]
+    _info(f"{plan.name}: {len(plan.cells)} cells, {len(done)} of them finished; total KV {plan.cap}")
     if not left:
-        return 0
+        return "FINISHED", 0
     pool, setup = None, _setup(plan, left)
     try:
         with messages_on_stderr(), WorkersView(_info) as view:
             pool = WorkerPool(setup, _settings(plan.workers), note=_info)
             same = SameMachine(documents, _info)
             scheduler = Scheduler(pool, MeasurementStore(plan.store), setup.variant, _info, [view], same.check)
-            _Matrix(plan, documents, scheduler, same, left).run()
+            for rounds in range(plan.rounds + 1):
+                if rounds:
+                    _info(f"confirming: round {rounds} of {plan.rounds}")
+                _Matrix(plan, documents, scheduler, same, study, rounds).run(
+                    [planned for planned in left if not plan.is_finished(planned, documents, rounds)]
+                )
     except SweepError as error:
         _info(f"error: {error}; the same command goes on from here")
-        return 1
+        return "FAILED", 1
     except KeyboardInterrupt:
         ending.was_heard()
         _info(WORDS)
-        return ending.exit_code
+        return "KILLED", ending.exit_code
     finally:
         if pool is not None:
             pool.shutdown()
-    return int(any(document["state"] == "failed" for document in documents.values()))
+    return "FINISHED", int(any(document["state"] == "failed" for document in documents.values()))
 
 
 def _setup(plan: MatrixPlan, left: Sequence[Planned]) -> WorkerSetup:
@@ -113,19 +128,24 @@ class _Matrix:
         documents: dict[Path, Document],
         scheduler: Scheduler,
         same: SameMachine,
-        left: Sequence[Planned],
+        study: MatrixStudy,
+        rounds: int,
     ) -> None:
+        """rounds: how often what was measured before has been, or will be, measured again."""
         self._plan = plan
         self._documents = documents
         self._scheduler = scheduler
         self._same = same
-        self._left = deque(sorted(left, key=_by_model(left)))
+        self._study = study
+        self._rounds = rounds
+        self._left: deque[Planned] = deque()
         self._running: dict[Path, float] = {}
         """Files of cells, and since when they are measured, by the monotonic clock."""
         self._texts: dict[TextSource, TokenStream | UsageError] = {}
 
-    def run(self) -> None:
+    def run(self, left: Sequence[Planned]) -> None:
         """Raises SweepError, UsageError."""
+        self._left.extend(sorted(left, key=_by_model(left)))
         while self._left or self._running:
             self._scheduler.step()
             while self._left and self._scheduler.has_idle and len(self._running) < self._scheduler.ready:
@@ -145,7 +165,7 @@ class _Matrix:
         self._same.check_text(planned, text)
         subject = self._subject(planned, text)
         plan = cells.measure(
-            planned, text, self._plan.trained_length, self._plan.rounds, self._say(planned), self._scheduler.keep
+            planned, text, self._plan.trained_length, self._rounds, self._say(planned), self._scheduler.keep
         )
         self._scheduler.start(plan, subject, partial(self._ended, planned))
 
@@ -189,12 +209,14 @@ class _Matrix:
             "cell": planned.file.stem,
             **outcome,
             "settings": planned.settings,
+            "rounds": self._rounds,
             "measured_sec": time.monotonic() - self._running.pop(planned.file),
             "finished_at": time.time(),
             "commit": commit(),
         }
         self._documents[planned.file] = document
         _write(planned.file, document)
+        self._study.finished(planned, document)
         _say_outcome(self._plan, planned, document)
         if self._left:
             _info(f"left: {cost(self._left, self._documents)}")
@@ -255,16 +277,16 @@ def _write(file: Path, document: Document) -> None:
         raise UsageError(f"{file}: cannot be written ({error.strerror}); the same command goes on from here") from error
 
 
-def _conclude(plan: MatrixPlan, documents: Sequence[Document]) -> None:
-    """Tables, on stdout too, and figures."""
+def _conclude(plan: MatrixPlan, documents: Sequence[Document]) -> list[Path]:
+    """Tables, on stdout too, and figures. Returns their files."""
     from dashboards.figures import write_figures
     from dashboards.pareto import show, write
     from dashboards.tables.matrix_tables import FIGURES, matrix_figures, matrix_rows, matrix_tables
 
     if not documents:
-        return
+        return []
     columns = {protocol: plan.matrix.shown(protocol) for protocol in ("fast", "decode-loop", "chunked")}
-    paths = []
+    paths: list[Path] = []
     for suffix, table in matrix_tables(plan.matrix.name, plan.matrix.description, documents, columns).items():
         show(table, "\n".join((table.title, *table.summary)), (*table.notes, ""))
         paths += write(table, _FORMATS, plan.folder, f"{plan.matrix.name}{suffix}")
@@ -278,6 +300,7 @@ def _conclude(plan: MatrixPlan, documents: Sequence[Document]) -> None:
         say(f"not measured: {states}, of {len(plan.cells)} cells; the same command tries them again")
     say(f"results   {plan.folder / 'results'}")
     say(" ".join(("written  ", *(str(path.relative_to(plan.folder)) for path in paths))))
+    return paths
 
 
 def _say_outcome(plan: MatrixPlan, planned: Planned, document: Document) -> None:
