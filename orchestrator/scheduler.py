@@ -345,7 +345,8 @@ class Scheduler:
         if finished.measurement is not None:
             keys = self._keys(member, wanted)
             assert keys is not None
-            answer = Done(finished.measurement, keys, is_fresh=True, seconds=seconds, worker=worker)
+            entry = self._entry(member, wanted)
+            answer = Done(finished.measurement, keys, entry, is_fresh=True, seconds=seconds, worker=worker)
             self._keep(wanted, answer)
         for one in alike:
             self._settle(one, answer)
@@ -445,7 +446,9 @@ class Scheduler:
             return
         found = self._store.get(key) if wanted.job.kind != "times" else None
         if found is not None or wanted.job.peek:
-            self._settle(wanted, None if found is None else Done(found, keys, is_fresh=False, worker=worker))
+            self._settle(
+                wanted, None if found is None else Done(found, keys, entry_name(key), is_fresh=False, worker=worker)
+            )
             return
         entry = entry_name(key)
         if (alike := self._measuring.get(entry)) is not None:

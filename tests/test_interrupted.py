@@ -142,7 +142,7 @@ def test_what_schedulers_and_closed_terminals_send_is_as_ctrl_c(number, start, t
 def test_a_study_that_is_removed_meanwhile_is_one_line(start, tmp_path):
     process = start("never")
     begun(process, tmp_path / "stderr")
-    shutil.rmtree(tmp_path / "sweeps/s")
+    wait_until(lambda: shutil.rmtree(tmp_path / "sweeps/s", ignore_errors=True) or not (tmp_path / "sweeps/s").exists())
     ended(process)
     last = (tmp_path / "stderr").read_text().splitlines()[-1]
     assert process.exitcode == 1 and last.startswith("error: the study cannot be written: No such file or directory")
