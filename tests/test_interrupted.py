@@ -18,8 +18,8 @@ from .mortal_sweep import MOMENTS, run
 from .preloaded import context, ended
 from .waiting import wait_until
 
-SPACE = "cap: 48\nparameters: {method: [ours, mit], n_sink: [0, 4], compress_every: [1, 16]}\n"
-TRIALS = 7
+SPACE = "cap: 48\nparameters: {method: [ours, mit], n_sink: [0, 2, 4], compress_every: [1, 16]}\n"
+TRIALS = 11
 ARGUMENTS = ["--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--space", "space.yaml"]
 ARGUMENTS += ["--study", "s", "--trials", str(TRIALS), "--workers", "2", "--confirm", "1"]
 
