@@ -30,6 +30,7 @@ from ..terminal.arguments import (
 )
 from ..terminal.output import make_room, messages_on_stderr, report
 from ..terminal.printing import say
+from ..terminal.tracking import Result, Tracking, add_tracking_arguments
 
 HELP = "measure the re-computation baseline once, for everything that is compared with it"
 
@@ -54,6 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--output-file", type=Path, metavar="FILE", help="write JSON with the object `baseline`, and of several `runs`"
     )
+    add_tracking_arguments(output)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -67,12 +69,24 @@ def run(arguments: argparse.Namespace) -> int:
     loaded, stream = load_asked(arguments)
     what = Configuration("recompute", complete_policy(arguments, loaded), arguments.attn_backend)
     measurements = measurements_beside(what.policy, loaded, stream, arguments.store, how.protocol)
-    with messages_on_stderr():
+    tracking = Tracking(arguments, "baseline")
+
+    from ..measuring.evaluation import identity
+
+    subject = identity(loaded, what, stream, how.protocol) | {"backend_requested": what.backend}
+    with messages_on_stderr(), tracking.measuring(subject):
         runs = baseline_runs(measurements, what, how, arguments.runs)
     records = with_times([run for run, _ in runs])
     (record,) = with_times([average(runs)[0]])
+    single = {"runs": [one.to_json() for one in records]} if len(runs) > 1 else {}
+    written = {"baseline": record.to_json(), **single}
     if file is not None:
-        single = {"runs": [one.to_json() for one in records]} if len(runs) > 1 else {}
-        file.write_text(json.dumps({"baseline": record.to_json(), **single}, indent=2) + "\n")
+        file.write_text(json.dumps(written, indent=2) + "\n")
     say(json.dumps(record.to_json()) if arguments.json else report({"baseline": record}))
+    documents = {"result.json": record.to_json(), "baseline.json": written}
+    repeats = [
+        Result(record=one, name=f"run {number} of {len(records)}", documents={"result.json": one.to_json()})
+        for number, one in enumerate(records if single else (), 1)
+    ]
+    tracking.log(Result(record=record, documents=documents, losses=runs[0][1], repeats=repeats))
     return 0
