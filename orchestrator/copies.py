@@ -13,7 +13,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -29,8 +29,9 @@ from .place import Place
 
 _STORE = ".store"
 _SETTINGS = "sweep.json"
-_LAST = ("journal.log", _SETTINGS)
-"""By these a study is known to be there: when a copy is brought back they come last, and a kill before is none."""
+_KNOWN_BY = ("journal.log", _SETTINGS)
+"""By these a study is known to be there. They are sent first, as all else can be made anew of the journal; and brought
+back last, so that a kill before leaves no study here."""
 _AT_ONCE = 64
 """Files that are read or written together, by libraries that can."""
 _ENTRY = re.compile(rb"\b[0-9a-f]{64}\b")
@@ -69,10 +70,9 @@ def bring_back(url: str, folder: StudyFolder, study: str) -> None:
 
 
 def _check_same(
-    place: Place, folder: StudyFolder, settings: tuple[dict[str, Any], dict[str, Any]], rows: bytes
+    place: Place, folder: StudyFolder, here: Mapping[str, Any], there: Mapping[str, Any], rows: bytes
 ) -> None:
-    """settings: here, there; rows: there. Raises UsageError."""
-    here, there = settings
+    """here, there: settings; rows: there. Raises UsageError."""
     if there.get("study_id", here.get("study_id")) != here.get("study_id"):
         raise UsageError(
             f"output {shown(place.name)}: has another study, not the one in {folder.path}; give another URL, or move "
@@ -91,9 +91,8 @@ def _fetch(place: Place, folder: StudyFolder, names: set[str]) -> None:
     """Raises UsageError."""
     entries = sorted(name for name in names if name.startswith(f"{_STORE}/"))
     entries.sort(key=lambda name: name.endswith(".json"))  # an array is there before the entry it belongs to
-    files = sorted(
-        (name for name in names if not _is_hidden(name)), key=lambda name: (name in _LAST, name == _SETTINGS)
-    )
+    files = sorted(name for name in names if not _is_hidden(name))
+    files.sort(key=lambda name: (name in _KNOWN_BY, name == _SETTINGS))
     to = {name: folder.store / name.removeprefix(f"{_STORE}/") for name in entries}
     wanted = [name for name, path in to.items() if not path.exists()] + files
     try:
@@ -104,7 +103,7 @@ def _fetch(place: Place, folder: StudyFolder, names: set[str]) -> None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     write_atomically(path, content)
                 progress(done, len(wanted))
-    except OSError as error:
+    except Exception as error:  # of the library, or of the disk
         raise UsageError(f"output {shown(place.name)}: cannot be brought back ({place.reason(error)})") from None
     trials = len({row.trial for row in rows_and_damage(folder.trials)[0] if isinstance(row.trial, int)})
     measured = sum(name.endswith(".json") for name in entries)
@@ -150,7 +149,7 @@ class Copy:
         changed = dict(self._changed())
         contents = {name: content for name, (_, content) in changed.items()}
         self._send_entries({match.decode() for content in contents.values() for match in _ENTRY.findall(content)})
-        for name in sorted(contents, key=lambda name: (name != _SETTINGS, name)):  # without which nothing is a copy
+        for name in sorted(contents, key=lambda name: (name not in _KNOWN_BY, name != _SETTINGS, name)):
             self.place.write({name: contents[name]})
             self._sent[name] = changed[name][0]
             self._there.add(name)
@@ -166,7 +165,7 @@ class Copy:
     def _changed(self) -> Iterator[tuple[str, tuple[tuple[int, int], bytes]]]:
         """Files that are not as they were sent, rows before the journal, which is to know no less than they."""
         paths = [path for path in self.folder.path.rglob("*") if path.is_file() and path != self.folder.lock]
-        for path in sorted(paths, key=lambda path: path.name in _LAST):
+        for path in sorted(paths, key=lambda path: path.name in _KNOWN_BY):
             name = path.relative_to(self.folder.path).as_posix()
             with suppress(FileNotFoundError):
                 status = path.stat()
@@ -227,8 +226,9 @@ class _Following:
             if self._problem is None:
                 away_since = now
             if self._thread.is_alive() and (now - away_since > patience_sec or now - started > limit_sec):
+                reason = self._problem or "it takes long"
                 self._note(
-                    f"warning: the copy at {self._copy.place.name} is not complete ({self._problem or 'it takes long'}); "
+                    f"warning: the copy at {self._copy.place.name} is not complete ({reason}); "
                     f"the results are complete in {self._copy.folder.path}; the same command completes the copy"
                 )
                 return
