@@ -15,6 +15,8 @@ RUN apt-get update \
 # Extras of the package; and what else is to be there: Ray's dashboard takes jobs, s3fs is for --output s3://...
 ARG EXTRAS=quant,gguf
 ARG ALSO="ray[default] s3fs"
+# Where pip looks besides, for example for torch without CUDA, which is much smaller.
+ARG PIP_EXTRA_INDEX_URL
 
 WORKDIR /opt/source
 COPY pyproject.toml constraints.txt README.md LICENSE ./
