@@ -213,26 +213,27 @@ class _Following:
         self._note = note
         self._closing = threading.Event()
         self._problem: str | None = None
+        self._is_complete = False
         self._thread = threading.Thread(target=self._follow, name="copy", daemon=True)
         self._thread.start()
 
     def finish(self, patience_sec: float = 20.0, limit_sec: float = 600.0) -> None:
         """Waits until all is copied; gives up on a place that is away for `patience_sec`, or after `limit_sec`."""
         self._closing.set()
-        started = away_since = time.monotonic()
-        while self._thread.is_alive():
-            self._thread.join(1.0)
-            now = time.monotonic()
-            if self._problem is None:
-                away_since = now
-            if self._thread.is_alive() and (now - away_since > patience_sec or now - started > limit_sec):
-                reason = self._problem or "it takes long"
-                self._note(
-                    f"warning: the copy at {self._copy.place.name} is not complete ({reason}); "
-                    f"the results are complete in {self._copy.folder.path}; the same command completes the copy"
-                )
-                return
-        self._note(f"the copy at {self._copy.place.name} is complete")
+        now = started = away_since = time.monotonic()
+        with working(f"copying to {self._copy.place.name}"):
+            while self._thread.is_alive() and now - away_since <= patience_sec and now - started <= limit_sec:
+                self._thread.join(1.0)
+                now = time.monotonic()
+                if self._problem is None:
+                    away_since = now
+        if self._is_complete:
+            self._note(f"the copy at {self._copy.place.name} is complete")
+        else:
+            self._note(
+                f"warning: the copy at {self._copy.place.name} is not complete ({self._problem or 'it takes long'}); "
+                f"the results are complete in {self._copy.folder.path}, and the same command completes the copy"
+            )
 
     def _follow(self) -> None:
         with suppress(OSError, AttributeError):  # of this thread alone, and only where there is such a thing
@@ -243,6 +244,7 @@ class _Following:
             started = time.monotonic()
             self._tell(self._attempt())
             if is_last and self._problem is None:
+                self._is_complete = True
                 return
             again = 2 * pause if self._problem else max(_SHARE * (time.monotonic() - started), _PAUSE_SEC)
             pause = min(again, _LONGEST_PAUSE_SEC)
@@ -260,11 +262,12 @@ class _Following:
         return None
 
     def _tell(self, problem: str | None) -> None:
-        if problem is not None and self._problem is None:
-            self._note(f"warning: the copy at {self._copy.place.name} is behind ({problem}); it is tried again")
-        elif problem is None and self._problem is not None:
-            self._note(f"the copy at {self._copy.place.name} is up to date again")
-        self._problem = problem
+        before, self._problem = self._problem, problem
+        with suppress(Exception):  # a reader of notes who has gone is no reason to copy no more
+            if problem is not None and before is None:
+                self._note(f"warning: the copy at {self._copy.place.name} is behind ({problem}); it is tried again")
+            elif problem is None and before is not None:
+                self._note(f"the copy at {self._copy.place.name} is up to date again")
 
 
 def _settings(content: bytes) -> dict[str, Any]:

@@ -175,6 +175,26 @@ def test_what_goes_wrong_is_said_and_hurts_nobody(folder, monkeypatch):
     assert "s3cret" not in str(notes) and "no, *** may not" in notes[0]
 
 
+def test_it_is_tried_again_and_that_is_said(folder, monkeypatch):
+    notes, write, failures = [], Place.write, iter([True])
+
+    def fail_once(self, contents):
+        if next(failures, False):
+            raise TimeoutError("slow")
+        write(self, contents)
+
+    monkeypatch.setattr(Place, "write", fail_once)
+    monkeypatch.setattr("orchestrator.copies._PAUSE_SEC", 0.01)
+    with kept(URL, folder, notes.append):
+        wait_until(lambda: len(notes) > 1, 30)
+    name = "memory://somewhere/sweeps/s"
+    assert notes == [
+        f"warning: the copy at {name} is behind (TimeoutError: slow); it is tried again",
+        f"the copy at {name} is up to date again",
+        f"the copy at {name} is complete",
+    ]
+
+
 def test_another_study_is_left_alone(folder):
     Copy(Place.at(URL), folder).update()
     settings = folder.read_configuration()
