@@ -72,11 +72,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.trace is not None:
         say(_traced(studies, arguments.trace))
         return 0
+    if any(study.is_matrix for study in studies):
+        return _matrix_tables(studies, formats, arguments.output)
     limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
     table = pareto_table(studies, arguments.all, arguments.where, limit)
     here = studies[0].folder if len(arguments.study) == 1 else Path()
     paths = write(table, formats, arguments.output or here)
     show(table, "\n".join(table.summary), table.notes)
+    say(" ".join(("written:", *map(str, paths))))
+    return 0
+
+
+def _matrix_tables(studies: Sequence[StudyResults], formats: Sequence[str], output: Path | None) -> int:
+    """A matrix has a table per protocol, and no front. Raises UsageError for one beside other studies."""
+    from .tables.matrix_html import tables_of
+
+    if len(studies) > 1:
+        name = next(study.name for study in studies if study.is_matrix)
+        raise UsageError(f"study {name!r}: a matrix, whose cells are in no table with other studies; name it alone")
+    (study,) = studies
+    paths: list[Path] = []
+    for suffix, table in tables_of(study).items():
+        show(table, "\n".join((table.title, *table.summary)), (*table.notes, ""))
+        paths += write(table, formats, output or study.folder, f"{study.configuration['space']['name']}{suffix}")
     say(" ".join(("written:", *map(str, paths))))
     return 0
 

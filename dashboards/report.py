@@ -29,6 +29,7 @@ from .findings import Findings, findings
 from .loading import load
 from .tables import kinds
 from .tables.columns import COLUMNS, Column, shown_columns, unsaid_settings
+from .tables.matrix_html import html_of, tables_of
 
 _PAGE = Path(__file__).parent / "page"
 _AXES = ("tpot_ms", "ppl_vs_strict_percent", "ppl_increase_percent", *OBJECTIVES)
@@ -62,6 +63,8 @@ def write_report(study: StudyResults, path: Path | None = None, figures: Sequenc
 
 def report(study: StudyResults, figures: Sequence[Path] | None = None) -> str:
     """The page. All that comes from the study is escaped; no script runs but its own, whose digest its policy names."""
+    if study.is_matrix:
+        return _matrix_report(study)
     front = study.front
     found = findings(study, front)
     script = (_PAGE / "report.js").read_text(encoding="utf-8")
@@ -78,6 +81,22 @@ def report(study: StudyResults, figures: Sequence[Path] | None = None) -> str:
         data=_data(study, front, found.recommended),
         figures=_figures(study, figures),
         measured=_measured(study),
+        failures=_failures(study),
+        environment=_environment(study),
+    )
+
+
+def _matrix_report(study: StudyResults) -> str:
+    """The page of a matrix: tables in place of a front. It has no script."""
+    drawn = sorted(study.folder.glob("*.png"))
+    return string.Template((_PAGE / "matrix.html").read_text(encoding="utf-8")).substitute(
+        policy="default-src 'none'; style-src 'unsafe-inline'; img-src data:",
+        title=escape(study.name),
+        subtitle=escape(f"{study.configuration['summary']}.{_as_of(study)}"),
+        style=(_PAGE / "report.css").read_text(encoding="utf-8"),
+        description=escape(study.configuration["space"].get("description", "")),
+        tables="".join(map(html_of, tables_of(study).values())) or "<p>No cell has finished.</p>",
+        figures="".join(_figure(path) for path in drawn),
         failures=_failures(study),
         environment=_environment(study),
     )

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from search_spaces import SearchSpace
     from streamllm.measuring.text import TextSource
 
-    from .configuration import Identity, SweepConfiguration
+    from .configuration import Identity, SweepConfiguration, WorkerSettings
     from .matrix.plan import MatrixRequest
 
 _EXAMPLES = """examples:
@@ -49,18 +49,15 @@ Interrupt it as you like: the same command goes on where it was, nothing finishe
 """
 
 
+_ROUNDS = 3
+"""Of confirming a search."""
 _OF_SEARCHES = (
     "trials",
     "time_budget",
     "sampler",
-    "workers",
-    "trial_timeout",
-    "load_timeout",
-    "confirm",
     "baseline_tokens",
     "seed",
-    "address",
-    "tracking_uri",
+    "max_ppl_increase",
 )
 """Options that mean nothing to a matrix."""
 
@@ -122,9 +119,8 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument(
         "--confirm",
         type=int,
-        default=3,
         metavar="N",
-        help="rounds in which the front's times are taken again (3; 0: none)",
+        help="rounds in which the front's times are taken again (3; 0: none), or those of a matrix' cells (none)",
     )
     add_sample_argument(how, "a quarter of the time")
     how.add_argument(
@@ -162,7 +158,7 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
     if given:
         raise UsageError(
             f"{', '.join('--' + name.replace('_', '-') for name in given)}: for searches only; the matrix "
-            f"{arguments.space!r} measures each of its cells once, in this process; leave it out"
+            f"{arguments.space!r} measures each of its cells; leave it out"
         )
     output = Output.of(arguments.output)
     if output.copy is not None:
@@ -176,7 +172,8 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
         dtype=arguments.dtype,
         quantization=arguments.quantization,
         cap=arguments.cap,
-        threads=arguments.cpus_per_worker or None,
+        workers=_worker_settings(arguments),
+        rounds=arguments.confirm or 0,
         study=arguments.study,
         output=output.folder,
     )
@@ -184,13 +181,9 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
 
 def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     """Checks all that can be checked before anything is started. Raises UsageError."""
-    from .configuration import ConfirmSettings, SearchSettings, SweepConfiguration, WorkerSettings
-    from .workers.cluster import check_answers, resources_here
-    from .workers.room import Room
-    from .workers.temporary import check_temporary_folder
+    from .configuration import ConfirmSettings, SearchSettings, SweepConfiguration
 
     check_values(arguments)
-    check_temporary_folder(arguments.address)
     source = text_source(arguments)
     space = load_space(arguments.space)
     search = SearchSettings(
@@ -199,20 +192,10 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         sampler=arguments.sampler,
         baseline_tokens=sample_size(arguments.baseline_tokens),
     )
-    workers = WorkerSettings(
-        count=arguments.workers,
-        cpus=arguments.cpus_per_worker,
-        address=arguments.address,
-        trial_timeout=arguments.trial_timeout,
-        load_timeout=arguments.load_timeout,
-    )
-    joined = workers.address or os.environ.get("RAY_ADDRESS")
-    if joined and not arguments.dry_run:
-        check_answers(joined)
-    if (here := resources_here(workers.address)) is not None:
-        Room.of([here], workers)
+    workers = _worker_settings(arguments)
     limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
-    confirm = ConfirmSettings(rounds=arguments.confirm, max_ppl_increase=limit)
+    rounds = _ROUNDS if arguments.confirm is None else arguments.confirm
+    confirm = ConfirmSettings(rounds=rounds, max_ppl_increase=limit)
     identity = _identity(arguments, source, space)
     output = Output.of(arguments.output)
     folder = output.of_study(identity.study)
@@ -231,6 +214,29 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     if not _has_cuda(arguments.address, arguments.dry_run):
         return configuration
     return replace(configuration, identity=replace(configuration.identity, space=on_cuda))
+
+
+def _worker_settings(arguments: argparse.Namespace) -> WorkerSettings:
+    """Raises UsageError, for a cluster too that does not answer."""
+    from .configuration import WorkerSettings
+    from .workers.cluster import check_answers, resources_here
+    from .workers.room import Room
+    from .workers.temporary import check_temporary_folder
+
+    check_temporary_folder(arguments.address)
+    workers = WorkerSettings(
+        count=arguments.workers,
+        cpus=arguments.cpus_per_worker,
+        address=arguments.address,
+        trial_timeout=arguments.trial_timeout,
+        load_timeout=arguments.load_timeout,
+    )
+    joined = workers.address or os.environ.get("RAY_ADDRESS")
+    if joined and not arguments.dry_run:
+        check_answers(joined)
+    if (here := resources_here(workers.address)) is not None:
+        Room.of([here], workers)
+    return workers
 
 
 def _identity(arguments: argparse.Namespace, source: TextSource, space: SearchSpace) -> Identity:

@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,7 +46,6 @@ def conclude(
     tracking_uri: of MLflow, as far as the command line gave one."""
     from .tracking.mlflow_runs import one_line
 
-    in_store = f" --tracking-uri {shlex.quote(tracking_uri)}" if tracking_uri else ""
     results = load_study(str(configuration.output))
     files = [configuration.folder.configuration]
     if results.trials:
@@ -65,19 +64,37 @@ def conclude(
                 f"warning: the report could not be written ({one_line(error)}); "
                 f"{_python()} -m dashboards.report {configuration.output} tries again"
             )
+    whole = report_of(results, files)
+    finish_tracking(tracker, whole, configuration.output, ending, display.note, display.draining, tracking_uri)
+    if results.trials:
+        say(_next_steps(configuration, _in_store(tracking_uri), tracker.address))
+
+
+def finish_tracking(
+    tracker: Tracker,
+    report: Report,
+    folder: Path,
+    ending: Ending,
+    note: Callable[[str], None],
+    draining: Callable[[int], None],
+    tracking_uri: str | None,
+) -> None:
+    """Waits until MLflow has everything, and says if it has not. draining: told how much it lacks."""
     try:
-        problem = tracker.finish(report_of(results, files), display.draining)
+        problem = tracker.finish(report, draining)
     except KeyboardInterrupt:
         ending.was_heard()
         problem = "interrupted"
     if problem is not None:
-        display.note(
-            f"warning: MLflow does not have everything yet ({problem}); the results are complete in "
-            f"{configuration.output}, and this brings it up to date: "
-            f"{_python()} -m orchestrator.sync {configuration.output}{in_store}"
+        note(
+            f"warning: MLflow does not have everything yet ({problem}); the results are complete in {folder}, and this "
+            f"brings it up to date: {_python()} -m orchestrator.sync {folder}{_in_store(tracking_uri)}"
         )
-    if results.trials:
-        say(_next_steps(configuration, in_store, tracker.address))
+
+
+def _in_store(tracking_uri: str | None) -> str:
+    """The option that names MLflow's store."""
+    return f" --tracking-uri {shlex.quote(tracking_uri)}" if tracking_uri else ""
 
 
 def _next_steps(configuration: SweepConfiguration, in_store: str, in_mlflow: str) -> str:
@@ -115,6 +132,8 @@ def report_of(results: StudyResults, files: Sequence[Path]) -> Report:
     """What MLflow shows of the whole study."""
     from .tracking.mlflow_runs import Report
 
+    if results.is_matrix:
+        return Report(files, [results.configuration["space"].get("description", "")])
     advised = record(results, recommended(results, results.front))
     return Report(files, findings(results, results.front).paragraphs, advised["trial"], advised["command"])
 
@@ -149,7 +168,9 @@ def _why_left(row: AnyRow, better: AnyRow | None, front: Sequence[int]) -> str:
 
 def write_outputs(results: StudyResults) -> list[Path]:
     """Tables, figures and the report made of them, as files of the folder; of the space `paper` the source documents'
-    main table too."""
+    main table too. Of a matrix the report: it writes its tables itself."""
+    if results.is_matrix:
+        return [*sorted(results.folder.glob("*.md")), write_report(results)]
     figures = write_figures([results], results.folder, ("png",), only=FIGURES).paths
     theirs = write_published(results) if results.configuration.get("space", {}).get("name") == "paper" else []
     html = write_report(results, figures=figures)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -16,7 +17,7 @@ import streamllm
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError, shown
 from streamllm.libraries import installed
-from streamllm.measuring.text import TextSource
+from streamllm.measuring.text import TextSource, TokenStream
 from streamllm.results.damaged import keep_aside
 from streamllm.results.schema import OBJECTIVES
 from streamllm.results.study_folder import StudyFolder
@@ -78,6 +79,14 @@ class Identity:
         vocabulary = check_files(self.model)
         check_text(self.source, lambda: load_tokenizer(self.model), vocabulary)
         return replace(self, model_digest=weights_digest(self.model), text_file_digest=file_digest(self.source))
+
+    def tokens(self) -> TokenStream:
+        """The text, read and tokenized. Raises UsageError."""
+        from streamllm.engine.loading import check_files, load_tokenizer
+        from streamllm.measuring.text import load_tokens
+
+        tokenizer = None if self.source.token_ids is not None else load_tokenizer(self.model)
+        return load_tokens(self.source, tokenizer, check_files(self.model) or sys.maxsize)
 
     def to_dict(self) -> dict[str, object]:
         """As JSON has it."""
@@ -191,7 +200,7 @@ class SweepConfiguration:
             "max_ppl_increase": confirm.max_ppl_increase,
             "study_id": study_id,
             "summary": self.summary,
-            "versions": _versions(),
+            "versions": versions(),
             "commit": commit(),
         }
 
@@ -309,7 +318,7 @@ def _shown(name: str, value: object) -> str:
     return f"{value:.12}..." if name.endswith("digest") and value and isinstance(value, str) else repr(value)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """Versions installed where the sweep is started; those that a measurement was made with are in its entry's key."""
     names = ("torch", "transformers", "torchao", "kvpress", "flash-attn", "optuna", "ray", "mlflow")
     return {name: version for name in names if (version := installed(name)) is not None}

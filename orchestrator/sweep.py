@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .driver import Driver, Observer
     from .screen.display import Display
     from .search.study import Study
+    from .workers.kinds import Kinds
     from .workers.messages import WorkerSetup
 
 
@@ -54,7 +55,7 @@ def _run(argv: Sequence[str] | None, started: float, ending: Ending) -> int:
     if is_matrix(arguments.space):
         from .matrix.run import run_matrix
 
-        return run_matrix(matrix_request(arguments), arguments.dry_run, ending)
+        return run_matrix(matrix_request(arguments), arguments.dry_run, ending, arguments.tracking_uri)
     from .workers.lease import study_lease
 
     configuration = resolve(arguments)
@@ -136,24 +137,28 @@ def _measure(
     from streamllm.measuring.store import MeasurementStore
 
     from .driver import Driver
+    from .scheduler import Scheduler
+    from .workers.kinds import Kinds
     from .workers.messages import SweepError, UnwritableError
     from .workers.pool import WorkerPool
 
     what, search, rounds = configuration.identity, configuration.search, configuration.confirm.rounds
+    store = MeasurementStore(configuration.store)
     pool = driver = None
     status: str | None = "FAILED"
     code = 1
     try:
+        text = what.tokens()
         display.note("starting Ray and its workers")
-        pool = WorkerPool(
-            _worker_setup(configuration),
-            _with_the_cores_of(study, configuration.workers),
-            note=display.note,
-        )
+        setup = _worker_setup(configuration)
+        pool = WorkerPool(setup, _with_the_cores_of(study, configuration.workers), note=display.note)
+        kinds = Kinds(study.rows, display.note)
+        scheduler = Scheduler(pool, store, setup.variant, display.note, [display], kinds.check)
         driver = Driver(
             study,
-            pool,
-            what.cap,
+            scheduler,
+            text,
+            setup.variant,
             configuration.trials,
             observers,
             display.note,
@@ -163,7 +168,7 @@ def _measure(
         )
         driver.run()
         if rounds:
-            _confirm(configuration, driver, display, until)
+            _confirm(configuration, driver, kinds, display, until)
         status, code = "FINISHED", 0
     except UnwritableError as error:
         display.note(f"error: {error}")
@@ -180,24 +185,20 @@ def _measure(
             configuration.folder.write_outcome(status)
         if pool is not None:
             pool.shutdown()
-    store = MeasurementStore(configuration.store)
     return _Measured(code, status is not None, driver.increases(store.losses) if driver is not None else ())
 
 
 def _worker_setup(configuration: SweepConfiguration) -> WorkerSetup:
-    from .workers.messages import WorkerSetup
+    from .workers.messages import Variant, WorkerSetup
+    from .workers.pool import settings_for_workers
 
     what = configuration.identity
     return WorkerSetup(
         model=what.model,
-        source=what.source,
-        dtype=what.dtype,
-        quantization=what.quantization,
-        store=configuration.store.absolute(),
-        total=what.cap,
+        variant=Variant(what.dtype, what.quantization),
         directory=Path.cwd(),
         model_digest=what.model_digest,
-        text_file_digest=what.text_file_digest,
+        environment=settings_for_workers(),
     )
 
 
@@ -220,7 +221,7 @@ def _with_the_cores_of(study: Study, workers: WorkerSettings) -> WorkerSettings:
     return replace(workers, cpus=workers.cpus or study.threads)
 
 
-def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display, until: float) -> None:
+def _confirm(configuration: SweepConfiguration, driver: Driver, kinds: Kinds, display: Display, until: float) -> None:
     """Times the front's candidates again and writes `confirmed.jsonl`. What then still looks better than the front
     without having been confirmed is confirmed too."""
     from streamllm.measuring.store import MeasurementStore
@@ -237,9 +238,8 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, display: Display
     while added and results.baseline is not None and driver.comparison is not None:
         display.confirming(len(chosen) + 1, rounds)
         fixed = results.baseline
-        workers, kind = driver.confirming
-        members = [fixed, *chosen]
-        taken = take_rounds(folder, driver.pool, workers, members, rounds, display.trial_started, until, kind)
+        kind = kinds.to_confirm(driver.scheduler.members())
+        taken = take_rounds(folder, driver.scheduler, driver.subject, [fixed, *chosen], rounds, until, kind)
         failed = {trial: reason for one in taken for trial, reason in one.failed.items()}
         for trial, reason in failed.items():
             display.note(f"warning: trial {trial} cannot be confirmed: {reason}")

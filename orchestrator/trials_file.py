@@ -9,8 +9,6 @@ from streamllm.results.schema import Row
 from streamllm.results.study import FIXED
 from streamllm.results.study_folder import StudyFolder, append_row, mend_lines, write_rows
 
-from .workers.messages import TrialSpec, WorkerDescription
-
 _OF_A_START = {"reused", "finished_at", "commit"}
 """Keys that differ in the rows of reference and baseline each time a sweep goes on."""
 
@@ -27,12 +25,6 @@ class TrialsFile:
         written = [*self._fixed.values(), *rows]
         self.count = len(written)
         write_rows(self.path, written)
-
-    def worker_ready(self, worker: int, description: WorkerDescription) -> None:
-        pass
-
-    def trial_started(self, worker: int, spec: TrialSpec) -> None:
-        pass
 
     def trial_finished(self, row: Row) -> None:
         if row.trial in FIXED:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from .configuration import Configuration
 from .errors import UsageError, shown
-from .measuring.baseline import as_baseline, average, baseline_policy, compared, sampled
+from .measuring.baseline import as_baseline, average, baseline_policy, compared, row_of, sampled
 from .measuring.reference_time import with_times
 from .measuring.text import TextSource
 from .options import DTYPES, EXECUTIONS, PROTOCOLS, QUANTIZATIONS
@@ -137,7 +137,7 @@ def measurements_beside(
     from .measuring.store import MeasurementStore
 
     total = baseline_policy(policy, protocol, loaded.trained_length).kept
-    return Measurements(MeasurementStore(store), loaded, stream, total)
+    return Measurements.of(MeasurementStore(store), loaded, stream, total)
 
 
 def evaluate_loaded(
@@ -166,7 +166,6 @@ def _measured_now(measurements: Measurements, what: Configuration, how: Measurin
     """Of a method that is sampled, what the store has is gone on with."""
     from .engine.methods import sampled_losses
     from .engine.probing import runnable
-    from .measuring.evaluation import identity
     from .measuring.timing import compile_step
 
     loaded, stream = measurements.loaded, measurements.stream
@@ -174,18 +173,17 @@ def _measured_now(measurements: Measurements, what: Configuration, how: Measurin
     with working(what.method, then) as progress:
         if how.protocol == "fast" and sampled_losses(what.method) is not None:
             size = baseline_size(measurements, how.baseline_tokens)
-            measurement, _ = measurements.whole(how.protocol, what, how.strict, progress, size=size)
-            record, losses = measurement.record, measurement.losses
-            assert losses is not None
+            evaluated = measurements.whole(how.protocol, what, how.strict, progress, size=size)
+            record, losses = evaluated.record, evaluated.losses
         else:
             prepared = runnable(what, loaded, how.strict)
             if how.protocol == "decode-loop":
                 compile_step(loaded, prepared, stream.tokens)
             evaluator = PROTOCOLS[how.protocol].get()
-            quality, record = evaluator(loaded, prepared, stream, measurements.reference, progress)
+            quality, record = evaluator(loaded, prepared, stream, measurements.bench.reference, progress)
             losses = quality.table
     asked = {"backend_requested": what.backend, "reference_total": measurements.total}
-    return Row.of(identity(loaded, what, stream, how.protocol) | record) | asked, losses
+    return Row.of(measurements.keys.identity(what, how.protocol) | record) | asked, losses
 
 
 def compare_quality(
@@ -207,17 +205,13 @@ def compare_quality(
 def _strict_losses(measurements: Measurements) -> np.ndarray:
     """Raises NonFiniteLossError."""
     with working("strict StreamingLLM") as progress:
-        strict, _ = measurements.strict(progress=progress)
-    assert strict.losses is not None
-    return strict.losses
+        return measurements.strict(progress).losses
 
 
 def baseline_runs(measurements: Measurements, beside: Configuration, how: Measuring, wanted: int = 1) -> list[Measured]:
     """Every run of the fixed baseline beside a configuration: all that are stored, and of the first `wanted` those that
     are not."""
-    from .measuring.evaluation import identity
-
-    loaded, stream, protocol = measurements.loaded, measurements.stream, how.protocol
+    loaded, protocol = measurements.loaded, how.protocol
     size = None if not wanted or protocol != "fast" else baseline_size(measurements, how.baseline_tokens)
     what = Configuration("recompute", baseline_policy(beside.policy, protocol, loaded.trained_length), beside.backend)
     runs: list[Measured] = []
@@ -226,17 +220,13 @@ def baseline_runs(measurements: Measurements, beside: Configuration, how: Measur
         if stored is None and number >= wanted:
             return runs
         if stored is not None and (not wanted or protocol != "fast"):
-            measurement, fresh = stored, False
+            run = stored
         else:
             name = "baseline" if wanted == 1 else f"baseline, run {number + 1} of {wanted}"
             with working(name, "timing") as progress:
-                measurement, fresh = measurements.whole(
-                    protocol, what, strict=how.strict, progress=progress, run=number, size=size
-                )
-        losses = measurement.losses
-        assert losses is not None
-        row = Row.of(identity(loaded, what, stream, protocol) | measurement.record)
-        row = row | {"reference_total": measurements.total, "reused": not fresh}
+                run = measurements.whole(protocol, what, how.strict, progress, number, size)
+        losses = run.losses
+        row = row_of(what, protocol, run)
         runs.append((as_baseline(row, losses, compare_quality(measurements, protocol, losses)), losses))
     raise AssertionError("unreachable: the store is finite")
 

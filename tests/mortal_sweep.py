@@ -27,15 +27,15 @@ def die(*_: object) -> None:
 
 def die_measuring() -> None:
     """When a worker has begun with one trial more."""
-    started, begun = display.Display.trial_started, []
+    started, begun = display.Display.job_started, set()
 
-    def trial_started(self, worker, spec):
-        started(self, worker, spec)
-        begun.append(spec)
+    def job_started(self, worker, job):
+        started(self, worker, job)
+        begun.add(job.what)
         if len(begun) > 2 + _TRIALS:  # the first two are what trials are compared with
             die()
 
-    display.Display.trial_started = trial_started
+    display.Display.job_started = job_started
 
 
 def die_writing(torn: bool) -> None:

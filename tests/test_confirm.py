@@ -7,12 +7,15 @@ import pytest
 from orchestrator.search import rounds as rounds_module
 from orchestrator.search.confirm import candidates, confirmed_rows, unconfirmed_better
 from orchestrator.search.rounds import Round, read_rounds, take_rounds
-from orchestrator.workers.messages import SweepError, TrialMeasurement
+from orchestrator.workers.kinds import kind_of
+from orchestrator.workers.messages import SweepError
 from orchestrator.workers.pool import Finished
 from streamllm.measuring.quality import QualityComparison
 from streamllm.results.front import study_front
 from streamllm.results.schema import Row
 from streamllm.results.study_folder import StudyFolder
+
+from .pretended import KIND, RAW, TEXT, PretendPool, description, measured, scheduler, subject
 
 OBJECTIVES = {"tpot_ms": "minimize", "ppl_vs_strict_percent": "minimize"}
 POSITIONS = np.arange(4000.0)
@@ -28,7 +31,6 @@ def row(trial, ratio, increase, half_width=0.5, **more):
     })  # fmt: skip
 
 
-RAW = {"measured_tpot_ms": 2.0, "reference_tpot_ms": 1.0, "pairs": 12, "timed_at": 0.0, "load": 0.5}
 BASELINE = row("baseline", 40.0, 0.0) | {"method": "recompute", "n_sink": 4}
 
 
@@ -129,122 +131,118 @@ def test_what_looks_better_than_all_that_was_confirmed_is_found():
     assert numbers(unconfirmed_better(rows, OBJECTIVES)) == [3, 4]
 
 
-class PretendPool:
-    """Answers each submission at once; `answer(worker, spec)` may say otherwise. A dead worker comes back."""
-
-    def __init__(self, answer=None):
-        self.submitted = []
-        self._answer = answer or measured
-        self._events = []
-
-    def submit(self, worker, spec):
-        self.submitted.append((worker, spec.configuration.method, spec.configuration.policy.n_sink, spec.round))
-        finished = self._answer(worker, spec)
-        self._events.append(finished)
-        if finished.died and not finished.lost:
-            self._events.append(Finished(worker, description={}))
-
-    def wait(self, timeout):
-        if self._events:
-            yield self._events.pop(0)
-
-
-def measured(worker, spec):
-    ratios = [1.0 * spec.round, 2.0 * spec.round]
-    return Finished(worker, measurement=TrialMeasurement(Row(**RAW), None, False, True, ratios))
-
-
 ROWS = [BASELINE, row(1, 1.0, 1.0), row(2, 2.0, 0.5)]
+
+
+def ready(pool, folder, **more):
+    """A scheduler whose workers are all ready."""
+    of = scheduler(pool, folder, **more)
+    of.share(TEXT)
+    while pool.ready:
+        of.step()
+    return of
 
 
 @pytest.fixture
 def run(tmp_path):
-    return lambda pool, workers, rounds=2, rows=ROWS: take_rounds(
-        StudyFolder(tmp_path), pool, workers, rows, rounds, lambda worker, spec: None
-    )
+    """Rounds on the pool's workers, all of one kind."""
+
+    def run(pool, rounds=2, rows=ROWS, until=math.inf, folder=tmp_path):
+        of = ready(pool, tmp_path)
+        return take_rounds(StudyFolder(folder), of, subject(), rows, rounds, until, kind_of(KIND))
+
+    return run
 
 
 def test_rounds_take_every_candidate_in_turn_on_one_worker_after_another(run, tmp_path):
-    pool = PretendPool()
-    rounds = run(pool, [0, 1], rounds=3)
-    assert [worker for worker, *_ in pool.submitted] == [1, 1, 1, 0, 0, 0, 1, 1, 1]
-    assert [(sinks, number) for _, _, sinks, number in pool.submitted] == [(s, n) for n in (1, 2, 3) for s in (4, 1, 2)]
+    pool = PretendPool(2)
+    rounds = run(pool, rounds=3)
+    assert [worker for worker, _ in pool.asked] == [0, 0, 0, 1, 1, 1, 0, 0, 0]
+    order = [(job.what.policy.n_sink, job.run) for job in pool.submitted]
+    assert order == [(s, n) for n in (1, 2, 3) for s in (4, 1, 2)]
     assert [one.ratios["2"] for one in rounds] == [[1, 2], [2, 4], [3, 6]]
     assert rounds == read_rounds(StudyFolder(tmp_path)) and rounds[0].members == {"baseline", "1", "2"}
+    assert rounds[0].times["2"] == RAW | {"time_ratio": 1.0} | KIND
 
 
-def test_rounds_end_when_the_next_would_not_be_finished_in_time(tmp_path, monkeypatch):
+def test_machines_take_rounds_at_the_same_time(run):
+    pool = PretendPool(descriptions=[description("here"), description("there"), description("there")])
+    assert len(run(pool, rounds=2)) == 2
+    assert {worker for worker, _ in pool.asked[:2]} == {0, 1}, "nobody waits for the other"
+    assert {worker: {job.run for by, job in pool.asked if by == worker} for worker in (0, 1)} in (
+        {0: {1}, 1: {2}},
+        {0: {2}, 1: {1}},
+    )
+
+
+def test_rounds_end_when_the_next_would_not_be_finished_in_time(run, tmp_path, monkeypatch):
     """A round takes ten seconds here: one in any case, and as many as fit."""
     now = [100.0]
 
-    def answer(worker, spec):
+    def answer(worker, job):
         now[0] += 10 / 3
-        return measured(worker, spec)
+        return measured(job)
 
     monkeypatch.setattr(rounds_module.time, "monotonic", lambda: now[0])
     for until, count in ((90.0, 1), (125.0, 2), (1000.0, 4)):
         now[0] = 100.0
         folder = tmp_path / str(count)
         folder.mkdir()
-        assert len(take_rounds(StudyFolder(folder), PretendPool(answer), [0], ROWS, 4, lambda *_: None, until)) == count
+        assert len(run(PretendPool(1, answer), 4, until=until, folder=folder)) == count
 
 
 def test_a_round_counts_whole_or_not_at_all(run, tmp_path):
     """After a kill in the middle of the second round the first counts; when there is a new candidate, neither does."""
 
-    def answer(worker, spec):
-        if (spec.round, spec.configuration.policy.n_sink) == (2, 2):
+    def answer(worker, job):
+        if (job.run, job.what.policy.n_sink) == (2, 2):
             raise KeyboardInterrupt
-        return measured(worker, spec)
+        return measured(job)
 
     with pytest.raises(KeyboardInterrupt):
-        run(PretendPool(answer), [0])
+        run(PretendPool(1, answer))
     with (StudyFolder(tmp_path).rounds).open("a") as file:
         file.write('{"ratios": {"basel')
     again = PretendPool()
-    assert len(run(again, [0])) == 2
-    assert [number for *_, number in again.submitted] == [2, 2, 2]
-    assert run(nothing := PretendPool(), [0]) == read_rounds(StudyFolder(tmp_path)) and not nothing.submitted
-    assert len(run(fewer := PretendPool(), [0], rows=ROWS[:2])) == 2 and not fewer.submitted
+    assert len(run(again)) == 2
+    assert [job.run for job in again.submitted] == [2, 2, 2]
+    assert run(nothing := PretendPool()) == read_rounds(StudyFolder(tmp_path)) and not nothing.submitted
+    assert len(run(fewer := PretendPool(), rows=ROWS[:2])) == 2 and not fewer.submitted
     more = PretendPool()
-    assert len(run(more, [0], rows=[*ROWS, row(3, 1.0, 1.0)])) == 2
+    assert len(run(more, rows=[*ROWS, row(3, 1.0, 1.0)])) == 2
     assert len(more.submitted) == 8, "all candidates are in both rounds"
     stale = [
         json.loads(line) | {"code": "of another engine"}
         for line in (StudyFolder(tmp_path).rounds).read_text().splitlines()
     ]
     (StudyFolder(tmp_path).rounds).write_text("".join(json.dumps(one) + "\n" for one in stale))
-    run(anew := PretendPool(), [0])
+    run(anew := PretendPool())
     assert len(anew.submitted) == 6
 
 
-def test_a_dead_workers_measurement_is_made_by_another_and_a_failing_candidate_left_out(run, tmp_path):
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_dead_workers_measurement_is_made_by_another_and_a_failing_candidate_left_out(count, run, tmp_path):
     deaths = []
 
-    def answer(worker, spec):
-        if spec.configuration.policy.n_sink == 2:
+    def answer(worker, job):
+        if job.what.policy.n_sink == 2:
             return Finished(worker, error="ValueError: nope")
-        if worker == 1 and not deaths:
+        if not deaths:
             deaths.append(worker)
             return Finished(worker, error="the worker died", died=True)
-        return measured(worker, spec)
+        return measured(job)
 
-    for workers in ([0, 1], [1]):
-        deaths.clear()
-        (StudyFolder(tmp_path).rounds).unlink(missing_ok=True)
-        pool = PretendPool(answer)
-        rounds = run(pool, workers)
-        assert [sorted(one.ratios) for one in rounds] == [["1", "baseline"]] * 2
-        assert [one.failed for one in rounds] == [{"2": "ValueError: nope"}] * 2
-        assert [sinks for _, _, sinks, _ in pool.submitted].count(2) == 1, "not tried again in the next round"
+    pool = PretendPool(count, answer)
+    rounds = run(pool)
+    assert [sorted(one.ratios) for one in rounds] == [["1", "baseline"]] * 2
+    assert [one.failed for one in rounds] == [{"2": "ValueError: nope"}] * 2
+    assert [job.what.policy.n_sink for job in pool.submitted].count(2) == 1, "not tried again in the next round"
 
 
 def test_without_workers_it_ends_with_the_reason_and_no_round_is_kept(run, tmp_path):
-    lost = PretendPool(lambda worker, spec: Finished(worker, error="boom", died=True, lost=True))
-    with pytest.raises(SweepError, match="could not be confirmed: boom"):
-        run(lost, [0])
-    with pytest.raises(SweepError, match="no worker is left"):
-        run(PretendPool(), [])
+    lost = PretendPool(1, lambda worker, job: Finished(worker, error="boom", died=True, lost=True))
+    with pytest.raises(SweepError, match="no worker is left of the kind that times were taken on"):
+        run(lost)
     assert len(lost.submitted) == 1 and read_rounds(StudyFolder(tmp_path)) == []
 
 

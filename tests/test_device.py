@@ -17,7 +17,7 @@ from orchestrator.configuration import WorkerSettings
 from orchestrator.workers import accelerators, cluster, worker
 from orchestrator.workers.device_kinds import built_for, device_kinds
 from orchestrator.workers.lease import claim
-from orchestrator.workers.messages import WorkerSetup
+from orchestrator.workers.messages import Variant, WorkerSetup
 from streamllm.commands import backends
 from streamllm.engine import attention, block_parallel, device
 from streamllm.engine.backends import BACKENDS
@@ -27,7 +27,6 @@ from streamllm.engine.loading import load_model
 from streamllm.errors import UsageError
 from streamllm.explain import profiling
 from streamllm.measuring import timing
-from streamllm.measuring.text import TextSource
 
 from .conftest import GOLDEN
 
@@ -121,10 +120,8 @@ def test_the_list_of_backends_warns(monkeypatch, capsys):
 
 
 @pytest.fixture
-def setup_of_a_worker(tmp_path):
-    text = tmp_path / "text.json"
-    text.write_text(json.dumps(list(range(50))))
-    return WorkerSetup(str(GOLDEN / "llama-tiny"), TextSource(token_ids=text), "float32", "none", tmp_path, 48)
+def setup_of_a_worker():
+    return WorkerSetup(str(GOLDEN / "llama-tiny"), Variant("float32", "none"))
 
 
 def test_a_worker_warns(monkeypatch, setup_of_a_worker):

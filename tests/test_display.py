@@ -7,9 +7,11 @@ from rich.console import Console
 from orchestrator.screen import display as display_module
 from orchestrator.screen.display import Display
 from orchestrator.screen.plot import Plot
-from orchestrator.workers.messages import TrialSpec
 from streamllm.configuration import Configuration
+from streamllm.measuring.jobs import Job
 from streamllm.policy import EvictionPolicy
+
+from .pretended import description
 
 
 class Tracking:
@@ -25,8 +27,9 @@ def row(trial, tpot, increase, **more):
     return words | policy | numbers | {"worker": 0, "reused": False} | more
 
 
-def spec(round_number=0):
-    return TrialSpec(Configuration("mit", EvictionPolicy(n_sink=4, window_size=44), "flash"), round=round_number)
+def job(round_number=0):
+    what = Configuration("mit", EvictionPolicy(n_sink=4, window_size=44), "flash")
+    return Job("times", what, run=round_number) if round_number else Job("speed", what)
 
 
 def display(rows=(), terminal=True, height=50, tracking=None):
@@ -78,9 +81,10 @@ def test_the_view_shows_workers_counts_front_and_what_mlflow_lacks():
     tracking = Tracking()
     shown = display([row(0, 3.0, 1.0), row(1, 2.0, 2.0, reused=True)], tracking=tracking)
     assert "workers are starting" in screen(shown)
-    shown.worker_ready(0, {"visible_devices": "", "device": "CPU", "cores": [0], "n_tokens": 9})
-    shown.trial_started(0, spec())
-    assert "worker 0  mit flash S=4 W=44 R=1" in screen(shown)
+    shown.worker_ready(0, description())
+    shown.job_started(0, job())
+    assert "worker 0  speed of mit flash S=4 W=44 R=1" in screen(shown)
+    shown.worker_idle(0)
     shown.trial_finished(row(2, 4.0, 4.0, state="failed", reason="nope"))
     shown.trial_finished(row(3, 1.0, 3.0))
     shown.trial_finished(row(4, 4.0, 4.0))
@@ -97,8 +101,8 @@ def test_the_view_shows_workers_counts_front_and_what_mlflow_lacks():
 def test_many_workers_are_counted_and_a_low_terminal_does_without_the_plot():
     shown = display([row(0, 3.0, 1.0)], height=20)
     for worker in range(9):
-        shown.worker_ready(worker, {"visible_devices": str(worker), "device": "GPU", "cores": [], "n_tokens": 9})
-    shown.trial_started(3, spec())
+        shown.worker_ready(worker, description() | {"visible_devices": str(worker)})
+    shown.job_started(3, job())
     view = screen(shown)
     assert "9 workers  1 measure, 8 idle" in view
     assert "┤" not in view
@@ -108,7 +112,7 @@ def test_confirming_is_counted_by_itself():
     shown = display([row(0, 3.0, 1.0)])
     shown.confirming(2, 3)
     for number in (1, 1, 2):
-        shown.trial_started(0, spec(number))
+        shown.job_started(0, job(number))
     view = screen(shown)
     assert "2/6 confirmations" in view and "round 2" in view
     assert "confirming: 1 candidates and the baseline, 3 rounds" in said(shown)
@@ -117,13 +121,13 @@ def test_confirming_is_counted_by_itself():
 def test_without_a_terminal_there_are_plain_lines():
     shown = display(terminal=False)
     with shown:
-        shown.worker_ready(0, {"visible_devices": "3", "device": "GPU", "cores": [0, 1], "n_tokens": 9})
-        shown.trial_started(0, spec())
+        shown.worker_ready(0, description(kind={"device": "GPU"}) | {"visible_devices": "3", "cores": [0, 1]})
+        shown.job_started(0, job())
         shown.trial_finished(row(0, 3.0, 1.0))
         shown.draining(5)
         shown.draining(4)
     assert said(shown).splitlines() == [
-        "worker 0: GPU 3, GPU, cores 0,1, 9 tokens",
+        "worker 0: GPU 3, GPU, cores 0,1",
         "[ 1/10] ours math  S=4   W=44   R=1   slack=0  drop=0    3.00 ms/token    2.0x  PPL  15.00 (+1.0%)",
         "MLflow: 5 more runs to log",
     ]
@@ -139,11 +143,11 @@ def test_off_a_terminal_a_quiet_sweep_says_now_and_then_that_it_goes_on(terminal
     monkeypatch.setattr(display_module, "LINE_SEC", 0.05)
     shown = display([row(0, 4.0, 1.0)], terminal=terminal)
     with shown:
-        shown.trial_started(1, spec())
+        shown.job_started(1, job())
         time.sleep(0.5)
     lines = [line for line in said(shown).splitlines() if line.startswith("1/10 trials (0 failed, 0 reused), 0 s")]
     assert bool(lines) == (not terminal)
-    assert all(line.endswith("; worker 1: mit flash S=4 W=44 R=1 slack=0 drop=0") for line in lines[-1:])
+    assert all(line.endswith("; worker 1: speed of mit flash S=4 W=44 R=1 slack=0 drop=0") for line in lines[-1:])
 
 
 def test_time_left_is_no_more_than_the_budget(monkeypatch):

@@ -3,7 +3,9 @@
 After each, the same study goes on, and every finished trial is there exactly once.
 """
 
+import errno
 import os
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -18,21 +20,29 @@ from orchestrator.search.study import Study
 from orchestrator.workers import pool as pool_module
 from orchestrator.workers.cluster import Cluster
 from orchestrator.workers.device_kinds import device_kinds
-from orchestrator.workers.messages import SweepError, TrialSpec, WorkerSetup, WorkerUnusableError
-from orchestrator.workers.pool import WorkerPool
+from orchestrator.workers.messages import (
+    Assignment,
+    Subject,
+    SweepError,
+    Variant,
+    WorkerSetup,
+    WorkerUnusableError,
+)
+from orchestrator.workers.pool import WorkerPool, settings_for_workers
 from orchestrator.workers.worker import Worker
 from search_spaces import load_space
 from streamllm.configuration import Configuration
 from streamllm.engine.loading import weights_digest
 from streamllm.errors import UsageError
-from streamllm.measuring.text import TextSource, file_digest
+from streamllm.measuring import store as store_module
+from streamllm.measuring.jobs import Job
+from streamllm.measuring.text import TextSource, load_tokens
 from streamllm.policy import EvictionPolicy
 
 from .conftest import GOLDEN, HIDDEN
 from .faulty_workers import (
     FAULTS,
     Faulty,
-    FullDisk,
     Hanging,
     NeverReady,
     OnNodes,
@@ -41,11 +51,13 @@ from .faulty_workers import (
     Unwilling,
     WithoutModel,
 )
+from .pretended import TEXT, scheduler
 from .quick_sweep import Quick
 from .test_driver import Log
 from .waiting import wait_until
 
 CAP = 48
+VARIANT = Variant("float32", "none")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,13 +67,16 @@ def connected(cluster):
     ray.shutdown()
 
 
+def tokens(count=300):
+    return load_tokens(TextSource(token_ids=GOLDEN / "tokens.json", max_eval_tokens=count), None, 10**6)
+
+
 class Sweep:
     def __init__(self, folder: Path, sinks: list[int]):
         (folder / "space.yaml").write_text(f"cap: {CAP}\nparameters: {{n_sink: {sinks}}}\n")
         self.space = load_space(str(folder / "space.yaml"))
         self.folder = folder
-        source = TextSource(token_ids=GOLDEN / "tokens.json", max_eval_tokens=300)
-        self.setup = WorkerSetup(str(GOLDEN / "neox-tiny"), source, "float32", "none", folder / "store", 48)
+        self.setup = WorkerSetup(str(GOLDEN / "neox-tiny"), VARIANT, folder)
         self.notes = []
 
     def pool(self, count, worker_class, **options):
@@ -72,12 +87,14 @@ class Sweep:
             worker_class=worker_class,
         )
 
-    def run(self, worker_class=WithoutModel, count=2, observer=None, **options):
+    def run(self, worker_class=WithoutModel, count=2, observer=None, watcher=None, **options):
         """The study after it went on with such workers."""
         study = Study("s", self.folder / "journal.log", self.space, CAP, seed=1)
         pool = self.pool(count, worker_class, **options)
+        watchers = [] if watcher is None else [watcher]
         try:
-            Driver(study, pool, CAP, 100, [observer or Log()], self.notes.append).run()
+            of = scheduler(pool, self.folder, study.rows, self.notes.append, watchers)
+            Driver(study, of, tokens(), VARIANT, 100, [observer or Log()], self.notes.append).run()
         finally:
             pool.shutdown()
         return study
@@ -108,43 +125,41 @@ def silent_until(pool, condition):
     assert condition(), "the pool spoke first"
 
 
-def test_paths_are_those_of_the_driver(tmp_path, monkeypatch):
+def test_paths_and_settings_are_those_of_the_driver(tmp_path, monkeypatch):
     """On a cluster that was there before, workers start elsewhere, where another file may have the same name."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("STREAMLLM_DATA", "data")
     monkeypatch.setenv("OTHER", "stays here")
     shutil.copytree(GOLDEN / "neox-tiny", "m")
-    Path("ids.json").write_text((GOLDEN / "tokens.json").read_text())
-    source = TextSource(token_ids=Path("ids.json"), max_eval_tokens=300)
-    setup = WorkerSetup("./m", source, "float32", "none", tmp_path / "store", 48, tmp_path,
-                        weights_digest("./m"), file_digest(source))  # fmt: skip
+    setup = WorkerSetup("./m", VARIANT, tmp_path, weights_digest("./m"), settings_for_workers())
+    assert "data" not in repr(setup), "they may be secrets"
     pool = WorkerPool(setup, WorkerSettings(count=1), worker_class=Telling)
     try:
         found = answers(pool)[0].description
     finally:
         pool.shutdown()
-    assert found["n_tokens"] == 300 and found["directory"] == str(tmp_path)
+    assert found["directory"] == str(tmp_path)
     assert found["settings"] == {"STREAMLLM_DATA": "data", "OTHER": None}
 
 
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        ({"model_digest": "0" * 64}, "model './m' on .* differs from the one"),
-        ({"text_file_digest": "0" * 64}, "text 'ids' on .*"),
-    ],
-)
-def test_files_that_are_not_the_drivers_are_refused(tmp_path, monkeypatch, changed, message):
+def test_files_that_are_not_the_drivers_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(GOLDEN / "neox-tiny", "m")
-    Path("ids.json").write_text("[1, 2, 3]")
-    source = TextSource(token_ids=Path("ids.json"))
-    right = WorkerSetup("./m", source, "float32", "none", tmp_path / "store", 48, tmp_path,
-                        weights_digest("./m"), file_digest(source))  # fmt: skip
+    right = WorkerSetup("./m", VARIANT, tmp_path, weights_digest("./m"))
     monkeypatch.setattr(Worker, "_claim", lambda self: setattr(self, "cores", []) or [])
-    assert Worker(right, 1, "me").load()["n_tokens"] == 3
-    with pytest.raises(UsageError, match=message):
-        Worker(replace(right, **changed), 1, "me").load()
+    assert Worker(right, 1, "me").load()["conditions"].model_digest == right.model_digest
+    with pytest.raises(UsageError, match=r"model './m' on .* differs from the one"):
+        Worker(replace(right, model_digest="0" * 64), 1, "me").load()
+
+
+def test_a_node_without_the_model_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(pool_module.socket, "gethostname", lambda: "the driver's")
+    pool = WorkerPool(WorkerSetup("./not-there", VARIANT, tmp_path), WorkerSettings(count=1))
+    try:
+        (finished,) = answers(pool)
+    finally:
+        pool.shutdown()
+    assert re.fullmatch(r"on \S+: model './not-there'.*", finished.error), finished.error
 
 
 @pytest.fixture
@@ -177,10 +192,12 @@ def test_trials_that_run_out_of_memory_or_yield_nan(sweep):
 
 def test_who_hangs_is_ended_and_who_waits_for_it_is_given_its_time_again(sweep, monkeypatch, tmp_path):
     monkeypatch.setattr(pool_module, "_LOOK_SEC", 0.0)
-    pool = sweep([0]).pool(2, Hanging, trial_timeout=1e6)
+    pool, text = sweep([0]).pool(2, Hanging, trial_timeout=1e6), tokens()
+    pool.share(text)
     answers(pool, 2)
     for worker, sinks in ((1, 4), (0, 5)):
-        pool.submit(worker, TrialSpec(Configuration("ours", EvictionPolicy(n_sink=sinks, window_size=8), "math")))
+        job = Job("quality", Configuration("ours", EvictionPolicy(n_sink=sinks, window_size=8), "math"))
+        pool.submit(worker, Assignment(Subject(text.digest, VARIANT, 48), job))
         silent_until(pool, (tmp_path / f"measuring {sinks}").exists)
     pool.trial_timeout = 0.01
     ended = next(pool.wait(0.1))
@@ -191,26 +208,33 @@ def test_who_hangs_is_ended_and_who_waits_for_it_is_given_its_time_again(sweep, 
     pool.shutdown()
 
 
-def test_memory_of_the_accelerator(monkeypatch, tmp_path):
-    worker = Worker(WorkerSetup("", TextSource(), "", "", tmp_path, 48), 1, "me")
+def test_memory_of_the_accelerator(monkeypatch):
+    worker = Worker(WorkerSetup("", VARIANT), 1, "me")
     emptied = []
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     for error, becomes in ((torch.OutOfMemoryError, MemoryError), (torch.AcceleratorError, WorkerUnusableError)):
 
-        def fail(spec, error=error):
+        def fail(assignment, error=error):
             raise error("tried to allocate")
 
         monkeypatch.setattr(worker, "_measure", fail)
         with pytest.raises(becomes, match="tried to allocate"):
-            worker.measure(TrialSpec(Configuration("ours", EvictionPolicy())))
+            job = Job("speed", Configuration("ours", EvictionPolicy()))
+            worker.measure(Assignment(Subject("t", VARIANT, 48), job), TEXT)
     assert emptied == [True]
 
 
-def test_a_full_disk_under_the_store_ends_the_sweep_in_one_line_and_it_goes_on_later(sweep):
+def test_a_full_disk_under_the_store_ends_the_sweep_in_one_line_and_it_goes_on_later(sweep, monkeypatch):
     sweep = sweep([0, 1])
-    with pytest.raises(SweepError, match=r"store .* cannot be written \(File too large\): make room") as raised:
-        sweep.run(FullDisk)
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as disk:
+        disk.setattr(store_module, "write_atomically", full)
+        with pytest.raises(SweepError, match=r"store .* cannot be written \(No space left.*\): make room") as raised:
+            sweep.run()
     assert "\n" not in str(raised.value)
     assert not [path for path in (sweep.folder / "store").rglob("*") if path.is_file()], "nothing half-written"
     rows = sweep.run().rows
@@ -222,11 +246,11 @@ def test_a_full_disk_under_the_store_ends_the_sweep_in_one_line_and_it_goes_on_l
 def test_a_damaged_store_entry_is_kept_aside_and_measured_again(sweep, tmp_path):
     sweep = sweep([0, 1])
     sweep.run()
-    damaged = next(p for p in sorted(sweep.stored()) if "method='ours'" in p.read_text())
-    damaged.write_text(damaged.read_text().replace('"time_ratio": 1.0', '"time_ratio": 0.5'))
+    damaged = next(p for p in sorted(sweep.stored()) if '"method": "ours"' in p.read_text())
+    damaged.write_text(damaged.read_text().replace('"time_ratio": 2.0', '"time_ratio": 0.5').replace(": 3.0", ": 0.5"))
     before = sweep.stored()
     (tmp_path / "journal.log").unlink()
-    assert {row["time_ratio"] for row in sweep.run().rows} == {1.0}
+    assert {row["time_ratio"] for row in sweep.run().rows} == {2.0, 3.0}
     after = sweep.stored()
     assert {path for path in after if after[path] != before[path]} == {damaged}
     assert damaged.with_suffix(".damaged").exists()
@@ -333,12 +357,14 @@ class Nodes(Log):
         """Of each worker, the node that it was on last."""
 
     def worker_ready(self, worker, description):
-        super().worker_ready(worker, description)
         self.hosts[worker] = description["node"]
 
-    def trial_started(self, worker, spec):
+    def worker_idle(self, worker):
+        pass
+
+    def job_started(self, worker, job):
         is_added = self.hosts[worker] != (self.folder / "head").read_text()
-        self.started.append((worker, spec.configuration.policy.n_sink, is_added))
+        self.started.append((worker, job.what.policy.n_sink, is_added))
         if is_added:
             self.cluster.remove_node(self.node, allow_graceful=False)
             (self.folder / "killed").touch()
@@ -353,7 +379,7 @@ def test_nodes_come_and_go(sweep, cluster, tmp_path):
     sweep = sweep([0, 1, 2, 3])
     (tmp_path / "head").write_text(ray.get_runtime_context().get_node_id())
     nodes = Nodes(cluster, tmp_path)
-    rows = sweep.run(OnNodes, count=0, observer=nodes).rows
+    rows = sweep.run(OnNodes, count=0, observer=nodes, watcher=nodes).rows
     assert sorted(row["n_sink"] for row in rows) == [0, 1, 2, 3]
     assert {row["state"] for row in rows} == {"complete"}
     ((worker, lost),) = [(worker, sinks) for worker, sinks, is_added in nodes.started if is_added]

@@ -12,15 +12,17 @@ import torch
 from streamllm.configuration import Configuration
 from streamllm.engine.methods import METHODS, module_of
 from streamllm.measuring import conditions, store
-from streamllm.measuring.conditions import described, software
+from streamllm.measuring.conditions import Conditions, described, software
+from streamllm.measuring.jobs import Job
+from streamllm.measuring.keys import Keys
 from streamllm.measuring.measurements import Measurements
 from streamllm.measuring.store import MEASURING_CODE, MeasurementStore, entry_name
 from streamllm.measuring.text import TokenStream
 from streamllm.policy import EvictionPolicy
 
 PACKAGE = Path(store.__file__).parent.parent
-ROOTS = {"measuring.measurements", "engine.loading", "engine.methods.ring"}
-"""What measures, what loads, and the method of the reference that everything is timed beside."""
+ROOTS = {"measuring.bench", "measuring.plans", "engine.loading", "engine.methods.ring"}
+"""What measures, what is asked for, what loads, and the method of the reference that everything is timed beside."""
 WORDS = {"results", "results.schema"}
 """How a configuration is shown."""
 POLICY = EvictionPolicy(n_sink=4, window_size=20)
@@ -120,22 +122,23 @@ def test_code_that_determines_a_number_is_in_the_digest_colours_and_comments_are
 
 
 @pytest.fixture
-def names(tmp_path, golden_model, golden_tokens, monkeypatch):
+def names(golden_model, golden_tokens, monkeypatch):
     """The store's names of a model's measurements where versions are as given."""
     stream = TokenStream(golden_tokens, "golden", "digest")
 
     def names(loaded=None, **versions):
         versions = {name.replace("_", "-"): version for name, version in versions.items()}
         monkeypatch.setattr(conditions, "installed", lambda name: versions.get(name, "1.0"))
-        of = Measurements(MeasurementStore(tmp_path), loaded or golden_model("llama-tiny"), stream, 24)
-        return {
-            "quality": entry_name(of._quality_key(Configuration("ring", POLICY))),
-            "baseline": entry_name(of._quality_key(Configuration("recompute", POLICY))),
-            "speed": entry_name(of._speed_key(Configuration("ours", POLICY))),
-            "flash": entry_name(of._speed_key(Configuration("ours", POLICY, "flash_attention_2"))),
-            "whole": entry_name(of._whole_key("decode-loop", Configuration("ours", POLICY))),
-            "kvpress": entry_name(of._whole_key("decode-loop", Configuration("kvpress", POLICY))),
+        keys = Keys(Conditions.of(loaded or golden_model("llama-tiny")), stream, 24)
+        jobs = {
+            "quality": Job("quality", Configuration("ring", POLICY)),
+            "baseline": Job("quality", Configuration("recompute", POLICY), batch=0),
+            "speed": Job("speed", Configuration("ours", POLICY)),
+            "flash": Job("speed", Configuration("ours", POLICY, "flash_attention_2")),
+            "whole": Job("whole", Configuration("ours", POLICY), "decode-loop"),
+            "kvpress": Job("whole", Configuration("kvpress", POLICY), "decode-loop"),
         }
+        return {kind: entry_name(keys.of(job)) for kind, job in jobs.items()}
 
     return names
 
@@ -199,18 +202,19 @@ def test_nvidias_driver_is_asked_for_its_version(tmp_path, monkeypatch):
 
 def test_results_name_their_entries_in_the_store(tmp_path, golden_model, golden_tokens):
     stream = TokenStream(golden_tokens[:60], "golden", "digest")
-    of = Measurements(MeasurementStore(tmp_path), golden_model("llama-tiny"), stream, 24)
+    of, what = (
+        Measurements.of(MeasurementStore(tmp_path), golden_model("llama-tiny"), stream, 24),
+        Configuration("ours", POLICY),
+    )
     for fresh in (True, False):
-        measurement, measured = of.whole("fast", Configuration("ours", POLICY))
-        assert measured == fresh
-        quality, speed = (of.store.key(measurement.record[f"{what}_entry"]) for what in ("quality", "speed"))
+        found = of.whole("fast", what)
+        assert found.is_fresh == fresh
+        quality, speed = (of.store.key(found.record[f"{name}_entry"]) for name in ("quality", "speed"))
         assert quality["kind"] == "quality of streaming" and speed["kind"] == "speed"
-        assert quality == of._quality_key(Configuration("ours", POLICY)) and speed == of._speed_key(
-            Configuration("ours", POLICY)
-        )
-    again, _ = of.whole("fast", Configuration("ours", POLICY), run=1)
+        assert [quality, speed] == [of.keys.of(Job("quality", what)), of.keys.of(Job("speed", what))]
+    again = of.whole("fast", what, run=1)
     assert of.store.key(again.record["speed_entry"]) == speed | {"run": 1}
-    whole, _ = of.whole("decode-loop", Configuration("ours", POLICY))
+    whole = of.whole("decode-loop", what)
     assert whole.record["quality_entry"] == whole.record["speed_entry"]
     assert of.store.key(whole.record["speed_entry"])["protocol"] == "decode-loop"
     (of.store.root / speed["kind"]).write_text("")

@@ -2,7 +2,6 @@
 
 import csv
 import json
-from dataclasses import replace
 
 import pytest
 
@@ -11,19 +10,16 @@ from dashboards.report import report
 from dashboards.tables import kinds
 from dashboards.tables.formats import FORMATS
 from dashboards.tables.table import pareto_table
-from orchestrator.driver import Driver
 from orchestrator.search.rounds import take_rounds
-from orchestrator.search.study import Study
+from orchestrator.workers.kinds import Kinds, kind_of
 from orchestrator.workers.pool import Finished
-from search_spaces import load_space
+from streamllm.results.schema import Row
 from streamllm.results.study import load_study
 from streamllm.results.study_folder import StudyFolder
 
 from .made_studies import BASELINE, row, write_study
-from .test_confirm import ROWS, measured
-from .test_driver import Log, PretendPool
-from .test_driver import measured as trial_measured
-from .test_study import SPACE
+from .pretended import PretendPool, description, measured, subject
+from .test_confirm import ROWS, ready
 
 ONE = {"device": "EPYC", "threads": 1, "software": "torch 2.9"}
 OTHERS = [{"device": "Xeon"}, {"threads": 2}, {"software": "torch 2.10"}]
@@ -68,50 +64,22 @@ def test_letters_do_not_end():
     assert list(kinds.letters([rows]).values())[24:] == ["Y", "Z", "A1", "B1"]
 
 
-def pool_of(*kinds_of_workers):
-    pool = PretendPool(len(kinds_of_workers), lambda worker, spec: of_kind(worker, spec, kinds_of_workers[worker]))
-    pool._ready = [Finished(worker, description=dict(kind)) for worker, kind in enumerate(kinds_of_workers)]
-    return pool
-
-
-def of_kind(worker, spec, kind):
-    return told(trial_measured(worker, spec), kind)
-
-
-def told(finished, kind):
-    """The measurement, by a worker of that kind."""
-    return replace(finished, measurement=replace(finished.measurement, record=finished.measurement.record | kind))
-
-
-@pytest.fixture
-def drive(tmp_path):
-    (tmp_path / "space.yaml").write_text(SPACE)
-    space = load_space(str(tmp_path / "space.yaml"))
-
-    def drive(pool, trials):
-        study, notes = Study("s", tmp_path / "journal.log", space, 32, seed=1), []
-        driver = Driver(study, pool, 32, trials, [Log()], notes.append)
-        driver.run()
-        return driver, notes
-
-    return drive
-
-
-def test_a_worker_of_another_kind_is_warned_of_and_does_not_confirm(drive):
-    two = ONE | {"threads": 2}
-    driver, notes = drive(pool_of(two, ONE, ONE), 2)  # the last one given is the first to be ready
-    assert notes == ["warning: worker 0 is of another kind than when the study began: threads 2, then 1"]
-    workers, kind = driver.confirming
-    assert (sorted(workers), kind) == ([1, 2], ONE)
-    driver, notes = drive(pool_of(two, two), 4)
-    assert len(notes) == 2, "the study goes on elsewhere: said, and all that is confirmed is confirmed there"
-    assert driver.confirming[1] == two and len(driver.confirming[0]) == 2
+def test_a_worker_of_another_kind_is_warned_of_and_does_not_confirm():
+    two, notes = ONE | {"threads": 2}, []
+    study = Kinds([Row(model_digest="d", **ONE)], notes.append)
+    for worker, kind in enumerate((ONE, two)):
+        study.check(worker, description(kind=kind))
+    assert notes == ["warning: worker 1 is of another kind than when the study began: threads 2, then 1"]
+    here = {"here": [0]}
+    assert study.to_confirm({kind_of(two): {"here": [1, 2]}, kind_of(ONE): here}) == kind_of(ONE)
+    others = {kind_of(two): {"here": [1, 2]}, kind_of(ONE | {"device": "Xeon"}): here}
+    assert study.to_confirm(others) == kind_of(two), "it goes on elsewhere: all that is confirmed is confirmed there"
 
 
 def test_rounds_of_another_kind_of_worker_do_not_count(tmp_path):
-    def round_of(pool_kind, workers=(0,), kind=None):
-        pool = PretendRounds(pool_kind)
-        taken = take_rounds(StudyFolder(tmp_path), pool, workers, ROWS, 1, lambda *_: None, kind=kind or pool_kind)
+    def round_of(kind):
+        pool = PretendPool(descriptions=[description(kind=kind)])
+        taken = take_rounds(StudyFolder(tmp_path), ready(pool, tmp_path), subject(), ROWS, 1, kind=kind_of(kind))
         return taken[0].line, len(pool.submitted)
 
     assert round_of(ONE) == (1, 3)
@@ -121,29 +89,14 @@ def test_rounds_of_another_kind_of_worker_do_not_count(tmp_path):
 
 
 def test_a_worker_that_comes_back_elsewhere_takes_no_part_in_a_round(tmp_path):
-    pool = PretendRounds(ONE, back=ONE | {"device": "Xeon"}, deadly=1)
-    taken = take_rounds(StudyFolder(tmp_path), pool, (0, 1), ROWS, 2, lambda *_: None, kind=ONE)
-    assert [worker for worker, _ in pool.submitted] == [1, 0, 0, 0, 0, 0, 0], "no turn in the second round either"
+    def answer(worker, job):
+        pool.descriptions[0] = description(kind=ONE | {"device": "Xeon"})
+        return Finished(worker, error="died", died=True) if worker == 0 else measured(job)
+
+    pool = PretendPool(answer=answer, descriptions=[description(kind=ONE)] * 2)
+    taken = take_rounds(StudyFolder(tmp_path), ready(pool, tmp_path), subject(), ROWS, 2, kind=kind_of(ONE))
+    assert [worker for worker, _ in pool.asked] == [0, 1, 1, 1, 1, 1, 1], "no turn in the second round either"
     assert {time["device"] for one in taken for time in one.times.values()} == {"EPYC"}
-
-
-class PretendRounds:
-    """Answers at once; a `deadly` worker dies of its first measurement and is `back` as another."""
-
-    def __init__(self, kind, back=None, deadly=None):
-        self.kind, self.back, self.deadly = kind, back, deadly
-        self.submitted, self._events = [], []
-
-    def submit(self, worker, spec):
-        self.submitted.append((worker, spec.configuration.policy.n_sink))
-        if worker == self.deadly:
-            self._events = [Finished(worker, error="died", died=True), Finished(worker, description=self.back)]
-            return
-        self._events.append(told(measured(worker, spec), self.kind))
-
-    def wait(self, timeout):
-        if self._events:
-            yield self._events.pop(0)
 
 
 def test_who_timed_the_rounds_takes_the_place_of_who_searched(tmp_path):

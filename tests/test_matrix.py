@@ -1,4 +1,4 @@
-"""Matrices: their files, and running one in this process on the small models that the original was recorded with."""
+"""Matrices: their files, and running one, its worker in this process, on the small models of the original."""
 
 import csv
 import json
@@ -22,6 +22,7 @@ from streamllm.measuring.quality import NonFiniteLossError
 from streamllm.policy import EvictionPolicy
 
 from .conftest import GOLDEN
+from .local_pool import LocalPool
 
 MATRICES = [name for name in SHIPPED if is_matrix(name)]
 BACKENDS = """
@@ -42,6 +43,7 @@ def matrix_of(folder, text):
 def run(tmp_path, monkeypatch):
     """Runs a matrix' text; returns the exit code. `.results()` are its files by name."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("orchestrator.workers.pool.WorkerPool", LocalPool)
     model = ("--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--dtype", "float32")
 
     class Run:

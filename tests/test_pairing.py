@@ -7,11 +7,11 @@ import torch
 
 from streamllm.configuration import Configuration
 from streamllm.engine import execution
-from streamllm.measuring import measurements, pairing, timing
-from streamllm.measuring.measurements import Leases, Measurements
+from streamllm.measuring import bench, pairing, timing
+from streamllm.measuring.bench import Bench, Leases
+from streamllm.measuring.jobs import Job
 from streamllm.measuring.pairing import between_references, in_turn, take_pairs
 from streamllm.measuring.reference_time import ReferencePool, speedup, with_times
-from streamllm.measuring.store import MeasurementStore
 from streamllm.measuring.text import TokenStream
 from streamllm.measuring.timing import measure_speed
 from streamllm.policy import EvictionPolicy, strict_policy
@@ -142,11 +142,11 @@ def test_compiling_keeps_nobody_from_timing(golden_model, golden_tokens, monkeyp
     monkeypatch.setattr(timing, "SEGMENT_SEC", 1e-3)
     monkeypatch.setattr(pairing, "ENOUGH_SEC", 0.1)
     monkeypatch.setattr(torch, "compile", lambda step, **_: compiled.append([*held]) or step)
-    monkeypatch.setattr(measurements, "measure_speed", lambda *_: timed.append([*held]) or measure_speed(*_))
+    monkeypatch.setattr(bench, "measure_speed", lambda *_: timed.append([*held]) or measure_speed(*_))
     execution._compiled.cache_clear()
     stream = TokenStream(golden_tokens[:100], "golden", "digest")
-    measured = Measurements(MeasurementStore(tmp_path), golden_model("llama-tiny"), stream, 32)
     leases = Leases(lambda: lease("timing"), lambda: lease("computing"))
-    measured.speed(Configuration("ring", EvictionPolicy(n_sink=2, window_size=30), "auto", "compile"), leases)
+    what = Configuration("ring", EvictionPolicy(n_sink=2, window_size=30), "auto", "compile")
+    Bench(golden_model("llama-tiny"), stream, 32, leases).measure(Job("speed", what))
     assert compiled == [["computing"]] and timed == [["timing"]] and not held
     execution._compiled.cache_clear()

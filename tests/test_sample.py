@@ -23,7 +23,7 @@ WINDOW = EvictionPolicy(n_sink=0, window_size=24)
 @pytest.fixture
 def measurements(tmp_path, golden_model, golden_tokens):
     stream = TokenStream(golden_tokens, "golden", "digest")
-    return Measurements(MeasurementStore(tmp_path), golden_model("llama-tiny"), stream, 24)
+    return Measurements.of(MeasurementStore(tmp_path), golden_model("llama-tiny"), stream, 24)
 
 
 def test_batches_are_spread_over_the_text_and_have_every_token_once():
@@ -50,12 +50,12 @@ def test_a_sample_grows_where_it_was(measurements, monkeypatch):
         return losses_at(loaded, tokens, window, positions, *rest)
 
     monkeypatch.setattr(recompute, "METHOD", replace(recompute.METHOD, losses_at=counting))
-    first, fresh = measurements.quality(Configuration("recompute", WINDOW), size=FixedSize(10))
-    assert fresh and len(first.losses) == len(asked) == 2 * BATCH
-    same, fresh = measurements.quality(Configuration("recompute", WINDOW), size=FixedSize(10))
-    assert not fresh and (same.losses == first.losses).all()
-    more, fresh = measurements.quality(Configuration("recompute", WINDOW), size=FixedSize(40))
-    assert fresh and len(asked) == len(set(asked)) == 40, "nothing is computed again"
+    first = measurements.quality(Configuration("recompute", WINDOW), size=FixedSize(10))
+    assert first.is_fresh and len(first.losses) == len(asked) == 2 * BATCH
+    same = measurements.quality(Configuration("recompute", WINDOW), size=FixedSize(10))
+    assert not same.is_fresh and (same.losses == first.losses).all()
+    more = measurements.quality(Configuration("recompute", WINDOW), size=FixedSize(40))
+    assert more.is_fresh and len(asked) == len(set(asked)) == 40, "nothing is computed again"
     whole = losses_at(measurements.loaded, measurements.stream.tokens, 24, sorted(asked), BACKENDS["auto"])
     np.testing.assert_allclose(more.losses, np.column_stack((sorted(asked), whole)), atol=1e-6)
     assert more.losses[:, 0].tolist() == sample_positions(len(measurements.stream.tokens), 24, 40).tolist()
@@ -65,7 +65,7 @@ def test_a_sample_grows_where_it_was(measurements, monkeypatch):
 
 def test_all_of_a_text(measurements):
     tokens = len(measurements.stream.tokens)
-    found, _ = measurements.quality(Configuration("recompute", WINDOW), size=FixedSize(tokens))
+    found = measurements.quality(Configuration("recompute", WINDOW), size=FixedSize(tokens))
     assert found.losses[:, 0].tolist() == list(range(tokens - 1))
 
 

@@ -71,7 +71,7 @@ def test_every_configuration_once_known_ones_first_then_none_is_left(open_study)
 
 
 def test_the_window_is_what_the_cap_leaves(open_study):
-    assert open_study().ask().spec.configuration.policy.window_size == 30
+    assert open_study().ask().configuration.policy.window_size == 30
 
 
 def test_going_on_keeps_finished_trials_and_hands_out_interrupted_ones_again(open_study):
@@ -81,7 +81,11 @@ def test_going_on_keeps_finished_trials_and_hands_out_interrupted_ones_again(ope
     again = open_study()
     assert again.rows == [row_of(first)]
     resumed = again.ask()
-    assert (resumed.number, resumed.params, resumed.spec) == (second.number, second.params, second.spec)
+    assert (resumed.number, resumed.params, resumed.configuration) == (
+        second.number,
+        second.params,
+        second.configuration,
+    )
     again.tell(resumed.number, row_of(resumed))
     asked = {(t.params["n_sink"], t.params["compress_every"]) for t in asked_of(again)}
     assert len(asked) == 4
@@ -177,8 +181,8 @@ def test_interrupted_trials_of_a_conditional_space_keep_number_and_values(open_c
     study = open_conditional("random")
     running = [study.ask() for _ in range(6)]
     again = open_conditional("random")
-    assert [(t.number, t.params, t.spec) for t in running] == [
-        (t.number, t.params, t.spec) for t in (again.ask() for _ in running)
+    assert [(t.number, t.params, t.configuration) for t in running] == [
+        (t.number, t.params, t.configuration) for t in (again.ask() for _ in running)
     ]
     assert not {knobs(t) for t in running} & {knobs(t) for t in asked_of(again)}
 

@@ -4,33 +4,37 @@ from collections import OrderedDict
 from dataclasses import asdict
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
-from orchestrator.driver import Driver, _unquantized
-from orchestrator.workers.messages import TrialMeasurement, TrialSpec, WorkerSetup
+from orchestrator.workers.kinds import Kinds, unquantized
+from orchestrator.workers.messages import Assignment, Subject, Variant, WorkerSetup
 from orchestrator.workers.worker import Worker
-from search_spaces import load_space
 from streamllm.configuration import Configuration
 from streamllm.engine import loading as models
 from streamllm.errors import UsageError
-from streamllm.measuring import measurements
-from streamllm.measuring.reference_time import ReferencePool, kind
-from streamllm.measuring.store import MeasurementStore
-from streamllm.measuring.text import TextSource
+from streamllm.measuring import bench
+from streamllm.measuring.jobs import Job
+from streamllm.measuring.keys import Keys
+from streamllm.measuring.reference_time import ReferencePool
+from streamllm.measuring.text import TextSource, load_tokens
 from streamllm.policy import EvictionPolicy
 from streamllm.results.schema import Row
 
 from .conftest import GOLDEN
+from .pretended import TEXT, description
 
 POLICY = EvictionPolicy(window_size=44)
 QUANTIZATIONS = ("none", "int8_weight_only")
+PLAIN, INT8 = (Variant("float32", name) for name in QUANTIZATIONS)
 
 
-def spec(quantization, **how):
-    number = how.pop("round", 0)
-    return TrialSpec(Configuration("ring", POLICY, "math", quantization=quantization, **how), round=number)
+def what(quantization, **how):
+    return Configuration("ring", POLICY, "math", quantization=quantization, **how)
+
+
+def assignment(quantization, kind="speed", text="t", **how):
+    return Assignment.of(Subject(text, PLAIN, 48), Job(kind, what(quantization), **how))
 
 
 @pytest.fixture
@@ -54,9 +58,7 @@ def worker_of(tmp_path, monkeypatch, loads):
         return []
 
     def make(quantization="none"):
-        source = TextSource(token_ids=GOLDEN / "tokens.json", max_eval_tokens=100)
-        setup = WorkerSetup(str(GOLDEN / "neox-tiny"), source, "float32", quantization, tmp_path / "store", 48)
-        one = Worker(setup, 1, "")
+        one = Worker(WorkerSetup(str(GOLDEN / "neox-tiny"), Variant("float32", quantization), tmp_path), 1, "")
         one.load()
         return one
 
@@ -64,50 +66,55 @@ def worker_of(tmp_path, monkeypatch, loads):
     return make
 
 
-def test_each_quantization_is_a_model_of_its_own_beside_one_reference(worker_of, loads):
+@pytest.fixture(scope="module")
+def text():
+    return load_tokens(TextSource(token_ids=GOLDEN / "tokens.json", max_eval_tokens=100), None, 10**6)
+
+
+def test_each_quantization_is_a_model_of_its_own_beside_one_reference(worker_of, loads, text):
     pytest.importorskip("torchao")
-    worker = worker_of()
-    found = {name: worker.measure(spec(name)) for name in (None, *QUANTIZATIONS)}
-    digest = worker.loaded.digest
+    worker, names = worker_of(), (None, *QUANTIZATIONS)
+    asked = {name: assignment(name, "quality", text.digest) for name in names}
+    found = {name: worker.measure(asked[name], text) for name in names}
     assert loads == [*QUANTIZATIONS], "each once, the unquantized one when the worker began"
-    assert "quantization" not in found[None].record and "reference_digest" not in found[None].record
-    for name in QUANTIZATIONS:
-        record = found[name].record
-        assert (record["quantization"], record["reference_digest"]) == (name, digest)
-        assert record["model_digest"] == (digest if name == "none" else f"{digest} {name}")
-        assert _unquantized(record["model_digest"]) == digest
+    digests = {name: worker.conditions(asked[name].subject.variant).model_digest for name in names}
+    assert digests == {
+        None: digests[None],
+        "none": digests[None],
+        "int8_weight_only": f"{digests[None]} int8_weight_only",
+    }
+    assert unquantized(digests["int8_weight_only"]) == digests[None]
     losses = [found[name].losses[:, 1].mean() for name in QUANTIZATIONS]
     assert len(set(losses)) == 2 and max(losses) - min(losses) < 0.5
-    assert found["none"].losses.tolist() == found[None].losses.tolist()
-    assert not found["none"].measured_speed, "it is what the sweep without the knob measured"
-    assert {kind(of.record) for of in found.values()} == {kind(found[None].record)}, "one unit for all milliseconds"
-    references = {id(worker._models[name].reference) for name in QUANTIZATIONS}
-    assert references == {id(worker.measurements.reference)}
-    assert worker.measure(spec("int8_weight_only", round=1)).ratios
+    assert asked["none"].subject == asked[None].subject, "it is what the sweep without the knob measured"
+    benches = [worker._bench(asked[name].subject) for name in names]
+    assert {id(of.reference) for of in benches} == {id(benches[0].reference)}
+    assert worker.measure(assignment("int8_weight_only", "times", text.digest, run=1), text).record["ratios"]
     assert len(loads) == 2
 
 
-def test_timings_beside_another_models_reference_are_kept_apart(worker_of):
+def test_timings_beside_another_models_reference_are_kept_apart(worker_of, text):
     """The same weights, quantized in all of a sweep or by its space: the ratios are to other references."""
     pytest.importorskip("torchao")
-    searched = worker_of()._measurements_of(spec("int8_weight_only"))
-    fixed = worker_of("int8_weight_only").measurements
-    what = Configuration("ring", POLICY, "math")
-    assert searched._quality_key(Configuration("ring", POLICY)) == fixed._quality_key(Configuration("ring", POLICY))
-    assert searched._speed_key(what) == fixed._speed_key(what) | {"reference_digest": searched.beside.loaded.digest}
+    conditions = {variant: worker_of().conditions(variant) for variant in (PLAIN, INT8)}
+    searched = Keys(conditions[INT8], text, 48, conditions[PLAIN].model_digest)
+    fixed = Keys(conditions[INT8], text, 48)
+    quality, speed = (Job(kind, what(None)) for kind in ("quality", "speed"))
+    assert searched.of(quality) == fixed.of(quality)
+    assert searched.of(speed) == fixed.of(speed) | {"reference_digest": conditions[PLAIN].model_digest}
 
 
-def test_memory_of_the_other_models_does_not_count(worker_of, monkeypatch):
+def test_memory_of_the_other_models_does_not_count(worker_of, monkeypatch, text):
     pytest.importorskip("torchao")
     worker = worker_of()
-    size = sum(p.nbytes for p in worker.loaded.model.parameters()) / 2**20
-    assert worker._megabytes_beside("none") == 0
-    worker._measurements_of(spec("int8_weight_only"))
-    assert worker._models["int8_weight_only"].neighbours() >= size > worker.measurements.neighbours() > 0
-    monkeypatch.setattr(measurements, "measure_speed", lambda *_: None)
-    monkeypatch.setattr(measurements, "speed_summary", lambda *_: {"peak_memory_mb": 100.0})
-    measured, _ = worker.measurements.speed(Configuration("ring", POLICY, "math"))
-    assert measured.record["peak_memory_mb"] == 100.0 - worker.measurements.neighbours()
+    size = sum(p.nbytes for p in worker._models[PLAIN].model.parameters()) / 2**20
+    assert worker._megabytes_beside(PLAIN) == 0
+    worker.conditions(INT8)
+    assert worker._megabytes_beside(INT8) >= size > worker._megabytes_beside(PLAIN) > 0
+    monkeypatch.setattr(bench, "measure_speed", lambda *_: None)
+    monkeypatch.setattr(bench, "speed_summary", lambda *_: {"peak_memory_mb": 100.0})
+    measured = worker.measure(assignment(None, text=text.digest), text)
+    assert measured.record["peak_memory_mb"] == 100.0 - worker._megabytes_beside(PLAIN)
 
 
 class Small(Worker):
@@ -115,62 +122,62 @@ class Small(Worker):
 
     fits = 2
 
-    def _measure(self, spec):
-        self._measurements_of(spec)
-        self.seen.append(list(self._models))
+    def _measure(self, assignment):
+        self._bench(assignment.subject)
+        self.seen.append([variant.quantization for variant in self._models])
         if len(self._models) > self.fits:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return TrialMeasurement(Row(), np.empty((0, 2)), True, True)
 
 
 @pytest.fixture
-def small(tmp_path, monkeypatch):
+def small(monkeypatch):
     loaded = SimpleNamespace(device=torch.device("cpu"), model=torch.nn.Linear(2, 2), digest="d")
     monkeypatch.setattr(models, "load_model", lambda name, dtype, quantization="none": loaded)
-    worker = Small(WorkerSetup("m", TextSource(), "float32", "none", tmp_path, 48), 1, "")
-    worker.loaded, worker.stream, worker.seen = loaded, None, []
-    from streamllm.measuring.measurements import Measurements
-
-    worker.measurements = Measurements(MeasurementStore(tmp_path), loaded, None, 48)
-    worker._models = OrderedDict(none=worker.measurements)
+    worker = Small(WorkerSetup("m", PLAIN), 1, "")
+    worker.seen, worker._models = [], OrderedDict({PLAIN: loaded})
     return worker
 
 
 def test_the_model_used_longest_ago_goes_first_where_memory_is_short(small):
     small.fits = 3
     for name in ("a", "b", "a", "c"):
-        small.measure(spec(name))
-    assert small.seen[-2:] == [["none", "b", "a", "c"], ["none", "a", "c"]]
+        small.measure(assignment(name), TEXT)
+    assert small.seen[-2:] == [["b", "a", "none", "c"], ["a", "none", "c"]]
     small.fits = 2
-    small.measure(spec("c"))
+    small.measure(assignment("c"), TEXT)
     assert small.seen[-1] == ["none", "c"]
     small.fits = 1
-    small.measure(spec("none"))
+    small.measure(assignment("none"), TEXT)
     assert small.seen[-1] == ["none"]
 
 
 def test_where_nothing_can_be_spared_memory_is_short(small):
     small.fits = 1
     with pytest.raises(MemoryError, match="out of accelerator memory: CUDA out of memory"):
-        small.measure(spec("a"))
+        small.measure(assignment("a"), TEXT)
     assert small.seen == [["none", "a"]], "the reference's model and the trial's stay"
 
 
-def test_a_study_goes_on_whose_first_row_is_quantized(tmp_path):
-    (tmp_path / "space.yaml").write_text("parameters: {n_sink: 4}")
-    study = SimpleNamespace(
-        rows=[{"model_digest": "d int8_weight_only"}], space=load_space(str(tmp_path / "space.yaml"))
-    )
-    driver = Driver(study, None, 48, 1, [])
-    driver._check_same({"host": "here", "model_digest": "d"})
+def test_a_study_goes_on_whose_first_row_is_quantized():
+    kinds = Kinds([Row(model_digest="d int8_weight_only")], lambda _: None)
+    kinds.check(0, description(model_digest="d"))
     with pytest.raises(UsageError, match="model on here: e"):
-        driver._check_same({"host": "here", "model_digest": "e"})
+        kinds.check(0, description(model_digest="e"))
+
+
+def test_a_model_that_may_not_fit_takes_the_place_of_one_that_was_used_longest_ago(small, monkeypatch):
+    small.fits = 9
+    monkeypatch.setattr("streamllm.engine.device.free_memory", lambda device: 1)
+    for name in ("a", "b"):
+        small.measure(assignment(name), TEXT)
+    assert small.seen == [["none", "a"], ["none", "b"]]
 
 
 def test_a_round_confirms_what_was_measured():
     row = {"method": "ring", "backend_requested": "math", "execution": "compile", **asdict(POLICY)}
-    again = Configuration.of_row(row | {"quantization": "int8_weight_only"})
-    assert again == spec("int8_weight_only", execution="compile").configuration
+    assert Configuration.of_row(row | {"quantization": "int8_weight_only"}) == what(
+        "int8_weight_only", execution="compile"
+    )
     assert Configuration.of_row(row).quantization is None
 
 

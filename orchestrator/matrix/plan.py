@@ -16,8 +16,9 @@ from streamllm.policy import EvictionPolicy, for_chunks, with_derived_window
 from streamllm.results.schema import AnyRow, knobs_in_short
 from streamllm.terminal.output import check_folder
 
-from ..configuration import check_whole, total_kv
+from ..configuration import WorkerSettings, check_whole, total_kv
 from ..study_name import check_study_name, model_label, study_name
+from ..workers.messages import Variant
 
 
 class Outcome(TypedDict, total=False):
@@ -40,6 +41,8 @@ class Document(Outcome, total=False):
 
     cell: str
     settings: dict[str, object]
+    rounds: int
+    """In which all was taken again."""
     measured_sec: float
     finished_at: float
     """Seconds since 1970."""
@@ -48,7 +51,7 @@ class Document(Outcome, total=False):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MatrixRequest:
-    """What a user asks of a matrix. Raises UsageError for a number of threads that cannot be."""
+    """What a user asks of a matrix. Raises UsageError for a number of rounds that cannot be."""
 
     space: str
     """Its name or file."""
@@ -60,13 +63,14 @@ class MatrixRequest:
     quantization: str
     cap: int | None
     """Total KV; None: the matrix', or the trained length."""
-    threads: int | None
-    """None: torch's default."""
+    workers: WorkerSettings
+    rounds: int
+    """In which all times are taken again."""
     study: str | None
     output: Path | None
 
     def __post_init__(self) -> None:
-        check_whole(0, cpus_per_worker=self.threads)
+        check_whole(0, confirm=self.rounds)
         if self.study is not None:
             check_study_name(self.study)
 
@@ -81,6 +85,10 @@ class Planned:
     policy: EvictionPolicy
     baseline: str
     file: Path
+
+    @property
+    def variant(self) -> Variant:
+        return Variant(self.cell.dtype, self.cell.quantization)
 
     @property
     def settings(self) -> dict[str, object]:
@@ -100,15 +108,26 @@ class MatrixPlan:
     """Total KV, in tokens."""
     cells: Sequence[Planned]
     """In the order of the table."""
-    threads: int | None
+    model: str
+    trained_length: int | None
+    vocabulary: int | None
+    """Its size; None of a model from the hub."""
+    workers: WorkerSettings
+    rounds: int
 
     @property
     def store(self) -> Path:
         """Shared with the sweeps beside it."""
         return self.folder.parent / ".store"
 
+    def is_finished(self, planned: Planned, documents: Mapping[Path, Document], rounds: int | None = None) -> bool:
+        """Whether a cell is, the rounds included: so many, or all that are wanted."""
+        document = documents.get(planned.file)
+        wanted = self.rounds if rounds is None else rounds
+        return document is not None and document["state"] == "complete" and document.get("rounds", 0) >= wanted
+
     def documents(self) -> dict[Path, Document]:
-        """The files there are. Raises UsageError if a finished one was made under other settings."""
+        """What the files say that there are. Raises UsageError if a finished one was made under other settings."""
         found = {planned.file: _read(planned.file) for planned in self.cells}
         for planned in self.cells:
             document = found[planned.file]
@@ -131,8 +150,8 @@ def make_plan(request: MatrixRequest) -> MatrixPlan:
 
     from streamllm.engine.loading import check_files, trained_length
 
-    check_files(request.model)
-    cap = total_kv(request.cap, matrix.cap, trained_length(request.model))
+    vocabulary, trained = check_files(request.model), trained_length(request.model)
+    cap = total_kv(request.cap, matrix.cap, trained)
     of_cap = [] if request.cap is None else [str(request.cap)]
     usual = study_name(model_label(request.model), *([source.label] if named else []), matrix.name, *of_cap)
     name = usual if request.study is None else request.study
@@ -151,7 +170,9 @@ def make_plan(request: MatrixRequest) -> MatrixPlan:
             f"cap {cap}: a cell of the matrix has its own window of {wide.cell.window_size} tokens, "
             f"{wide.policy.kept + wide.policy.cache_slack} with sinks and slack; leave --cap out"
         )
-    return MatrixPlan(name, folder, matrix, cap, cells, request.threads)
+    return MatrixPlan(
+        name, folder, matrix, cap, cells, request.model, trained, vocabulary, request.workers, request.rounds
+    )
 
 
 def policy_of(cell: Cell, cap: int) -> EvictionPolicy:
@@ -185,7 +206,7 @@ def describe(plan: MatrixPlan) -> str:
             f"{cell.method} {cell.attn_backend}{execution} {cell.dtype} {knobs_in_short(asdict(policy))}, "
             f"{'all' if most is None else most} tokens of {planned.source.label}"
         )
-    left = [planned for planned in plan.cells if documents.get(planned.file, {}).get("state") != "complete"]
+    left = [planned for planned in plan.cells if not plan.is_finished(planned, documents)]
     return "\n".join([*lines, f"left: {cost(left, documents)}"])
 
 

@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dashboards.pareto import rich_table
+from streamllm.measuring.jobs import Job
 from streamllm.measuring.reference_time import ReferencePool
 from streamllm.results.front import hypervolume, pareto_front
 from streamllm.results.schema import OBJECTIVES, Row, told_name
@@ -23,12 +24,11 @@ from streamllm.results.study import BASELINE, STRICT
 from streamllm.terminal.printing import discard
 from streamllm.terminal.progress import LINE_SEC, regularly, spoken
 
-from ..workers.messages import TrialSpec, WorkerDescription
+from ..workers.messages import WorkerDescription
 from .plot import Plot
+from .workers import SHOWN, Doings, described
 
 _FRONT_ROWS = 5
-_WORKERS = 8
-"""Shown one by one; of more, how many do what."""
 _LINE_SEC = 10.0
 """Seconds between lines about one and the same thing, where there is no live view."""
 
@@ -81,7 +81,7 @@ class Display:
         for row in rows:
             self._count(row)
         self._tracking = tracking
-        self._doing: dict[int, str] = {}
+        self._doings = Doings()
         self._started = time.monotonic()
         self._confirming: tuple[int, int] | None = None
         """Measurements that confirming takes, and how many have been started."""
@@ -106,28 +106,27 @@ class Display:
     def _say_where(self) -> None:
         """Says that the sweep goes on, where there is no live view and nothing else has been said for a while."""
         if time.monotonic() - self._noted > LINE_SEC / 2:
-            doing = "; ".join(f"worker {worker}: {what}" for worker, what in sorted(self._doing.items())[:_WORKERS])
-            self.note(f"{self._so_far()}; {doing or 'workers are starting'}")
+            self.note(f"{self._so_far()}; {self._doings}")
 
     def note(self, message: str) -> None:
         self._noted = time.monotonic()
         self.console.print(Text(message), soft_wrap=True)
 
     def worker_ready(self, worker: int, description: WorkerDescription) -> None:
-        where = f"GPU {description['visible_devices']}, " if description["visible_devices"] else ""
-        cores = ",".join(map(str, description["cores"])) or "all"
-        self._doing[worker] = "idle"
-        self.note(f"worker {worker}: {where}{description['device']}, cores {cores}, {description['n_tokens']} tokens")
+        self._doings.set(worker)
+        self.note(f"worker {worker}: {described(description)}")
 
-    def trial_started(self, worker: int, spec: TrialSpec) -> None:
+    def worker_idle(self, worker: int) -> None:
+        self._doings.set(worker)
+
+    def job_started(self, worker: int, job: Job) -> None:
         if self._confirming is not None:
             total, started = self._confirming
             self._confirming = total, started + 1
-            if spec.round > self._round:
-                self._round = spec.round
-                self.note(f"confirming: round {spec.round}")
-            self._doing = dict.fromkeys(self._doing, "idle")  # in rounds one works at a time
-        self._doing[worker] = f"{spec.configuration}{f', round {spec.round}' if spec.round else ''}"
+            if job.run > self._round:
+                self._round = job.run
+                self.note(f"confirming: round {job.run}")
+        self._doings.set(worker, str(job))
 
     def trial_finished(self, row: Row) -> None:
         if row["trial"] in _FIXED:
@@ -144,7 +143,6 @@ class Display:
                 self.note(f"{said}{' (from the store)' * row['reused']}")
             return
         self._count(row)
-        self._doing[row["worker"]] = "idle"
         outcome = _outcome(self._times.with_time(row))
         self.note(f"[{self._done:>{len(str(self._total))}}/{self._total}] {outcome}")
 
@@ -163,7 +161,7 @@ class Display:
 
     def view(self) -> Group:
         """The live view."""
-        parts: list[RenderableType] = [self._progress(), self._workers()]
+        parts: list[RenderableType] = [self._progress(), self._doings.table()]
         if (plot := self._plot()) is not None:
             parts.append(plot)
         front = [self._times.with_time(row) for row in self._front[:_FRONT_ROWS]]
@@ -194,22 +192,10 @@ class Display:
         bar.add_row(ProgressBar(total=max(total, 1), completed=min(done, total), width=40), self._so_far())
         return bar
 
-    def _workers(self) -> Table:
-        table = Table.grid(padding=(0, 2))
-        if not self._doing:
-            table.add_row("workers are starting")
-        elif len(self._doing) <= _WORKERS:
-            for worker, doing in sorted(self._doing.items()):
-                table.add_row(f"worker {worker}", doing)
-        else:
-            idle = sum(doing == "idle" for doing in self._doing.values())
-            table.add_row(f"{len(self._doing)} workers", f"{len(self._doing) - idle} measure, {idle} idle")
-        return table
-
     def _plot(self) -> Plot | None:
         """The first two objectives of all complete trials, where the terminal has room for it."""
         x, y = list(self._objectives)[:2]
-        height = min(12, self.console.height - min(len(self._doing), _WORKERS) - _FRONT_ROWS - 12)
+        height = min(12, self.console.height - min(len(self._doings), SHOWN) - _FRONT_ROWS - 12)
         if not self._complete or height < 5:
             return None
         points, front = ([(row[x], row[y]) for row in map(self._times.with_time, rows)]

@@ -9,29 +9,25 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 from streamllm.configuration import Configuration
 from streamllm.engine.methods import METHODS
+from streamllm.measuring.jobs import Job, Plan
 from streamllm.measuring.store import code_digest
 from streamllm.results.checks import checked_round
 from streamllm.results.damaged import read_lines
 from streamllm.results.schema import AnyRow
 from streamllm.results.study_folder import StudyFolder, append_line
 
-from ..workers.messages import SweepError, TrialMeasurement, TrialSpec
-from ..workers.pool import Finished
+from ..scheduler import JobError, Scheduler
+from ..workers.messages import Subject
 
-_ATTEMPTS = 2
-
-
-class Pool(Protocol):
-    def submit(self, worker: int, spec: TrialSpec) -> None: ...
-
-    def wait(self, timeout: float) -> Iterable[Finished]: ...
+if TYPE_CHECKING:
+    from ..workers.kinds import Kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,119 +67,106 @@ def read_rounds(folder: StudyFolder) -> list[Round]:
 
 def take_rounds(
     folder: StudyFolder,
-    pool: Pool,
-    workers: Sequence[int],
+    scheduler: Scheduler,
+    subject: Subject,
     rows: Sequence[AnyRow],
     count: int,
-    announce: Callable[[int, TrialSpec], None],
     until: float = math.inf,
-    kind: Mapping[str, object] | None = None,
+    kind: Kind = (),
 ) -> list[Round]:
-    """`count` rounds of all `rows`, each on the next of the ready `workers`; fewer, but one, where the next would not
-    be finished `until` then, by the monotonic clock. Those that are there count, if every one of the rows is in them,
-    and they are of the same engine and kind of worker.
+    """`count` rounds of all `rows`, on workers of that kind, one at a time on a machine; fewer, but one, where the next
+    would not be finished `until` then, by the monotonic clock. Those that are there count, if every one of the rows is
+    in them, and they are of the same engine and kind of worker.
 
-    announce: told worker and spec before each measurement.
-    kind: of all `workers` (`reference_time.WORKER`); one that comes back as another is not asked."""
-    kind = kind or {}
+    Raises SweepError where no worker of the kind is left."""
     needed = {str(row["trial"]) for row in rows}
-    found = [one for one in read_rounds(folder) if needed <= one.members and one.is_of(kind)][-count:]
-    failed = {trial: reason for one in found for trial, reason in one.failed.items()}
-    turns = _Turns(pool, workers, announce, kind)
-    took = 0.0
-    for number in range(len(found) + 1, count + 1):
-        if found and time.monotonic() + took > until:
-            break
+    found = [one for one in read_rounds(folder) if needed <= one.members and one.is_of(dict(kind))][-count:]
+    rounds = _Rounds(folder, scheduler, subject, rows, found)
+    while rounds.running or (rounds.missing(count) and rounds.fits(until)):
+        while rounds.missing(count) and rounds.fits(until) and (worker := rounds.next_worker(kind)) is not None:
+            rounds.begin(worker)
+        scheduler.assign()
+        scheduler.step()
+    return rounds.found
+
+
+class _Rounds:
+    """Rounds under way, at most one on a machine."""
+
+    def __init__(
+        self,
+        folder: StudyFolder,
+        scheduler: Scheduler,
+        subject: Subject,
+        rows: Sequence[AnyRow],
+        found: list[Round],
+    ) -> None:
+        self.found = found
+        self.running: dict[str, int] = {}
+        """Machine -> the worker that began it there."""
+        self._folder = folder
+        self._scheduler = scheduler
+        self._subject = subject
+        self._rows = rows
+        self._begun = len(found)
+        self._took = 0.0
+        self._used: Counter[int] = Counter()
+
+    def missing(self, count: int) -> bool:
+        return self._begun < count
+
+    def fits(self, until: float) -> bool:
+        return not self.found or time.monotonic() + self._took <= until
+
+    def next_worker(self, kind: Kind) -> int | None:
+        """The one that has had the fewest, on a machine without a round."""
+        free = [
+            worker
+            for host, workers in self._scheduler.members().get(kind, {}).items()
+            if host not in self.running
+            for worker in workers
+        ]
+        return min(free, key=lambda worker: (self._used[worker], worker), default=None)
+
+    def begin(self, worker: int) -> None:
+        self._begun += 1
+        self._used[worker] += 1
+        host = next(
+            host for of in self._scheduler.members().values() for host, workers in of.items() if worker in workers
+        )
+        self.running[host] = worker
         started = time.monotonic()
-        turns.next_worker()
-        one = _take(turns, rows, number, failed)
-        failed |= one.failed
-        one = replace(one, line=len(read_rounds(folder)) + 1)
-        append_line(folder.rounds, json.dumps(asdict(one)))
-        found.append(one)
-        took = time.monotonic() - started
-    return found
+        failed = {trial: reason for one in self.found for trial, reason in one.failed.items()}
+
+        def done(one: Round | JobError) -> None:
+            assert isinstance(one, Round), "its failures are in it"
+            del self.running[host]
+            self._took = time.monotonic() - started
+            kept = replace(one, line=len(read_rounds(self._folder)) + 1)
+            append_line(self._folder.rounds, json.dumps(asdict(kept)))
+            self.found.append(kept)
+
+        self._scheduler.start(_round(self._rows, self._begun, failed), self._subject, done, on=worker)
 
 
-def _take(turns: _Turns, rows: Sequence[AnyRow], number: int, failed: dict[str, str]) -> Round:
+def _round(rows: Sequence[AnyRow], number: int, failed: Mapping[str, str]) -> Plan[Round]:
     """Measures a round. Trials that failed in an earlier one are not tried again."""
     one = Round({}, {}, dict(failed), _code())
     for row in rows:
         trial = str(row["trial"])
         if trial in one.failed:
             continue
-        result = turns.measure(TrialSpec(Configuration.of_row(row), round=number))
-        if isinstance(result, str):
-            one.failed[trial] = result
+        try:
+            (done,) = yield [Job("times", Configuration.of_row(row), run=number)]
+        except JobError as error:
+            one.failed[trial] = str(error)
         else:
-            one.ratios[trial], one.times[trial] = list(result.ratios), dict(result.record)
+            times = dict(done.measurement.record)
+            one.ratios[trial] = times.pop("ratios")
+            one.times[trial] = times | done.keys.conditions.kind
     return one
 
 
 def _code() -> str:
     """Digest of the engine with all methods: a round covers several."""
     return code_digest(*METHODS)
-
-
-class _Turns:
-    """One measurement at a time, on a worker that is ready."""
-
-    def __init__(
-        self,
-        pool: Pool,
-        workers: Sequence[int],
-        announce: Callable[[int, TrialSpec], None],
-        kind: Mapping[str, object],
-    ) -> None:
-        self._pool = pool
-        self._kind = kind
-        self._ready = deque(workers)
-        self._starting: set[int] = set()
-        self._announce = announce
-
-    def next_worker(self) -> None:
-        self._ready.rotate(-1)
-
-    def measure(self, spec: TrialSpec) -> TrialMeasurement | str:
-        """The measurement, or why there is none; after the worker's death on the next one, once. Raises SweepError
-        where no worker is left: a round is no worse for that."""
-        reason = "no worker is left"
-        for _ in range(_ATTEMPTS):
-            if not self._recovered():
-                raise SweepError(f"the front could not be confirmed: {reason}")
-            worker = self._ready[0]
-            self._announce(worker, spec)
-            self._pool.submit(worker, spec)
-            finished = self._answer(worker)
-            if finished.measurement is not None:
-                return finished.measurement
-            reason = str(finished.error)
-            if not finished.died:
-                break
-            self._ready.popleft()
-            if not finished.lost:
-                self._starting.add(worker)
-        return reason
-
-    def _answer(self, worker: int) -> Finished:
-        while True:
-            for finished in self._pool.wait(timeout=0.5):
-                if finished.worker == worker:
-                    return finished
-                self._noticed(finished)
-
-    def _recovered(self) -> bool:
-        """Waits for a worker that is ready; False if there will be none."""
-        while not self._ready and self._starting:
-            for finished in self._pool.wait(timeout=0.5):
-                self._noticed(finished)
-        return bool(self._ready)
-
-    def _noticed(self, finished: Finished) -> None:
-        """Takes in a worker that has started, forgets one that never will."""
-        if finished.description is not None:
-            self._starting.discard(finished.worker)
-            if all(finished.description.get(name) == value for name, value in self._kind.items()):
-                self._ready.append(finished.worker)
-        elif finished.lost or not finished.died:
-            self._starting.discard(finished.worker)

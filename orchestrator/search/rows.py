@@ -9,53 +9,47 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from streamllm.configuration import Configuration
-from streamllm.measuring.baseline import as_baseline, compared, sampled
+from streamllm.measuring.baseline import as_baseline, row_of, sampled
+from streamllm.measuring.reference_time import speedup
 from streamllm.policy import EvictionPolicy, strict_policy
 from streamllm.results.schema import AnyRow, Row
 from streamllm.results.study import BASELINE, STRICT
 
 from ..configuration import commit
-from ..workers.messages import TrialMeasurement, TrialSpec
 from .study import OpenTrial
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from streamllm.measuring.plans import Evaluated
     from streamllm.measuring.quality import QualityComparison
 
 
-def fixed_spec(name: str, cap: int, sampled_tokens: int = 0) -> TrialSpec:
-    """The trial that measures the reference, strict StreamingLLM by the ring, or the baseline, a sliding window of the
-    whole cap, computed anew for every token of a sample."""
+def fixed_configuration(name: str, cap: int) -> Configuration:
+    """Of the reference, strict StreamingLLM by the ring, or of the baseline, a sliding window of the whole cap that is
+    computed anew for every token."""
     if name == STRICT:
-        return TrialSpec(Configuration("ring", strict_policy(cap)))
-    window = EvictionPolicy(n_sink=0, window_size=cap)
-    return TrialSpec(Configuration("recompute", window), sampled_tokens=sampled_tokens)
+        return Configuration("ring", strict_policy(cap))
+    return Configuration("recompute", EvictionPolicy(n_sink=0, window_size=cap))
 
 
 def fixed_row(
-    name: str, measurement: TrialMeasurement, baseline: TrialMeasurement | None, comparison: QualityComparison
+    name: str, cap: int, evaluated: Evaluated, baseline: Evaluated | None, comparison: QualityComparison
 ) -> Row:
-    """The row of the reference or of the baseline, whose perplexity is stated over all tokens."""
-    row = measurement.record | {"trial": name, "state": "complete"}
-    losses = measurement.losses
-    assert losses is not None
-    is_baseline = name == BASELINE
-    row = as_baseline(row, losses, comparison) if is_baseline else row | _beside(measurement, baseline, comparison)
-    return row | {"reused": _reused(measurement), **_stamp()}
+    """The row of the reference or of the baseline, whose perplexity is stated over all tokens. baseline: beside which
+    that of the reference is."""
+    row = row_of(fixed_configuration(name, cap), "fast", evaluated) | {"trial": name, "state": "complete"} | _stamp()
+    if name == BASELINE:
+        return as_baseline(row, evaluated.losses, comparison)
+    of_baseline = None if baseline is None else row_of(fixed_configuration(BASELINE, cap), "fast", baseline)
+    return row | _beside(row, evaluated, of_baseline, comparison)
 
 
-def trial_row(
-    trial: OpenTrial,
-    measurement: TrialMeasurement,
-    baseline: TrialMeasurement | None,
-    comparison: QualityComparison,
-    worker: int,
-) -> Row:
+def trial_row(trial: OpenTrial, evaluated: Evaluated, baseline: Row | None, comparison: QualityComparison) -> Row:
     """One flat row. Times are ratios to the reference's; `ppl_vs_strict_percent` is over all tokens."""
-    values = measurement.record | _beside(measurement, baseline, comparison) | _stamp()
-    about = {"trial": trial.number, "state": "complete", "feasible": True, "worker": worker}
-    return values | about | {"reused": _reused(measurement)}
+    row = row_of(trial.configuration, "fast", evaluated)
+    about = {"trial": trial.number, "state": "complete", "feasible": True, "worker": evaluated.worker}
+    return row | _beside(row, evaluated, baseline, comparison) | _stamp() | about
 
 
 def increases(rows: Iterable[Row], comparison: QualityComparison, losses_of: Callable[[str], np.ndarray]) -> list[Row]:
@@ -77,24 +71,17 @@ def increases(rows: Iterable[Row], comparison: QualityComparison, losses_of: Cal
     return added
 
 
-def _beside(measurement: TrialMeasurement, baseline: TrialMeasurement | None, comparison: QualityComparison) -> AnyRow:
-    losses = measurement.losses
-    assert losses is not None
-    if baseline is None:
-        beside = comparison.vs_strict(losses).flat("ppl_vs_strict_percent")
-    else:
-        assert baseline.losses is not None
-        beside = compared(measurement.record, losses, (baseline.record, baseline.losses), comparison)
-    n_losses = measurement.record["n_tokens"] - 1
+def _beside(row: Row, evaluated: Evaluated, baseline: Row | None, comparison: QualityComparison) -> AnyRow:
+    losses = evaluated.losses
+    beside = comparison.vs_strict(losses).flat("ppl_vs_strict_percent")
+    if baseline is not None:
+        beside |= speedup(row, baseline) | comparison.increase(losses).flat("ppl_increase_percent")
+    n_losses = row["n_tokens"] - 1
     return beside | (sampled(losses, comparison, n_losses) if len(losses) < n_losses else {})
 
 
-def _reused(measurement: TrialMeasurement) -> bool:
-    return not (measurement.measured_quality or measurement.measured_speed)
-
-
-def failed_row(trial: OpenTrial, reason: str, worker: int) -> Row:
-    what = trial.spec.configuration
+def failed_row(trial: OpenTrial, reason: str) -> Row:
+    what = trial.configuration
     values = {
         "trial": trial.number,
         "state": "failed",
@@ -104,7 +91,6 @@ def failed_row(trial: OpenTrial, reason: str, worker: int) -> Row:
         "execution": what.execution,
         "quantization": what.quantization,
         "feasible": False,
-        "worker": worker,
     }
     return Row.of({**values, **asdict(what.policy), **_stamp()})
 

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 from streamllm.measuring.sample import BATCH, LEAST_TOKENS, MOST_TOKENS, is_precise
 
-from ..workers.messages import TrialMeasurement
-
 if TYPE_CHECKING:
     import numpy as np
 
@@ -34,22 +32,20 @@ class BaselineSample:
         return LEAST_TOKENS if self.wanted is None else self.wanted
 
     @property
-    def next_size(self) -> int:
-        """A batch more, of a large sample an eighth: each time a worker reads again what there is."""
-        return self.tokens + max(BATCH, self.tokens // 8)
+    def next_batches(self) -> int:
+        """How many it grows by next; a large sample by an eighth, as each time it is compared as a whole."""
+        return max(self.tokens // 8 // BATCH, 1)
 
     def spent(self, seconds: float, on_it: bool) -> None:
         """Counts a worker's time."""
         self._on_all += seconds
         self._on_it += seconds * on_it
 
-    def measured(self, baseline: TrialMeasurement, reference: np.ndarray) -> None:
-        """reference: the losses of strict StreamingLLM."""
-        assert baseline.losses is not None
-        tokens = len(baseline.losses)
-        self.is_whole = tokens in (len(reference), self.tokens)
-        self.tokens = tokens
-        self._is_precise = is_precise(reference, baseline.losses)
+    def measured(self, losses: np.ndarray, reference: np.ndarray) -> None:
+        """losses: the sample's; reference: those of strict StreamingLLM, of all tokens."""
+        self.tokens = len(losses)
+        self.is_whole = self.tokens == len(reference)
+        self._is_precise = is_precise(reference, losses)
 
     def is_short(self) -> bool:
         """Whether a sweep that has nothing else to do should still wait for it."""
@@ -57,7 +53,7 @@ class BaselineSample:
 
     def is_due(self) -> bool:
         """Whether it is its turn beside trials."""
-        if self.is_whole or self._on_it > _SHARE * self._on_all:
+        if self.is_whole or not self._on_all or self._on_it > _SHARE * self._on_all:
             return False
         improves = self.wanted is None and self.tokens < MOST_TOKENS and not self._is_precise
         return self.is_short() or improves

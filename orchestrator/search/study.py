@@ -18,12 +18,12 @@ import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from search_spaces import SearchSpace, Value, judged
+from streamllm.configuration import Configuration
 from streamllm.errors import UsageError
 from streamllm.measuring.reference_time import ReferencePool
 from streamllm.results.schema import Row, told_name
 from streamllm.results.study_folder import SETTINGS
 
-from ..workers.messages import TrialSpec
 from .journal import DEATHS, ROW, SKIPPED, Journal, trial_of
 from .points import configuration_of
 from .samplers import Result, Sampler, Suggestion
@@ -38,7 +38,7 @@ class OpenTrial:
 
     number: int
     params: dict[str, Value]
-    spec: TrialSpec
+    configuration: Configuration
 
 
 class Study:
@@ -153,13 +153,13 @@ class Study:
         params = suggestion.params
         self._seen.add(self._identity(params))
         try:
-            spec = TrialSpec(configuration_of(params, self.space, self.cap))
+            configuration = configuration_of(params, self.space, self.cap)
         except UsageError as error:
             self._skip(trial, params, str(error))
             self._sampler.learn(suggestion, None)
             return None
         trial = trial or self._created(params, TrialState.RUNNING)
-        open_trial = OpenTrial(trial.number, params, spec)
+        open_trial = OpenTrial(trial.number, params, configuration)
         self._open[trial.number] = (trial, open_trial, suggestion)
         return open_trial
 

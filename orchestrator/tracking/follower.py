@@ -24,7 +24,6 @@ from streamllm.results.schema import Row
 from streamllm.results.study import load_study
 
 from ..trials_file import TrialsFile
-from ..workers.messages import TrialSpec, WorkerDescription
 from .mlflow_runs import Projection, Report, one_line
 
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 1.0, 60.0
@@ -69,12 +68,6 @@ class Tracker:
         theirs.close()
         if self._report is not None:
             self._tell(self._report)
-
-    def worker_ready(self, worker: int, description: WorkerDescription) -> None:
-        pass
-
-    def trial_started(self, worker: int, spec: TrialSpec) -> None:
-        pass
 
     def trial_finished(self, row: Row) -> None:
         self._listen()

@@ -19,7 +19,7 @@ from streamllm.results.damaged import keep_aside
 from streamllm.results.study_folder import StudyFolder
 
 if TYPE_CHECKING:
-    from streamllm.measuring.measurements import Leases
+    from streamllm.measuring.bench import Leases
 
 _PATIENCE = 15.0
 """Seconds a claim waits for strangers: the workers of a killed sweep live on for 3 to 7."""
@@ -42,7 +42,7 @@ def computing_lease() -> Iterator[None]:
 def leases_on(device: str) -> Leases:
     """The leases that a process of this node holds while it measures on that type of device: accelerators compute
     beside a timing of another one."""
-    from streamllm.measuring.measurements import Leases
+    from streamllm.measuring.bench import Leases
 
     return Leases(timing_lease, computing_lease) if device == "cpu" else Leases(timing_lease)
 

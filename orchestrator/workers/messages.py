@@ -2,35 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TypedDict
+from typing import NamedTuple, TypedDict
 
-import numpy as np
+from streamllm.measuring.conditions import Conditions
+from streamllm.measuring.jobs import Job
 
-from streamllm.configuration import Configuration
-from streamllm.measuring.text import TextSource
-from streamllm.results.schema import Row
+
+class Variant(NamedTuple):
+    """How a model is loaded."""
+
+    dtype: str
+    quantization: str
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What a job is a measurement of."""
+
+    text: str
+    """Digest of the tokens."""
+    variant: Variant
+    total: int
+    """Total KV of the reference that everything is timed beside."""
+    beside: Variant | None = None
+    """The model that the reference is of, where it is another."""
+
+
+class Assignment(NamedTuple):
+    """What a worker is asked to measure."""
+
+    subject: Subject
+    job: Job
+
+    @classmethod
+    def of(cls, subject: Subject, job: Job) -> Assignment:
+        """A configuration with a quantization of its own is another model, beside the same reference."""
+        own = job.what.quantization
+        if own is None:
+            return cls(subject, job)
+        variant, beside = Variant(subject.variant.dtype, own), subject.beside or subject.variant
+        return cls(replace(subject, variant=variant, beside=None if variant == beside else beside), job)
 
 
 @dataclass(frozen=True, slots=True)
 class WorkerSetup:
-    """Everything that every worker of a sweep is started with."""
+    """Everything that every worker is started with. Workers read and write nothing but the model's files."""
 
     model: str
-    source: TextSource
-    dtype: str
-    quantization: str
-    store: Path
-    total: int
-    """Total KV of the reference that everything is timed beside."""
+    variant: Variant
+    """That it loads first."""
     directory: Path | None = None
     """Where the driver runs: what paths, in the environment too, are relative to."""
     model_digest: str | None = None
     """The digest by which the driver knows the weights; None: not to be checked."""
-    text_file_digest: str | None = None
-    """The same for the file of the text."""
+    environment: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Variables of the driver's that it is to have too. They may be secrets: they travel as an argument, which Ray
+    shows nowhere."""
 
 
 class WorkerPlace(TypedDict):
@@ -43,46 +73,15 @@ class WorkerPlace(TypedDict):
 class WorkerDescription(WorkerPlace):
     """What a worker that is ready says of itself."""
 
-    device: str
-    threads: int | None
-    """Of a CPU."""
-    software: str
-    """Versions that its times depend on."""
+    conditions: Conditions
+    """Of what it measures with the model as loaded first."""
+    device_type: str
+    """As torch has it: cpu, cuda, ..."""
     visible_devices: str
     """Its accelerator, as Ray has it; empty if it has none."""
     cores: list[int]
     """Those it is pinned to; empty if it is not."""
-    model_digest: str
-    text_digest: str
-    n_tokens: int
-    """Of the text."""
     warnings: list[str]
-
-
-@dataclass(frozen=True, slots=True)
-class TrialSpec:
-    """The specification of what one trial measures."""
-
-    configuration: Configuration
-    round: int = 0
-    """0: of the search. A round of confirming, from 1 on, takes the times alone, anew."""
-    sampled_tokens: int = 64
-    """At least as many losses of a method whose quality is sampled."""
-
-
-@dataclass(frozen=True, slots=True)
-class TrialMeasurement:
-    """A worker's answer to a `TrialSpec`."""
-
-    record: Row
-    """Identity, quality and speed, flat; of a round of confirming, the times."""
-    losses: np.ndarray | None
-    """(n, 2): position, nats; None of a round of confirming."""
-    measured_quality: bool
-    """False where the store had it; likewise for the speed."""
-    measured_speed: bool
-    ratios: Sequence[float] = ()
-    """In a round of confirming: segment by segment, time over the reference's."""
 
 
 class WorkerUnusableError(RuntimeError):

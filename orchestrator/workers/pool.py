@@ -1,4 +1,4 @@
-"""The pool: Ray actors that each own one accelerator, or a share of the cores, and measure one trial at a time.
+"""The pool: Ray actors that each own one accelerator, or a share of the cores, and measure one job at a time.
 
 A worker waits to be scheduled, loads, then measures. Whatever ends it (its process, its node, a deadline), another is
 started in its place; Ray decides where.
@@ -10,24 +10,26 @@ import itertools
 import os
 import queue
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal, Protocol, cast
+from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-from streamllm.errors import UsageError
-from streamllm.measuring.store import StoreError
+from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
+from streamllm.measuring.conditions import Conditions
+from streamllm.measuring.store import Measurement
 
 from ..configuration import WorkerSettings
 from .accelerators import ONE_EACH
 from .cluster import Cluster, one_line
 from .lease import this_process
 from .messages import (
+    Assignment,
     SweepError,
-    TrialMeasurement,
-    TrialSpec,
+    Variant,
     WorkerDescription,
     WorkerPlace,
     WorkerSetup,
@@ -35,6 +37,9 @@ from .messages import (
 )
 from .room import Room
 from .worker import Worker
+
+if TYPE_CHECKING:
+    from streamllm.measuring.text import TokenStream
 
 _DEATHS_IN_A_ROW = 3
 """Deaths without being ready in between after which a worker is not started again."""
@@ -48,7 +53,7 @@ _LOOK_SEC = 1.0
 _GROW_SEC = 5.0
 
 
-Answer = WorkerPlace | WorkerDescription | TrialMeasurement
+Answer = WorkerPlace | WorkerDescription | Conditions | Measurement
 
 
 class _Promise(Protocol):
@@ -66,17 +71,21 @@ class _Actor(Protocol):
 
     place: _Method
     load: _Method
+    conditions: _Method
     measure: _Method
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """A worker's answer: a description of itself when it became ready, a measurement, or why there is none."""
+    """A worker's answer: a description of itself when it became ready, what it was asked for, or why there is none."""
 
     worker: int
     description: WorkerDescription | None = None
-    measurement: TrialMeasurement | None = None
+    conditions: Conditions | None = None
+    measurement: Measurement | None = None
     error: str | None = None
+    unavailable: bool = False
+    """What was asked for cannot be had, here or with this model: no failure."""
     died: bool = False
     lost: bool = False
     """It died so often that no other was started in its place."""
@@ -97,7 +106,7 @@ class _Worker:
 
 
 class WorkerPool:
-    """Starts workers and passes trials to them.
+    """Starts workers and passes jobs to them.
 
     A `count` of 0 is one per accelerator, or per `cpus` cores where there is none, and as many more as the cluster
     grows by. `note` is given lines for the user. Raises UsageError.
@@ -122,6 +131,8 @@ class WorkerPool:
         self._note = note
         self._class = worker_class
         self._slowest = 0.0
+        self._texts: dict[str, object] = {}
+        """Ray's references to them, by digest."""
         self._workers: dict[int, _Worker] = {}
         self._answers: queue.SimpleQueue[tuple[int, int, Future[Answer]]] = queue.SimpleQueue()
         self._calls = itertools.count()
@@ -135,8 +146,20 @@ class WorkerPool:
             self.shutdown()
             raise
 
-    def submit(self, worker: int, spec: TrialSpec) -> None:
-        self._call(worker, "measuring", self._workers[worker].actor.measure, spec)
+    def share(self, text: TokenStream) -> None:
+        """Lets workers have the text of that digest: it is sent once to each node."""
+        self._texts[text.digest] = self._ray.put(text)
+
+    def submit(self, worker: int, assignment: Assignment) -> None:
+        text = self._texts[assignment.subject.text]
+        self._call(worker, "measuring", self._workers[worker].actor.measure, assignment, text)
+
+    def ask_conditions(self, worker: int, variant: Variant) -> None:
+        """Has it load the model as that variant, to say under which conditions it would measure."""
+        self._call(worker, "measuring", self._workers[worker].actor.conditions, variant)
+
+    def host(self, worker: int) -> str:
+        return self._workers[worker].host
 
     def wait(self, timeout: float) -> Iterator[Finished]:
         """Everything that finished within `timeout` seconds, all that is there at once. Raises SweepError if no worker
@@ -161,7 +184,7 @@ class WorkerPool:
             num_gpus=1 if self._room.on_accelerators else 0,
             num_cpus=0 if self._room.on_accelerators else self._room.cores,
             name=None,
-            runtime_env={"env_vars": _settings() | ONE_EACH | {"OMP_NUM_THREADS": str(self._room.cores)}},
+            runtime_env={"env_vars": _of_openmp() | ONE_EACH | {"OMP_NUM_THREADS": str(self._room.cores)}},
         )
         handle: _Actor = actor.remote(self._setup, self._room.cores, this_process(), self._room.on_accelerators)
         self._workers[index] = _Worker(handle, "pending", 0.0, -1, deaths)
@@ -184,9 +207,12 @@ class WorkerPool:
         if error is not None:
             return self._failure(index, error)
         value = answer.result()
-        if isinstance(value, TrialMeasurement):
+        if isinstance(value, Measurement | Conditions):
             worker.deaths = 0
-            self._slowest = max(self._slowest, _enter(worker, "idle"))
+            took = _enter(worker, "idle")
+            if isinstance(value, Conditions):
+                return Finished(index, conditions=value)
+            self._slowest = max(self._slowest, took)
             return Finished(index, measurement=value)
         if worker.state == "pending":
             worker.host = value["host"]
@@ -202,8 +228,6 @@ class WorkerPool:
         if not isinstance(error, self._ray.exceptions.RayTaskError):
             return self._died(index, _why_died(error))
         cause = error.cause
-        if isinstance(cause, StoreError):
-            raise SweepError(str(cause))
         if isinstance(cause, WorkerUnusableError):
             return self._died(index, str(cause))
         if worker.state != "measuring" and not isinstance(cause, UsageError):
@@ -211,7 +235,11 @@ class WorkerPool:
         worker.deaths = 0
         is_loading = worker.state == "loading"  # what is wrong then ends the sweep, and is said in full
         _enter(worker, "idle")
-        return Finished(index, error=str(cause) if is_loading else one_line(cause))
+        if not is_loading:
+            is_unavailable = isinstance(cause, UnavailableError | UnsupportedModelError)
+            return Finished(index, error=one_line(cause), unavailable=is_unavailable)
+        where = f"on {worker.host}: " * (worker.host != socket.gethostname())
+        return Finished(index, error=f"{where}{cause}")
 
     def _died(self, index: int, reason: str) -> Finished:
         """Starts another in its place, unless it keeps dying. Raises SweepError if no worker is left."""
@@ -293,11 +321,20 @@ class WorkerPool:
             yield self._died(first[1], f"no answer within {limit:g} s")
 
 
-def _settings() -> dict[str, str]:
-    """The settings of this process's environment that a worker must have too: a node of a cluster does not inherit
-    it."""
-    ours = ("OMP_WAIT_POLICY", "ATEN_CPU_CAPABILITY", "FLASH_SDPA")
-    return {name: value for name, value in os.environ.items() if name in ours or name.startswith(("STREAMLLM_", "HF_"))}
+def _of_openmp() -> dict[str, str]:
+    """Variables that are read when a process starts, if this one has them: a node of a cluster does not inherit its
+    environment."""
+    names = ("OMP_WAIT_POLICY", "ATEN_CPU_CAPABILITY")
+    return {name: os.environ[name] for name in names if name in os.environ}
+
+
+def settings_for_workers() -> dict[str, str]:
+    """Variables that a run needs wherever it measures: ours, those of `.env` among them, and Hugging Face's."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name == "FLASH_SDPA" or name.startswith(("STREAMLLM_", "HF_"))
+    }
 
 
 def _enter(worker: _Worker, state: Literal["pending", "loading", "idle", "measuring", "lost"]) -> float:

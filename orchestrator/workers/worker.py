@@ -1,7 +1,7 @@
-"""A worker: one accelerator, or a share of the cores, with the model and the text loaded once; it measures trials.
+"""A worker: one accelerator, or a share of the cores, with models loaded once and kept; it measures jobs.
 
-Workers know nothing of Optuna, MLflow or Ray; `pool` makes actors of them. The driver imports this module too, without
-a use for torch: what is heavy is imported inside.
+Workers know nothing of Optuna, MLflow, Ray or the driver's disk; `pool` makes actors of them. The driver imports this
+module too, without a use for torch: what is heavy is imported inside.
 """
 
 from __future__ import annotations
@@ -10,22 +10,31 @@ import gc
 import os
 import socket
 from collections import OrderedDict
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from streamllm.errors import UsageError
-from streamllm.measuring.store import MeasurementStore
-from streamllm.results.schema import Row
 
 from .accelerators import own_accelerator
 from .lease import claim, leases_on
-from .messages import TrialMeasurement, TrialSpec, WorkerDescription, WorkerPlace, WorkerSetup, WorkerUnusableError
+from .messages import Assignment, Subject, Variant, WorkerDescription, WorkerPlace, WorkerSetup, WorkerUnusableError
 
 if TYPE_CHECKING:
-    from streamllm.measuring.measurements import Measurements
+    from streamllm.engine.model import LoadedModel
+    from streamllm.measuring.bench import Bench
+    from streamllm.measuring.conditions import Conditions
+    from streamllm.measuring.store import Measurement
+    from streamllm.measuring.text import TokenStream
+    from streamllm.measuring.timing import Reference
+
+T = TypeVar("T")
+
+_ROOM = 1.2
+"""Free memory that is wanted to load one model more, in sizes of the largest that is loaded."""
 
 
 class Worker:
@@ -34,8 +43,11 @@ class Worker:
         if it was `on_accelerator`."""
         self.setup = setup
         self._on_accelerator = on_accelerator
-        self._models: OrderedDict[str, Measurements] = OrderedDict()
-        """One for each quantization, the one used last at the end."""
+        self._models: OrderedDict[Variant, LoadedModel] = OrderedDict()
+        """The one used last at the end."""
+        self._warm: dict[tuple[Variant, int], list[Reference]] = {}
+        """References that are kept warm, by the model and the total that they hold."""
+        self._texts: dict[str, TokenStream] = {}
         self._count = cores
         self._owner = owner
 
@@ -44,140 +56,128 @@ class Worker:
         return {"host": socket.gethostname(), "pid": os.getpid()}
 
     def load(self) -> WorkerDescription:
-        """Pins itself, loads model and text; says what this worker is, sees, and finds wrong (`warnings`).
+        """Pins itself, loads the model; says what this worker is, sees, and finds wrong (`warnings`).
 
-        Raises UsageError for input it cannot use, or that is not what the driver has under that name."""
+        Raises UsageError for a model it cannot use, or that is not what the driver has under that name."""
+        os.environ.update(self.setup.environment)  # before what reads it is imported
         accelerator = own_accelerator(self._on_accelerator)
         warnings = self._claim(accelerator.name, accelerator.near) if accelerator else self._claim()
 
         from streamllm.engine.device import limit_threads, unverified
-        from streamllm.engine.loading import load_model, load_tokenizer
-        from streamllm.measuring.conditions import kind_of_worker
-        from streamllm.measuring.measurements import Measurements
-        from streamllm.measuring.text import load_tokens
 
-        setup = self.setup
-        if setup.directory is not None:
+        if self.setup.directory is not None:
             with suppress(OSError):  # where it is missing, so is what would be looked for in it
-                os.chdir(setup.directory)  # a process on a cluster starts where Ray did
+                os.chdir(self.setup.directory)  # a process on a cluster starts where Ray did
         limit_threads(len(self.cores) or None)
-        self.loaded = load_model(setup.model, setup.dtype, quantization=setup.quantization)
-        self._check_same()
-        tokenizer = None if setup.source.token_ids is not None else load_tokenizer(setup.model)
-        self.stream = load_tokens(setup.source, tokenizer, self.loaded.vocabulary)
-        neighbours = partial(self._megabytes_beside, setup.quantization)
-        self.measurements = Measurements(
-            MeasurementStore(setup.store), self.loaded, self.stream, setup.total, neighbours=neighbours
-        )
-        self._models[setup.quantization] = self.measurements
-        kind = kind_of_worker(self.loaded.device)
+        loaded = self._loaded(self.setup.variant)
+        self._check_same(loaded)
         return {
             **self.place(),
-            "device": kind["device"],
-            "threads": kind["threads"],
-            "software": kind["software"],
+            "conditions": self.conditions(self.setup.variant),
+            "device_type": loaded.device.type,
             "visible_devices": accelerator.visible if accelerator else "",
             "cores": self.cores,
-            "model_digest": self.loaded.digest,
-            "text_digest": self.stream.digest,
-            "n_tokens": len(self.stream.tokens),
-            "warnings": [*warnings, *_mismatches(self.cores), *filter(None, [unverified(self.loaded.device)])],
+            "warnings": [*warnings, *_mismatches(self.cores), *filter(None, [unverified(loaded.device)])],
         }
 
-    def measure(self, spec: TrialSpec) -> TrialMeasurement:
-        """Measures what the store does not have; where memory is short, once more without the models it can spare.
+    def conditions(self, variant: Variant) -> Conditions:
+        """Those that this worker measures under with the model as `variant`, which is loaded for it. Raises as
+        `measure`."""
+        from streamllm.measuring.conditions import Conditions
+
+        return self._with_room({variant}, lambda: Conditions.of(self._loaded(variant)))
+
+    def measure(self, assignment: Assignment, text: TokenStream) -> Measurement:
+        """Measures; where memory is short, once more without the models it can spare.
 
         Raises MemoryError, NonFiniteLossError, WorkerUnusableError if nothing can be measured here any more, UsageError
         for a quantization that is not to be had here, and whatever torch raises."""
+        subject = assignment.subject
+        needed = {subject.variant, subject.beside or subject.variant}
+        if subject.text not in self._texts:
+            self._texts[subject.text] = replace(text, tokens=text.tokens.copy())  # Ray's cannot be written to
+        return self._with_room(needed, lambda: self._measure(assignment))
+
+    def _measure(self, assignment: Assignment) -> Measurement:
+        return self._bench(assignment.subject).measure(assignment.job)
+
+    def _with_room(self, needed: Collection[Variant], do: Callable[[], T]) -> T:
+        """Does it, again and again while memory is short and there are models that are not `needed` for it."""
         import torch
 
         from streamllm.engine.device import empty_cache
 
         while True:
             try:
-                return self._confirm(spec) if spec.round else self._measure(spec)
+                return do()
             except torch.OutOfMemoryError as error:
                 reason = f"out of accelerator memory: {error}"
             except torch.AcceleratorError as error:
                 raise WorkerUnusableError(f"AcceleratorError: {error}") from None
-            spared = self._spare_model(spec)
+            spared = self._spare_model(needed)
             gc.collect()  # only here are the frames gone that held the memory
             empty_cache()
             if not spared:
                 raise MemoryError(reason)
 
-    def _measure(self, spec: TrialSpec) -> TrialMeasurement:
-        from streamllm.measuring.evaluation import fast_record, identity
-        from streamllm.measuring.sample import FixedSize
+    def _bench(self, subject: Subject) -> Bench:
+        """All is timed beside one reference where the subject says by which model."""
+        from streamllm.measuring.bench import Bench
 
-        what = spec.configuration
-        measurements, leases = self._measurements_of(spec), leases_on(self.loaded.device.type)
-        quality, fresh_quality = measurements.quality(what, leases.computing, size=FixedSize(spec.sampled_tokens))
-        speed, fresh_speed = measurements.speed(what, leases)
-        assert quality.losses is not None
-        record = identity(measurements.loaded, what, self.stream, "fast")
-        record["reference_total"] = self.setup.total
-        if what.quantization is not None:
-            record |= {"quantization": what.quantization, "reference_digest": self.loaded.digest}
-        return TrialMeasurement(
-            Row.of(record | fast_record(quality.record, speed.record)), quality.losses, fresh_quality, fresh_speed
+        beside = None
+        if subject.beside is not None:
+            beside = self._bench(replace(subject, variant=subject.beside, beside=None))
+        loaded = self._loaded(subject.variant, {subject.beside or subject.variant})
+        warm = self._warm.setdefault((subject.variant, subject.total), [])
+        return Bench(
+            loaded,
+            self._texts[subject.text],
+            subject.total,
+            leases_on(loaded.device.type),
+            beside,
+            partial(self._megabytes_beside, subject.variant),
+            warm,
         )
 
-    def _confirm(self, spec: TrialSpec) -> TrialMeasurement:
-        from streamllm.measuring.conditions import kind_of_worker
-        from streamllm.measuring.evaluation import times_summary
-
-        measurements, leases = self._measurements_of(spec), leases_on(self.loaded.device.type)
-        times = measurements.times(spec.configuration, leases)
-        record = Row.of(times_summary(times) | kind_of_worker(self.loaded.device))
-        return TrialMeasurement(record, None, False, True, times.ratios.tolist())
-
-    def _measurements_of(self, spec: TrialSpec) -> Measurements:
-        """Measurements with the model quantized as the trial wants it, which is loaded the first time and then kept.
-        All are timed beside one reference, by the model as the sweep has it: that one always stays."""
+    def _loaded(self, variant: Variant, needed: Collection[Variant] = ()) -> LoadedModel:
+        """The model as that variant, which is loaded the first time and then kept; the `needed` ones stay."""
         from streamllm.engine.loading import load_model
-        from streamllm.measuring.measurements import Measurements
 
-        name = spec.configuration.quantization or self.setup.quantization
-        if name not in self._models:
-            with leases_on(self.loaded.device.type).computing():
-                loaded = load_model(self.setup.model, self.setup.dtype, quantization=name)
-            base = self.measurements
-            neighbours = partial(self._megabytes_beside, name)
-            self._models[name] = Measurements(
-                base.store, loaded, self.stream, base.total, beside=base, neighbours=neighbours
-            )
-        self._models.move_to_end(name)
-        return self._models[name]
+        if variant not in self._models:
+            while self._is_short() and self._spare_model({variant, *needed}):
+                gc.collect()
+            self._models[variant] = load_model(self.setup.model, variant.dtype, quantization=variant.quantization)
+        self._models.move_to_end(variant)
+        return self._models[variant]
 
-    def _spare_model(self, spec: TrialSpec) -> bool:
-        """Lets go of the model that was not used for longest, but for the trial's and the reference's. Returns whether
-        there was one."""
-        needed = {self.setup.quantization, spec.configuration.quantization}
-        name = next((name for name in self._models if name not in needed), None)
-        if name is not None:
-            del self._models[name]
-        return name is not None
+    def _is_short(self) -> bool:
+        """Whether one model more may not fit."""
+        from streamllm.engine.device import free_memory
 
-    def _megabytes_beside(self, name: str) -> float:
+        sizes = [_bytes(loaded) for loaded in self._models.values()]
+        device = next(iter(self._models.values())).device if sizes else None
+        return device is not None and free_memory(device) < _ROOM * max(sizes)
+
+    def _spare_model(self, needed: Collection[Variant]) -> bool:
+        """Lets go of the model that was not used for longest, but for those needed. Returns whether there was one."""
+        variant = next((variant for variant in self._models if variant not in needed), None)
+        if variant is not None:
+            del self._models[variant]
+            self._warm = {of: warm for of, warm in self._warm.items() if of[0] != variant}
+        return variant is not None
+
+    def _megabytes_beside(self, variant: Variant) -> float:
         """MiB of the weights of all models but that one."""
-        others = [of.loaded.model for other, of in self._models.items() if other != name]
-        return sum(p.nbytes for model in others for p in (*model.parameters(), *model.buffers())) / 2**20
+        return sum(_bytes(of) for other, of in self._models.items() if other != variant) / 2**20
 
-    def _check_same(self) -> None:
-        """Checks that weights and text are those that the driver has under the same names. Raises UsageError."""
-        from streamllm.measuring.text import file_digest
-
-        setup, text = self.setup, file_digest(self.setup.source)
-        for what, found, expected in (
-            (f"model {setup.model!r}", self.loaded.digest.partition(" ")[0], setup.model_digest),
-            (f"text {setup.source.label!r}", text, setup.text_file_digest),
-        ):
-            if expected is not None and found != expected:
-                raise UsageError(
-                    f"{what} on {socket.gethostname()} differs from the one where the sweep was started "
-                    f"({found!s:.12}..., not {expected:.12}...); give a path that all nodes share"
-                )
+    def _check_same(self, loaded: LoadedModel) -> None:
+        """Checks that the weights are those that the driver has under the same name. Raises UsageError."""
+        found, expected = loaded.digest.partition(" ")[0], self.setup.model_digest
+        if expected is not None and found != expected:
+            raise UsageError(
+                f"model {self.setup.model!r} on {socket.gethostname()} differs from the one where the sweep was "
+                f"started ({found:.12}..., not {expected:.12}...); give every node the same files"
+            )
 
     def _claim(self, accelerator: str = "", near: Collection[int] = ()) -> list[str]:
         """Makes the accelerator of that name and cores its own, those `near` it first, and says with whom it has to
@@ -193,6 +193,10 @@ class Worker:
         if accelerator:
             self._claims.append(claim([f"accelerator-{accelerator}"], 1, self._owner))
         return [f"{' '.join(c.names)}: also used by {c.shared_with}" for c in self._claims if c.shared_with]
+
+
+def _bytes(loaded: LoadedModel) -> int:
+    return sum(p.nbytes for p in (*loaded.model.parameters(), *loaded.model.buffers()))
 
 
 def _pin(cores: list[int]) -> None:

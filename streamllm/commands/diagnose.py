@@ -103,9 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _losses(measurements: "Measurements", policy: EvictionPolicy, name: str) -> "np.ndarray":
     """(n, 2): position, nats; out of the store if they are there."""
     with working(name) as progress:
-        measurement, _ = measurements.quality(Configuration("ours", policy), progress=progress)
-    assert measurement.losses is not None
-    return measurement.losses
+        return measurements.quality(Configuration("ours", policy), progress).losses
 
 
 def _record(
@@ -116,13 +114,12 @@ def _record(
     spike: "Spike",
 ) -> dict[str, Any]:
     from ..explain.diagnosis import in_words
-    from ..measuring.evaluation import identity
     from ..measuring.quality import paired_increase, perplexity
 
-    loaded, stream = measurements.loaded, measurements.stream
+    loaded = measurements.loaded
     own, theirs = (table[["token", name]].to_numpy() for name in ("loss", "reference_loss"))
     return {
-        **identity(loaded, Configuration("ours", policy), stream, "fast"),
+        **measurements.keys.identity(Configuration("ours", policy), "fast"),
         "reference_total": reference.kept,
         "peak_kv": int(table["keys"].max()),
         "trained_length": loaded.trained_length,

@@ -124,9 +124,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _identity(loaded: "LoadedModel", what: Configuration, stream: "TokenStream") -> dict[str, Any]:
-    from ..measuring.evaluation import identity
+    from ..measuring.conditions import Conditions
+    from ..measuring.keys import identity
 
-    record = identity(loaded, what, stream, "fast")
+    record = identity(Conditions.of(loaded), stream, what, "fast")
     del record["protocol"]
     return record
 

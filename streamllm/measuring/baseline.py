@@ -12,6 +12,8 @@ from .reference_time import speedup
 if TYPE_CHECKING:
     import numpy as np
 
+    from ..configuration import Configuration
+    from .plans import Evaluated
     from .quality import QualityComparison
 
 Measured = tuple[Row, "np.ndarray"]
@@ -28,6 +30,16 @@ _TIMES = (
     "peak_memory_mb",
 )
 """Measures that differ from run to run."""
+
+
+def row_of(what: Configuration, protocol: str, evaluated: Evaluated) -> Row:
+    """What was found out, flat, with what it is of; `reused` where all of it was stored."""
+    keys = evaluated.keys
+    more: dict[str, Any] = {"reference_total": keys.total, "reused": not evaluated.is_fresh}
+    if what.quantization is not None:  # one of several, beside one reference
+        digest = keys.reference_digest or keys.conditions.model_digest
+        more |= {"quantization": what.quantization, "reference_digest": digest}
+    return Row.of(keys.identity(what, protocol) | evaluated.record | more)
 
 
 def baseline_policy(policy: EvictionPolicy, protocol: str, trained_length: int | None) -> EvictionPolicy:

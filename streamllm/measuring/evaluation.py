@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from .. import __version__
 from ..configuration import Configuration
 from ..engine.backends import BACKENDS
 from ..engine.block_parallel import block_parallel_losses
 from ..engine.decoding import Progress, decode_loop
-from ..engine.device import cpu_capability, peak_memory
+from ..engine.device import peak_memory
 from ..engine.methods import make_decoder, sampled_losses
 from ..engine.model import LoadedModel
 from ..policy import EvictionPolicy, peak_kv, steady_state
 from .chunked import chunk_losses
-from .conditions import kind_of_worker
 from .pairing import PairedTimes, between_references, load_average
 from .quality import check_finite, median_interval, perplexity
 from .text import TokenStream
@@ -223,28 +221,6 @@ def evaluate_chunked(
         "continuation_tokens": run.continuation_tokens,
         "backend": run.backend_used,
         "backend_requested": what.backend,
-    }
-
-
-def identity(loaded: LoadedModel, what: Configuration, stream: TokenStream, protocol: str) -> dict[str, Any]:
-    """The subject of an evaluation: the part of a flat result that is known beforehand."""
-    return {
-        "model": loaded.name,
-        "model_digest": loaded.digest,
-        "weights": loaded.weights,
-        "dataset": stream.label,
-        "text_digest": stream.digest,
-        "n_tokens": len(stream.tokens),
-        "bos": stream.bos,
-        "kv_bytes_per_token": loaded.kv_bytes,
-        "method": what.method,
-        "protocol": protocol,
-        **asdict(what.effective),
-        "dtype": str(loaded.dtype).removeprefix("torch."),
-        **kind_of_worker(loaded.device),
-        "cpu_capability": cpu_capability() if loaded.device.type == "cpu" else None,
-        "execution": what.execution,
-        "version": __version__,
     }
 
 

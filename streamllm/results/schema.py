@@ -104,6 +104,7 @@ class Row(Mapping[str, Any]):
     # Facts about what was measured.
     trial: int | str | None = _fact("#", mlflow="tag")
     state: str | None = _fact("state", words=True, mlflow="tag", about="complete or failed")
+    cell: str | None = _fact("cell", words=True, mlflow="tag", about="of a matrix: the name of its file")
     model: str | None = _fact("model", words=True, mlflow="tag")
     model_digest: str | None = _fact()
     weights: str | None = _fact(about="how a GGUF file had quantised them")

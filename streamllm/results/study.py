@@ -67,13 +67,18 @@ class StudyResults:
         return [row for row in (self.strict, self.baseline) if row is not None]
 
     @property
+    def is_matrix(self) -> bool:
+        """Its trials are cells, of several texts, protocols or number formats: no front is made of them."""
+        return "columns" in self.configuration.get("space", {})
+
+    @property
     def is_confirmed(self) -> bool:
         return any(row.get("rounds") for row in self.trials)
 
     @cached_property
     def front(self) -> list[Row]:
         """The front: of the confirmed trials, where there are any, those that can be told apart. Computed once."""
-        return study_front(self.trials, self.objectives)
+        return [] if self.is_matrix else study_front(self.trials, self.objectives)
 
 
 def load_study(study: str) -> StudyResults:

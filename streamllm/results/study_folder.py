@@ -32,6 +32,9 @@ class SpaceSettings(TypedDict):
     name: str
     cap_accounting: NotRequired[str]
     constraints: NotRequired[list[Limit]]
+    description: NotRequired[str]
+    columns: NotRequired[dict[str, list[str]]]
+    """Of a matrix, which searches nothing: protocol -> measures of its table."""
 
 
 class Limit(TypedDict):
@@ -83,6 +86,11 @@ class StudyFolder:
     @property
     def fronts(self) -> Path:
         return self.path / "fronts.jsonl"
+
+    @property
+    def cells(self) -> Path:
+        """Of a matrix: a file with the results of each cell."""
+        return self.path / "results"
 
     @property
     def configuration(self) -> Path:

@@ -81,8 +81,7 @@ def measure(measurements: Measurements, grid: str) -> list[dict[str, Any]]:
     rows = []
     for curve, at, policy in cells(grid):
         with working(f"{curve}, {at}") as progress:
-            measured, _ = measurements.quality(Configuration("ours", policy), progress=progress)
-        assert measured.losses is not None
+            measured = measurements.quality(Configuration("ours", policy), progress)
         later = measured.losses[measured.losses[:, 0] >= _SINCE.get(grid, 0)]
         reference = references.setdefault("all" if grid == "softlite" else curve, later)
         increase = paired_increase(later, reference)
@@ -168,7 +167,7 @@ def main() -> None:
     loaded = load_model(arguments.model, arguments.dtype)
     source = TextSource(text=arguments.text, max_eval_tokens=arguments.tokens)
     stream = load_tokens(source, load_tokenizer(arguments.model), loaded.vocabulary)
-    rows = measure(Measurements(MeasurementStore(arguments.store), loaded, stream, 2048), arguments.grid)
+    rows = measure(Measurements.of(MeasurementStore(arguments.store), loaded, stream, 2048), arguments.grid)
     print(markdown(rows))
     facts = {
         "benchmark": f"real_model {arguments.grid}",

@@ -1,0 +1,503 @@
+"""The scheduler: runs plans. What their jobs measure is read from the store or, once however many ask for it, measured
+by a worker: a quality anywhere, a time where nothing disturbs it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+
+from streamllm.engine.methods import METHODS
+from streamllm.errors import UsageError
+from streamllm.measuring.conditions import Conditions
+from streamllm.measuring.jobs import Done, Job, Plan
+from streamllm.measuring.keys import Keys
+from streamllm.measuring.store import MeasurementStore, StoreError, code_digest, entry_name
+from streamllm.measuring.text import TokenStream
+
+from .workers.kinds import Kind, kind_of
+from .workers.messages import Assignment, Subject, SweepError, Variant, WorkerDescription
+from .workers.pool import Finished
+
+if TYPE_CHECKING:
+    from streamllm.measuring.plans import Evaluated
+
+T = TypeVar("T")
+
+_DEATHS = 2
+"""Workers that end on a job before it counts as failed."""
+_LOOK_AHEAD = 32
+"""Jobs among which a worker finds one of a model that it has loaded."""
+
+
+class JobError(RuntimeError):
+    """A job that cannot be measured; the message says why."""
+
+    def __init__(self, reason: str, unavailable: bool = False) -> None:
+        super().__init__(reason)
+        self.unavailable = unavailable
+        """It cannot be had here, or with this model: no failure."""
+
+
+class Pool(Protocol):
+    """Workers, by number."""
+
+    def share(self, text: TokenStream) -> None: ...
+
+    def submit(self, worker: int, assignment: Assignment) -> None: ...
+
+    def ask_conditions(self, worker: int, variant: Variant) -> None: ...
+
+    def wait(self, timeout: float) -> Iterable[Finished]: ...
+
+
+class Watcher(Protocol):
+    """Is told what workers do."""
+
+    def worker_ready(self, worker: int, description: WorkerDescription) -> None: ...
+
+    def job_started(self, worker: int, job: Job) -> None: ...
+
+    def worker_idle(self, worker: int) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Running(Generic[T]):
+    """A plan on its way."""
+
+    plan: Plan[T]
+    subject: Subject
+    then: Callable[[T | JobError], None]
+    died: Callable[[], int]
+    """Told of a worker that ended on a job of it; says how many have."""
+    worker: int | None = None
+    """That measures all of it."""
+    kind: Kind = ()
+    """Of that worker."""
+    asked: Sequence[Assignment] = ()
+    results: dict[Assignment, Done | None] = field(default_factory=dict)
+
+
+@dataclass(slots=True, eq=False)
+class _Wanted:
+    """A job that plans wait for."""
+
+    assignment: Assignment
+    plans: list[_Running[Any]]
+
+    @property
+    def job(self) -> Job:
+        return self.assignment.job
+
+
+@dataclass(slots=True)
+class _Node:
+    """What runs on one machine."""
+
+    is_cpu: bool
+    computing: int = 0
+    timing: int = 0
+    reserved: tuple[int, _Wanted] | None = None
+    """A worker, and the timing that it begins when all others there have ended."""
+
+    @property
+    def is_free(self) -> bool:
+        return not self.computing and not self.timing
+
+
+@dataclass(slots=True)
+class _Member:
+    """A worker that is ready."""
+
+    node: _Node
+    kind: Kind
+    models: set[Variant]
+    doing: _Wanted | None = None
+    asks: Variant | None = None
+    """It is loading that, to say under which conditions it would measure."""
+    since: float = 0.0
+
+
+class Scheduler:
+    def __init__(
+        self,
+        pool: Pool,
+        store: MeasurementStore,
+        first: Variant,
+        note: Callable[[str], None] = lambda _: None,
+        watchers: Sequence[Watcher] = (),
+        check: Callable[[int, WorkerDescription], bool] = lambda *_: True,
+    ) -> None:
+        """first: as which workers load the model. check: whether a worker that is new may take part; may
+        raise."""
+        self.concurrent = False
+        """Whether accelerators of one node may be timed at once."""
+        self._pool = pool
+        self._store = store
+        self._first = first
+        self._note = note
+        self._watchers = watchers
+        self._check = check
+        self._texts: dict[str, TokenStream] = {}
+        self._conditions: dict[tuple[Kind, Variant], Conditions] = {}
+        self._nodes: dict[str, _Node] = {}
+        self._members: dict[int, _Member] = {}
+        self._starting: set[int] = set()
+        """Workers that died, in whose place others are started."""
+        self._wanted: dict[Assignment, _Wanted] = {}
+        self._computing: deque[_Wanted] = deque()
+        self._timing: deque[_Wanted] = deque()
+        self._staying: deque[_Wanted] = deque()
+        """Jobs of plans that one worker measures all of."""
+        self._measuring: dict[str, list[_Wanted]] = {}
+        """Who waits for what is being measured, by its name in the store."""
+
+    @property
+    def ready(self) -> int:
+        """Workers that can measure."""
+        return len(self._members)
+
+    @property
+    def has_idle(self) -> bool:
+        """Whether some worker has nothing to do, nor waits for what is reserved for it."""
+        return any(member.doing is None and not _holds(worker, member) for worker, member in self._members.items())
+
+    @property
+    def is_working(self) -> bool:
+        return bool(self._wanted)
+
+    def members(self) -> dict[Kind, dict[str, list[int]]]:
+        """The workers that are ready: by kind, and by machine."""
+        found: dict[Kind, dict[str, list[int]]] = {}
+        for name, node in self._nodes.items():
+            for worker, member in self._members.items():
+                if member.node is node:
+                    found.setdefault(member.kind, {}).setdefault(name, []).append(worker)
+        return found
+
+    @property
+    def timed_in_turn(self) -> int:
+        """Workers at most that wait for one another's timings."""
+        if self.concurrent:
+            return min(self.ready, 1)
+        counts = Counter(id(member.node) for member in self._members.values())
+        return max(counts.values(), default=0)
+
+    def keep(self, evaluated: Evaluated) -> None:
+        """Keeps a sample's losses as one. Raises SweepError."""
+        from streamllm.measuring.plans import keep_sample
+
+        with _storing():
+            keep_sample(self._store, evaluated)
+
+    def share(self, text: TokenStream) -> None:
+        """Plans may be of this text from now on."""
+        if text.digest not in self._texts:
+            self._texts[text.digest] = text
+            self._pool.share(text)
+
+    def start(
+        self,
+        plan: Plan[T],
+        subject: Subject,
+        then: Callable[[T | JobError], None],
+        died: Callable[[], int] | None = None,
+        on: int | None = None,
+    ) -> None:
+        """Runs a plan; `then` is called with its result, or with why there is none. died: counts the workers that ended
+        on a job of it, by default those from now on. on: the worker that measures all of it; where that dies, another
+        of its kind."""
+        deaths = itertools.count(1)
+        running = _Running(plan, subject, then, died or (lambda: next(deaths)), on)
+        if on is not None:
+            running.kind = self._members[on].kind
+        self._proceed(running, None)
+
+    def step(self, timeout: float = 0.5) -> None:
+        """Takes in what was finished within `timeout` seconds, and gives idle workers something to do. Raises
+        SweepError, UsageError."""
+        for finished in self._pool.wait(timeout):
+            self._take_in(finished)
+            self.assign()
+        self.assign()
+
+    # Plans.
+
+    def _proceed(self, running: _Running[T], answer: Sequence[Done | None] | JobError | None) -> None:
+        """Sends a plan what it waited for, and asks for what it wants next."""
+        if isinstance(answer, JobError):
+            self._forget(running)
+        running.asked, running.results = (), {}
+        try:
+            if isinstance(answer, JobError):
+                jobs = running.plan.throw(answer)
+            else:
+                jobs = next(running.plan) if answer is None else running.plan.send(answer)
+        except StopIteration as end:
+            running.then(end.value)
+            return
+        except JobError as error:
+            running.then(error)
+            return
+        running.asked = [Assignment.of(running.subject, job) for job in jobs]
+        for assignment in dict.fromkeys(running.asked):
+            self._want(assignment, running)
+
+    def _want(self, assignment: Assignment, running: _Running[Any]) -> None:
+        wanted = self._wanted.get(assignment)
+        if wanted is not None:
+            wanted.plans.append(running)
+            return
+        wanted = self._wanted[assignment] = _Wanted(assignment, [running])
+        self._queue_of(wanted).append(wanted)
+
+    def _queue_of(self, wanted: _Wanted) -> deque[_Wanted]:
+        if wanted.plans[0].worker is not None:
+            return self._staying
+        return self._timing if wanted.job.is_timed else self._computing
+
+    def _forget(self, running: _Running[Any]) -> None:
+        """What nobody else waits for is not begun any more."""
+        for assignment in running.asked:
+            wanted = self._wanted.get(assignment)
+            if wanted is not None and running in wanted.plans:
+                wanted.plans.remove(running)
+                if not wanted.plans:
+                    del self._wanted[assignment]
+
+    def _settle(self, wanted: _Wanted, answer: Done | JobError | None) -> None:
+        """Tells all who wait for it."""
+        if self._wanted.get(wanted.assignment) is wanted:
+            del self._wanted[wanted.assignment]
+        plans, wanted.plans = wanted.plans, []
+        for running in plans:
+            if isinstance(answer, JobError):
+                self._proceed(running, answer)
+                continue
+            running.results[wanted.assignment] = answer
+            if all(assignment in running.results for assignment in running.asked):
+                self._proceed(running, [running.results[assignment] for assignment in running.asked])
+
+    # What workers say.
+
+    def _take_in(self, finished: Finished) -> None:
+        worker = finished.worker
+        if finished.description is not None:
+            self._join(worker, finished.description)
+        elif (member := self._members.get(worker)) is not None:
+            self._ended(worker, member, finished)
+        elif not finished.died:  # what one worker cannot load, none can
+            raise UsageError(finished.error)
+        elif finished.lost:
+            self._starting.discard(worker)
+
+    def _join(self, worker: int, description: WorkerDescription) -> None:
+        """Raises UsageError for one that is not as the others have to be."""
+        conditions = description["conditions"]
+        if conditions.code != code_digest(*METHODS):
+            raise UsageError(
+                f"{description['host']} has other code of streamllm-sweep than this machine: install the same version "
+                f"on all nodes"
+            )
+        if not self._check(worker, description):
+            return
+        node = self._nodes.setdefault(description["host"], _Node(description["device_type"] == "cpu"))
+        kind = kind_of(conditions.kind)
+        self._conditions[kind, self._first] = conditions
+        self._members[worker] = _Member(node, kind, {self._first})
+        self._starting.discard(worker)
+        for watcher in self._watchers:
+            watcher.worker_ready(worker, description)
+        for warning in description["warnings"]:
+            self._note(f"warning: worker {worker}: {warning}")
+
+    def _ended(self, worker: int, member: _Member, finished: Finished) -> None:
+        """What it was doing, whatever came of it; or the worker itself."""
+        wanted, asked, seconds = member.doing, member.asks, time.monotonic() - member.since
+        member.doing = member.asks = None
+        if wanted is not None:
+            timed = wanted.job.is_timed and asked is None
+            member.node.timing -= timed
+            member.node.computing -= not timed
+        if finished.died:
+            self._leave(worker, member, finished.lost)
+        for watcher in self._watchers:
+            watcher.worker_idle(worker)
+        if wanted is None:
+            return
+        if finished.conditions is not None and asked is not None:
+            self._conditions[member.kind, asked] = finished.conditions
+            member.models.add(asked)
+            self._queue_of(wanted).appendleft(wanted)
+            return
+        alike = [wanted] if asked is not None else self._measuring.pop(self._entry(member, wanted), [wanted])
+        if finished.died:
+            for one in alike:
+                self._died_on(one, str(finished.error))
+            return
+        answer: Done | JobError = JobError(str(finished.error), finished.unavailable)
+        if finished.measurement is not None:
+            keys = self._keys(member, wanted)
+            assert keys is not None
+            answer = Done(finished.measurement, keys, is_fresh=True, seconds=seconds, worker=worker)
+            self._keep(wanted, answer)
+        for one in alike:
+            self._settle(one, answer)
+
+    def _leave(self, worker: int, member: _Member, is_lost: bool) -> None:
+        del self._members[worker]
+        if not is_lost:
+            self._starting.add(worker)
+        if (reserved := member.node.reserved) is not None and reserved[0] == worker:
+            member.node.reserved = None
+            self._queue_of(reserved[1]).appendleft(reserved[1])
+
+    def _died_on(self, wanted: _Wanted, reason: str) -> None:
+        """A job that took a worker down is tried once more, by whoever is free first; one that raised would raise
+        again."""
+        given_up = JobError(f"quarantined: {_DEATHS} workers ended on it: {reason}")
+        for running in [running for running in wanted.plans if running.died() >= _DEATHS]:
+            self._proceed(running, given_up)
+        if wanted.plans:
+            self._queue_of(wanted).append(wanted)
+
+    def _keep(self, wanted: _Wanted, done: Done) -> None:
+        """Raises SweepError where the store takes nothing more."""
+        if wanted.job.kind == "times":
+            return
+        with _storing():
+            self._store.put(done.keys.of(wanted.job), done.measurement)
+
+    # What they are given.
+
+    def assign(self) -> None:
+        """Gives idle workers something to do."""
+        for worker, member in [(w, member) for w, member in self._members.items() if member.doing is None]:
+            while member.doing is None and (wanted := self._next(worker, member)) is not None:
+                self._give(worker, member, wanted)
+        self._check_staying()
+
+    def _next(self, worker: int, member: _Member) -> _Wanted | None:
+        node = member.node
+        if node.reserved is not None:
+            holder, reserved = node.reserved
+            if holder != worker or not node.is_free:
+                return None
+            node.reserved = None
+            return reserved
+        wanted = self._staying_for(worker, member)
+        if wanted is None and self._may_time(node):
+            wanted = _taken(self._timing, member)
+        if wanted is not None and (node.is_free or not self._is_alone(node, wanted)):
+            return wanted
+        if wanted is not None:
+            node.reserved = worker, wanted
+            return None
+        return _taken(self._computing, member) if not (node.is_cpu and node.timing) else None
+
+    def _may_time(self, node: _Node) -> bool:
+        return not node.timing or (self.concurrent and not node.is_cpu)
+
+    def _is_alone(self, node: _Node, wanted: _Wanted) -> bool:
+        """Whether nothing may run on the node beside it: on a CPU, where all share caches, memory and clock; and what
+        is measured again to be sure."""
+        return wanted.job.is_timed and (node.is_cpu or wanted.job.run > 0)
+
+    def _staying_for(self, worker: int, member: _Member) -> _Wanted | None:
+        for wanted in self._staying:
+            (running,) = wanted.plans or (None,)
+            if running is None:
+                continue
+            if running.worker not in self._members and running.kind == member.kind:
+                running.worker = worker
+            if running.worker == worker:
+                self._staying.remove(wanted)
+                return wanted
+        return None
+
+    def _check_staying(self) -> None:
+        """Raises SweepError where there is no worker of the kind any more that a plan began on."""
+        kinds = {member.kind for member in self._members.values()}
+        if self._staying and not self._starting and not any(w.plans[0].kind in kinds for w in self._staying if w.plans):
+            raise SweepError("no worker is left of the kind that times were taken on")
+
+    def _give(self, worker: int, member: _Member, wanted: _Wanted) -> None:
+        """Or settles it by what the store has."""
+        if not wanted.plans:  # nobody waits for it any more
+            return
+        subject = wanted.assignment.subject
+        keys = self._keys(member, wanted)
+        if keys is None:
+            member.doing, member.asks, member.since = wanted, subject.variant, time.monotonic()
+            member.node.computing += 1
+            self._pool.ask_conditions(worker, subject.variant)
+            return
+        try:
+            key = keys.of(wanted.job)
+        except UsageError as error:  # its method can do nothing with the policy
+            self._settle(wanted, JobError(str(error)))
+            return
+        found = self._store.get(key) if wanted.job.kind != "times" else None
+        if found is not None or wanted.job.peek:
+            self._settle(wanted, None if found is None else Done(found, keys, is_fresh=False, worker=worker))
+            return
+        entry = entry_name(key)
+        if (alike := self._measuring.get(entry)) is not None:
+            alike.append(wanted)
+            return
+        self._measuring[entry] = [wanted]
+        member.doing, member.since = wanted, time.monotonic()
+        member.models |= {subject.variant}
+        timed = wanted.job.is_timed
+        member.node.timing += timed
+        member.node.computing += not timed
+        self._pool.submit(worker, wanted.assignment)
+        for watcher in self._watchers:
+            watcher.job_started(worker, wanted.job)
+
+    def _keys(self, member: _Member, wanted: _Wanted) -> Keys | None:
+        """None if it is not known what the worker would measure it under."""
+        subject = wanted.assignment.subject
+        conditions = self._conditions.get((member.kind, subject.variant))
+        if conditions is None:
+            return None
+        beside = None
+        if subject.beside is not None:
+            beside = self._conditions[member.kind, subject.beside].model_digest
+        return Keys(conditions, self._texts[subject.text], subject.total, beside)
+
+    def _entry(self, member: _Member, wanted: _Wanted) -> str:
+        keys = self._keys(member, wanted)
+        assert keys is not None
+        return entry_name(keys.of(wanted.job))
+
+
+@contextmanager
+def _storing() -> Iterator[None]:
+    """Raises SweepError where the store takes nothing more."""
+    try:
+        yield
+    except StoreError as error:
+        raise SweepError(str(error)) from error
+
+
+def _holds(worker: int, member: _Member) -> bool:
+    reserved = member.node.reserved
+    return reserved is not None and reserved[0] == worker
+
+
+def _taken(queue: deque[_Wanted], member: _Member) -> _Wanted | None:
+    """The first that somebody still waits for; of a few, rather one of a model that the worker has."""
+    while queue and not queue[0].plans:
+        queue.popleft()
+    for wanted in islice(queue, _LOOK_AHEAD):
+        if wanted.plans and wanted.assignment.subject.variant in member.models:
+            queue.remove(wanted)
+            return wanted
+    return queue.popleft() if queue else None

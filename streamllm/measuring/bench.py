@@ -1,0 +1,122 @@
+"""A model in memory on its bench: ready to be measured on a text, beside a reference that is kept warm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any
+
+from ..configuration import Configuration
+from ..engine.decoding import Progress
+from ..engine.device import foreign_processes
+from ..engine.model import LoadedModel
+from ..engine.probing import runnable
+from ..errors import UsageError
+from ..options import PROTOCOLS
+from .conditions import Conditions
+from .evaluation import measure_quality, speed_summary, times_summary
+from .jobs import Job
+from .keys import Keys
+from .sample import sample_batches
+from .store import Measurement, entry_name
+from .text import TokenStream
+from .timing import Reference, compile_step, measure_speed, measure_times
+
+Lease = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Leases:
+    """The leases held while something is timed, and while something is computed that is not timed."""
+
+    timing: Lease = nullcontext
+    computing: Lease = nullcontext
+
+
+NO_LEASES = Leases()
+
+
+@dataclass(frozen=True)
+class Bench:
+    """One model on one text, beside strict StreamingLLM at a total KV of `total`."""
+
+    loaded: LoadedModel
+    stream: TokenStream
+    total: int
+    leases: Leases = NO_LEASES
+    beside: Bench | None = None
+    """Whose reference everything is timed beside: of another model in this process; None: one by this model."""
+    neighbours: Callable[[], float] = lambda: 0.0
+    """MiB of other models' weights in this process, which do not count as memory of what is measured."""
+    warm: list[Reference] = field(default_factory=list, repr=False)
+    """The reference, once it was asked for; it does not depend on the text, and benches may share it."""
+
+    @property
+    def reference(self) -> Reference:
+        """The reference that everything is timed beside."""
+        if self.beside is not None:
+            return self.beside.reference
+        if not self.warm:
+            self.warm.append(Reference.start(self.loaded, self.total, self.stream.tokens))
+        return self.warm[0]
+
+    @property
+    def keys(self) -> Keys:
+        of_another = None if self.beside is None else self.beside.loaded.digest
+        return Keys(Conditions.of(self.loaded), self.stream, self.total, of_another)
+
+    def measure(self, job: Job, strict: bool = False, progress: Progress | None = None) -> Measurement:
+        """strict: an attention backend that does not run is an error. Raises NonFiniteLossError, UnsupportedModelError;
+        UsageError for a text that is not the model's, and where that cannot be measured here."""
+        if job.kind == "quality":
+            return self._quality(job, progress)
+        if job.kind == "speed":
+            return self._speed(job, strict)
+        return self._times(job) if job.kind == "times" else self._whole(job, strict, progress)
+
+    def _quality(self, job: Job, progress: Progress | None) -> Measurement:
+        tokens, window = self.stream.tokens, job.what.policy.kept
+        if (most := int(tokens.max())) >= self.loaded.vocabulary:
+            raise UsageError(f"text {self.stream.label!r}: token {most} is not one of the {self.loaded.vocabulary}")
+        positions = None
+        if job.batch is not None:
+            positions = next(islice(sample_batches(len(tokens), window), job.batch, None))
+        with self.leases.computing():
+            quality = measure_quality(self.loaded, job.what, self.stream, progress, positions)
+        return Measurement(quality.summary() | {"quality_entry": entry_name(self.keys.of(job))}, quality.table)
+
+    def _speed(self, job: Job, strict: bool) -> Measurement:
+        """The record says if the accelerator had `foreign_processes` just after the timing."""
+        prepared = self._prepared(job.what, strict)
+        with self.leases.timing():
+            speed = measure_speed(self.loaded, prepared, self.stream.tokens, self.reference)
+        record = speed_summary(speed, job.what.backend) | {"speed_entry": entry_name(self.keys.of(job))}
+        record["peak_memory_mb"] -= self.neighbours()
+        if foreign := foreign_processes(self.loaded.device):
+            record["foreign_processes"] = "; ".join(foreign)
+        return Measurement(record)
+
+    def _times(self, job: Job) -> Measurement:
+        prepared = self._prepared(job.what)
+        with self.leases.timing():
+            times = measure_times(self.loaded, prepared, self.stream.tokens, self.reference)
+        return Measurement(times_summary(times) | {"ratios": times.ratios.tolist()})
+
+    def _whole(self, job: Job, strict: bool, progress: Progress | None) -> Measurement:
+        entry, what = entry_name(self.keys.of(job)), job.what
+        ahead = what.execution if job.protocol == "decode-loop" else "eager"  # chunks have one that does not count
+        prepared = replace(self._prepared(replace(what, execution=ahead), strict), execution=what.execution)
+        with self.leases.timing():
+            evaluate = PROTOCOLS[job.protocol].get()
+            quality, record = evaluate(self.loaded, prepared, self.stream, self.reference, progress)
+        named = {"backend_requested": what.backend, "quality_entry": entry, "speed_entry": entry}
+        return Measurement(record | named, quality.table)
+
+    def _prepared(self, what: Configuration, strict: bool = False) -> Configuration:
+        """With the kernel that runs, and its step compiled beforehand: others may time meanwhile."""
+        with self.leases.computing():
+            what = runnable(what, self.loaded, strict)
+            compile_step(self.loaded, what, self.stream.tokens)
+        return what

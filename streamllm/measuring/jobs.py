@@ -1,0 +1,65 @@
+"""Measurements as jobs: what can be asked for, once for all who ask, and plans that ask for them.
+
+A plan is a generator: it yields the jobs that it needs next, all at once, and is sent their results in that order. Who
+runs it decides where they are measured: in this process (`Measurements`), or by any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from ..configuration import Configuration
+
+if TYPE_CHECKING:
+    from .keys import Keys
+    from .store import Measurement
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One measurement of a model on a text."""
+
+    kind: Literal["quality", "speed", "whole", "times"]
+    """quality: of the policy, by protocol `fast`. speed: in the steady state. whole: both from one run, by another
+    protocol. times: those of a round of confirming, which are kept with the round and not in the store."""
+    what: Configuration
+    protocol: str = "fast"
+    run: int = 0
+    """The same again, for its own sake."""
+    batch: int | None = None
+    """Of a quality that is sampled: which part of the sample."""
+    tokens: int | None = None
+    """Of one whose parts have been put together: how many losses they are. Nobody measures it."""
+    peek: bool = False
+    """Only if the store has it: the result is None otherwise."""
+
+    @property
+    def is_timed(self) -> bool:
+        return self.kind != "quality"
+
+    def __str__(self) -> str:
+        kind = "" if self.kind == "whole" else "speed of " if self.kind == "times" else f"{self.kind} of "
+        again = f", round {self.run}" if self.kind == "times" else f", run {self.run + 1}" if self.run else ""
+        return f"{kind}{self.what}{again}"
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A job's result."""
+
+    measurement: Measurement
+    keys: Keys
+    """Of the conditions that it was measured under."""
+    is_fresh: bool
+    """False where the store had it."""
+    seconds: float = 0.0
+    """That somebody measured it just now."""
+    worker: int | None = None
+
+
+Plan = Generator[Sequence[Job], Sequence[Any], T]
+"""Its results are of type Done or, of a job that peeks, None."""

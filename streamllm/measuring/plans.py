@@ -1,0 +1,174 @@
+"""What it takes to know a quality, a speed or both: plans, whoever measures their jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ..configuration import Configuration
+from ..engine.decoding import Progress
+from ..engine.methods import sampled_losses
+from ..policy import strict_policy
+from .evaluation import Quality, fast_record
+from .jobs import Done, Job, Plan
+from .keys import Keys
+from .sample import BATCH, FixedSize, SampleSize
+from .store import Measurement, MeasurementStore, entry_name
+from .text import TokenStream
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What a plan has found out about a configuration."""
+
+    record: dict[str, Any]
+    losses: np.ndarray
+    """(n, 2): position, nats."""
+    keys: Keys
+    """Of the conditions that its times were taken under, where it has any."""
+    is_fresh: bool
+    """False where the store had all of it."""
+    seconds: float = 0.0
+    """That was measured for it just now."""
+    worker: int | None = None
+    """That measured, or would have measured, the last of it."""
+    whole_sample: tuple[dict[str, Any], Measurement] | None = None
+    """Of a sample: key and measurement by which its losses are kept as one."""
+
+
+def strict_configuration(total: int) -> Configuration:
+    """The reference: its losses at every token are what all others are compared with."""
+    return Configuration("ring", strict_policy(total))
+
+
+def quality(
+    what: Configuration, text: TokenStream, size: SampleSize | None = None, progress: Progress | None = None
+) -> Plan[Evaluated]:
+    """Protocol `fast`. Of a method that is sampled, a sample that is grown to `size` (`LEAST_TOKENS`), what is stored
+    included."""
+    if sampled_losses(what.method) is None:
+        (done,) = yield [Job("quality", what)]
+        return _evaluated([done], done.measurement)
+    return joined(what, (yield from sample(what, text, size or FixedSize(), progress)))
+
+
+def sample(
+    what: Configuration, text: TokenStream, size: SampleSize, progress: Progress | None = None
+) -> Plan[list[Done]]:
+    """Its parts, batch by batch, each kept as soon as it is there. What is stored counts whole."""
+    parts: list[Done] = []
+    is_stored = True
+    for number in range(batches_of(what, text)):
+        job = Job("quality", what, batch=number)
+        if is_stored:
+            (part,) = yield [replace(job, peek=True)]
+            is_stored = part is not None
+        if not is_stored:
+            table = table_of(parts)
+            if len(table) and size.reached(table):
+                break
+            if progress is not None:
+                progress(len(table), max(size.expected(table), len(table) + 1))
+            (part,) = yield [job]
+        parts.append(part)
+    if progress is not None:
+        total = len(table_of(parts))
+        progress(total, total)
+    return parts
+
+
+def batches_of(what: Configuration, text: TokenStream) -> int:
+    """How many batches its whole sample has."""
+    n_losses = len(text.tokens) - 1
+    return 1 if n_losses <= what.policy.kept else -(-n_losses // BATCH)
+
+
+def joined(what: Configuration, parts: Sequence[Done]) -> Evaluated:
+    """The parts of a sample as one quality, under the name of as many losses."""
+    table, first = table_of(parts), parts[0].measurement.record
+    seconds = sum(part.measurement.record["quality_sec"] for part in parts)
+    whole = Quality(table[:, 1], table[:, 0], first["peak_kv"], seconds, first.get("warning"))
+    key = parts[-1].keys.of(Job("quality", what, tokens=len(table)))
+    measurement = Measurement(whole.summary() | {"quality_entry": entry_name(key)}, table)
+    return replace(_evaluated(parts, measurement), whole_sample=(key, measurement))
+
+
+def keep_sample(store: MeasurementStore, evaluated: Evaluated) -> None:
+    """Keeps the losses of a whole sample in one file too, as those of any other quality. Raises StoreError."""
+    if evaluated.whole_sample is not None:
+        key, measurement = evaluated.whole_sample
+        if store.get(key) is None:
+            store.put(key, measurement)
+
+
+def grown(before: Evaluated, sample: Evaluated) -> Evaluated:
+    """The same with a larger sample."""
+    record = before.record | sample.record
+    return replace(
+        sample, record=record | {"runtime_sec": record["quality_sec"] + record["speed_sec"]}, keys=before.keys
+    )
+
+
+def fast(
+    what: Configuration,
+    text: TokenStream,
+    run: int = 0,
+    size: SampleSize | None = None,
+    progress: Progress | None = None,
+) -> Plan[Evaluated]:
+    """Quality and speed by protocol `fast`; the speed is taken once per run."""
+    if sampled_losses(what.method) is None:
+        of_quality, speed = yield [Job("quality", what), Job("speed", what, run=run)]
+        return with_speed(_evaluated([of_quality], of_quality.measurement), speed)
+    known = yield from quality(what, text, size, progress)
+    (speed,) = yield [Job("speed", what, run=run)]
+    return with_speed(known, speed)
+
+
+def with_speed(known: Evaluated, speed: Done) -> Evaluated:
+    """Both halves."""
+    return replace(
+        known,
+        record=fast_record(known.record, speed.measurement.record),
+        keys=speed.keys,
+        is_fresh=known.is_fresh or speed.is_fresh,
+        seconds=known.seconds + speed.seconds,
+        worker=speed.worker,
+    )
+
+
+def whole(
+    protocol: str,
+    what: Configuration,
+    text: TokenStream,
+    run: int = 0,
+    size: SampleSize | None = None,
+    progress: Progress | None = None,
+) -> Plan[Evaluated]:
+    """Quality and speed by any protocol; they come from the same run in all but `fast`."""
+    if protocol == "fast":
+        return (yield from fast(what, text, run, size, progress))
+    (done,) = yield [Job("whole", what, protocol, run)]
+    return _evaluated([done], done.measurement)
+
+
+def table_of(parts: Sequence[Done]) -> np.ndarray:
+    """(n, 2): position, nats, of all of them, ascending."""
+    known = [part.measurement.losses for part in parts if part.measurement.losses is not None]
+    table = np.concatenate([np.empty((0, 2)), *known])
+    return table[np.argsort(table[:, 0])]
+
+
+def _evaluated(parts: Sequence[Done], measurement: Measurement) -> Evaluated:
+    assert measurement.losses is not None
+    return Evaluated(
+        measurement.record,
+        measurement.losses,
+        parts[-1].keys,
+        any(part.is_fresh for part in parts),
+        sum(part.seconds for part in parts),
+        parts[-1].worker,
+    )

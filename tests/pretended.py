@@ -1,0 +1,129 @@
+"""Workers that measure nothing, and a pool of them in this process. Without torch: Ray's workers import it too."""
+
+from dataclasses import asdict, replace
+
+import numpy as np
+
+from orchestrator.scheduler import Scheduler
+from orchestrator.workers.kinds import Kinds
+from orchestrator.workers.messages import Assignment, Subject, Variant
+from orchestrator.workers.pool import Finished
+from streamllm.engine.methods import METHODS
+from streamllm.measuring.conditions import Conditions
+from streamllm.measuring.sample import sample_batches
+from streamllm.measuring.store import Measurement, MeasurementStore, code_digest, entry_name
+from streamllm.measuring.text import TokenStream
+
+KIND = {"device": "none", "threads": 1, "software": "none"}
+CONDITIONS = Conditions(
+    model="m",
+    model_digest="d",
+    weights=None,
+    dtype="float32",
+    kv_bytes_per_token=8,
+    trained_length=None,
+    kind=KIND,
+    cpu_capability=None,
+    software={},
+    libraries=dict.fromkeys(("torch", "transformers", "torchao", "kvpress", "flash-attn"), "1.0"),
+    code=code_digest(*METHODS),
+)
+VARIANT = Variant("float32", "none")
+TEXT = TokenStream(np.arange(51), "none", "t")
+TOTAL = 32
+RAW = {"measured_tpot_ms": 2.0, "reference_tpot_ms": 2.0, "pairs": 12, "timed_at": 0.0, "load": 0.5}
+
+
+def subject(total=TOTAL):
+    return Subject(TEXT.digest, VARIANT, total)
+
+
+def description(host="here", kind=KIND, device_type="cpu", **more):
+    """Of a worker that is ready. more: fields of its conditions."""
+    conditions = replace(CONDITIONS, kind=KIND | kind, **more)
+    return {
+        "host": host,
+        "pid": 1,
+        "conditions": conditions,
+        "device_type": device_type,
+        "visible_devices": "",
+        "cores": [0],
+        "warnings": [],
+    }
+
+
+def losses(n_sink, tokens=51):
+    return np.column_stack((np.arange(tokens - 1.0), np.full(tokens - 1, 1.0 + 0.01 * n_sink)))
+
+
+def measured(job, text=TEXT, **more):
+    """The measurement of a job: each sink costs 0.01 nats per token and as much time as the reference."""
+    what, policy = job.what, job.what.policy
+    if job.kind == "times":
+        return Measurement(RAW | {"time_ratio": 1.0, "ratios": [1.0 * job.run, 2.0 * job.run]} | more)
+    if job.kind == "speed":
+        ratio = 10.0 if what.method == "recompute" else 2.0 + policy.n_sink
+        backends = {"backend": what.backend, "backend_requested": what.backend}
+        times = RAW | {"time_ratio": ratio, "speed_sec": 0.0, "speed_entry": entry_name(asdict(what.policy))}
+        return Measurement(times | backends | more)
+    table = losses(policy.n_sink, len(text.tokens))
+    if job.batch is not None:
+        table = table[list(sample_batches(len(text.tokens), policy.kept))[job.batch]]
+    perplexity = {"perplexity": 2.7, "perplexity_low": 2.6, "perplexity_high": 2.8}
+    entry = {"quality_entry": f"{policy.n_sink}"}
+    return Measurement(
+        {"peak_kv": 49, "quality_sec": 0.0, "evaluated_tokens": len(table)} | perplexity | entry | more, table
+    )
+
+
+class PretendPool:
+    """Workers that answer at once, as `answer(worker, job)` says (a `Finished`, or a measurement); those that die come
+    back. Of the baseline it is said last."""
+
+    def __init__(self, count=1, answer=None, descriptions=None):
+        self.descriptions = list(descriptions or [description() for _ in range(count)])
+        self.submitted = []
+        self.asked = []
+        """Jobs, and by whom each was measured."""
+        self._answer = answer or (lambda worker, job: measured(job))
+        self.ready = [Finished(worker, description=one) for worker, one in enumerate(self.descriptions)]
+
+    def share(self, text):
+        pass
+
+    def submit(self, worker, assignment: Assignment):
+        job = assignment.job
+        self.submitted.append(job)
+        self.asked.append((worker, job))
+        answer = self._answer(worker, job)
+        answer = answer if isinstance(answer, Finished) else Finished(worker, measurement=answer)
+        self.ready.insert(0 if job.what.method == "recompute" and job.kind != "times" else len(self.ready), answer)
+
+    def ask_conditions(self, worker, variant):
+        digest = "d" if variant == VARIANT else f"d {variant.quantization}"
+        self.ready.append(
+            Finished(worker, conditions=replace(self.descriptions[worker]["conditions"], model_digest=digest))
+        )
+
+    def wait(self, timeout):
+        if not self.ready:
+            return
+        result = self.ready.pop()
+        yield result
+        if result.died and not result.lost:
+            self.ready.append(Finished(result.worker, description=self.descriptions[result.worker]))
+
+    @property
+    def measured(self):
+        """What was submitted of all but the baseline's sample, once for each configuration."""
+        return list(dict.fromkeys(job.what for job in self.submitted if job.what.method != "recompute"))
+
+    @property
+    def sampled(self):
+        """The batches of the baseline's sample."""
+        return [job.batch for job in self.submitted if job.batch is not None]
+
+
+def scheduler(pool, folder, rows=(), note=lambda _: None, watchers=(), kinds=None):
+    kinds = kinds or Kinds(rows, note)
+    return Scheduler(pool, MeasurementStore(folder / "store"), VARIANT, note, watchers, kinds.check)
