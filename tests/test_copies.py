@@ -9,6 +9,7 @@ from functools import partialmethod
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pytest
 
 from orchestrator.command_line import parser, resolve
@@ -22,13 +23,13 @@ from streamllm.results.study_folder import StudyFolder
 
 from . import made_studies
 from .conftest import GOLDEN
-from .faulty_workers import LOSSES
 from .mortal_sweep import run
 from .preloaded import context, ended
 from .waiting import wait_until
 
 URL = "memory://somewhere/sweeps/s"
 DIGEST, OTHER = "d" * 64, "e" * 64
+LOSSES = np.column_stack((np.arange(50.0), np.full(50, 1.0)))
 
 
 @pytest.fixture(autouse=True)
@@ -319,7 +320,7 @@ TRIALS = 30
 def test_a_driver_whose_machine_is_lost_loses_nothing(tmp_path, cluster, empty_mlflow):
     """Killed outright, and its disk gone with it: the same command elsewhere goes on from the copy."""
     here, elsewhere, url = tmp_path / "here", tmp_path / "elsewhere", f"file://{tmp_path}/copies/s"
-    command = ["--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--confirm", "1"]
+    command = ["--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--confirm", "0"]
     command += ["--space", "space.yaml", "--study", "s", "--trials", str(TRIALS), "--workers", "2"]
     command += ["--address", cluster.address, "--output", url]
 
