@@ -76,6 +76,9 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--space", default="default", metavar="SPACE", help=f"{', '.join(SHIPPED)}, or a YAML file (default)"
     )
+    what.add_argument(
+        "--backends", metavar="LIST", help="attention kernels instead of the space's, such as math,flash: times each"
+    )
     what.add_argument("--cap", type=int, metavar="N", help="total KV, in tokens (the space's, or the trained length)")
 
     how = parser.add_argument_group("how")
@@ -171,6 +174,7 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
         names_text=(arguments.text, arguments.token_ids, arguments.dataset_name) != (None, None, None),
         dtype=arguments.dtype,
         quantization=arguments.quantization,
+        backends=_backends(arguments),
         cap=arguments.cap,
         workers=_worker_settings(arguments),
         rounds=arguments.confirm or 0,
@@ -186,6 +190,8 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     check_values(arguments)
     source = text_source(arguments)
     space = load_space(arguments.space)
+    backends = _backends(arguments)
+    space = space.with_backends(backends) if backends else space
     search = SearchSettings(
         trials=arguments.trials,
         time_budget=None if arguments.time_budget is None else seconds(arguments.time_budget),
@@ -209,11 +215,25 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         confirm=confirm,
     )
     on_cuda = load_space(arguments.space, {"cuda"}).under(identity.cap)
+    on_cuda = on_cuda.with_backends(backends) if backends else on_cuda
     if on_cuda == identity.space or configuration.goes_on():  # a study keeps the space it began with
         return configuration
     if not _has_cuda(arguments.address, arguments.dry_run):
         return configuration
     return replace(configuration, identity=replace(configuration.identity, space=on_cuda))
+
+
+def _backends(arguments: argparse.Namespace) -> list[str]:
+    """Those that were given. Raises UsageError."""
+    from streamllm.engine.backends import BACKENDS
+
+    names = [] if arguments.backends is None else [name.strip() for name in arguments.backends.split(",")]
+    for name in names:
+        if name not in BACKENDS:
+            raise UsageError(
+                f"backends {shown(arguments.backends)}: {shown(name)} must be one of {', '.join(BACKENDS)}"
+            )
+    return list(dict.fromkeys(names))
 
 
 def _worker_settings(arguments: argparse.Namespace) -> WorkerSettings:
@@ -244,8 +264,8 @@ def _identity(arguments: argparse.Namespace, source: TextSource, space: SearchSp
 
     from .configuration import Identity, total_kv
 
-    of_cap = [str(arguments.cap)] if arguments.cap is not None else []
-    usual = study_name(model_label(arguments.model), source.label, space.name, *of_cap)
+    more = [*_backends(arguments), *([str(arguments.cap)] if arguments.cap is not None else [])]
+    usual = study_name(model_label(arguments.model), source.label, space.name, *more)
     cap = total_kv(arguments.cap, space.cap, trained_length(arguments.model))
     return Identity(
         study=usual if arguments.study is None else arguments.study,
