@@ -27,7 +27,6 @@ from streamllm.terminal.program import program
 from .copies import bring_back
 from .options import SAMPLERS
 from .output import Output
-from .place import without_secrets
 from .study_name import model_label, study_name
 
 if TYPE_CHECKING:
@@ -164,8 +163,6 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
             f"{arguments.space!r} measures each of its cells; leave it out"
         )
     output = Output.of(arguments.output)
-    if output.copy is not None:
-        raise UsageError(f"output {shown(without_secrets(output.copy))}: a matrix is kept in a folder; give one")
     output.of_study("MATRIX")
     return MatrixRequest(
         space=arguments.space,
@@ -180,6 +177,7 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
         rounds=arguments.confirm or 0,
         study=arguments.study,
         output=output.folder,
+        copy=output.copy,
     )
 
 
