@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import chdir
+from contextlib import chdir, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -202,15 +202,15 @@ def _asks_for_no_token(address: str) -> bool:
     refuses them, so that its workers die at once. In a process of its own, as Ray knows one way only."""
     without = {**os.environ, "RAY_AUTH_MODE": "disabled"}
     command = [sys.executable, "-c", _ASK, address]
-    return subprocess.run(command, env=without, capture_output=True, timeout=_JOIN_SEC).returncode == 0
+    with suppress(subprocess.TimeoutExpired):
+        return subprocess.run(command, env=without, capture_output=True, timeout=_JOIN_SEC).returncode == 0
+    return False
 
 
 def _forget_the_token() -> None:
     os.environ["RAY_AUTH_MODE"] = "disabled"
-    if "ray" in sys.modules:
-        from ray._raylet import Config
-
-        Config.initialize("")  # reads it again
+    if (ray := sys.modules.get("ray._raylet")) is not None:
+        ray.Config.initialize("")  # reads it again
 
 
 def _problem_of(host: str, port: int) -> str:
