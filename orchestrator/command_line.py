@@ -6,13 +6,13 @@ import argparse
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search_spaces import SHIPPED, load_space
 from streamllm import __version__
 from streamllm.environment import HELP
 from streamllm.errors import UsageError, shown
+from streamllm.results.study_folder import StudyFolder
 from streamllm.terminal.arguments import (
     add_model_arguments,
     add_sample_argument,
@@ -22,10 +22,11 @@ from streamllm.terminal.arguments import (
     sample_size,
     text_source,
 )
-from streamllm.terminal.output import check_folder
 from streamllm.terminal.program import program
 
+from .copies import bring_back
 from .options import SAMPLERS
+from .output import Output
 from .study_name import model_label, study_name
 
 if TYPE_CHECKING:
@@ -138,7 +139,11 @@ def parser() -> argparse.ArgumentParser:
 
     where = parser.add_argument_group("where")
     where.add_argument("--study", metavar="NAME", help="name of the study (MODEL-TEXT-SPACE)")
-    where.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (sweeps/STUDY)")
+    where.add_argument(
+        "--output",
+        metavar="DIR|URL",
+        help="folder of the results (sweeps/STUDY); s3://..., gs://...: that folder, and a copy there as it grows",
+    )
     where.add_argument(
         "--tracking-uri", metavar="URI", help="address of MLflow ($MLFLOW_TRACKING_URI, or its own default store)"
     )
@@ -157,6 +162,8 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
             f"{', '.join('--' + name.replace('_', '-') for name in given)}: for searches only; the matrix "
             f"{arguments.space!r} measures each of its cells; leave it out"
         )
+    output = Output.of(arguments.output)
+    output.of_study("MATRIX")
     return MatrixRequest(
         space=arguments.space,
         model=arguments.model,
@@ -169,7 +176,8 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
         workers=_worker_settings(arguments),
         rounds=arguments.confirm or 0,
         study=arguments.study,
-        output=arguments.output,
+        output=output.folder,
+        copy=output.copy,
     )
 
 
@@ -193,10 +201,12 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     rounds = _ROUNDS if arguments.confirm is None else arguments.confirm
     confirm = ConfirmSettings(rounds=rounds, max_ppl_increase=limit)
     identity = _identity(arguments, source, space)
-    output = arguments.output or Path("sweeps") / identity.study
-    check_folder("output", output)
+    output = Output.of(arguments.output)
+    folder = output.of_study(identity.study)
+    if output.copy is not None and not arguments.dry_run:
+        bring_back(output.copy, StudyFolder(folder), identity.study)
     configuration = SweepConfiguration(
-        output=output,
+        output=folder,
         identity=identity.with_digests(),
         search=search,
         workers=workers,

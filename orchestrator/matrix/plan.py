@@ -70,6 +70,8 @@ class MatrixRequest:
     """In which all times are taken again."""
     study: str | None
     output: Path | None
+    copy: str | None = None
+    """The URL of one that is kept."""
 
     def __post_init__(self) -> None:
         check_whole(0, confirm=self.rounds)

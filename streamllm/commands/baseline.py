@@ -9,6 +9,7 @@ python -m streamllm baseline --runs 3 --output-file results/baselines/testbed_ba
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from ..configuration import Configuration
@@ -66,16 +67,20 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"runs {arguments.runs}: must be a whole number >= 1")
     file = arguments.output_file
     make_room(file)
+
+    from ..measuring.quality import NonFiniteLossError
+
     loaded, stream = load_asked(arguments)
     what = Configuration("recompute", complete_policy(arguments, loaded), arguments.attn_backend)
     measurements = measurements_beside(what.policy, loaded, stream, arguments.store, how.protocol)
     tracking = Tracking(arguments, "baseline")
-
-    from ..measuring.evaluation import identity
-
-    subject = identity(loaded, what, stream, how.protocol) | {"backend_requested": what.backend}
-    with messages_on_stderr(), tracking.measuring(subject):
-        runs = baseline_runs(measurements, what, how, arguments.runs)
+    subject = measurements.keys.identity(what, how.protocol) | {"backend_requested": what.backend}
+    try:
+        with messages_on_stderr(), tracking.measuring(subject):
+            runs = baseline_runs(measurements, what, how, arguments.runs)
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     records = with_times([run for run, _ in runs])
     (record,) = with_times([average(runs)[0]])
     single = {"runs": [one.to_json() for one in records]} if len(runs) > 1 else {}

@@ -74,7 +74,6 @@ def run(arguments: argparse.Namespace) -> int:
 
     from ..explain.diagnosis import check_prunes, find_spike, reference_policy, token_table
     from ..explain.diagnosis_figure import draw_diagnosis
-    from ..measuring.evaluation import identity
     from ..measuring.quality import NonFiniteLossError
     from ..policy import prune_starts
 
@@ -85,8 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_prunes(policy, n_losses)
     reference = reference_policy(policy, n_losses, loaded.trained_length)
     tracking = Tracking(arguments, "diagnose")
+    subject = measurements.keys.identity(Configuration("ours", policy), "fast")
     try:
-        with messages_on_stderr(), tracking.measuring(identity(loaded, Configuration("ours", policy), stream, "fast")):
+        with messages_on_stderr(), tracking.measuring(subject):
             tables = [
                 _losses(measurements, which, name) for which, name in ((policy, "policy"), (reference, "reference"))
             ]

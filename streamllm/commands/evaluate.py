@@ -114,7 +114,6 @@ def run(arguments: argparse.Namespace) -> int:
     make_room(file, arguments.output_file)
 
     from ..engine.methods import check_execution, check_protocol
-    from ..measuring.evaluation import identity
     from ..measuring.quality import NonFiniteLossError
 
     check_protocol(method, arguments.protocol)
@@ -124,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
     what = Configuration(method, policy, arguments.attn_backend, arguments.execution)
     measurements = measurements_beside(policy, loaded, stream, arguments.store, how.protocol)
     tracking = Tracking(arguments, "evaluate")
-    subject = identity(loaded, what, stream, how.protocol) | {"backend_requested": what.backend}
+    subject = measurements.keys.identity(what, how.protocol) | {"backend_requested": what.backend}
     try:
         with messages_on_stderr(), tracking.measuring(subject):
             result, losses = _measured(measurements, what, how, arguments.mode)
