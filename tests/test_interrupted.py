@@ -149,11 +149,19 @@ def test_a_study_that_is_removed_meanwhile_is_one_line(start, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("target", "codes"), [("Ray's head", [1, 0]), ("all, terminated", [143, 0]), ("a worker", [0])]
+    ("kind", "target", "codes"),
+    [
+        ("search", "Ray's head", [1, 0]),
+        ("search", "all, terminated", [143, 0]),
+        ("search", "a worker", [0]),
+        ("matrix", "driver", [-9, 0]),
+        ("matrix", "a worker", [0]),
+    ],
 )
-def test_on_a_ray_of_its_own(target, codes, tmp_path, empty_mlflow):
+def test_on_a_ray_of_its_own(kind, target, codes, tmp_path, empty_mlflow):
     """As in `python -m tests.fuzz.kills`, at a moment that is not random."""
-    one = kills.play(tmp_path, empty_mlflow, target, lambda: "[ 3/" in read(tmp_path / "stderr"), random.Random(1))
+    third = {"search": "[ 3/", "matrix": "[3/"}[kind]
+    one = kills.play(tmp_path, empty_mlflow, target, lambda: third in read(tmp_path / "stderr"), random.Random(1), kind)
     assert one.was_there and one.wrong == [] and one.codes == codes
 
 
