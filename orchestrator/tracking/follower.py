@@ -191,8 +191,7 @@ class _Follower:
         with self._trials.open() as file:
             while True:
                 closing = self._report is not None
-                for row in _whole_lines(file):
-                    self._projection.log(row)
+                for _ in self._projection.log_all(_whole_lines(file)):
                     self._done += 1
                     self._pause = _FIRST_PAUSE_SEC
                     self._say()
