@@ -38,7 +38,7 @@ from streamllm.results.study import FIXED, STRICT, VIEW, StudyResults, view_of
 
 from .database_lock import opening
 from .remedies import ExperimentDeletedError, with_remedy
-from .writers import CONNECTIONS, written, writers_for
+from .writers import CONNECTIONS, writers_for, written
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

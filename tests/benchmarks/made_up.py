@@ -10,7 +10,6 @@ from search_spaces import SearchSpace
 from streamllm.measuring.text import TextSource
 from streamllm.results.schema import OBJECTIVES
 
-
 CAP = 2048
 
 
