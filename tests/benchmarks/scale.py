@@ -17,6 +17,7 @@ import json
 import math
 import multiprocessing
 import os
+import resource
 import tempfile
 import time
 import uuid
@@ -206,7 +207,14 @@ def drain(folder: Path, tracker: Tracker, sweep_sec: float) -> dict[str, Any]:
     problem = tracker.finish(Report(), look, limit_sec=3600.0)
     assert problem is None, problem
     seconds = time.perf_counter() - started
-    return {"behind_at_the_end": behind, "drained_sec": seconds, "share_of_the_sweep": seconds / sweep_sec, **most}
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "behind_at_the_end": behind,
+        "drained_sec": seconds,
+        "share_of_the_sweep": seconds / sweep_sec,
+        "cpu_sec": spent.ru_utime + spent.ru_stime,
+        **most,
+    }
 
 
 def megabytes(process: int) -> float:
@@ -247,7 +255,7 @@ def run(
             setattr(observer, method, watch.timed("observers", getattr(observer, method)))
     original = driver_module.trial_row
     driver_module.trial_row = watch.timed("row", original)
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), time.process_time()
 
     def now() -> dict[str, float]:
         parts = {part: watch.seconds[part] for part in PARTS if part != "other"}
@@ -269,6 +277,7 @@ def run(
         "pace": pace,
         "simulated_sec": pool.clock,
         "wall_sec": last["wall"],
+        "cpu_sec": time.process_time() - spent,
         "driver_trials_per_sec": len(study.rows) / (last["working"] - last["store"]),
         "trials_per_sec_with_store": len(study.rows) / last["working"],
         "ms_per_trial": [
@@ -322,7 +331,7 @@ def main() -> None:
     if "mlflow" in result:
         print(
             "MLflow: {behind_at_the_end} runs behind at the end, drained in {drained_sec:.0f} s, "
-            "{share_of_the_sweep:.0%} of the sweep's time".format(**result["mlflow"])
+            "{share_of_the_sweep:.0%} of the sweep's time; {cpu_sec:.0f} s of CPU".format(**result["mlflow"])
         )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"benchmark": "scale"} | machine() | result, indent=1) + "\n")
