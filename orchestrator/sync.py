@@ -48,6 +48,7 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     from rich.console import Console
     from rich.progress import track
 
+    from streamllm.measuring.reference_time import ReferencePool
     from streamllm.measuring.store import MeasurementStore
     from streamllm.results.checks import measured_row
     from streamllm.results.study import load_study
@@ -63,8 +64,9 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     projection = Projection(results.configuration, MeasurementStore(results.files.store), tracking_uri)
     try:
         projection.open(lambda reason: print(reason, file=sys.stderr))
-        for row in track(rows, "MLflow", console=Console(stderr=True), transient=True):
-            projection.log(row)
+        logged = projection.log_all(rows, ReferencePool(rows))
+        for _ in track(logged, "MLflow", len(rows), console=Console(stderr=True), transient=True):
+            pass
         files = [*write_outputs(results), results.files.configuration]
         projection.close(results, report_of(results, [path for path in files if is_file(path)]))  # it may be lost
     except Exception as error:  # MLflow raises anything

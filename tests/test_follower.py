@@ -16,7 +16,7 @@ from streamllm.results.study import load_study
 from streamllm.results.study_folder import StudyFolder
 
 from . import preloaded
-from .test_tracking import CONFIGURATION, ROWS, contents, store
+from .test_tracking import CONFIGURATION, ROWS, contents, row, store
 from .test_tracking import study as study
 from .waiting import wait_until
 
@@ -39,9 +39,11 @@ def following(study, monkeypatch):
     (study / "trials.jsonl").unlink()
     made = []
 
-    def follow():
+    def follow(writers=1):
         trials = TrialsFile(StudyFolder(study), [])
-        made.append(Tracker(Projection(CONFIGURATION, MeasurementStore(study.parent / ".store")), trials))
+        projection = Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"))
+        projection._writers = writers
+        made.append(Tracker(projection, trials))
         return trials, made[-1]
 
     yield follow
@@ -60,9 +62,9 @@ def test_a_killed_follower_is_replaced(following, study, when):
     trials, tracker = following()
     if when in ("at once", "each time"):
         kill(tracker)
-    for number, row in enumerate(ROWS):
-        trials.trial_finished(row)
-        tracker.trial_finished(row)
+    for number, finished in enumerate(ROWS):
+        trials.trial_finished(finished)
+        tracker.trial_finished(finished)
         if number == 2 and when in ("between trials", "each time"):
             wait_until(lambda: tracker.backlog == 0)
             kill(tracker)
@@ -81,3 +83,20 @@ def test_one_that_keeps_dying_is_given_up_with_its_last_words(following, study, 
     _, tracker = following()
     reason = tracker.finish(Report(), lambda backlog: None)
     assert reason == "the process that writes to MLflow keeps dying: out of luck"
+
+
+def test_several_runs_that_a_kill_left_half_written_are_completed(following, study):
+    trials, tracker = following(writers=4)
+    rows = [row(number) for number in range(60)]
+    for one in rows:
+        trials.trial_finished(one)
+    wait_until(lambda: tracker.backlog < 55)
+    kill(tracker)
+    tracker.trial_finished(rows[-1])
+    wait_until(lambda: tracker.backlog == 0)
+    StudyFolder(study).write_outcome("FINISHED")
+    assert tracker.finish(report_of(load_study("s"), []), lambda backlog: None) is None
+    there = contents(store())
+    assert sorted(there) == sorted(["", *map(str, range(60))])
+    assert {(found[0], len(found[5].get("time_ratio", [0]))) for found in there.values()} == {("FINISHED", 1)}
+    assert all(found[6] == ["losses.npy", "result.json"] for trial, found in there.items() if trial)

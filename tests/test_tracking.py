@@ -292,10 +292,11 @@ def test_what_is_no_longer_confirmed_is_taken_back_and_milliseconds_follow_the_r
     assert search("metrics.rounds > 0") == [] and search("metrics.front_probability >= 0.5") == []
     run = contents()["1"]
     assert [value for value, *_ in run[5]["time_ratio"]] == [1.0, 1.5, 1.0]
-    assert [value for value, *_ in run[5]["tpot_ms"]] == [3.0, 4.0], "in the unit of all: the reference takes 4 ms now"
+    assert [value for value, *_ in run[5]["tpot_ms"]] == [2.0, 3.0, 4.0], "the reference takes 4 ms now"
 
 
-def test_what_a_kill_left_running_or_twice_is_ended_and_once(study):
+def test_what_a_kill_left_running_or_twice_is_ended_and_once(study, monkeypatch):
+    monkeypatch.setattr(tracking, "_PAGE", 2)  # what is deleted would move the rest from one page to another
     client = MlflowClient(store())
     experiment = client.create_experiment(EXPERIMENT)
     common = {"study": "s", "study_id": "5711d"}
@@ -310,6 +311,35 @@ def test_what_a_kill_left_running_or_twice_is_ended_and_once(study):
     }  # fmt: skip
     assert runs["1"][5]["time_ratio"] == [(1.0, 1_700_000_000_000, 0)]
     assert "result.json" in runs["2"][6]
+
+
+def test_several_at_a_time_log_what_one_does(study, empty_mlflow, monkeypatch):
+    """Of a data set that the experiment does not know yet; a trial's last row counts."""
+    rows = [row(n, 2.0 + n, text_digest="d" * 64) for n in range(16)]
+    fixed = [row("baseline", 9.0, 0.0, method="recompute", perplexity=15.0 + n) for n in range(8)]
+    write_rows(study / "trials.jsonl", [row for both in zip(fixed, rows, rows[8:], strict=False) for row in both])
+    assert synchronise() == 0
+    one = contents()
+    shutil.copyfile(empty_mlflow, "several.db")
+    monkeypatch.setattr(tracking, "writers_for", lambda uri: 4)
+    assert synchronise(store("several.db")) == 0
+    assert contents(store("several.db")) == one
+    assert one["baseline"][5]["perplexity"][-1][0] == 22.0 and len(one) == 18
+
+
+def test_a_sweeps_milliseconds_are_there_before_it_ends_and_move_by_more_than_a_thousandth_or_not(study):
+    """A run is not logged again for what another trial did to the median of the reference's times."""
+    rows = [row(n, 2.0, reference_tpot_ms=reference) for n, reference in enumerate((2.0, 2.1, 2.101, 2.102))]
+    write_rows(study / "trials.jsonl", rows)
+    projection = Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"), store())
+    projection.open()
+    assert [one["trial"] for one in projection.log_all(rows)] == [0, 1, 2, 3]
+    assert search("metrics.tpot_ms > 1.9") == ["0", "1", "2", "3"]
+    projection.close(load_study("s"), Report())
+    there = {
+        trial: [round(value, 6) for value, *_ in found[5].get("tpot_ms", ())] for trial, found in contents().items()
+    }
+    assert there == {"": [], "0": [2.0, 2.1005], "1": [2.05, 2.1005], "2": [2.1], "3": [2.1005]}
 
 
 def test_what_mlflow_refuses_does_not_hold_up_the_rest(study, capsys, monkeypatch):

@@ -1,7 +1,9 @@
 """MLflow as a projection of a study: a parent run per study, a child run per trial, made of the study's folder and the
 measurement store alone, so that any part of it can be made again at any time.
 
-While a sweep runs, `tracker` keeps it up to date. All it holds in memory of a run is its id.
+While a sweep runs, `follower` keeps it up to date. All it holds in memory of a run is its id and what was logged of it,
+as a digest. What a run costs is calls: one creates it with its tags, one logs params and metrics, one the data set, one
+the files, one ends it.
 """
 
 from __future__ import annotations
@@ -15,19 +17,28 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamllm.measuring.reference_time import ReferencePool
 from streamllm.measuring.store import MeasurementStore
-from streamllm.results.mlflow_address import experiment_id, experiment_name, runs_page, shown_at, store_uri
-from streamllm.results.schema import FIELDS, FORMAT, KNOBS, POLICY_KNOBS, AnyRow, knobs_in_short, told_name
-from streamllm.results.study import FIXED, VIEW, StudyResults, view_of
+from streamllm.results.mlflow_address import (
+    experiment_id,
+    experiment_name,
+    is_databricks,
+    runs_page,
+    shown_at,
+    store_uri,
+)
+from streamllm.results.schema import FIELDS, FORMAT, KNOBS, POLICY_KNOBS, AnyRow, Row, knobs_in_short, told_name
+from streamllm.results.study import FIXED, STRICT, VIEW, StudyResults, view_of
 
 from .database_lock import opening
 from .remedies import ExperimentDeletedError, with_remedy
+from .writers import CONNECTIONS, writers_for, written
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,6 +49,13 @@ _TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if fie
 """Name in a row -> tag."""
 _METRICS = tuple(field.name for field in FIELDS.values() if field.mlflow == "metric")
 _AT_THE_END = tuple(field.name for field in FIELDS.values() if field.final)
+_IN_MS = ("tpot_ms", "tpot_ms_low", "tpot_ms_high", "decode_toks_per_sec")
+"""What follows from a ratio and the median of all reference times."""
+_MOVED = 1e-3
+"""By so much, relatively, that median moves any run's milliseconds without their being logged again: in a long sweep,
+each trial moves those of all others by some millionths."""
+_PAGE = 200
+"""Runs that are asked for at a time."""
 PARENT_PARAMS = ("model", "dtype", "quantization", "cap", "seed")
 _FIRST = ("tpot_ms", "front_probability", "ppl_vs_strict_percent", "method", "backend", *(k.name for k in POLICY_KNOBS))
 _VIEWED = [*(FIELDS[name] for name in _FIRST), *(f for f in FIELDS.values() if f.viewed and f.name not in _FIRST)]
@@ -95,10 +113,16 @@ class Projection:
         self._configuration = configuration
         self._store = store
         self._uri = store_uri(tracking_uri)
+        self._writers = writers_for(self._uri)
         self._experiment = ""
-        self.logged = 0
-        """Runs that `log` has created or completed."""
+        self._references = ReferencePool()
+        self._logged: list[str] = []
         self.refused: list[str] = []
+
+    @property
+    def logged(self) -> int:
+        """Runs that were created or completed."""
+        return len(self._logged)
 
     @property
     def address(self) -> str:
@@ -128,10 +152,11 @@ class Projection:
         database are waited for."""
         with self._advising():
             with opening(self._uri, waiting):
-                self._client = mlflow_client(self._uri)
+                self._client = mlflow_client(self._uri, self._writers)
                 experiment = self._find_experiment()
             self._describe_experiment(experiment.tags)
             self._find_runs()
+        self._references = ReferencePool()
 
     def _find_experiment(self) -> Experiment:
         """Created if there is none. Raises ExperimentDeletedError."""
@@ -147,40 +172,63 @@ class Projection:
         self._runs: dict[str, str] = {}
         self._digests: dict[str, str] = {}
         self._on_front: set[str] = set()
-        found = list(self._known_runs())
-        for run in found:
+        below: dict[str, str | None] = {}
+        twice: list[str] = []
+        for run in self._known_runs():
             tags = run.data.tags
             trial = tags.get("trial", "")
             if trial in self._runs:
-                self._client.delete_run(run.info.run_id)
+                twice.append(run.info.run_id)
                 continue
             self._runs[trial] = run.info.run_id
+            if trial:
+                below[run.info.run_id] = tags.get(PARENT)
             if run.info.status != "RUNNING":
                 self._digests[trial] = tags.get(_DIGEST, "")
             if tags.get("pareto") == "True":
                 self._on_front.add(trial)
+        for one in twice:  # not before all pages are read: what is deleted moves the next
+            self._client.delete_run(one)
         if "" not in self._runs:
             self._runs[""] = self._create_parent()
-        parent, children = self._runs[""], set(self._runs.values()) - {self._runs[""]}
-        for run in found:  # a parent that was deleted has left its children behind
-            if run.info.run_id in children and run.data.tags.get(PARENT) != parent:
-                self._client.set_tag(run.info.run_id, PARENT, parent)
+        for one, parent in below.items():  # a parent that was deleted has left its children behind
+            if parent != self._runs[""]:
+                self._client.set_tag(one, PARENT, self._runs[""])
 
     def reopen_parent(self) -> None:
         """Marks the study as running."""
         self._client.update_run(self._runs[""], status="RUNNING")
 
-    def log(self, row: AnyRow) -> None:
+    def log(self, row: Row) -> None:
         """Makes the child run of a finished trial. What MLflow will never take, `refused` says why."""
+        for _ in self.log_all([row]):
+            pass
+
+    def log_all(self, rows: Iterable[Row], references: ReferencePool | None = None) -> Iterator[Row]:
+        """As `log`, for several at a time where the store takes that; gives each row when it has its run.
+
+        references: of all rows, where they are known; else those that have come so far give the milliseconds."""
+
+        def timed() -> Iterator[tuple[Row, Row]]:
+            for row in rows:
+                if references is None:
+                    self._references.add(row)
+                yield row, row if row.trial == STRICT else (references or self._references).with_time(row)
+
+        for row, _ in written(timed(), lambda both: self._log_or_say(*both), lambda both: both[0].trial, self._writers):
+            yield row
+
+    def _log_or_say(self, row: Row, timed: Row) -> None:
         try:
             with self._advising():
-                self._log(row)
+                self._log(row, timed)
         except Exception as error:
             if not _is_refusal(error):
                 raise
             self.refused.append(f"trial {row['trial']}: {one_line(error)}")
 
-    def _log(self, row: AnyRow) -> None:
+    def _log(self, row: Row, timed: Row) -> None:
+        """timed: the row with its milliseconds, which are no part of its digest: they move with every trial."""
         from mlflow.entities import Metric, Param, RunTag
 
         trial, digest = str(row["trial"]), _digest(_LOGGED, json.dumps(dict(row), sort_keys=True))
@@ -190,25 +238,26 @@ class Projection:
         tags = self._tags(row) | _UNFOLDED | {_DIGEST: digest}
         if trial in self._runs:
             self._set_aside_unless_it_is(row, trial)
-        run = self._runs.get(trial)
+        run, files = self._runs.get(trial), ""
         if run is None:
             started = ended - (0 if row.get("reused") else int(1000 * row.get("runtime_sec", 0)))
             tags |= {PARENT: self._runs[""], "pareto": "False"}
-            run = self._client.create_run(self._experiment, started, tags, _run_name(row)).info.run_id
+            created = self._client.create_run(self._experiment, started, tags, _run_name(row)).info
+            run, files = created.run_id, created.artifact_uri
             self._runs[trial] = run
             tags = {}
         metrics = [f"{name}{end}" for name in _METRICS for end in ("", "_low", "_high")]
         self._client.log_batch(
             run,
-            metrics=[Metric(name, float(row[name]), ended, 0) for name in metrics if is_number(row.get(name))],
+            metrics=[Metric(name, float(timed[name]), ended, 0) for name in metrics if is_number(timed.get(name))],
             params=[Param(name, value) for name, value in params_of(row).items()],
             tags=[RunTag(name, value) for name, value in tags.items()],
         )
         self._log_dataset(run, row)
-        self._log_artifacts(run, row)
+        self._log_artifacts(run, files, row)
         self._client.set_terminated(run, "FINISHED" if row["state"] == "complete" else "FAILED", ended)
         self._digests[trial] = digest
-        self.logged += 1
+        self._logged.append(trial)
 
     def _set_aside_unless_it_is(self, row: AnyRow, trial: str) -> None:
         """A run of another configuration than the trial's, as where half a journal was lost and its trials were chosen
@@ -242,14 +291,20 @@ class Projection:
         for trial in sorted((front ^ self._on_front) & self._runs.keys()):
             self._client.set_tag(self._runs[trial], "pareto", str(trial in front))
         self._on_front = front
-        before = {run.info.run_id: run.data.metrics for run in self._known_runs()}
-        for row in [*results.trials, results.baseline, results.strict]:
-            if row is not None and (run := self._runs.get(str(row["trial"]))) is not None:
-                self._update_metrics(run, _final_metrics(row, before.get(run, {})), before.get(run, {}), ended)
         whole: dict[str, float] = {"trials": len(results.trials), "pareto_trials": len(results.front)}
         if results.references:
             whole["reference_tpot_ms"] = results.references[0].ms
-        self._update_metrics(self._runs[""], whole, before.get(self._runs[""], {}), ended)
+        by_trial = {str(row["trial"]): row for row in rows if row is not None}
+
+        def update(run: Run) -> None:
+            row, metrics = by_trial.get(run.data.tags.get("trial", "")), run.data.metrics
+            values = whole if row is None else _final_metrics(row, metrics)
+            self._update_metrics(run.info.run_id, values, metrics, ended)
+
+        wanted = {self._runs[trial] for trial in ("", *by_trial) if trial in self._runs}
+        known = (run for run in self._known_runs() if run.info.run_id in wanted)
+        for _ in written(known, update, lambda run: run.info.run_id, self._writers):
+            pass
         self._attach(report)
         self._recommend(report)
         for trial in self._runs.keys() - self._digests.keys() - {""}:  # of no trial that the study knows, or refused
@@ -263,7 +318,7 @@ class Projection:
         token, condition = None, f"tags.study_id = '{self._configuration['study_id']}'"
         while True:
             page = self._client.search_runs(
-                [self._experiment], condition, max_results=1000, order_by=["attributes.start_time"], page_token=token
+                [self._experiment], condition, max_results=_PAGE, order_by=["attributes.start_time"], page_token=token
             )
             yield from page
             token = page.token
@@ -313,16 +368,29 @@ class Projection:
         return self._common() | tags_of(values)
 
     def _log_dataset(self, run: str, row: AnyRow) -> None:
-        if (dataset := dataset_of(row, "python -m orchestrator.sweep")) is not None:
+        if (dataset := dataset_of(row, "python -m orchestrator.sweep")) is None:
+            return
+        try:
+            self._client.log_inputs(run, [dataset])
+        except Exception as error:  # of several who name a data set that is new to the experiment, one may
+            if not _is_refusal(error):
+                raise
             self._client.log_inputs(run, [dataset])
 
-    def _log_artifacts(self, run: str, row: AnyRow) -> None:
+    def _log_artifacts(self, run: str, files: str, row: AnyRow) -> None:
+        """files: the address of the run's artifacts; "" has MLflow ask its store for all of the run to find it."""
+        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "result.json").write_text(json.dumps({"format": FORMAT, **row}, indent=1) + "\n")
             losses = self._store.losses_file(row["quality_entry"]) if "quality_entry" in row else None
             if losses is not None and losses.is_file():
                 shutil.copyfile(losses, Path(folder) / "losses.npy")
-            self._client.log_artifacts(run, folder)
+            if files and not is_databricks(self._uri):
+                get_artifact_repository(files, tracking_uri=self._uri).log_artifacts(folder)
+            else:
+                self._client.log_artifacts(run, folder)
 
     def _recommend(self, report: Report) -> None:
         tags = self._client.get_run(self._runs[""]).data.tags
@@ -333,7 +401,7 @@ class Projection:
     def _update_metrics(self, run: str, values: Mapping[str, float], before: Mapping[str, float], at: int) -> None:
         from mlflow.entities import Metric
 
-        changed = {name: value for name, value in values.items() if not _same(before.get(name), value)}
+        changed = {name: value for name, value in values.items() if not _same(name, before.get(name), value)}
         now = int(1000 * time.time())  # of two values at one time MLflow shows the higher
         metrics = [Metric(name, value, now if name in before else at, 0) for name, value in changed.items()]
         if metrics:
@@ -406,12 +474,14 @@ def find_experiment(client: MlflowClient) -> Experiment:
     return experiment
 
 
-def mlflow_client(tracking_uri: str | None) -> MlflowClient:
+def mlflow_client(tracking_uri: str | None, writers: int = 1) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the result's
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # asking again is ours: only then is nothing repeated
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
+    if writers > 1:
+        os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOL_SIZE", str(CONNECTIONS))
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
@@ -437,8 +507,11 @@ def _final_metrics(row: AnyRow, before: Mapping[str, float]) -> dict[str, float]
     return values
 
 
-def _same(one: float | None, other: float) -> bool:
-    return one is not None and (one == other or (math.isnan(one) and math.isnan(other)))
+def _same(name: str, one: float | None, other: float) -> bool:
+    if one is None:
+        return False
+    moved = _MOVED if name in _IN_MS else 0.0
+    return math.isclose(one, other, rel_tol=moved) or (math.isnan(one) and math.isnan(other))
 
 
 def _digest(*parts: str | bytes) -> str:

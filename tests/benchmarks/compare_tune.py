@@ -36,7 +36,6 @@ from streamllm.results.study import BASELINE, STRICT
 from streamllm.results.study_folder import StudyFolder
 
 from .made_up import made_up_settings
-from .reporting import interleaved, machine, summary
 
 CAP = 2048
 INTEGERS = {
@@ -164,6 +163,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     arguments = parser.parse_args()
+    # Here, not above: MLflow's process imports this module anew, and a sweep's own imports no torch.
+    from .reporting import interleaved, machine, summary
+
     try:
         import ray
         import ray.tune.search.optuna

@@ -1,8 +1,9 @@
 """What the driver itself costs per trial, with a thousand workers and ten thousand trials.
 
 `python -m tests.benchmarks.scale`: the real driver, study and its files on disk, store and display; only the workers
-are pretended. They take as long as real ones, in simulated time, so that nothing but the driver's own work passes.
-With `--mlflow URI` (of a server, or sqlite:///FILE) the real tracker follows in its process; its backlog is shown.
+are pretended. They take as long as real ones, in simulated time, so that nothing but the driver's own work passes;
+with `--pace N` in real time, at the speed at which they finish N trials a second. With `--mlflow URI` (of a server, or
+sqlite:///FILE) the real tracker follows in its process; its backlog and both processes' memory are shown.
 """
 
 from __future__ import annotations
@@ -13,6 +14,10 @@ import heapq
 import io
 import itertools
 import json
+import math
+import multiprocessing
+import os
+import resource
 import tempfile
 import time
 import uuid
@@ -35,7 +40,7 @@ from orchestrator.workers.messages import TrialMeasurement, TrialSpec
 from orchestrator.workers.pool import Finished
 from search_spaces import SearchSpace, load_space
 from streamllm.measuring.quality import perplexity
-from streamllm.measuring.store import Measurement, MeasurementStore
+from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
 from streamllm.results.schema import Row
 from streamllm.results.study import BASELINE, STRICT
 from streamllm.results.study_folder import StudyFolder
@@ -54,7 +59,7 @@ parameters:
   cache_slack: {list(range(0, 128, 8))}
   max_drop: {list(range(0, 128, 16))}
 """
-TRIAL_SEC = 20.0
+TRIAL_SEC, SPREAD = 20.0, 0.5
 """The median; durations are log-normal."""
 N_LOSSES = 1024
 PARTS = ("ask", "tell", "row", "observers", "other")
@@ -64,10 +69,16 @@ PARTS = ("ask", "tell", "row", "observers", "other")
 class SimulatedPool:
     """Workers whose loading and trials take simulated time. What they would do themselves, store, is timed apart."""
 
-    def __init__(self, workers: int, store: MeasurementStore, seed: int) -> None:
+    def __init__(self, workers: int, store: MeasurementStore, seed: int, pace: float | None) -> None:
+        """pace: trials a second that all workers finish together; without, no time passes."""
         self.count = workers
         self.seconds = 0.0
+        self.idle_seconds = 0.0
         self.clock = 0.0
+        mean = TRIAL_SEC * math.exp(SPREAD**2 / 2)
+        self._speed = math.inf if pace is None else pace / (workers / mean)
+        """Simulated seconds that pass in one."""
+        self._began = time.perf_counter()
         self._store = store
         self._random = np.random.default_rng(seed)
         self._order = itertools.count()
@@ -76,9 +87,10 @@ class SimulatedPool:
             self._later(self._random.uniform(5, 15), worker, None)
 
     def submit(self, worker: int, spec: TrialSpec) -> None:
-        self._later(self._random.lognormal(np.log(TRIAL_SEC), 0.5), worker, spec)
+        self._later(self._random.lognormal(np.log(TRIAL_SEC), SPREAD), worker, spec)
 
     def wait(self, timeout: float) -> Iterator[Finished]:
+        self._sleep_until(self._events[0][0])
         started = time.perf_counter()
         self.clock, _, worker, spec = heapq.heappop(self._events)
         if spec is None:
@@ -88,13 +100,23 @@ class SimulatedPool:
         self.seconds += time.perf_counter() - started
         yield finished
 
+    def _sleep_until(self, clock: float) -> None:
+        started = time.perf_counter()
+        time.sleep(max(self._began + clock / self._speed - started, 0.0))
+        self.idle_seconds += time.perf_counter() - started
+
     def _later(self, seconds: float, worker: int, spec: TrialSpec | None) -> None:
         heapq.heappush(self._events, (self.clock + seconds, next(self._order), worker, spec))
 
     def _measured(self, spec: TrialSpec) -> TrialMeasurement:
         losses = np.column_stack((np.arange(float(N_LOSSES)), self._random.normal(3.0, 1.0, N_LOSSES)))
         policy, noise = spec.configuration.policy, self._random.exponential(0.04, 2)
+        key, ratio = {"spec": str(spec)}, 1.0 + 4.0 / policy.compress_every + policy.n_sink / 320 + noise[0]
         record: dict[str, Any] = {
+            "model": "simulated",
+            "dataset": "simulated",
+            "text_digest": "5" * 64,
+            "protocol": "fast",
             "method": spec.configuration.method,
             "backend": spec.configuration.backend,
             "backend_requested": spec.configuration.backend,
@@ -105,11 +127,18 @@ class SimulatedPool:
             "device": "simulated",
             "threads": 1,
             "reference_total": CAP,
-            "time_ratio": 1.0 + 4.0 / policy.compress_every + policy.n_sink / 320 + noise[0],
+            "time_ratio": ratio,
+            "time_ratio_low": 0.99 * ratio,
+            "time_ratio_high": 1.01 * ratio,
+            "measured_tpot_ms": 5.0 * ratio,
             "reference_tpot_ms": 5.0 + noise[1],
+            "speed_sec": 8.0,
+            "quality_sec": 12.0,
+            "evaluated_tokens": N_LOSSES,
+            "quality_entry": entry_name(key),
             "peak_kv": policy.kept + policy.compress_every,
         }
-        self._store.put({"spec": str(spec)}, Measurement(record, losses))
+        self._store.put(key, Measurement(record, losses))
         return TrialMeasurement(Row.of(record), losses, True, True)
 
 
@@ -166,21 +195,54 @@ def follower(folder: Path, trials: TrialsFile, space: SearchSpace, uri: str) -> 
     return Tracker(Projection(settings, MeasurementStore(folder / "store"), uri), trials)
 
 
-def drain(folder: Path, tracker: Tracker) -> dict[str, Any]:
+def drain(folder: Path, tracker: Tracker, sweep_sec: float) -> dict[str, Any]:
     """Waits until MLflow has everything."""
     StudyFolder(folder).write_outcome("FINISHED")
     behind, started = tracker.backlog, time.perf_counter()
-    problem = tracker.finish(Report(), lambda _: None, limit_sec=3600.0)
+    most: dict[str, float] = {}
+
+    def look(_: int) -> None:
+        most.update({name: max(value, most.get(name, 0.0)) for name, value in memory().items()})
+
+    problem = tracker.finish(Report(), look, limit_sec=3600.0)
     assert problem is None, problem
-    return {"behind_at_the_end": behind, "drained_sec": time.perf_counter() - started}
+    seconds = time.perf_counter() - started
+    spent = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return {
+        "behind_at_the_end": behind,
+        "drained_sec": seconds,
+        "share_of_the_sweep": seconds / sweep_sec,
+        "cpu_sec": spent.ru_utime + spent.ru_stime,
+        **most,
+    }
 
 
-def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None, mlflow: str | None) -> dict[str, Any]:
+def megabytes(process: int) -> float:
+    """Of memory that it has to itself, or shares."""
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def memory() -> dict[str, float]:
+    """Of the driver and, where it follows, of MLflow's process."""
+    following = {f"{child.name} MB": child.pid for child in multiprocessing.active_children() if child.name == "mlflow"}
+    return {name: megabytes(pid) for name, pid in ({"driver MB": os.getpid()} | following).items() if pid is not None}
+
+
+def run(
+    folder: Path,
+    workers: int,
+    trials: int,
+    seed: int,
+    sampler: str | None = None,
+    mlflow: str | None = None,
+    pace: float | None = None,
+) -> dict[str, Any]:
     (folder / "space.yaml").write_text(SPACE)
     space = load_space(str(folder / "space.yaml"))
     more = {} if sampler is None else {"sampler": sampler}
     study = Study("scale", folder / "journal.log", space, CAP, seed, **more)
-    pool = SimulatedPool(workers, MeasurementStore(folder / "store"), seed)
+    pool = SimulatedPool(workers, MeasurementStore(folder / "store"), seed, pace)
     watch = Stopwatch()
     study.ask = watch.timed("ask", study.ask)  # type: ignore[method-assign]
     study.tell = watch.timed("tell", study.tell)  # type: ignore[method-assign]
@@ -193,13 +255,14 @@ def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None,
             setattr(observer, method, watch.timed("observers", getattr(observer, method)))
     original = driver_module.trial_row
     driver_module.trial_row = watch.timed("row", original)
-    started = time.perf_counter()
+    started, spent = time.perf_counter(), time.process_time()
 
     def now() -> dict[str, float]:
         parts = {part: watch.seconds[part] for part in PARTS if part != "other"}
         wall = time.perf_counter() - started
-        parts |= {"other": wall - pool.seconds - sum(parts.values()), "store": pool.seconds, "wall": wall}
-        return parts | ({"backlog": tracker.backlog} if tracker else {})
+        working = wall - pool.idle_seconds
+        parts |= {"other": working - pool.seconds - sum(parts.values()), "store": pool.seconds, "wall": wall}
+        return parts | {"working": working} | memory() | ({"MLflow's backlog": tracker.backlog} if tracker else {})
 
     marks = Marks(max(trials // 10, 1), now)
     try:
@@ -207,22 +270,28 @@ def run(folder: Path, workers: int, trials: int, seed: int, sampler: str | None,
             Driver(study, pool, CAP, trials, [*observers, marks]).run()  # type: ignore[arg-type]
     finally:
         driver_module.trial_row = original
-    rows = [
-        {"trials": number * marks.every}
-        | {part: 1e3 * (after[part] - before[part]) / marks.every for part in after if part not in ("wall", "backlog")}
-        | {"driver": 1e3 * sum(after[p] - before[p] for p in PARTS) / marks.every}
-        | ({"MLflow's backlog": after["backlog"]} if tracker else {})
-        for number, (before, after) in enumerate(itertools.pairwise(marks.marks), start=1)
-    ]
-    wall = marks.marks[-1]["wall"]
+    last = marks.marks[-1]
     return {
         "workers": workers,
         "trials": len(study.rows),
+        "pace": pace,
         "simulated_sec": pool.clock,
-        "driver_trials_per_sec": len(study.rows) / (wall - marks.marks[-1]["store"]),
-        "trials_per_sec_with_store": len(study.rows) / wall,
-        "ms_per_trial": rows,
-    } | ({"mlflow": drain(folder, tracker)} if tracker else {})
+        "wall_sec": last["wall"],
+        "cpu_sec": time.process_time() - spent,
+        "driver_trials_per_sec": len(study.rows) / (last["working"] - last["store"]),
+        "trials_per_sec_with_store": len(study.rows) / last["working"],
+        "ms_per_trial": [
+            part_of_the_sweep(number * marks.every, before, after, marks.every)
+            for number, (before, after) in enumerate(itertools.pairwise(marks.marks), start=1)
+        ],
+    } | ({"mlflow": drain(folder, tracker, last["wall"])} if tracker else {})
+
+
+def part_of_the_sweep(trials: int, before: dict[str, float], after: dict[str, float], n: int) -> dict[str, float]:
+    """Milliseconds per trial from one mark to the next, `n` trials later; what was there by then."""
+    parts = {part: 1e3 * (after[part] - before[part]) / n for part in (*PARTS, "store")}
+    there = {name: value for name, value in after.items() if name.endswith((" MB", "backlog"))}
+    return {"trials": trials} | parts | {"driver": sum(parts[part] for part in PARTS)} | there
 
 
 def main() -> None:
@@ -231,13 +300,22 @@ def main() -> None:
     parser.add_argument("--trials", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--sampler", help="the study's default")
+    parser.add_argument("--pace", type=float, metavar="N", help="let real time pass, in which N trials a second finish")
     parser.add_argument("--mlflow", metavar="URI", help="have MLflow follow")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    load = os.getloadavg()[0]
+    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # a database's runs have their files there
         result = run(
-            Path(folder), arguments.workers, arguments.trials, arguments.seed, arguments.sampler, arguments.mlflow
+            Path(folder),
+            arguments.workers,
+            arguments.trials,
+            arguments.seed,
+            arguments.sampler,
+            arguments.mlflow,
+            arguments.pace,
         )
+    result |= {"load": {"before": load, "after": os.getloadavg()[0]}}
     print(
         f"{result['workers']} workers, {result['trials']} trials, {result['driver_trials_per_sec']:.0f} "
         f"trials/s, with what the workers write {result['trials_per_sec_with_store']:.0f}; ms per trial:"
@@ -252,9 +330,8 @@ def main() -> None:
         )
     if "mlflow" in result:
         print(
-            "MLflow: {behind_at_the_end} runs behind at the end, drained in {drained_sec:.0f} s".format(
-                **result["mlflow"]
-            )
+            "MLflow: {behind_at_the_end} runs behind at the end, drained in {drained_sec:.0f} s, "
+            "{share_of_the_sweep:.0%} of the sweep's time; {cpu_sec:.0f} s of CPU".format(**result["mlflow"])
         )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps({"benchmark": "scale"} | machine() | result, indent=1) + "\n")

@@ -1,6 +1,7 @@
 """What a trial costs in MLflow: `python -m tests.benchmarks.tracking [--tracking-uri URI]`.
 
-Rows are made up, everything else is the sweep's own code: create, one batch, artifacts, end.
+Rows are made up, with everything that a row can have; all else is the sweep's own code. Calls are timed one by one;
+then as many runs again are logged as a sweep logs them, several at a time where the store takes that, and ended.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ import numpy as np
 from orchestrator.tracking import mlflow_runs as tracking
 from streamllm.measuring.quality import median_interval
 from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
+from streamllm.results.schema import Row
 
 from .reporting import machine
 
-_CALLS = ("create_run", "log_batch", "log_artifacts", "set_terminated")
+_CALLS = ("create_run", "log_batch", "log_inputs", "set_terminated")
 
 
 class TimedClient:
@@ -44,13 +46,14 @@ class TimedClient:
         return call
 
 
-def made_up_row(trial: int, entry: str) -> dict[str, Any]:
+def made_up_row(trial: int, entry: str) -> Row:
     with_interval = ("time_ratio", "measured_tpot_ms", "speedup", "perplexity")
     with_interval += ("ppl_vs_strict_percent", "ppl_increase_percent")
     metrics = dict.fromkeys(tracking._METRICS, 1.0 + trial)
     metrics |= {f"{name}_{end}": 1.0 + trial for name in with_interval for end in ("low", "high")}
     words = dict.fromkeys(tracking._TAGS, "word") | dict.fromkeys(tracking._PARAMS, "4")
-    return words | metrics | {"trial": trial, "state": "complete", "finished_at": time.time(), "quality_entry": entry}
+    about = {"trial": trial, "state": "complete", "finished_at": time.time(), "quality_entry": entry}
+    return Row.of(words | metrics | about)
 
 
 def main() -> None:
@@ -64,6 +67,11 @@ def main() -> None:
         result = measure(arguments, Path(folder))
     for name, value in result["milliseconds"].items():
         print(f"{name:15} {value['median']:7.1f} ms [{value['low']:.1f}, {value['high']:.1f}]")
+    print(
+        "several at a time, where the store takes that: {wall:.1f} ms a run, {own CPU:.1f} of CPU".format(
+            **result["ms per run, as a sweep logs them"]
+        )
+    )
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(result, indent=1) + "\n")
 
@@ -85,12 +93,21 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         started = time.perf_counter()
         projection.log(made_up_row(trial, entry_name(key)))
         client.seconds["a run, in all"].append(time.perf_counter() - started)
+    rows = [made_up_row(trial, entry_name(key)) for trial in range(arguments.runs, 2 * arguments.runs)]
+    began, spent = time.perf_counter(), time.process_time()
+    for _ in projection.log_all(rows):
+        pass
+    together = {
+        "wall": 1e3 * (time.perf_counter() - began) / len(rows),
+        "own CPU": 1e3 * (time.process_time() - spent) / len(rows),
+    }
     assert not projection.refused, projection.refused[0]
     kind = uri.partition(":")[0]
     return (
         {"benchmark": "MLflow"}
         | machine()
         | {"store": kind, "runs": arguments.runs, "milliseconds": summary(client.seconds)}
+        | {"ms per run, as a sweep logs them": together}
     )
 
 

@@ -1,0 +1,54 @@
+"""Several runs are written at a time, each trial's in its order."""
+
+import threading
+import time
+
+import pytest
+
+from orchestrator.tracking.writers import writers_for, written
+
+
+def test_where_several_may_write():
+    assert writers_for("https://there/mlflow") == writers_for("postgresql+psycopg2://me:secret@there/mlflow") > 1
+    assert writers_for("sqlite:////mlflow.db") == writers_for("file:///mlruns") == writers_for("databricks://x") == 1
+
+
+@pytest.mark.parametrize("writers", [1, 3])
+def test_items_that_are_alike_are_written_in_their_order_and_none_before_its_turn(writers):
+    under_way, most, done, taken = set(), [], [], []
+    lock = threading.Lock()
+
+    def items():
+        for number in range(30):
+            taken.append(number)
+            assert len(taken) - len(done) <= writers + 1, "taken before there was somebody to write it"
+            yield number
+
+    def write(number):
+        with lock:
+            assert number % 5 not in under_way
+            under_way.add(number % 5)
+            most.append(len(under_way))
+        time.sleep(0.002 * (number % 3))
+        with lock:
+            under_way.remove(number % 5)
+            done.append(number)
+
+    said = list(written(items(), write, lambda number: number % 5, writers))
+    assert sorted(said) == list(range(30)) and max(most) == writers
+    assert all([n for n in done if n % 5 == kind] == list(range(kind, 30, 5)) for kind in range(5))
+
+
+def test_a_failure_is_raised_when_what_had_begun_is_finished():
+    begun, finished = [], []
+
+    def write(number):
+        begun.append(number)
+        time.sleep(0.05 * number)
+        if number == 1:
+            raise OSError("away")
+        finished.append(number)
+
+    with pytest.raises(OSError, match="away"):
+        list(written(range(9), write, lambda number: number, 4))
+    assert sorted(begun) == sorted([1, *finished]) and len(begun) < 9
