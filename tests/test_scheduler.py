@@ -207,6 +207,8 @@ def test_nothing_runs_beside_a_timing_on_a_cpu(schedule, seed):
     assert of.timed_in_turn == 4
     for sinks in range(40):
         asked(of, quality(sinks))
+    of.assign()
+    assert len(pool.flying) == 4
     for sinks in range(6):
         asked(of, speed(sinks))
     run(of)

@@ -54,6 +54,8 @@ QUALITY_SEC, TIMING_SEC, LOADING_SEC = 4.0, 10.0, 60.0
 """Medians; one at a time, eight workers then give 1.4 times the trials of one."""
 PER_NODE = 8
 COUNTS = (1, 2, 4, 8, 16, 32, 64)
+_LEAST_TRIALS = 480
+"""Of few workers too, whose rate is otherwise that of a few long measurements."""
 DISTURBED = 0.05
 """Share by which a timing is longer beside all others of its node, where they disturb one another."""
 _PAIRS, _OF_PAIRS, _OF_TIMINGS = 12, 0.01, 0.003
@@ -211,9 +213,10 @@ def main() -> None:
     print(f"trials per hour; a quality takes {QUALITY_SEC:g} s, a timing {TIMING_SEC:g} s, nodes of {PER_NODE}")
     print("| workers | one at a time | side by side | auto | auto, where others add 5% |\n|---|---|---|---|---|")
     for workers in COUNTS:
+        trials = max(arguments.trials * workers, _LEAST_TRIALS)
         for timing, disturbed in ways:
             with tempfile.TemporaryDirectory() as folder:
-                found.append(run(Path(folder), workers, arguments.trials * workers, timing, disturbed))
+                found.append(run(Path(folder), workers, trials, timing, disturbed))
         one = [result["per_hour"] for result in found[: len(ways)]]
         now = [result["per_hour"] for result in found[-len(ways) :]]
         cells = [f"{rate:.0f} ({rate / of_one:.1f}x)" for rate, of_one in zip(now, one, strict=True)]
