@@ -193,6 +193,11 @@ class Scheduler:
         return len(self._members)
 
     @property
+    def is_restarting(self) -> bool:
+        """Whether some worker is being started in place of one that died."""
+        return bool(self._starting)
+
+    @property
     def has_idle(self) -> bool:
         """Whether some worker has nothing to do, nor waits for what is reserved for it."""
         return any(member.doing is None and not _holds(worker, member) for worker, member in self._members.items())

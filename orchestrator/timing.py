@@ -153,7 +153,7 @@ class Timing:
             if self._settling.get(host, ([], now))[0] != workers:
                 self._settling[host] = workers, now
             waiting = scheduler.next_timing()
-            is_settled = now - self._settling[host][1] >= _SETTLED_SEC
+            is_settled = not scheduler.is_restarting and now - self._settling[host][1] >= _SETTLED_SEC
             if waiting is not None and is_settled and self._is_open(node := (kind, len(workers))):
                 self._running.add(node)
                 _Calibrating(scheduler, waiting.subject, kind, workers, self._runs, partial(self._found, node)).go()
