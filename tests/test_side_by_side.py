@@ -5,8 +5,10 @@ from dataclasses import replace
 
 import pytest
 
-from orchestrator.command_line import parser, resolve
+from orchestrator.command_line import matrix_request, parser, resolve
+from orchestrator.configuration import WorkerSettings
 from orchestrator.timing import Calibration, Timing
+from orchestrator.workers import cluster
 from orchestrator.workers.pool import Finished
 from streamllm.errors import UsageError
 from streamllm.results.study_folder import StudyFolder
@@ -131,9 +133,14 @@ def test_workers_that_die_when_they_are_tried_are_timed_one_at_a_time(tmp_path, 
     assert found["trials_by_timing"] == {"exclusive": 60} and not StudyFolder(tmp_path).timing.exists()
 
 
-def test_cores_are_timed_one_at_a_time_whatever_is_asked(tmp_path):
-    with pytest.raises(UsageError, match=r"timing concurrent: must be auto or exclusive here, .*; leave it out"):
-        resolve(parser().parse_args(["--timing", "concurrent"]))
+def test_cores_are_timed_one_at_a_time_whatever_is_asked(tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "resources_here", lambda _: {"CPU": 2, "GPU": 0})
+    for asks, space in ((resolve, "default"), (matrix_request, "comprehensive")):
+        with pytest.raises(UsageError, match=r"timing concurrent: must be auto or exclusive here, .*; leave it out"):
+            asks(parser().parse_args(["--space", space, "--timing", "concurrent"]))
+        assert asks(parser().parse_args(["--space", space, "--timing", "exclusive"])).workers.timing == "exclusive"
+    with pytest.raises(UsageError, match="timing 'both': must be one of auto, exclusive, concurrent"):
+        WorkerSettings(timing="both")
     notes = []
     for host, device, expected in (("a", "cpu", 1), ("b", "cuda", 0)):
         notes.clear()
