@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 
@@ -34,6 +35,9 @@ def test_side_by_side_is_what_the_whole_interval_says():
         "much over 6 repetitions: side by side"
     )
     assert Calibration.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert [calibrated([1.0] * count) is None for count in (1, 5, 6, 7, 11, 12)] == [True, True, False] + [True] * 2 + [
+        False
+    ], "it is looked at twice: who looks all the time waits for luck"
     for factor in (1.05, 1 / 1.05):
         disturbed = calibrated([factor * one for one in steady])
         assert (disturbed.mode, disturbed.is_sure) == ("exclusive", True)
@@ -112,24 +116,26 @@ def test_what_was_found_out_and_is_damaged_is_found_out_anew(content, tmp_path, 
 class Mortal(benchmark.SimulatedPool):
     """Worker 1 dies whenever it times beside others, to see what that does."""
 
-    deaths = 0
+    deaths: ClassVar[list[float]] = []
 
     def wait(self, timeout):
         for finished in super().wait(timeout):
             dies = finished.worker == 1 and finished.measurement and "ratios" in finished.measurement.record
             if dies:
-                self.deaths += 1
+                self.deaths.append(self.clock)
                 self._later(benchmark.LOADING_SEC, 1, None)
             yield Finished(1, error="boom", died=True) if dies else finished
 
 
 def test_workers_that_die_when_they_are_tried_are_timed_one_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(benchmark, "SimulatedPool", Mortal)
+    Mortal.deaths.clear()
     found = benchmark.run(tmp_path, 4, 60, "auto", 0.0)
     assert [note.partition(" (after")[0] for note in found["notes"]] == [
         "warning: whether 4 workers of a node disturb one another could not be measured (quarantined: 2 workers ended "
         "on it: boom): they are timed one at a time"
     ]
+    assert len(Mortal.deaths) == 2, "tried once more, and not again"
     assert found["trials_by_timing"] == {"exclusive": 60} and not StudyFolder(tmp_path).timing.exists()
 
 

@@ -28,7 +28,7 @@ from orchestrator import timing as timing_module
 from orchestrator.driver import Driver
 from orchestrator.scheduler import Scheduler
 from orchestrator.search.study import Study
-from orchestrator.timing import Timing
+from orchestrator.timing import Calibration, Timing
 from orchestrator.workers.kinds import Kinds
 from orchestrator.workers.messages import Assignment, Variant
 from orchestrator.workers.pool import Finished
@@ -201,6 +201,26 @@ def run(folder: Path, workers: int, trials: int, timing: str, disturbed: float, 
     }
 
 
+def chances(disturbed: float, draws: int = 1000, seed: int = 0) -> dict[str, Any]:
+    """How often a calibration of workers that disturb one another so much says `concurrent`, and how long it takes."""
+    random, found = np.random.default_rng(seed), []
+    while len(found) < draws:
+        alone: list[float] = []
+        beside: list[float] = []
+        result = None
+        while result is None:
+            for among, ratio in ((alone, 1.0), (beside, 1 + disturbed)):
+                pairs = random.normal(0, _OF_TIMINGS) + random.normal(0, _OF_PAIRS, _PAIRS)
+                among.append(ratio * float(np.median(np.exp(pairs))))
+            result = Calibration.of((), PER_NODE, alone, beside)
+        found.append(result)
+    return {
+        "disturbed": disturbed,
+        "concurrent": sum(one.mode == "concurrent" for one in found) / draws,
+        "repetitions": sum(one.repetitions for one in found) / draws,
+    }
+
+
 def main() -> None:
     from .reporting import machine
 
@@ -226,8 +246,12 @@ def main() -> None:
             print(
                 f"{result['workers']} workers, {100 * result['disturbed']:g}% disturbed: {'; '.join(result['notes'])}"
             )
+    decided = [chances(disturbed) for disturbed in (0.0, 0.01, 0.015, 0.02, 0.025, 0.03, DISTURBED)]
+    print("\n| others add | said to be side by side | repetitions |\n|---|---|---|")
+    for one in decided:
+        print(f"| {100 * one['disturbed']:g}% | {100 * one['concurrent']:.1f}% | {one['repetitions']:.1f} |")
     if arguments.json is not None:
-        whole = {"benchmark": "side_by_side"} | machine() | {"results": found}
+        whole = {"benchmark": "side_by_side"} | machine() | {"results": found, "decisions": decided}
         arguments.json.write_text(json.dumps(whole, indent=1) + "\n")
 
 
