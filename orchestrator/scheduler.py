@@ -231,8 +231,9 @@ class Scheduler:
         return found
 
     def next_timing(self) -> Assignment | None:
-        """One that waits for its turn."""
-        return next((wanted.assignment for wanted in self._timing if wanted.plans), None)
+        """One that waits for its turn, and is not to be alone in any case."""
+        waiting = (wanted.assignment for wanted in self._timing if wanted.plans and not wanted.job.run)
+        return next(waiting, None)
 
     def keep(self, evaluated: Evaluated) -> None:
         """Keeps a sample's losses as one. Raises SweepError."""

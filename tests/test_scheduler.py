@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from orchestrator.scheduler import JobError, Scheduler
+from orchestrator.workers.kinds import kind_of
 from orchestrator.workers.messages import Subject, SweepError, Variant
 from orchestrator.workers.pool import Finished
 from streamllm.configuration import Configuration
@@ -354,6 +355,15 @@ def test_a_plan_that_stays_ends_with_its_worker(schedule, dies):
 def test_a_node_with_other_code_is_refused(schedule):
     with pytest.raises(UsageError, match="there has other code of streamllm-sweep than this machine"):
         schedule(Flying(descriptions=[description(), description("there", code="0")]))
+
+
+def test_the_next_timing_is_one_that_might_run_beside_others(schedule):
+    of = schedule(Flying(descriptions=[description(**CUDA)] * 2))
+    asked(of, speed(1, run=1))
+    assert of.next_timing() is None
+    asked(of, speed(2))
+    assert of.next_timing().job == speed(2)
+    assert of.accelerators() == {"here": (kind_of(KIND), [1, 0])}
 
 
 def test_a_worker_that_may_not_take_part_is_given_nothing(schedule, tmp_path):
