@@ -25,7 +25,7 @@ from streamllm.terminal.arguments import (
 from streamllm.terminal.program import program
 
 from .copies import bring_back
-from .options import SAMPLERS
+from .options import SAMPLERS, TIMINGS
 from .output import Output
 from .study_name import model_label, study_name
 
@@ -117,6 +117,12 @@ def parser() -> argparse.ArgumentParser:
         default=1800.0,
         metavar="SEC",
         help="one that loads for longer is ended too (1800)",
+    )
+    how.add_argument(
+        "--timing",
+        choices=TIMINGS,
+        default="auto",
+        help="time GPUs of one node one at a time or side by side (auto: as they are found to disturb one another)",
     )
     how.add_argument(
         "--confirm",
@@ -248,12 +254,18 @@ def _worker_settings(arguments: argparse.Namespace) -> WorkerSettings:
         address=arguments.address,
         trial_timeout=arguments.trial_timeout,
         load_timeout=arguments.load_timeout,
+        timing=arguments.timing,
     )
     joined = workers.address or os.environ.get("RAY_ADDRESS")
     if joined and not arguments.dry_run:
         check_answers(joined)
     if (here := resources_here(workers.address)) is not None:
         Room.of([here], workers)
+        if workers.timing == "concurrent" and not here["GPU"]:
+            raise UsageError(
+                "timing concurrent: must be auto or exclusive here, where there is no accelerator: workers on cores "
+                "share caches, memory and clock; leave it out"
+            )
     return workers
 
 

@@ -22,7 +22,7 @@ from streamllm.results.damaged import keep_aside
 from streamllm.results.schema import OBJECTIVES
 from streamllm.results.study_folder import StudyFolder
 
-from .options import SAMPLERS
+from .options import SAMPLERS, TIMINGS
 from .search.points import check_cap, check_methods, check_possible
 from .study_name import check_study_name
 
@@ -131,8 +131,12 @@ class WorkerSettings:
     """Seconds after which a worker that measures is ended; None: an hour, or ten times the slowest trial so far."""
     load_timeout: float = 1800.0
     """Seconds after which one that loads is."""
+    timing: str = "auto"
+    """Whether accelerators of a node are timed at once: `TIMINGS`."""
 
     def __post_init__(self) -> None:
+        if self.timing not in TIMINGS:
+            raise UsageError(f"timing {self.timing!r}: must be one of {', '.join(TIMINGS)}")
         check_whole(0, workers=self.count, cpus_per_worker=self.cpus)
         _check_seconds(trial_timeout=self.trial_timeout, load_timeout=self.load_timeout)
 
@@ -196,6 +200,7 @@ class SweepConfiguration:
             "cpus_per_worker": workers.cpus,
             "trial_timeout": workers.trial_timeout,
             "load_timeout": workers.load_timeout,
+            "timing": workers.timing,
             "confirm": confirm.rounds,
             "max_ppl_increase": confirm.max_ppl_increase,
             "study_id": study_id,

@@ -19,6 +19,9 @@ SAMPLERS: dict[str, Lazy[SamplerMaker] | None] = {
     "grid": None,
 }
 """Optuna's, but for two that remember nothing: `random` draws, `grid` takes the points of a space in their order."""
+TIMINGS = ("auto", "exclusive", "concurrent")
+"""Whether accelerators of one node are timed one at a time or side by side; `auto`: as they are found to disturb one
+another."""
 AUTO_TPE_TRIALS = 150
 """`auto` is tpe for so many trials, then nsga2. On a measured space (tests/benchmarks/samplers.py) tpe finds most, but
 an ask costs it tens of milliseconds and more with every trial; nsga2 beats random from 32 trials on, at a flat cost."""

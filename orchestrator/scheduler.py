@@ -7,9 +7,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
@@ -18,7 +18,7 @@ from streamllm.errors import UsageError
 from streamllm.measuring.conditions import Conditions
 from streamllm.measuring.jobs import Done, Job, Plan
 from streamllm.measuring.keys import Keys
-from streamllm.measuring.store import MeasurementStore, StoreError, code_digest, entry_name
+from streamllm.measuring.store import Measurement, MeasurementStore, StoreError, code_digest, entry_name
 from streamllm.measuring.text import TokenStream
 
 from .workers.kinds import Kind, kind_of
@@ -67,6 +67,26 @@ class Watcher(Protocol):
     def worker_idle(self, worker: int) -> None: ...
 
 
+class Turns(Protocol):
+    """Says whether accelerators of one node are timed one after the other, or side by side."""
+
+    def side_by_side(self, kind: Kind, workers: int) -> bool:
+        """Of so many workers of that kind, on one node."""
+
+    def look(self, scheduler: Scheduler) -> None:
+        """Is called again and again while the scheduler works."""
+
+
+class InTurn:
+    """One after the other."""
+
+    def side_by_side(self, kind: Kind, workers: int) -> bool:
+        return False
+
+    def look(self, scheduler: Scheduler) -> None:
+        pass
+
+
 @dataclass(slots=True, eq=False)
 class _Running(Generic[T]):
     """A plan on its way."""
@@ -80,6 +100,10 @@ class _Running(Generic[T]):
     """That measures all of it."""
     kind: Kind = ()
     """Of that worker."""
+    stays: bool = False
+    """It is of no use on another worker."""
+    beside: bool = False
+    """Its timings run beside others, whatever these are."""
     asked: Sequence[Assignment] = ()
     results: dict[Assignment, Done | None] = field(default_factory=dict)
 
@@ -101,8 +125,11 @@ class _Node:
     """What runs on one machine."""
 
     is_cpu: bool
+    workers: Counter[Kind] = field(default_factory=Counter)
     computing: int = 0
     timing: int = 0
+    is_taken: bool = False
+    """Whether something runs that nothing may run beside."""
     reserved: tuple[int, _Wanted] | None = None
     """A worker, and the timing that it begins when all others there have ended."""
 
@@ -119,6 +146,8 @@ class _Member:
     kind: Kind
     models: set[Variant]
     doing: _Wanted | None = None
+    beside: bool = False
+    """It is timing, and others may be timed meanwhile."""
     asks: Variant | None = None
     """It is loading that, to say under which conditions it would measure."""
     since: float = 0.0
@@ -133,11 +162,11 @@ class Scheduler:
         note: Callable[[str], None] = lambda _: None,
         watchers: Sequence[Watcher] = (),
         check: Callable[[int, WorkerDescription], bool] = lambda *_: True,
+        turns: Turns | None = None,
     ) -> None:
         """first: as which workers load the model. check: whether a worker that is new may take part; may
-        raise."""
-        self.concurrent = False
-        """Whether accelerators of one node may be timed at once."""
+        raise. turns: of accelerators; None: one of a node is timed at a time."""
+        self._turns = turns or InTurn()
         self._pool = pool
         self._store = store
         self._first = first
@@ -164,13 +193,19 @@ class Scheduler:
         return len(self._members)
 
     @property
+    def is_restarting(self) -> bool:
+        """Whether some worker is being started in place of one that died."""
+        return bool(self._starting)
+
+    @property
     def has_idle(self) -> bool:
         """Whether some worker has nothing to do, nor waits for what is reserved for it."""
         return any(member.doing is None and not _holds(worker, member) for worker, member in self._members.items())
 
     @property
     def is_working(self) -> bool:
-        return bool(self._wanted)
+        """Whether anybody waits for results that is not only trying out a worker."""
+        return any(not wanted.plans or not wanted.plans[0].stays for wanted in self._wanted.values())
 
     def members(self) -> dict[Kind, dict[str, list[int]]]:
         """The workers that are ready: by kind, and by machine."""
@@ -184,10 +219,21 @@ class Scheduler:
     @property
     def timed_in_turn(self) -> int:
         """Workers at most that wait for one another's timings."""
-        if self.concurrent:
-            return min(self.ready, 1)
-        counts = Counter(id(member.node) for member in self._members.values())
-        return max(counts.values(), default=0)
+        counts = (1 if self._is_side_by_side(node) else node.workers.total() for node in self._nodes.values())
+        return max(counts, default=0)
+
+    def accelerators(self) -> dict[str, tuple[Kind, list[int]]]:
+        """The machines whose workers are accelerators of one kind: that kind, and the workers."""
+        found: dict[str, tuple[Kind, list[int]]] = {}
+        for kind, hosts in self.members().items():
+            alike = {h: w for h, w in hosts.items() if not self._nodes[h].is_cpu and len(self._nodes[h].workers) == 1}
+            found |= {host: (kind, workers) for host, workers in alike.items()}
+        return found
+
+    def next_timing(self) -> Assignment | None:
+        """One that waits for its turn, and is not to be alone in any case."""
+        waiting = (wanted.assignment for wanted in self._timing if wanted.plans and not wanted.job.run)
+        return next(waiting, None)
 
     def keep(self, evaluated: Evaluated) -> None:
         """Keeps a sample's losses as one. Raises SweepError."""
@@ -209,12 +255,17 @@ class Scheduler:
         then: Callable[[T | JobError], None],
         died: Callable[[], int] | None = None,
         on: int | None = None,
+        stays: bool = False,
+        beside: bool = False,
     ) -> None:
         """Runs a plan; `then` is called with its result, or with why there is none. died: counts the workers that ended
         on a job of it, by default those from now on. on: the worker that measures all of it; where that dies, another
-        of its kind."""
-        deaths = itertools.count(1)
-        running = _Running(plan, subject, then, died or (lambda: next(deaths)), on)
+        of its kind, or none if it `stays`. beside: its timings run beside others, whatever these are."""
+        if on is not None and stays and on not in self._members:
+            then(JobError("its worker has ended"))
+            return
+        deaths = itertools.count(_DEATHS if stays else 1)
+        running = _Running(plan, subject, then, died or (lambda: next(deaths)), on, stays=stays, beside=beside)
         if on is not None:
             running.kind = self._members[on].kind
         self._proceed(running, None)
@@ -225,6 +276,7 @@ class Scheduler:
         for finished in self._pool.wait(timeout):
             self._take_in(finished)
             self.assign()
+        self._turns.look(self)
         self.assign()
 
     # Plans.
@@ -255,10 +307,11 @@ class Scheduler:
             wanted.plans.append(running)
             return
         wanted = self._wanted[assignment] = _Wanted(assignment, [running])
-        self._queue_of(wanted).append(wanted)
+        queue = self._queue_of(wanted)
+        (queue.appendleft if running.stays else queue.append)(wanted)
 
     def _queue_of(self, wanted: _Wanted) -> deque[_Wanted]:
-        if wanted.plans[0].worker is not None:
+        if wanted.plans and wanted.plans[0].worker is not None:
             return self._staying
         return self._timing if wanted.job.is_timed else self._computing
 
@@ -311,6 +364,7 @@ class Scheduler:
         kind = kind_of(conditions.kind)
         self._conditions[kind, self._first] = conditions
         self._members[worker] = _Member(node, kind, {self._first})
+        node.workers[kind] += 1
         self._starting.discard(worker)
         for watcher in self._watchers:
             watcher.worker_ready(worker, description)
@@ -325,6 +379,7 @@ class Scheduler:
             timed = wanted.job.is_timed and asked is None
             member.node.timing -= timed
             member.node.computing -= not timed
+            member.node.is_taken = False
         if finished.died:
             self._leave(worker, member, finished.lost)
         for watcher in self._watchers:
@@ -346,18 +401,26 @@ class Scheduler:
             keys = self._keys(member, wanted)
             assert keys is not None
             entry = self._entry(member, wanted)
-            answer = Done(finished.measurement, keys, entry, is_fresh=True, seconds=seconds, worker=worker)
+            measurement = finished.measurement
+            if wanted.job.is_timed:
+                timing = "concurrent" if member.beside else "exclusive"
+                measurement = replace(measurement, record=measurement.record | {"timing": timing})
+            answer = Done(measurement, keys, entry, is_fresh=True, seconds=seconds, worker=worker)
             self._keep(wanted, answer)
         for one in alike:
             self._settle(one, answer)
 
     def _leave(self, worker: int, member: _Member, is_lost: bool) -> None:
         del self._members[worker]
+        member.node.workers -= Counter([member.kind])
         if not is_lost:
             self._starting.add(worker)
         if (reserved := member.node.reserved) is not None and reserved[0] == worker:
             member.node.reserved = None
             self._queue_of(reserved[1]).appendleft(reserved[1])
+        for wanted in [one for one in self._staying if any(p.stays and p.worker == worker for p in one.plans)]:
+            self._staying.remove(wanted)
+            self._settle(wanted, JobError("its worker has ended"))
 
     def _died_on(self, wanted: _Wanted, reason: str) -> None:
         """A job that took a worker down is tried once more, by whoever is free first; one that raised would raise
@@ -386,6 +449,8 @@ class Scheduler:
 
     def _next(self, worker: int, member: _Member) -> _Wanted | None:
         node = member.node
+        if node.is_taken:
+            return None
         if node.reserved is not None:
             holder, reserved = node.reserved
             if holder != worker or not node.is_free:
@@ -400,15 +465,29 @@ class Scheduler:
         if wanted is not None:
             node.reserved = worker, wanted
             return None
-        return _taken(self._computing, member) if not (node.is_cpu and node.timing) else None
+        return _taken(self._computing, member)
 
     def _may_time(self, node: _Node) -> bool:
-        return not node.timing or (self.concurrent and not node.is_cpu)
+        return not node.timing or self._is_side_by_side(node)
+
+    def _is_side_by_side(self, node: _Node) -> bool:
+        """Whether workers of the node may be timed at once: never on a CPU, nor accelerators of several kinds."""
+        if node.is_cpu or len(node.workers) != 1:
+            return False
+        ((kind, count),) = node.workers.items()
+        return self._turns.side_by_side(kind, count)
+
+    def _is_beside(self, node: _Node, wanted: _Wanted) -> bool:
+        """Whether others of the node may be timed meanwhile; beside what is measured again to be sure, never."""
+        if any(running.beside for running in wanted.plans):
+            return not node.is_cpu
+        return wanted.job.is_timed and not wanted.job.run and self._is_side_by_side(node)
 
     def _is_alone(self, node: _Node, wanted: _Wanted) -> bool:
         """Whether nothing may run on the node beside it: on a CPU, where all share caches, memory and clock; and what
         is measured again to be sure."""
-        return wanted.job.is_timed and (node.is_cpu or wanted.job.run > 0)
+        again = wanted.job.run != 0 and not any(running.beside for running in wanted.plans)
+        return wanted.job.is_timed and (node.is_cpu or again)
 
     def _staying_for(self, worker: int, member: _Member) -> _Wanted | None:
         for wanted in self._staying:
@@ -424,8 +503,8 @@ class Scheduler:
 
     def _check_staying(self) -> None:
         """Raises SweepError where there is no worker of the kind any more that a plan began on."""
-        kinds = {member.kind for member in self._members.values()}
-        if self._staying and not self._starting and not any(w.plans[0].kind in kinds for w in self._staying if w.plans):
+        wanted = {one.plans[0].kind for one in self._staying if one.plans}
+        if wanted and not self._starting and not wanted & {member.kind for member in self._members.values()}:
             raise SweepError("no worker is left of the kind that times were taken on")
 
     def _give(self, worker: int, member: _Member, wanted: _Wanted) -> None:
@@ -444,7 +523,8 @@ class Scheduler:
         except UsageError as error:  # its method can do nothing with the policy
             self._settle(wanted, JobError(str(error)))
             return
-        found = self._store.get(key) if wanted.job.kind != "times" else None
+        beside = self._is_beside(member.node, wanted)
+        found = self._stored(key, wanted.job, beside)
         if found is not None or wanted.job.peek:
             self._settle(
                 wanted, None if found is None else Done(found, keys, entry_name(key), is_fresh=False, worker=worker)
@@ -455,14 +535,20 @@ class Scheduler:
             alike.append(wanted)
             return
         self._measuring[entry] = [wanted]
-        member.doing, member.since = wanted, time.monotonic()
+        member.doing, member.beside, member.since = wanted, beside, time.monotonic()
         member.models |= {subject.variant}
         timed = wanted.job.is_timed
         member.node.timing += timed
         member.node.computing += not timed
-        self._pool.submit(worker, wanted.assignment)
+        member.node.is_taken = self._is_alone(member.node, wanted)
+        self._pool.submit(worker, wanted.assignment._replace(side_by_side=beside))
         for watcher in self._watchers:
             watcher.job_started(worker, wanted.job)
+
+    def _stored(self, key: Mapping[str, object], job: Job, beside: bool) -> Measurement | None:
+        """What was timed beside others counts only where it would be again."""
+        found = self._store.get(key) if job.kind != "times" else None
+        return None if found is not None and found.record.get("timing") == "concurrent" and not beside else found
 
     def _keys(self, member: _Member, wanted: _Wanted) -> Keys | None:
         """None if it is not known what the worker would measure it under."""

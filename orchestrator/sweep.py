@@ -138,6 +138,7 @@ def _measure(
 
     from .driver import Driver
     from .scheduler import Scheduler
+    from .timing import Timing
     from .workers.kinds import Kinds
     from .workers.messages import SweepError, UnwritableError
     from .workers.pool import WorkerPool
@@ -153,7 +154,8 @@ def _measure(
         setup = _worker_setup(configuration)
         pool = WorkerPool(setup, _with_the_cores_of(study, configuration.workers), note=display.note)
         kinds = Kinds(study.rows, display.note)
-        scheduler = Scheduler(pool, store, setup.variant, display.note, [display], kinds.check)
+        turns = Timing(configuration.workers.timing, configuration.folder, display.note)
+        scheduler = Scheduler(pool, store, setup.variant, display.note, [display], kinds.check, turns)
         driver = Driver(
             study,
             scheduler,

@@ -162,7 +162,7 @@ def test_rounds_take_every_candidate_in_turn_on_one_worker_after_another(run, tm
     assert order == [(s, n) for n in (1, 2, 3) for s in (4, 1, 2)]
     assert [one.ratios["2"] for one in rounds] == [[1, 2], [2, 4], [3, 6]]
     assert rounds == read_rounds(StudyFolder(tmp_path)) and rounds[0].members == {"baseline", "1", "2"}
-    assert rounds[0].times["2"] == RAW | {"time_ratio": 1.0} | KIND
+    assert rounds[0].times["2"] == RAW | {"time_ratio": 1.0, "timing": "exclusive"} | KIND
 
 
 def test_machines_take_rounds_at_the_same_time(run):

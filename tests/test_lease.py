@@ -1,12 +1,20 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from orchestrator.workers.lease import claim, computing_lease, study_lease, timing_lease
+from orchestrator.workers.lease import (
+    claim,
+    computing_lease,
+    leases_on,
+    shared_timing_lease,
+    study_lease,
+    timing_lease,
+)
 from streamllm.errors import UsageError
 from streamllm.results.study_folder import StudyFolder
 
@@ -46,6 +54,49 @@ THINGS = [f"thing-{n}" for n in range(4)]
 @pytest.fixture
 def own_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("STREAMLLM_LEASES", str(tmp_path))
+
+
+def test_accelerators_timed_side_by_side_share_the_lease_and_keep_out_who_is_to_be_alone(own_folder):
+    assert leases_on("cuda", side_by_side=True).timing is shared_timing_lease
+    assert leases_on("cuda").timing is timing_lease
+    assert leases_on("cpu", side_by_side=True).timing is timing_lease, "cores never are"
+    entered = []
+
+    def alone():
+        with timing_lease():
+            entered.append("alone")
+
+    with ThreadPoolExecutor() as threads:
+        with shared_timing_lease(), shared_timing_lease():
+            waiter = threads.submit(alone)
+            time.sleep(0.3)
+            assert not waiter.done()
+        waiter.result(60)
+    assert entered == ["alone"]
+
+
+def test_whoever_is_to_be_alone_is_not_kept_out_by_those_who_come_later(own_folder):
+    """Accelerators that are timed one after the other, always two at once."""
+    entered, is_over = [], threading.Event()
+
+    def side_by_side(order):
+        while not is_over.wait(0.01 * order):
+            with shared_timing_lease():
+                entered.append("beside")
+                time.sleep(0.05)
+
+    with ThreadPoolExecutor() as threads:
+        several = [threads.submit(side_by_side, order) for order in range(1, 5)]
+        try:
+            time.sleep(0.2)
+            before = len(entered)
+            with timing_lease():
+                after = len(entered)
+        finally:
+            is_over.set()
+        for one in several:
+            one.result(60)
+    assert before and after - before <= 4, "but for those who had begun"
 
 
 def test_claims_are_apart_and_those_of_one_owner_share_evenly(own_folder):

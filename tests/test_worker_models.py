@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from orchestrator.workers import worker as worker_module
 from orchestrator.workers.kinds import Kinds, unquantized
 from orchestrator.workers.messages import Assignment, Subject, Variant, WorkerSetup
 from orchestrator.workers.worker import Worker
@@ -14,6 +15,7 @@ from streamllm.configuration import Configuration
 from streamllm.engine import loading as models
 from streamllm.errors import UsageError
 from streamllm.measuring import bench
+from streamllm.measuring.bench import NO_LEASES
 from streamllm.measuring.jobs import Job
 from streamllm.measuring.keys import Keys
 from streamllm.measuring.reference_time import ReferencePool
@@ -91,6 +93,16 @@ def test_each_quantization_is_a_model_of_its_own_beside_one_reference(worker_of,
     assert {id(of.reference) for of in benches} == {id(benches[0].reference)}
     assert worker.measure(assignment("int8_weight_only", "times", text.digest, run=1), text).record["ratios"]
     assert len(loads) == 2
+
+
+def test_the_driver_says_whether_others_are_timed_meanwhile(worker_of, monkeypatch, text):
+    """On cores the lease is the same; see `leases_on`."""
+    leases = []
+    monkeypatch.setattr(worker_module, "leases_on", lambda *of: leases.append(of) or NO_LEASES)
+    worker, one = worker_of(), assignment(None, "quality", text.digest)
+    for asked in (one, one._replace(side_by_side=True)):
+        worker.measure(asked, text)
+    assert leases == [("cpu", False), ("cpu", True)]
 
 
 def test_timings_beside_another_models_reference_are_kept_apart(worker_of, text):

@@ -73,6 +73,7 @@ def _measure_all(
 
     from ..scheduler import Scheduler
     from ..screen.workers import WorkersView
+    from ..timing import Timing
     from ..workers.messages import SweepError
     from ..workers.pool import WorkerPool
 
@@ -86,7 +87,8 @@ def _measure_all(
         with messages_on_stderr(), WorkersView(_info) as view:
             pool = WorkerPool(setup, _settings(plan.workers), note=_info)
             same = SameMachine(documents, _info)
-            scheduler = Scheduler(pool, MeasurementStore(plan.store), setup.variant, _info, [view], same.check)
+            turns = Timing(plan.workers.timing, study.folder, _info)
+            scheduler = Scheduler(pool, MeasurementStore(plan.store), setup.variant, _info, [view], same.check, turns)
             for rounds in range(plan.rounds + 1):
                 if rounds:
                     _info(f"confirming: round {rounds} of {plan.rounds}")

@@ -150,7 +150,7 @@ def _raw(times: Sequence[AnyRow]) -> AnyRow:
         "pairs": sum(one["pairs"] for one in times),
         "timed_at": times[-1]["timed_at"],
         "load": max(one["load"] for one in times),
-        **{name: times[-1][name] for name in WORKER if name in times[-1]},
+        **{name: times[-1][name] for name in (*WORKER, "timing") if name in times[-1]},
     }
 
 

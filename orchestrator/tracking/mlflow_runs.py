@@ -381,7 +381,6 @@ class Projection:
         """files: the address of the run's artifacts; "" has MLflow ask its store for all of the run to find it."""
         from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
-
         with tempfile.TemporaryDirectory() as folder:
             (Path(folder) / "result.json").write_text(json.dumps({"format": FORMAT, **row}, indent=1) + "\n")
             losses = self._store.losses_file(row["quality_entry"]) if "quality_entry" in row else None

@@ -28,23 +28,43 @@ _PATIENCE = 15.0
 @contextmanager
 def timing_lease() -> Iterator[None]:
     """One timing at a time per node: workers that time at once would time one another."""
-    with _node_lock("timing", fcntl.LOCK_EX):
+    with _timing_lock(fcntl.LOCK_EX):
+        yield
+
+
+@contextmanager
+def shared_timing_lease() -> Iterator[None]:
+    """For a timing that others of its kind do not disturb: any number of these at a time, but none beside a timing that
+    is to be alone."""
+    with _timing_lock(fcntl.LOCK_SH):
         yield
 
 
 @contextmanager
 def computing_lease() -> Iterator[None]:
-    """Any number of computations at a time, but none beside a timing: on a CPU they share caches, memory and clock."""
-    with _node_lock("timing", fcntl.LOCK_SH):
+    """Any number of computations at a time, but none beside a timing that is to be alone: on a CPU they share caches,
+    memory and clock."""
+    with _timing_lock(fcntl.LOCK_SH):
         yield
 
 
-def leases_on(device: str) -> Leases:
+def leases_on(device: str, side_by_side: bool = False) -> Leases:
     """The leases that a process of this node holds while it measures on that type of device: accelerators compute
-    beside a timing of another one."""
+    beside a timing of another one. side_by_side: whether they are timed beside one another too; cores never are."""
     from streamllm.measuring.bench import Leases
 
-    return Leases(timing_lease, computing_lease) if device == "cpu" else Leases(timing_lease)
+    if device == "cpu":
+        return Leases(timing_lease, computing_lease)
+    return Leases(shared_timing_lease if side_by_side else timing_lease)
+
+
+@contextmanager
+def _timing_lock(operation: int) -> Iterator[None]:
+    """Whoever waits for it holds up those who come later: many that share it would never let in one that does not."""
+    with _open("timing") as file:
+        with _node_lock("timing-next", fcntl.LOCK_EX):
+            fcntl.flock(file, operation)
+        yield
 
 
 @contextmanager

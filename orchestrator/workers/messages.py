@@ -36,6 +36,8 @@ class Assignment(NamedTuple):
 
     subject: Subject
     job: Job
+    side_by_side: bool = False
+    """Whether others of the node may be timed meanwhile."""
 
     @classmethod
     def of(cls, subject: Subject, job: Job) -> Assignment:

@@ -99,7 +99,7 @@ class Worker:
         return self._with_room(needed, lambda: self._measure(assignment))
 
     def _measure(self, assignment: Assignment) -> Measurement:
-        return self._bench(assignment.subject).measure(assignment.job)
+        return self._bench(assignment.subject, assignment.side_by_side).measure(assignment.job)
 
     def _with_room(self, needed: Collection[Variant], do: Callable[[], T]) -> T:
         """Does it, again and again while memory is short and there are models that are not `needed` for it."""
@@ -120,7 +120,7 @@ class Worker:
             if not spared:
                 raise MemoryError(reason)
 
-    def _bench(self, subject: Subject) -> Bench:
+    def _bench(self, subject: Subject, side_by_side: bool = False) -> Bench:
         """All is timed beside one reference where the subject says by which model."""
         from streamllm.measuring.bench import Bench
 
@@ -133,7 +133,7 @@ class Worker:
             loaded,
             self._texts[subject.text],
             subject.total,
-            leases_on(loaded.device.type),
+            leases_on(loaded.device.type, side_by_side),
             beside,
             partial(self._megabytes_beside, subject.variant),
             warm,

@@ -29,7 +29,7 @@ class Job:
     what: Configuration
     protocol: str = "fast"
     run: int = 0
-    """The same again, for its own sake."""
+    """The same again, for its own sake; below 0: to see what others beside it do to it."""
     batch: int | None = None
     """Of a quality that is sampled: which part of the sample."""
     tokens: int | None = None
@@ -44,6 +44,8 @@ class Job:
     def __str__(self) -> str:
         kind = "" if self.kind == "whole" else "speed of " if self.kind == "times" else f"{self.kind} of "
         again = f", round {self.run}" if self.kind == "times" else f", run {self.run + 1}" if self.run else ""
+        if self.run < 0:
+            again = ", to see whether workers disturb one another"
         return f"{kind}{self.what}{again}"
 
 

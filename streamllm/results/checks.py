@@ -78,6 +78,17 @@ def checked_outcome(values: object) -> tuple[str, float]:
     return found["status"], found["ended_at"]
 
 
+def checked_timing(values: object) -> list[dict[str, Any]]:
+    """What was found out about accelerators that are timed at once. Raises ValueError."""
+    nodes = _object(values, "a calibration", nodes=list)["nodes"]
+    numbers = dict.fromkeys(("alone", "beside", "quotient", "quotient_low", "quotient_high"), (int, float))
+    for one in nodes:
+        _object(one, "a calibration", device=str, workers=int, repetitions=int, timing=str, **numbers)
+        if one["timing"] not in ("exclusive", "concurrent"):
+            raise ValueError(f"timing {one['timing']!r}: must be exclusive or concurrent")
+    return list(nodes)
+
+
 def _object(values: object, what: str, **keys: type | tuple[type, ...]) -> dict[str, Any]:
     """The values, if they are an object that has these keys, of these types. Raises ValueError."""
     if not isinstance(values, dict):

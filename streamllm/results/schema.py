@@ -183,6 +183,9 @@ class Row(Mapping[str, Any]):
     )
     pairs: int | None = _fact(about="segments that were timed in turn with the reference's")
     timed_at: float | None = _fact(about="seconds since 1970")
+    timing: str | None = _fact(
+        "timed", words=True, mlflow="tag", about="exclusive: no other of its node was timed meanwhile; or concurrent"
+    )
     tokens_per_segment: int | None = _fact()
     warmup_tokens: int | None = _fact()
     speed_sec: float | None = _measure("timing", "s", 1, about="that the timing took")

@@ -2,8 +2,9 @@
 
 `sweep.json` is the configuration, `journal.log` Optuna's. The others follow the journal, plain, for tables, figures and
 MLflow: `trials.jsonl` has a row per finished trial, `increases.jsonl` what they cost beside the baseline, which becomes
-better known while the sweep runs, `rounds.jsonl` the rounds of confirming, `confirmed.jsonl` what they say of some
-trials, `fronts.jsonl` the front each time a sweep ended, `outcome.json` how the last one did.
+better known while the sweep runs, `timing.json` whether accelerators disturb one another, `rounds.jsonl` the rounds of
+confirming, `confirmed.jsonl` what they say of some trials, `fronts.jsonl` the front each time a sweep ended,
+`outcome.json` how the last one did.
 """
 
 from __future__ import annotations
@@ -103,6 +104,11 @@ class StudyFolder:
     @property
     def outcome(self) -> Path:
         return self.path / "outcome.json"
+
+    @property
+    def timing(self) -> Path:
+        """What was found out about accelerators that are timed at once."""
+        return self.path / "timing.json"
 
     @property
     def lock(self) -> Path:
