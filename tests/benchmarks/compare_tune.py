@@ -21,20 +21,21 @@ import numpy as np
 
 from orchestrator.configuration import WorkerSettings
 from orchestrator.driver import Driver
+from orchestrator.scheduler import Scheduler
 from orchestrator.search.study import Study
 from orchestrator.tracking.follower import Tracker
 from orchestrator.tracking.mlflow_runs import Projection, Report
 from orchestrator.trials_file import TrialsFile
-from orchestrator.workers.messages import TrialMeasurement, TrialSpec, WorkerSetup
+from orchestrator.workers.messages import Assignment, WorkerDescription, WorkerSetup
 from orchestrator.workers.pool import WorkerPool
 from orchestrator.workers.worker import Worker
 from search_spaces import load_space
-from streamllm.measuring.store import MeasurementStore
-from streamllm.measuring.text import TextSource
-from streamllm.results.schema import Row
+from streamllm.measuring.store import Measurement, MeasurementStore
+from streamllm.measuring.text import TokenStream
 from streamllm.results.study import BASELINE, STRICT
 from streamllm.results.study_folder import StudyFolder
 
+from ..pretended import VARIANT, description, measured
 from .made_up import made_up_settings
 
 CAP = 2048
@@ -44,7 +45,7 @@ INTEGERS = {
     "cache_slack": list(range(16)),
     "max_drop": list(range(16)),
 }
-LOSSES = np.column_stack((np.arange(64.0), np.linspace(2.0, 3.0, 64)))
+TEXT = TokenStream(np.arange(65), "none", "t")
 
 
 def objectives(n_sink: int, compress_every: int, cache_slack: int, max_drop: int) -> tuple[float, float]:
@@ -54,20 +55,18 @@ def objectives(n_sink: int, compress_every: int, cache_slack: int, max_drop: int
 class Idle(Worker):
     """Measures nothing."""
 
-    def load(self) -> dict[str, Any]:
-        return self.place() | {"warnings": self._claim(""), "cores": self.cores}
+    def load(self) -> WorkerDescription:
+        warnings = self._claim("")
+        return description() | self.place() | {"warnings": warnings, "cores": self.cores}
 
-    def measure(self, spec: TrialSpec) -> TrialMeasurement:
-        policy = asdict(spec.configuration.policy)
+    def measure(self, assignment: Assignment, text: TokenStream) -> Measurement:
+        policy = asdict(assignment.job.what.policy)
         speed, loss = objectives(**{name: policy[name] for name in INTEGERS})
-        losses = LOSSES + np.array([0.0, loss])
-        record = {
-            "method": spec.configuration.method,
-            "time_ratio": speed,
-            "backend_requested": spec.configuration.backend,
-        } | policy
-        record |= {"reference_tpot_ms": 1.0, "n_tokens": len(LOSSES) + 1, "dtype": "none"}
-        return TrialMeasurement(Row.of(record), losses, True, True)
+        found = measured(assignment.job, text)
+        if assignment.job.is_timed:
+            return Measurement(found.record | {"time_ratio": speed})
+        assert found.losses is not None
+        return Measurement(found.record, found.losses + np.array([0.0, loss]))
 
 
 class Times:
@@ -75,12 +74,6 @@ class Times:
 
     def __init__(self) -> None:
         self.finished: list[float] = []
-
-    def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
-        pass
-
-    def trial_started(self, worker: int, spec: TrialSpec) -> None:
-        pass
 
     def trial_finished(self, row: dict[str, Any]) -> None:
         if row["trial"] not in (STRICT, BASELINE):
@@ -101,12 +94,11 @@ def ours(folder: Path, trials: int, workers: int) -> dict[str, float]:
     settings = made_up_settings(folder.name, space)
     (folder / "sweep.json").write_text(json.dumps(settings))
     rows = TrialsFile(StudyFolder(folder), [])
-    tracker = Tracker(Projection(settings, MeasurementStore(folder / "store")), rows)
-    pool = WorkerPool(
-        WorkerSetup("", TextSource(), "", "", folder / "store", CAP), WorkerSettings(count=workers), worker_class=Idle
-    )
+    store = MeasurementStore(folder / "store")
+    tracker = Tracker(Projection(settings, store), rows)
+    pool = WorkerPool(WorkerSetup("", VARIANT), WorkerSettings(count=workers), worker_class=Idle)
     try:
-        Driver(study, pool, CAP, trials, [times, rows, tracker]).run()
+        Driver(study, Scheduler(pool, store, VARIANT), TEXT, VARIANT, trials, [times, rows, tracker]).run()
     finally:
         pool.shutdown()
     StudyFolder(folder).write_outcome("FINISHED")

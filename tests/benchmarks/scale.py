@@ -1,9 +1,10 @@
 """What the driver itself costs per trial, with a thousand workers and ten thousand trials.
 
-`python -m tests.benchmarks.scale`: the real driver, study and its files on disk, store and display; only the workers
-are pretended. They take as long as real ones, in simulated time, so that nothing but the driver's own work passes;
-with `--pace N` in real time, at the speed at which they finish N trials a second. With `--mlflow URI` (of a server, or
-sqlite:///FILE) the real tracker follows in its process; its backlog and both processes' memory are shown.
+`python -m tests.benchmarks.scale`: the real driver, scheduler, study and its files on disk, store and display; only the
+workers, each a node of its own, are pretended. They take as long as real ones, in simulated time, so that nothing but
+the driver's own work passes; with `--pace N` in real time, at the speed at which they finish N trials a second. With
+`--mlflow URI` (of a server, or sqlite:///FILE) the real tracker follows in its process; its backlog and both processes'
+memory are shown.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -31,20 +31,23 @@ import numpy as np
 
 from orchestrator import driver as driver_module
 from orchestrator.driver import Driver
+from orchestrator.scheduler import Scheduler
 from orchestrator.screen.display import Display
 from orchestrator.search.study import Study
 from orchestrator.tracking.follower import Tracker
 from orchestrator.tracking.mlflow_runs import Projection, Report
 from orchestrator.trials_file import TrialsFile
-from orchestrator.workers.messages import TrialMeasurement, TrialSpec
+from orchestrator.workers.messages import Assignment, Variant
 from orchestrator.workers.pool import Finished
 from search_spaces import SearchSpace, load_space
 from streamllm.measuring.quality import perplexity
-from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
-from streamllm.results.schema import Row
+from streamllm.measuring.sample import sample_batches
+from streamllm.measuring.store import Measurement, MeasurementStore
+from streamllm.measuring.text import TokenStream
 from streamllm.results.study import BASELINE, STRICT
 from streamllm.results.study_folder import StudyFolder
 
+from ..pretended import VARIANT, description
 from .made_up import made_up_settings
 from .reporting import machine
 
@@ -59,44 +62,51 @@ parameters:
   cache_slack: {list(range(0, 128, 8))}
   max_drop: {list(range(0, 128, 16))}
 """
-TRIAL_SEC, SPREAD = 20.0, 0.5
-"""The median; durations are log-normal."""
-N_LOSSES = 1024
-PARTS = ("ask", "tell", "row", "observers", "other")
+QUALITY_SEC, SPEED_SEC, SPREAD = 12.0, 8.0, 0.5
+"""Medians of a trial's two jobs; durations are log-normal."""
+TEXT = TokenStream(np.arange(1025), "simulated", "5" * 64)
+PARTS = ("ask", "tell", "row", "observers", "store", "other")
 """Of what the driver does."""
 
 
 class SimulatedPool:
-    """Workers whose loading and trials take simulated time. What they would do themselves, store, is timed apart."""
+    """Workers whose loading and measuring takes simulated time. What they would do themselves is timed apart."""
 
-    def __init__(self, workers: int, store: MeasurementStore, seed: int, pace: float | None) -> None:
+    def __init__(self, workers: int, seed: int, pace: float | None) -> None:
         """pace: trials a second that all workers finish together; without, no time passes."""
         self.count = workers
         self.seconds = 0.0
         self.idle_seconds = 0.0
         self.clock = 0.0
-        mean = TRIAL_SEC * math.exp(SPREAD**2 / 2)
+        mean = (QUALITY_SEC + SPEED_SEC) * math.exp(SPREAD**2 / 2)
         self._speed = math.inf if pace is None else pace / (workers / mean)
         """Simulated seconds that pass in one."""
         self._began = time.perf_counter()
-        self._store = store
         self._random = np.random.default_rng(seed)
         self._order = itertools.count()
-        self._events: list[tuple[float, int, int, TrialSpec | None]] = []
+        self._events: list[tuple[float, int, int, Assignment | None]] = []
         for worker in range(workers):
             self._later(self._random.uniform(5, 15), worker, None)
 
-    def submit(self, worker: int, spec: TrialSpec) -> None:
-        self._later(self._random.lognormal(np.log(TRIAL_SEC), SPREAD), worker, spec)
+    def share(self, text: TokenStream) -> None:
+        pass
+
+    def submit(self, worker: int, assignment: Assignment) -> None:
+        median = SPEED_SEC if assignment.job.is_timed else QUALITY_SEC
+        self._later(self._random.lognormal(np.log(median), SPREAD), worker, assignment)
+
+    def ask_conditions(self, worker: int, variant: Variant) -> None:
+        raise AssertionError("there is one model")
 
     def wait(self, timeout: float) -> Iterator[Finished]:
         self._sleep_until(self._events[0][0])
         started = time.perf_counter()
-        self.clock, _, worker, spec = heapq.heappop(self._events)
-        if spec is None:
-            finished = Finished(worker, description={"visible_devices": "", "device": "", "cores": [0], "n_tokens": 0})
+        self.clock, _, worker, assignment = heapq.heappop(self._events)
+        if assignment is None:
+            kind = {"device": "simulated"}
+            finished = Finished(worker, description=description(f"node {worker}", kind, "simulated"))
         else:
-            finished = Finished(worker, measurement=self._measured(spec))
+            finished = Finished(worker, measurement=self._measured(assignment))
         self.seconds += time.perf_counter() - started
         yield finished
 
@@ -105,41 +115,34 @@ class SimulatedPool:
         time.sleep(max(self._began + clock / self._speed - started, 0.0))
         self.idle_seconds += time.perf_counter() - started
 
-    def _later(self, seconds: float, worker: int, spec: TrialSpec | None) -> None:
-        heapq.heappush(self._events, (self.clock + seconds, next(self._order), worker, spec))
+    def _later(self, seconds: float, worker: int, assignment: Assignment | None) -> None:
+        heapq.heappush(self._events, (self.clock + seconds, next(self._order), worker, assignment))
 
-    def _measured(self, spec: TrialSpec) -> TrialMeasurement:
-        losses = np.column_stack((np.arange(float(N_LOSSES)), self._random.normal(3.0, 1.0, N_LOSSES)))
-        policy, noise = spec.configuration.policy, self._random.exponential(0.04, 2)
-        key, ratio = {"spec": str(spec)}, 1.0 + 4.0 / policy.compress_every + policy.n_sink / 320 + noise[0]
-        record: dict[str, Any] = {
-            "model": "simulated",
-            "dataset": "simulated",
-            "text_digest": "5" * 64,
-            "protocol": "fast",
-            "method": spec.configuration.method,
-            "backend": spec.configuration.backend,
-            "backend_requested": spec.configuration.backend,
-            **asdict(policy),
-            **perplexity(losses[:, 1]).flat("perplexity"),
-            "n_tokens": N_LOSSES + 1,
-            "dtype": "none",
-            "device": "simulated",
-            "threads": 1,
-            "reference_total": CAP,
-            "time_ratio": ratio,
-            "time_ratio_low": 0.99 * ratio,
-            "time_ratio_high": 1.01 * ratio,
-            "measured_tpot_ms": 5.0 * ratio,
-            "reference_tpot_ms": 5.0 + noise[1],
-            "speed_sec": 8.0,
-            "quality_sec": 12.0,
-            "evaluated_tokens": N_LOSSES,
-            "quality_entry": entry_name(key),
-            "peak_kv": policy.kept + policy.compress_every,
-        }
-        self._store.put(key, Measurement(record, losses))
-        return TrialMeasurement(Row.of(record), losses, True, True)
+    def _measured(self, assignment: Assignment) -> Measurement:
+        what, policy = assignment.job.what, assignment.job.what.policy
+        if assignment.job.is_timed:
+            noise = self._random.exponential(0.04, 2)
+            ratio = 1.0 + 4.0 / max(policy.compress_every, 1) + policy.n_sink / 320 + noise[0]
+            return Measurement(
+                {
+                    "backend": what.backend,
+                    "backend_requested": what.backend,
+                    "time_ratio": ratio,
+                    "time_ratio_low": 0.99 * ratio,
+                    "time_ratio_high": 1.01 * ratio,
+                    "measured_tpot_ms": 5.0 * ratio,
+                    "reference_tpot_ms": 5.0 + noise[1],
+                    "speed_sec": SPEED_SEC,
+                }
+            )
+        tokens = len(TEXT.tokens)
+        places = np.arange(float(tokens - 1))
+        if assignment.job.batch is not None:
+            places = places[list(sample_batches(tokens, policy.kept))[assignment.job.batch]]
+        losses = np.column_stack((places, self._random.normal(3.0, 1.0, len(places))))
+        quality = {"peak_kv": policy.kept + policy.compress_every, "quality_sec": QUALITY_SEC}
+        quality |= {"evaluated_tokens": len(places)} | perplexity(losses[:, 1]).flat("perplexity")
+        return Measurement(quality, losses)
 
 
 class NoTracking:
@@ -174,12 +177,6 @@ class Marks:
         self.now = now
         self.marks = [now()]
         self._finished = 0
-
-    def worker_ready(self, worker: int, description: dict[str, Any]) -> None:
-        pass
-
-    def trial_started(self, worker: int, spec: TrialSpec) -> None:
-        pass
 
     def trial_finished(self, row: dict[str, Any]) -> None:
         if row["trial"] in (STRICT, BASELINE):
@@ -242,17 +239,20 @@ def run(
     space = load_space(str(folder / "space.yaml"))
     more = {} if sampler is None else {"sampler": sampler}
     study = Study("scale", folder / "journal.log", space, CAP, seed, **more)
-    pool = SimulatedPool(workers, MeasurementStore(folder / "store"), seed, pace)
+    pool, store = SimulatedPool(workers, seed, pace), MeasurementStore(folder / "store")
     watch = Stopwatch()
+    store.get = watch.timed("store", store.get)  # type: ignore[method-assign]
+    store.put = watch.timed("store", store.put)  # type: ignore[method-assign]
     study.ask = watch.timed("ask", study.ask)  # type: ignore[method-assign]
     study.tell = watch.timed("tell", study.tell)  # type: ignore[method-assign]
     file = TrialsFile(StudyFolder(folder), [])
     tracker = None if mlflow is None else follower(folder, file, space, mlflow)
-    observers = [file, Display(trials, [], space.objectives, tracker or NoTracking())]
-    observers += [tracker] if tracker else []
+    display = Display(trials, [], space.objectives, tracker or NoTracking())
+    observers = [file, display, *([tracker] if tracker else [])]
     for observer in observers:
-        for method in ("worker_ready", "trial_started", "trial_finished"):
-            setattr(observer, method, watch.timed("observers", getattr(observer, method)))
+        observer.trial_finished = watch.timed("observers", observer.trial_finished)  # type: ignore[method-assign]
+    for method in ("worker_ready", "worker_idle", "job_started"):
+        setattr(display, method, watch.timed("observers", getattr(display, method)))
     original = driver_module.trial_row
     driver_module.trial_row = watch.timed("row", original)
     started, spent = time.perf_counter(), time.process_time()
@@ -261,13 +261,14 @@ def run(
         parts = {part: watch.seconds[part] for part in PARTS if part != "other"}
         wall = time.perf_counter() - started
         working = wall - pool.idle_seconds
-        parts |= {"other": working - pool.seconds - sum(parts.values()), "store": pool.seconds, "wall": wall}
+        parts |= {"other": working - pool.seconds - sum(parts.values()), "workers": pool.seconds, "wall": wall}
         return parts | {"working": working} | memory() | ({"MLflow's backlog": tracker.backlog} if tracker else {})
 
     marks = Marks(max(trials // 10, 1), now)
     try:
         with contextlib.redirect_stderr(io.StringIO()):
-            Driver(study, pool, CAP, trials, [*observers, marks]).run()  # type: ignore[arg-type]
+            scheduler = Scheduler(pool, store, VARIANT, watchers=[display])
+            Driver(study, scheduler, TEXT, VARIANT, trials, [*observers, marks]).run()  # type: ignore[list-item]
     finally:
         driver_module.trial_row = original
     last = marks.marks[-1]
@@ -278,8 +279,7 @@ def run(
         "simulated_sec": pool.clock,
         "wall_sec": last["wall"],
         "cpu_sec": time.process_time() - spent,
-        "driver_trials_per_sec": len(study.rows) / (last["working"] - last["store"]),
-        "trials_per_sec_with_store": len(study.rows) / last["working"],
+        "driver_trials_per_sec": len(study.rows) / (last["working"] - last["workers"]),
         "ms_per_trial": [
             part_of_the_sweep(number * marks.every, before, after, marks.every)
             for number, (before, after) in enumerate(itertools.pairwise(marks.marks), start=1)
@@ -289,7 +289,7 @@ def run(
 
 def part_of_the_sweep(trials: int, before: dict[str, float], after: dict[str, float], n: int) -> dict[str, float]:
     """Milliseconds per trial from one mark to the next, `n` trials later; what was there by then."""
-    parts = {part: 1e3 * (after[part] - before[part]) / n for part in (*PARTS, "store")}
+    parts = {part: 1e3 * (after[part] - before[part]) / n for part in PARTS}
     there = {name: value for name, value in after.items() if name.endswith((" MB", "backlog"))}
     return {"trials": trials} | parts | {"driver": sum(parts[part] for part in PARTS)} | there
 
@@ -318,7 +318,7 @@ def main() -> None:
     result |= {"load": {"before": load, "after": os.getloadavg()[0]}}
     print(
         f"{result['workers']} workers, {result['trials']} trials, {result['driver_trials_per_sec']:.0f} "
-        f"trials/s, with what the workers write {result['trials_per_sec_with_store']:.0f}; ms per trial:"
+        f"trials/s; ms per trial:"
     )
     columns = list(result["ms_per_trial"][0])
     print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))

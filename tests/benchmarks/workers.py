@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
+import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -18,50 +18,45 @@ from pathlib import Path
 import numpy as np
 
 from orchestrator.configuration import WorkerSettings
-from orchestrator.workers.lease import computing_lease
-from orchestrator.workers.messages import TrialMeasurement, TrialSpec, WorkerSetup
+from orchestrator.workers.messages import Assignment, Subject, Variant, WorkerSetup
 from orchestrator.workers.pool import WorkerPool
-from orchestrator.workers.worker import Worker
 from streamllm.configuration import Configuration
-from streamllm.measuring.text import TextSource
+from streamllm.engine.loading import load_tokenizer
+from streamllm.measuring.jobs import Job
+from streamllm.measuring.text import TextSource, TokenStream, load_tokens
 from streamllm.policy import EvictionPolicy
-from streamllm.results.schema import Row
 
 from .reporting import interleaved, machine, summary
 
 TOTAL = 250
 
 
-class OnlyQuality(Worker):
-    def measure(self, spec: TrialSpec) -> TrialMeasurement:
-        quality, fresh = self.measurements.quality(spec.configuration, computing_lease)
-        assert fresh and quality.losses is not None
-        return TrialMeasurement(Row.of(quality.record), quality.losses, True, False)
+VARIANT = Variant("float32", "none")
 
 
-def measure(pool: WorkerPool, idle: deque[int], policies: Sequence[EvictionPolicy]) -> None:
-    waiting, left = deque(policies), len(policies)
+def measure(pool: WorkerPool, idle: deque[int], text: TokenStream, policies: Sequence[EvictionPolicy]) -> None:
+    waiting, left, subject = deque(policies), len(policies), Subject(text.digest, VARIANT, TOTAL)
     while left:
         while idle and waiting:
-            pool.submit(idle.popleft(), TrialSpec(Configuration("ours", waiting.popleft())))
+            job = Job("quality", Configuration("ours", waiting.popleft()))
+            pool.submit(idle.popleft(), Assignment.of(subject, job))
         for finished in pool.wait(0.1):
             assert finished.measurement is not None, finished.error
             idle.append(finished.worker)
             left -= 1
 
 
-def trials_per_minute(workers: int, trials: int, tokens: int, folder: Path) -> float:
-    source = TextSource(max_eval_tokens=tokens)
-    setup = WorkerSetup("testbed", source, "float32", "none", Path(tempfile.mkdtemp(dir=folder)), TOTAL)
-    pool = WorkerPool(setup, WorkerSettings(count=workers, cpus=1), worker_class=OnlyQuality)
+def trials_per_minute(workers: int, trials: int, text: TokenStream) -> float:
+    pool = WorkerPool(WorkerSetup("testbed", VARIANT), WorkerSettings(count=workers, cpus=1))
+    pool.share(text)
     try:
         idle: deque[int] = deque()
         while len(idle) < workers:
             idle += [finished.worker for finished in pool.wait(0.1)]
         policies = [EvictionPolicy(n_sink=n, window_size=TOTAL - n, compress_every=1) for n in range(workers + trials)]
-        measure(pool, idle, policies[:workers])
+        measure(pool, idle, text, policies[:workers])
         started = time.perf_counter()
-        measure(pool, idle, policies[workers:])
+        measure(pool, idle, text, policies[workers:])
         return 60 * trials / (time.perf_counter() - started)
     finally:
         pool.shutdown()
@@ -75,16 +70,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as name:
-        paces = interleaved(
-            {
-                str(count): lambda count=count: trials_per_minute(  # type: ignore[misc]
-                    count, arguments.trials, arguments.tokens, Path(name)
-                )
-                for count in (1, arguments.workers)
-            },
-            arguments.rounds,
-        )
+    text = load_tokens(TextSource(max_eval_tokens=arguments.tokens), load_tokenizer("testbed"), sys.maxsize)
+    paces = interleaved(
+        {
+            str(count): lambda count=count: trials_per_minute(count, arguments.trials, text)  # type: ignore[misc]
+            for count in (1, arguments.workers)
+        },
+        arguments.rounds,
+    )
     one, more = paces["1"], paces[str(arguments.workers)]
     ratios = [b / a for a, b in zip(one, more, strict=True)]
     print(
