@@ -6,13 +6,13 @@ import argparse
 import os
 import re
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from search_spaces import SHIPPED, load_space
 from streamllm import __version__
 from streamllm.environment import HELP
 from streamllm.errors import UsageError, shown
+from streamllm.results.study_folder import StudyFolder
 from streamllm.terminal.arguments import (
     add_model_arguments,
     add_sample_argument,
@@ -22,10 +22,11 @@ from streamllm.terminal.arguments import (
     sample_size,
     text_source,
 )
-from streamllm.terminal.output import check_folder
 from streamllm.terminal.program import program
 
+from .copies import bring_back
 from .options import SAMPLERS, TIMINGS
+from .output import Output
 from .study_name import model_label, study_name
 
 if TYPE_CHECKING:
@@ -73,6 +74,9 @@ def parser() -> argparse.ArgumentParser:
     add_text_arguments(what)
     what.add_argument(
         "--space", default="default", metavar="SPACE", help=f"{', '.join(SHIPPED)}, or a YAML file (default)"
+    )
+    what.add_argument(
+        "--backends", metavar="LIST", help="attention kernels instead of the space's, such as math,flash: times each"
     )
     what.add_argument("--cap", type=int, metavar="N", help="total KV, in tokens (the space's, or the trained length)")
 
@@ -141,7 +145,11 @@ def parser() -> argparse.ArgumentParser:
 
     where = parser.add_argument_group("where")
     where.add_argument("--study", metavar="NAME", help="name of the study (MODEL-TEXT-SPACE)")
-    where.add_argument("--output", type=Path, metavar="DIR", help="folder of the results (sweeps/STUDY)")
+    where.add_argument(
+        "--output",
+        metavar="DIR|URL",
+        help="folder of the results (sweeps/STUDY); s3://..., gs://...: that folder, and a copy there as it grows",
+    )
     where.add_argument(
         "--tracking-uri", metavar="URI", help="address of MLflow ($MLFLOW_TRACKING_URI, or its own default store)"
     )
@@ -160,6 +168,8 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
             f"{', '.join('--' + name.replace('_', '-') for name in given)}: for searches only; the matrix "
             f"{arguments.space!r} measures each of its cells; leave it out"
         )
+    output = Output.of(arguments.output)
+    output.of_study("MATRIX")
     return MatrixRequest(
         space=arguments.space,
         model=arguments.model,
@@ -167,11 +177,13 @@ def matrix_request(arguments: argparse.Namespace) -> MatrixRequest:
         names_text=(arguments.text, arguments.token_ids, arguments.dataset_name) != (None, None, None),
         dtype=arguments.dtype,
         quantization=arguments.quantization,
+        backends=_backends(arguments),
         cap=arguments.cap,
         workers=_worker_settings(arguments),
         rounds=arguments.confirm or 0,
         study=arguments.study,
-        output=arguments.output,
+        output=output.folder,
+        copy=output.copy,
     )
 
 
@@ -182,6 +194,8 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     check_values(arguments)
     source = text_source(arguments)
     space = load_space(arguments.space)
+    backends = _backends(arguments)
+    space = space.with_backends(backends) if backends else space
     search = SearchSettings(
         trials=arguments.trials,
         time_budget=None if arguments.time_budget is None else seconds(arguments.time_budget),
@@ -193,21 +207,37 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     rounds = _ROUNDS if arguments.confirm is None else arguments.confirm
     confirm = ConfirmSettings(rounds=rounds, max_ppl_increase=limit)
     identity = _identity(arguments, source, space)
-    output = arguments.output or Path("sweeps") / identity.study
-    check_folder("output", output)
+    output = Output.of(arguments.output)
+    folder = output.of_study(identity.study)
+    if output.copy is not None and not arguments.dry_run:
+        bring_back(output.copy, StudyFolder(folder), identity.study)
     configuration = SweepConfiguration(
-        output=output,
+        output=folder,
         identity=identity.with_digests(),
         search=search,
         workers=workers,
         confirm=confirm,
     )
     on_cuda = load_space(arguments.space, {"cuda"}).under(identity.cap)
+    on_cuda = on_cuda.with_backends(backends) if backends else on_cuda
     if on_cuda == identity.space or configuration.goes_on():  # a study keeps the space it began with
         return configuration
     if not _has_cuda(arguments.address, arguments.dry_run):
         return configuration
     return replace(configuration, identity=replace(configuration.identity, space=on_cuda))
+
+
+def _backends(arguments: argparse.Namespace) -> list[str]:
+    """Those that were given. Raises UsageError."""
+    from streamllm.engine.backends import BACKENDS
+
+    names = [] if arguments.backends is None else [name.strip() for name in arguments.backends.split(",")]
+    for name in names:
+        if name not in BACKENDS:
+            raise UsageError(
+                f"backends {shown(arguments.backends)}: {shown(name)} must be one of {', '.join(BACKENDS)}"
+            )
+    return list(dict.fromkeys(names))
 
 
 def _worker_settings(arguments: argparse.Namespace) -> WorkerSettings:
@@ -244,8 +274,8 @@ def _identity(arguments: argparse.Namespace, source: TextSource, space: SearchSp
 
     from .configuration import Identity, total_kv
 
-    of_cap = [str(arguments.cap)] if arguments.cap is not None else []
-    usual = study_name(model_label(arguments.model), source.label, space.name, *of_cap)
+    more = [*_backends(arguments), *([str(arguments.cap)] if arguments.cap is not None else [])]
+    usual = study_name(model_label(arguments.model), source.label, space.name, *more)
     cap = total_kv(arguments.cap, space.cap, trained_length(arguments.model))
     return Identity(
         study=usual if arguments.study is None else arguments.study,

@@ -404,7 +404,8 @@ class Scheduler:
             if wanted.job.is_timed:
                 timing = "concurrent" if member.beside else "exclusive"
                 measurement = replace(measurement, record=measurement.record | {"timing": timing})
-            answer = Done(measurement, keys, is_fresh=True, seconds=seconds, worker=worker)
+            entry = self._entry(member, wanted)
+            answer = Done(measurement, keys, entry, is_fresh=True, seconds=seconds, worker=worker)
             self._keep(wanted, answer)
         for one in alike:
             self._settle(one, answer)
@@ -525,7 +526,9 @@ class Scheduler:
         beside = self._is_beside(member.node, wanted)
         found = self._stored(key, wanted.job, beside)
         if found is not None or wanted.job.peek:
-            self._settle(wanted, None if found is None else Done(found, keys, is_fresh=False, worker=worker))
+            self._settle(
+                wanted, None if found is None else Done(found, keys, entry_name(key), is_fresh=False, worker=worker)
+            )
             return
         entry = entry_name(key)
         if (alike := self._measuring.get(entry)) is not None:

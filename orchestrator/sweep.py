@@ -22,7 +22,9 @@ from streamllm.terminal.printing import say
 from streamllm.terminal.program import command
 
 from .command_line import matrix_request, parser, resolve
+from .copies import kept
 from .ending import WORDS, Ending
+from .output import Output, warn_of_tracking
 
 if TYPE_CHECKING:
     from streamllm.results.schema import Row
@@ -67,13 +69,20 @@ def _run(argv: Sequence[str] | None, started: float, ending: Ending) -> int:
         for path in (configuration.output, configuration.store):
             remove_torn(path)
         until = started + (configuration.search.time_budget or math.inf)
-        return _sweep(configuration, configuration.claim(), until, ending, arguments.tracking_uri)
+        warn_of_tracking(arguments.tracking_uri)
+        copy = Output.of(arguments.output).copy
+        return _sweep(configuration, configuration.claim(), until, ending, arguments.tracking_uri, copy)
 
 
 def _sweep(
-    configuration: SweepConfiguration, study_id: str, until: float, ending: Ending, tracking_uri: str | None
+    configuration: SweepConfiguration,
+    study_id: str,
+    until: float,
+    ending: Ending,
+    tracking_uri: str | None,
+    copy: str | None,
 ) -> int:
-    """`until`: when all should be finished, by the monotonic clock; `tracking_uri`: of MLflow."""
+    """`until`: when all should be finished, by the monotonic clock; `tracking_uri`: of MLflow; `copy`: a URL."""
     from streamllm.measuring.store import MeasurementStore
 
     from .conclusion import conclude
@@ -93,14 +102,15 @@ def _sweep(
     display = Display(configuration.trials, study.rows, what.space.objectives, tracker, until=until)
     _introduce(configuration, study, display)
     observers: list[Observer] = [trials, display, tracker]
-    with display, _quiet_stdout():
-        measured = _measure(configuration, study, observers, display, until, ending)
-    if not measured.is_written:
+    with kept(copy, folder, display.note):
+        with display, _quiet_stdout():
+            measured = _measure(configuration, study, observers, display, until, ending)
+        if not measured.is_written:
+            return measured.code
+        if measured.found:
+            write_rows(folder.increases, measured.found)
+        conclude(configuration, tracker, display, ending, tracking_uri)
         return measured.code
-    if measured.found:
-        write_rows(folder.increases, measured.found)
-    conclude(configuration, tracker, display, ending, tracking_uri)
-    return measured.code
 
 
 @dataclass(frozen=True, slots=True)

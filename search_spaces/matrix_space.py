@@ -117,9 +117,11 @@ class Matrix:
         """Measures of the table of that protocol."""
         return self.columns or _COLUMNS[protocol]
 
-    def with_axis(self, axis: str, value: Value) -> Matrix:
-        """The matrix where that is the axis' only value."""
-        return replace(self, axes={**self.axes, axis: (value,)})
+    def with_axis(self, axis: str, *values: Value) -> Matrix:
+        """The matrix where the axis has these values; of several, files name theirs."""
+        named = not self.file or len(values) == 1 or f"{{{axis}}}" in self.file
+        file = self.file if named else f"{self.file}_{axis}-{{{axis}}}"
+        return replace(self, axes={**self.axes, axis: values}, file=file)
 
     def _usual_file(self) -> str:
         parts = ["{configuration}"] if self.configurations else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -89,6 +89,15 @@ class SearchSpace:
         for values in itertools.product(*(self.parameters[name] for name in deciding)):
             given = dict(zip(deciding, values, strict=True))
             yield given, {n: c for n, c in self.parameters.items() if n not in given and self.active(n, given)}
+
+    def with_backends(self, names: Sequence[str]) -> SearchSpace:
+        """The space over these attention kernels, its known configurations with each of them."""
+        known = [{**params, "attn_backend": name} for params in self.known for name in names]
+        return replace(
+            self,
+            parameters={**self.parameters, "attn_backend": tuple(names)},
+            known=tuple(params for index, params in enumerate(known) if params not in known[:index]),
+        )
 
     def under(self, cap: int) -> SearchSpace:
         """The space where a model's cap is lower: a larger `total_kv` counts as the cap."""

@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("neox-tiny", "llama-tiny")
 
 
-SWEEPS = ("test_faults", "test_interrupted", "test_lease", "test_printing", "test_smollm2", "test_sweep")
+SWEEPS = ("test_copies", "test_faults", "test_interrupted", "test_lease", "test_printing", "test_smollm2", "test_sweep")
 """Modules whose workers claim all cores of the machine: one after another."""
 HIDDEN = {
     "CUDA_VISIBLE_DEVICES": "",

@@ -2,8 +2,11 @@
 
 import os
 import signal
+import sys
+import tempfile
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.workers.lease import timing_lease
@@ -53,6 +56,21 @@ class Telling(Worker):
         found = super().load()
         settings = {name: os.environ.get(name) for name in ("STREAMLLM_DATA", "OTHER")}
         return found | {"directory": str(Path.cwd()), "settings": settings}
+
+
+class OnAnotherDisk(Quick):
+    """Works in a folder of its own, as on a node that does not have the driver's, and may open nothing there."""
+
+    def load(self):
+        os.chdir(tempfile.mkdtemp())
+        forbidden, self.setup = str(self.setup.directory), replace(self.setup, directory=Path("/not/on/this/node"))
+
+        def look(event, arguments):
+            if event in ("open", "os.mkdir", "os.rename", "os.listdir") and str(arguments[0]).startswith(forbidden):
+                raise PermissionError(f"{event} {arguments[0]}")
+
+        sys.addaudithook(look)
+        return super().load() | {"directory": str(Path.cwd())}
 
 
 class Slow(WithoutModel):

@@ -72,9 +72,9 @@ def write_finished(folder: Path, study: str = "s") -> SweepConfiguration:
     for number in range(TRIALS):
         trial = opened.ask()
         assert trial is not None and trial.number == number
-        made = _made(number, trial.spec.configuration, 1.5 + 0.5 * number, 5.0 - number)
+        made = _made(number, trial.configuration, 1.5 + 0.5 * number, 5.0 - number)
         if number == TRIALS - 1:
-            made = failed_row(trial, "MemoryError: no room", 0)
+            made = failed_row(trial, "MemoryError: no room")
         trials.trial_finished(opened.tell(number, made))
     opened.ask()
     files = configuration.folder

@@ -38,4 +38,5 @@ class LocalPool:
             self._ready.append(Finished(0, **do()))
         except Exception as error:
             unavailable = isinstance(error, UnavailableError | UnsupportedModelError)
-            self._ready.append(Finished(0, error=one_line(error), unavailable=unavailable))
+            said = str(error) if unavailable else one_line(error)
+            self._ready.append(Finished(0, error=said, unavailable=unavailable))

@@ -206,7 +206,7 @@ def test_trials_that_either_the_journal_or_the_table_still_has_keep_their_number
     assert "made anew with the 6 finished trials whose rows can be read" in capsys.readouterr().err
     asked = []
     while (trial := study.ask()) is not None:
-        asked.append((trial.number, trial.spec.configuration.effective.n_sink, trial.spec.configuration.backend))
+        asked.append((trial.number, trial.configuration.effective.n_sink, trial.configuration.backend))
     assert asked[0][0] == TRIALS and (before[3].n_sink, before[3].backend_requested) in [one[1:] for one in asked]
 
 

@@ -15,9 +15,10 @@ from orchestrator.workers.pool import Finished
 from search_spaces import load_space
 from streamllm.errors import UsageError
 from streamllm.measuring.sample import sample_positions
+from streamllm.measuring.store import MeasurementStore
 from streamllm.policy import strict_policy
 
-from .pretended import TEXT, VARIANT, PretendPool, description, losses, measured, scheduler
+from .pretended import TEXT, VARIANT, PretendPool, description, measured, scheduler
 from .test_study import SPACE
 
 
@@ -64,13 +65,13 @@ def test_a_node_with_other_code_is_refused(drive):
         drive(PretendPool(descriptions=[description("there", code="0")]), 4)
 
 
-def test_trials_wait_for_the_reference_only_and_are_paired_with_the_baseline_later(drive):
+def test_trials_wait_for_the_reference_only_and_are_paired_with_the_baseline_later(drive, tmp_path):
     pool = PretendPool(descriptions=[description(f"node {number}") for number in range(3)])
     study, log = drive(pool, 4)
     assert pool.submitted[0].what.policy == strict_policy(32)
     assert [row["trial"] for row in log.rows] == ["strict", 0, 1, 2, 3, "baseline", "baseline"]
     assert len(study.rows) == 4
-    found = {row["trial"]: row for row in log.driver.increases(lambda entry: losses(int(entry)))}
+    found = {row["trial"]: row for row in log.driver.increases(MeasurementStore(tmp_path / "store").losses)}
     for row in study.rows:
         sinks = row["n_sink"]
         assert row["ppl_vs_strict_percent"] == pytest.approx(100 * math.expm1(0.01 * (sinks - 4)))

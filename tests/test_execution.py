@@ -9,6 +9,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from streamllm.configuration import Configuration
+from streamllm.engine import execution
 from streamllm.engine.backends import BACKENDS
 from streamllm.engine.block_parallel import block_parallel_losses
 from streamllm.engine.decoding import decode_loop
@@ -33,9 +34,20 @@ def graphs():
     return lambda: counters["stats"]["unique_graphs"]
 
 
-def compiled_losses(loaded, policy, tokens, execution="compile", backend="auto"):
+@pytest.fixture
+def as_traced(monkeypatch):
+    """What a graph computes is not the subject: its operators, kernels chosen, are run as they were traced. The code
+    that inductor makes of them takes a C++ compiler most of a minute."""
+    compile = torch.compile
+    execution._compiled.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda code, options, **more: compile(code, backend="aot_eager", **more))
+    yield
+    execution._compiled.cache_clear()
+
+
+def compiled_losses(loaded, policy, tokens, how="compile", backend="auto"):
     with BACKENDS[backend].active():
-        decoder = make_decoder(loaded, Configuration("ring", policy, backend, execution))
+        decoder = make_decoder(loaded, Configuration("ring", policy, backend, how))
         return decode_loop(decoder, tokens, loaded.device).losses
 
 
@@ -54,7 +66,7 @@ def test_compiled_is_eager_and_compiled_once_per_shape(family, tokens, graphs):
     assert graphs() == 2, "a cache that is not always full is masked"
 
 
-def test_other_policies_of_the_same_shape_share_the_graph(tokens, graphs):
+def test_other_policies_of_the_same_shape_share_the_graph(tokens, graphs, as_traced):
     """Whatever fills the same slots behind the same sinks: pruning is counting, not computing."""
     loaded = tiny_model("Llama", torch.float32)
     for policy in (
@@ -66,7 +78,7 @@ def test_other_policies_of_the_same_shape_share_the_graph(tokens, graphs):
     assert graphs() == 1
 
 
-def test_decoders_take_turns(tokens, graphs):
+def test_decoders_take_turns(tokens, graphs, as_traced):
     """Each token finds its decoder's graph, though most of what graphs depend on is checked only once."""
     first, second = tiny_model("Llama", torch.float32), tiny_model("Llama", torch.float32, seed=1)
     quantized = tiny_model("GPTNeoX", torch.float32)
@@ -74,7 +86,7 @@ def test_decoders_take_turns(tokens, graphs):
     plain = tiny_model("GPTNeoX", torch.float32)
     full, lazy = EvictionPolicy(n_sink=3, window_size=20), EvictionPolicy(n_sink=3, window_size=16, compress_every=4)
     pairs = [
-        [make_decoder(loaded, Configuration("ring", policy, backend, execution)) for execution in ("compile", "eager")]
+        [make_decoder(loaded, Configuration("ring", policy, backend, how)) for how in ("compile", "eager")]
         for loaded, policy, backend in (
             (first, full, "auto"),
             (plain, full, "auto"),
@@ -86,8 +98,10 @@ def test_decoders_take_turns(tokens, graphs):
     ]
     with torch.inference_mode():
         for token in torch.from_numpy(tokens[:80]).split(1):
-            for compiled, eager in pairs:
-                torch.testing.assert_close(compiled.feed(token), eager.feed(token), rtol=0, atol=1e-4)
+            for number, (compiled, eager) in enumerate(pairs):
+                # int8 layers round to bfloat16: by a step of it, 1/64 at 2, where what comes before differs by nothing.
+                atol = 0.02 if number == 3 else 1e-4
+                torch.testing.assert_close(compiled.feed(token), eager.feed(token), rtol=0, atol=atol)
     assert graphs() == 6
 
 
@@ -100,7 +114,7 @@ def test_only_static_steps_are_compiled(golden_model):
         make_decoder(golden_model("llama-tiny"), Configuration("ours", EvictionPolicy(), execution="compile"))
 
 
-def test_compiling_leaves_the_model_to_the_others(tokens, graphs):
+def test_compiling_leaves_the_model_to_the_others(tokens, graphs, as_traced):
     """What a compiled decoder changes is its own; only tensors are shared, and let go with the model."""
     loaded, policy = tiny_model("Llama", torch.float32), EvictionPolicy(n_sink=3, window_size=20)
     before = [(module, type(module), dict(vars(module))) for module in loaded.model.modules()]
@@ -129,16 +143,16 @@ def test_a_graph_needs_a_gpu_and_a_growing_ring_is_not_compiled(tokens, graphs):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("execution", ["compile", "cudagraph"])
-def test_graphs_replayed_on_a_gpu(execution, tokens):
+@pytest.mark.parametrize("how", ["compile", "cudagraph"])
+def test_graphs_replayed_on_a_gpu(how, tokens):
     cpu = tiny_model("Llama", torch.float32)
     loaded = tiny_model("Llama", torch.float32, device="cuda")
     policy = EvictionPolicy(n_sink=3, window_size=20)
     expected = block_parallel_losses(cpu, tokens, policy)
-    np.testing.assert_allclose(compiled_losses(loaded, policy, tokens, execution), expected, rtol=0, atol=1e-3)
+    np.testing.assert_allclose(compiled_losses(loaded, policy, tokens, how), expected, rtol=0, atol=1e-3)
 
 
-def test_changing_the_backend_changes_what_is_compiled(tokens):
+def test_changing_the_backend_changes_what_is_compiled(tokens, as_traced):
     """Math and flash have the same shapes; a graph compiled for one must not serve the other."""
     loaded, policy = tiny_model("Llama", torch.float32), EvictionPolicy(n_sink=3, window_size=20)
     for name in ("math", "flash", "math"):

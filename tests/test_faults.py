@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -36,6 +37,7 @@ from streamllm.engine.loading import weights_digest
 from streamllm.errors import UsageError
 from streamllm.measuring import store as store_module
 from streamllm.measuring.jobs import Job
+from streamllm.measuring.store import MeasurementStore
 from streamllm.measuring.text import TextSource, load_tokens
 from streamllm.policy import EvictionPolicy
 
@@ -45,6 +47,7 @@ from .faulty_workers import (
     Faulty,
     Hanging,
     NeverReady,
+    OnAnotherDisk,
     OnNodes,
     ShortOfMemory,
     Telling,
@@ -373,6 +376,39 @@ class Nodes(Log):
         super().trial_finished(row)
         if row["trial"] == "baseline":
             self.node = self.cluster.add_node(num_cpus=1)
+
+
+def test_nodes_share_no_folder_with_the_driver(sweep, cluster, tmp_path):
+    """Two nodes, real models: all that they measure is in the driver's store and nowhere else."""
+    node = cluster.add_node(num_cpus=2)
+    sweep, there = sweep([0, 1, 2, 3]), Described()
+    try:
+        rows = sweep.run(OnAnotherDisk, count=4, watcher=there).rows
+    finally:
+        cluster.remove_node(node)
+    assert {row["state"] for row in rows} == {"complete"} and len(rows) == 4
+    folders = {description["directory"] for description in there.descriptions}
+    assert len(folders) > 1 and not [path for folder in folders for path in Path(folder).iterdir()]
+    entries = {row[name] for row in rows for name in ("quality_entry", "speed_entry")}
+    assert entries <= {path.stem for path in sweep.stored()}
+    for row in rows:
+        assert np.isfinite(MeasurementStore(tmp_path / "store").losses(row["quality_entry"])).all()
+
+
+class Described:
+    """Keeps what workers say of themselves."""
+
+    def __init__(self):
+        self.descriptions = []
+
+    def worker_ready(self, worker, description):
+        self.descriptions.append(description)
+
+    def worker_idle(self, worker):
+        pass
+
+    def job_started(self, worker, job):
+        pass
 
 
 def test_nodes_come_and_go(sweep, cluster, tmp_path):

@@ -15,6 +15,7 @@ from streamllm.measuring.store import MeasurementStore
 from streamllm.results.study import load_study
 from streamllm.results.study_folder import StudyFolder
 
+from . import preloaded
 from .test_tracking import CONFIGURATION, ROWS, contents, store
 from .test_tracking import study as study
 from .waiting import wait_until
@@ -32,7 +33,9 @@ class Mortal(follower._Follower):
 
 @pytest.fixture
 def following(study, monkeypatch):
-    """Makes trackers of the study, and ends their processes."""
+    """Makes trackers of the study, and ends their processes, which have MLflow imported already."""
+    context = preloaded.context()
+    monkeypatch.setattr(follower.multiprocessing, "get_context", lambda _: context)
     (study / "trials.jsonl").unlink()
     made = []
 

@@ -18,8 +18,8 @@ from .mortal_sweep import MOMENTS, run
 from .preloaded import context, ended
 from .waiting import wait_until
 
-SPACE = "cap: 48\nparameters: {method: [ours, mit], n_sink: [0, 4], compress_every: [1, 16]}\n"
-TRIALS = 7
+SPACE = "cap: 48\nparameters: {method: [ours, mit], n_sink: [0, 2, 4], compress_every: [1, 16]}\n"
+TRIALS = 11
 ARGUMENTS = ["--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--space", "space.yaml"]
 ARGUMENTS += ["--study", "s", "--trials", str(TRIALS), "--workers", "2", "--confirm", "1"]
 
@@ -142,18 +142,26 @@ def test_what_schedulers_and_closed_terminals_send_is_as_ctrl_c(number, start, t
 def test_a_study_that_is_removed_meanwhile_is_one_line(start, tmp_path):
     process = start("never")
     begun(process, tmp_path / "stderr")
-    shutil.rmtree(tmp_path / "sweeps/s")
+    wait_until(lambda: shutil.rmtree(tmp_path / "sweeps/s", ignore_errors=True) or not (tmp_path / "sweeps/s").exists())
     ended(process)
     last = (tmp_path / "stderr").read_text().splitlines()[-1]
     assert process.exitcode == 1 and last.startswith("error: the study cannot be written: No such file or directory")
 
 
 @pytest.mark.parametrize(
-    ("target", "codes"), [("Ray's head", [1, 0]), ("all, terminated", [143, 0]), ("a worker", [0])]
+    ("kind", "target", "codes"),
+    [
+        ("search", "Ray's head", [1, 0]),
+        ("search", "all, terminated", [143, 0]),
+        ("search", "a worker", [0]),
+        ("matrix", "driver", [-9, 0]),
+        ("matrix", "a worker", [0]),
+    ],
 )
-def test_on_a_ray_of_its_own(target, codes, tmp_path, empty_mlflow):
+def test_on_a_ray_of_its_own(kind, target, codes, tmp_path, empty_mlflow):
     """As in `python -m tests.fuzz.kills`, at a moment that is not random."""
-    one = kills.play(tmp_path, empty_mlflow, target, lambda: "[ 3/" in read(tmp_path / "stderr"), random.Random(1))
+    third = {"search": "[ 3/", "matrix": "[3/"}[kind]
+    one = kills.play(tmp_path, empty_mlflow, target, lambda: third in read(tmp_path / "stderr"), random.Random(1), kind)
     assert one.was_there and one.wrong == [] and one.codes == codes
 
 

@@ -3,19 +3,25 @@
 import csv
 import json
 import re
+import shutil
 import signal
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
+from mlflow import MlflowClient
 
 import streamllm.measuring.evaluation
+from dashboards import serve
 from dashboards.drawing.style import LABELS, style
+from dashboards.pareto import main as pareto_main
 from dashboards.tables.matrix_tables import _figure, matrix_figures, matrix_rows, matrix_tables
 from orchestrator.matrix import run as matrix_run
 from orchestrator.matrix.plan import make_plan, policy_of
 from orchestrator.sweep import main, matrix_request, parser
+from orchestrator.sync import main as sync_main
+from orchestrator.tracking.follower import Tracker
 from search_spaces import MEASURES, SHIPPED, Cell, SpaceError, is_matrix, load_matrix
 from streamllm.errors import UsageError
 from streamllm.measuring.quality import NonFiniteLossError
@@ -39,10 +45,24 @@ def matrix_of(folder, text):
     return load_matrix(str(folder / "mine.yaml"))
 
 
+class Untracked:
+    address = ""
+
+    def __init__(self, *_):
+        pass
+
+    def trial_finished(self, row):
+        pass
+
+    def finish(self, *_):
+        pass
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Runs a matrix' text; returns the exit code. `.results()` are its files by name."""
+    """Runs a matrix' text; returns the exit code. `.results()` are its files by name. MLflow is told nothing."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("orchestrator.tracking.follower.Tracker", Untracked)
     monkeypatch.setattr("orchestrator.workers.pool.WorkerPool", LocalPool)
     model = ("--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--dtype", "float32")
 
@@ -128,6 +148,11 @@ def test_a_cap_names_the_matrix_and_is_every_cells_total(tmp_path):
     plan = plan_of(["--space", "comprehensive", "--cap", "64"])
     assert plan.name == "testbed-comprehensive-64" and plan.cap == 64
     assert {planned.policy.kept for planned in plan.cells if planned.cell.protocol != "chunked"} == {64}
+    plan = plan_of(["--space", "comprehensive", "--backends", "math,flash"])
+    assert plan.name == "testbed-comprehensive-math-flash" and len(plan.cells) == 2 * 24
+    assert len({planned.file for planned in plan.cells}) == 48
+    with pytest.raises(UsageError, match="backends 'math,flush': 'flush' must be one of"):
+        plan_of(["--space", "comprehensive", "--backends", "math,flush"])
     with pytest.raises(UsageError, match="cap 257: must be from 1 to 256"):
         plan_of(["--space", "comprehensive", "--cap", "257"])
     with pytest.raises(UsageError, match="its own window of 256 tokens, 264 with sinks and slack; leave --cap out"):
@@ -214,6 +239,48 @@ def test_a_matrix_from_end_to_end(run, capsys):
     assert float(table[1]["runtime_change_percent"]) == pytest.approx(
         100 * (float(table[1]["runtime_sec"]) / float(table[0]["runtime_sec"]) - 1)
     )
+
+
+def test_mlflow_the_report_and_the_tables_have_a_matrix_too(run, monkeypatch, empty_mlflow, tmp_path, capsys):
+    shutil.copy(empty_mlflow, tmp_path / "mlflow.db")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    monkeypatch.setattr("orchestrator.tracking.follower.Tracker", Tracker)
+    text = BACKENDS + "  method: [ours, kvpress]\n"
+    assert run(text.replace("{attn_backend}", "{attn_backend}_{method}")) == 0
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.get_experiment_by_name("streamllm-sweep").experiment_id
+    runs = {run.data.tags.get("cell", ""): run for run in client.search_runs([experiment])}
+    assert runs.keys() == {"", *run.results()}
+    parent, cell = runs.pop(""), runs["tokens_main_backend-flash_ours"]
+    assert parent.info.status == "FINISHED" and cell.info.status == "FINISHED"
+    assert {one.info.status for name, one in runs.items() if "kvpress" in name} == {"FAILED"}
+    assert all(one.data.tags["mlflow.parentRunId"] == parent.info.run_id for one in runs.values())
+    assert (cell.data.tags["backend.used"], cell.data.tags["protocol"]) == ("flash", "decode-loop")
+    assert cell.data.metrics["speedup"] == run.results()["tokens_main_backend-flash_ours"]["speedup"]
+    page = (run.folder / "report.html").read_text()
+    assert "<script" not in page and page.count("<img") == len(list(run.folder.glob("*.png"))) > 0
+    for row in csv.DictReader((run.folder / "mine.csv").open()):
+        assert f">{row['method']}<" in page
+    assert "not to be had: method &#x27;kvpress&#x27;" in page or "not to be had: kvpress" in page, "and why"
+    capsys.readouterr()
+    assert pareto_main(["s", "--format", "csv", "--output", str(tmp_path / "there")]) == 0
+    assert (tmp_path / "there/mine.csv").read_text() == (run.folder / "mine.csv").read_text()
+    assert serve.up_to_date_report(run.folder).read_text() == page
+    assert sync_main(["s"]) == 0
+    assert "s: 4 runs in MLflow, 0 of them logged or completed just now" in capsys.readouterr().out
+
+
+def test_rounds_take_the_times_of_all_cells_again_in_turn(run, evaluations, capsys):
+    assert run(BACKENDS) == 0
+    once = run.results()
+    assert run(BACKENDS, "--confirm", "2") == 0
+    expected = [(method, backend) for backend in ("math", "flash") for method in ("recompute", "ours")]
+    assert evaluations.calls == expected * 3, "nothing of before is repeated, and no cell is taken twice in a row"
+    twice = run.results()
+    for name, result in twice.items():
+        assert result["streaming"]["runs"] == 3 and "runs" not in once[name]["streaming"]
+        assert result["streaming"]["perplexity"] == once[name]["streaming"]["perplexity"]
+    assert run(BACKENDS, "--confirm", "2") == 0 and len(evaluations.calls) == 12
 
 
 def test_nothing_finished_is_measured_again(run, evaluations, capsys):

@@ -541,7 +541,8 @@ def stub(status, body):
         server.shutdown()
 
 
-def test_sync_says_what_is_wrong(study, capsys):
+def test_sync_says_what_is_wrong(study, capsys, monkeypatch):
+    monkeypatch.setattr(sync, "_PATIENCE_SEC", 0.5)
     assert sync.main(["nowhere"]) == 2
     assert "study 'nowhere'" in capsys.readouterr().err
     with study_lease(StudyFolder(study)):

@@ -65,6 +65,7 @@ def measure(
     if planned.baseline == "recompute":
         policy = baseline_policy(policy, cell.protocol, trained_length)
     what = Configuration(planned.baseline, policy, cell.attn_backend)
+    say("  evaluating the baseline...")
     runs = yield from _runs(planned, what, text, rounds, size, kept)
     baseline = average([(as_baseline(row, losses, beside(losses)), losses) for row, losses in runs])
     say(f"  baseline {numbers(baseline[0])}")
@@ -77,6 +78,7 @@ def measure(
     if cell.method == planned.baseline:
         return {**common, "baseline": with_times([baseline[0]])[0].to_json()}
     what = Configuration(cell.method, planned.policy, cell.attn_backend, cell.execution)
+    say(f"  evaluating {method_name(cell.method)}...")
     runs = yield from _runs(planned, what, text, rounds, size, kept)
     row, losses = average(runs)
     streaming = row | compared(row, losses, baseline, beside(baseline[1]))

@@ -61,6 +61,8 @@ class MatrixRequest:
     """Whether the text was named, and so replaces the matrix' own data sets."""
     dtype: str
     quantization: str
+    backends: Sequence[str]
+    """Instead of the matrix' own, if there are any."""
     cap: int | None
     """Total KV; None: the matrix', or the trained length."""
     workers: WorkerSettings
@@ -68,6 +70,8 @@ class MatrixRequest:
     """In which all times are taken again."""
     study: str | None
     output: Path | None
+    copy: str | None = None
+    """The URL of one that is kept."""
 
     def __post_init__(self) -> None:
         check_whole(0, confirm=self.rounds)
@@ -147,13 +151,15 @@ def make_plan(request: MatrixRequest) -> MatrixPlan:
     for axis, value, usual in (("dtype", request.dtype, "auto"), ("quantization", request.quantization, "none")):
         if value != usual:
             matrix = matrix.with_axis(axis, value)
+    if request.backends:
+        matrix = matrix.with_axis("attn_backend", *request.backends)
 
     from streamllm.engine.loading import check_files, trained_length
 
     vocabulary, trained = check_files(request.model), trained_length(request.model)
     cap = total_kv(request.cap, matrix.cap, trained)
-    of_cap = [] if request.cap is None else [str(request.cap)]
-    usual = study_name(model_label(request.model), *([source.label] if named else []), matrix.name, *of_cap)
+    more = [*request.backends, *([] if request.cap is None else [str(request.cap)])]
+    usual = study_name(model_label(request.model), *([source.label] if named else []), matrix.name, *more)
     name = usual if request.study is None else request.study
     folder = request.output or Path("sweeps") / name
     check_folder("output", folder)

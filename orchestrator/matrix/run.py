@@ -20,6 +20,7 @@ from streamllm.files import write_atomically
 from streamllm.results.study_folder import StudyFolder
 from streamllm.terminal.printing import say
 
+from ..copies import bring_back, kept
 from ..ending import WORDS, Ending
 from ..workers.kinds import Kind, kind_of, unquantized
 from ..workers.lease import study_lease
@@ -47,16 +48,19 @@ def run_matrix(request: MatrixRequest, dry_run: bool, ending: Ending, tracking_u
         say(describe(plan))
         return 0
     plan.folder.mkdir(parents=True, exist_ok=True)
+    if request.copy is not None:
+        bring_back(request.copy, StudyFolder(plan.folder), plan.name)
     with study_lease(StudyFolder(plan.folder)):
         documents = plan.documents()
         study = MatrixStudy(plan, documents, tracking_uri)
-        try:
-            status, code = _measure_all(plan, documents, study, ending)
-        except UsageError:
-            study.folder.write_outcome("FAILED")
-            raise
-        finished = [documents[planned.file] for planned in plan.cells if planned.file in documents]
-        study.end(status, _conclude(plan, finished), ending, _info)
+        with kept(request.copy, study.folder, _info):
+            try:
+                status, code = _measure_all(plan, documents, study, ending)
+            except UsageError:
+                study.folder.write_outcome("FAILED")
+                raise
+            finished = [documents[planned.file] for planned in plan.cells if planned.file in documents]
+            study.end(status, _conclude(plan, finished), ending, _info)
     return code
 
 

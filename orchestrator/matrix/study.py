@@ -84,6 +84,8 @@ class MatrixStudy:
 
 def _settings(plan: MatrixPlan, study_id: str) -> dict[str, Any]:
     """What `sweep.json` says."""
+    from streamllm.engine.loading import weights_digest
+
     matrix = plan.matrix
     protocols = dict.fromkeys(planned.cell.protocol for planned in plan.cells)
     columns = {protocol: list(matrix.shown(protocol)) for protocol in protocols}
@@ -95,6 +97,7 @@ def _settings(plan: MatrixPlan, study_id: str) -> dict[str, Any]:
         "study_id": study_id,
         "summary": f"{plan.model} on {texts}, matrix {matrix.name}, total KV {plan.cap}",
         "model": plan.model,
+        "model_digest": weights_digest(plan.model),
         "dtype": ", ".join(dtypes),
         "quantization": ", ".join(quantizations),
         "source": {},

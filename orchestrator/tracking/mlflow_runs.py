@@ -31,7 +31,7 @@ from .remedies import ExperimentDeletedError, with_remedy
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Experiment, Run
+    from mlflow.entities import DatasetInput, Experiment, Run
 
 _PARAMS = (*(field.name for field in KNOBS), "dtype")
 _TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if field.mlflow == "tag"}
@@ -50,14 +50,14 @@ _COLUMNS = (
 )
 """Columns of the table of runs that MLflow's UI shows at a study's own address, in this order: what a trial came to,
 what it is, the rest."""
-_NOTE = "mlflow.note.content"
+NOTE = "mlflow.note.content"
 _ABOUT = (
     "Sweeps of streamllm-sweep: a parent run per study, with the front in its description and artifacts, and a run per "
     "configuration. `tags.pareto = 'True'` finds the front."
 )
 _LONGEST_NOTE = 8000
 """Characters of a tag's value that MLflow keeps."""
-_PARENT = "mlflow.parentRunId"
+PARENT = "mlflow.parentRunId"
 _DIGEST = "digest"
 """Tag of a run that says what was logged of it."""
 _LOGGED = "2"
@@ -128,24 +128,14 @@ class Projection:
         database are waited for."""
         with self._advising():
             with opening(self._uri, waiting):
-                self._client = _client(self._uri)
+                self._client = mlflow_client(self._uri)
                 experiment = self._find_experiment()
             self._describe_experiment(experiment.tags)
             self._find_runs()
 
     def _find_experiment(self) -> Experiment:
         """Created if there is none. Raises ExperimentDeletedError."""
-        from mlflow.exceptions import MlflowException
-
-        name = experiment_name()
-        if (wanted := experiment_id()) is not None:
-            experiment = self._client.get_experiment(wanted)
-        elif (experiment := self._client.get_experiment_by_name(name)) is None:
-            try:
-                experiment = self._client.get_experiment(self._client.create_experiment(name))
-            except MlflowException:  # another sweep may have been faster
-                if (experiment := self._client.get_experiment_by_name(name)) is None:
-                    raise
+        experiment = find_experiment(self._client)
         self._experiment = experiment.experiment_id
         if experiment.lifecycle_stage == "deleted":
             raise ExperimentDeletedError(experiment.name)
@@ -173,8 +163,8 @@ class Projection:
             self._runs[""] = self._create_parent()
         parent, children = self._runs[""], set(self._runs.values()) - {self._runs[""]}
         for run in found:  # a parent that was deleted has left its children behind
-            if run.info.run_id in children and run.data.tags.get(_PARENT) != parent:
-                self._client.set_tag(run.info.run_id, _PARENT, parent)
+            if run.info.run_id in children and run.data.tags.get(PARENT) != parent:
+                self._client.set_tag(run.info.run_id, PARENT, parent)
 
     def reopen_parent(self) -> None:
         """Marks the study as running."""
@@ -203,15 +193,15 @@ class Projection:
         run = self._runs.get(trial)
         if run is None:
             started = ended - (0 if row.get("reused") else int(1000 * row.get("runtime_sec", 0)))
-            tags |= {_PARENT: self._runs[""], "pareto": "False"}
+            tags |= {PARENT: self._runs[""], "pareto": "False"}
             run = self._client.create_run(self._experiment, started, tags, _run_name(row)).info.run_id
             self._runs[trial] = run
             tags = {}
         metrics = [f"{name}{end}" for name in _METRICS for end in ("", "_low", "_high")]
         self._client.log_batch(
             run,
-            metrics=[Metric(name, float(row[name]), ended, 0) for name in metrics if _is_number(row.get(name))],
-            params=[Param(name, str(row[name])) for name in _PARAMS if name in row],
+            metrics=[Metric(name, float(row[name]), ended, 0) for name in metrics if is_number(row.get(name))],
+            params=[Param(name, value) for name, value in params_of(row).items()],
             tags=[RunTag(name, value) for name, value in tags.items()],
         )
         self._log_dataset(run, row)
@@ -285,7 +275,7 @@ class Projection:
 
         settings = self._configuration
         source = {"mlflow.source.name": "python -m orchestrator.sweep", "mlflow.source.type": "LOCAL"}
-        tags = self._common() | source | {"commit": settings["commit"], "model": settings["model"], _NOTE: self._link}
+        tags = self._common() | source | {"commit": settings["commit"], "model": settings["model"], NOTE: self._link}
         run = self._client.create_run(self._experiment, tags=tags, run_name=settings["study"]).info.run_id
         params = [Param(name, str(settings[name])) for name in PARENT_PARAMS]
         self._client.log_batch(run, params=[*params, Param("space", str(settings["space"]["name"]))])
@@ -307,8 +297,8 @@ class Projection:
             "columnOrder": _COLUMNS,
         }
         tags = {f"{VIEW}{view_of(study)}": json.dumps(view)}
-        if _ABOUT in before.get(_NOTE, _ABOUT):
-            tags[_NOTE] = f"{self._link}\n\n{_ABOUT}"
+        if _ABOUT in before.get(NOTE, _ABOUT):
+            tags[NOTE] = f"{self._link}\n\n{_ABOUT}"
         if "inferred" in before.get("mlflow.experimentKind", "inferred"):
             tags["mlflow.experimentKind"] = "custom_model_development"
         for name, value in tags.items():
@@ -320,21 +310,11 @@ class Projection:
 
     def _tags(self, row: AnyRow) -> dict[str, str]:
         values = {"quantization": self._configuration["quantization"]} | dict(row)
-        words = {tag: values[name] for name, tag in _TAGS.items() if values.get(name) is not None}
-        return self._common() | {tag: str(value)[:5000] for tag, value in words.items()}
+        return self._common() | tags_of(values)
 
     def _log_dataset(self, run: str, row: AnyRow) -> None:
-        """For the column "Dataset"; nothing is read again."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
-
-        if (name := row.get("dataset")) is None:
-            return
-        tokens = row.get("n_tokens")
-        digest = row.get("text_digest") or _digest(name, str(tokens))
-        source = {"tags": {"mlflow.source.name": "python -m orchestrator.sweep"}}
-        profile = None if tokens is None else json.dumps({"tokens": tokens})
-        dataset = Dataset(str(name)[:500], digest[:36], "code", json.dumps(source), profile=profile)
-        self._client.log_inputs(run, [DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])])
+        if (dataset := dataset_of(row, "python -m orchestrator.sweep")) is not None:
+            self._client.log_inputs(run, [dataset])
 
     def _log_artifacts(self, run: str, row: AnyRow) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -369,7 +349,7 @@ class Projection:
             self._client.log_artifact(parent, str(path))
             if path.suffix == ".md":
                 note = "\n\n".join([self._link, *report.findings, path.read_text(encoding="utf-8")])
-                self._client.set_tag(parent, _NOTE, shortened(note))
+                self._client.set_tag(parent, NOTE, shortened(note))
         self._client.set_tag(parent, _DIGEST, digest)
 
 
@@ -382,7 +362,51 @@ def shortened(note: str) -> str:
     return "\n".join([*lines[:kept], "", f"({len(lines) - kept} more lines are in the artifact pareto.md)"])
 
 
-def _client(tracking_uri: str | None) -> MlflowClient:
+def tags_of(row: AnyRow) -> dict[str, str]:
+    words = {tag: row[name] for name, tag in _TAGS.items() if row.get(name) is not None}
+    return {tag: str(value)[:5000] for tag, value in words.items()}
+
+
+def params_of(row: AnyRow) -> dict[str, str]:
+    return {name: str(row[name]) for name in _PARAMS if name in row}
+
+
+def is_number(value: object) -> bool:
+    """One that MLflow takes as a metric on every store."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def dataset_of(row: AnyRow, program: str) -> DatasetInput | None:
+    """For the column "Dataset", where the row names one; nothing is read again. program: what has read it."""
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    if (name := row.get("dataset")) is None:
+        return None
+    tokens = row.get("n_tokens")
+    digest = row.get("text_digest") or _digest(name, str(tokens))
+    source = {"tags": {"mlflow.source.name": program}}
+    profile = None if tokens is None else json.dumps({"tokens": tokens})
+    dataset = Dataset(str(name)[:500], digest[:36], "code", json.dumps(source), profile=profile)
+    return DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])
+
+
+def find_experiment(client: MlflowClient) -> Experiment:
+    """The one of all our runs, which may be a deleted one; created if there is none."""
+    from mlflow.exceptions import MlflowException
+
+    name = experiment_name()
+    if (wanted := experiment_id()) is not None:
+        return client.get_experiment(wanted)
+    if (experiment := client.get_experiment_by_name(name)) is None:
+        try:
+            experiment = client.get_experiment(client.create_experiment(name))
+        except MlflowException:  # another process may have been faster
+            if (experiment := client.get_experiment_by_name(name)) is None:
+                raise
+    return experiment
+
+
+def mlflow_client(tracking_uri: str | None) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the result's
@@ -407,7 +431,7 @@ def _is_refusal(error: Exception) -> bool:
 def _final_metrics(row: AnyRow, before: Mapping[str, float]) -> dict[str, float]:
     """For a trial that was confirmed before and is no longer, this is taken back: no rounds, a probability of NaN."""
     names = [f"{name}{end}" for name in _AT_THE_END for end in ("", "_low", "_high")]
-    values = {name: float(row[name]) for name in names if _is_number(row.get(name))}
+    values = {name: float(row[name]) for name in names if is_number(row.get(name))}
     if before.get("rounds") and "rounds" not in row:
         values |= {"rounds": 0.0} | ({"front_probability": math.nan} if "front_probability" in before else {})
     return values
@@ -415,10 +439,6 @@ def _final_metrics(row: AnyRow, before: Mapping[str, float]) -> dict[str, float]
 
 def _same(one: float | None, other: float) -> bool:
     return one is not None and (one == other or (math.isnan(one) and math.isnan(other)))
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _digest(*parts: str | bytes) -> str:

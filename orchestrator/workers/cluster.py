@@ -6,12 +6,13 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import chdir
+from contextlib import chdir, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -163,9 +164,9 @@ def _vital(ray: Any) -> dict[str, tuple[str, int]]:
 def check_answers(address: str) -> None:
     """Raises UsageError, within seconds, if no Ray answers there: `ray.init` would not for minutes, and take no signal
     meanwhile."""
+    is_given = "RAY_AUTH_MODE" in os.environ
     if {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys() or (Path.home() / ".ray/auth_token").is_file():
-        # as `ray start` asks for it; where nobody asks, it does no harm; Ray reads this when it is imported
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_AUTH_MODE", "token")  # as of `ray start`; Ray reads this when it is imported
     if address == "local" or address.startswith("ray://"):
         return
     found = address
@@ -189,6 +190,27 @@ def check_answers(address: str) -> None:
             f"{_named(address)}{found}: {problem}; `ray status --address HOST:PORT` tries it; leave it out to start "
             f"Ray here"
         )
+    if not is_given and os.environ.get("RAY_AUTH_MODE") == "token" and _asks_for_no_token(found):
+        _forget_the_token()
+
+
+_ASK = "import sys; from ray._raylet import GcsClient; GcsClient(address=sys.argv[1]).check_alive([], timeout=5)"
+
+
+def _asks_for_no_token(address: str) -> bool:
+    """Whether that head was started where there was no token yet: its calls carry none, and a driver that asks for one
+    refuses them, so that its workers die at once. In a process of its own, as Ray knows one way only."""
+    without = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    command = [sys.executable, "-c", _ASK, address]
+    with suppress(subprocess.TimeoutExpired):
+        return subprocess.run(command, env=without, capture_output=True, timeout=_JOIN_SEC).returncode == 0
+    return False
+
+
+def _forget_the_token() -> None:
+    os.environ["RAY_AUTH_MODE"] = "disabled"
+    if (ray := sys.modules.get("ray._raylet")) is not None:
+        ray.Config.initialize("")  # reads it again
 
 
 def _problem_of(host: str, port: int) -> str:

@@ -237,7 +237,8 @@ class WorkerPool:
         _enter(worker, "idle")
         if not is_loading:
             is_unavailable = isinstance(cause, UnavailableError | UnsupportedModelError)
-            return Finished(index, error=one_line(cause), unavailable=is_unavailable)
+            reason = " ".join(str(cause).split()) if is_unavailable else one_line(cause)
+            return Finished(index, error=reason, unavailable=is_unavailable)
         where = f"on {worker.host}: " * (worker.host != socket.gethostname())
         return Finished(index, error=f"{where}{cause}")
 

@@ -9,6 +9,7 @@ python -m streamllm baseline --runs 3 --output-file results/baselines/testbed_ba
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from ..configuration import Configuration
@@ -30,6 +31,7 @@ from ..terminal.arguments import (
 )
 from ..terminal.output import make_room, messages_on_stderr, report
 from ..terminal.printing import say
+from ..terminal.tracking import Result, Tracking, add_tracking_arguments
 
 HELP = "measure the re-computation baseline once, for everything that is compared with it"
 
@@ -54,6 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--output-file", type=Path, metavar="FILE", help="write JSON with the object `baseline`, and of several `runs`"
     )
+    add_tracking_arguments(output)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -64,15 +67,31 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"runs {arguments.runs}: must be a whole number >= 1")
     file = arguments.output_file
     make_room(file)
+
+    from ..measuring.quality import NonFiniteLossError
+
     loaded, stream = load_asked(arguments)
     what = Configuration("recompute", complete_policy(arguments, loaded), arguments.attn_backend)
     measurements = measurements_beside(what.policy, loaded, stream, arguments.store, how.protocol)
-    with messages_on_stderr():
-        runs = baseline_runs(measurements, what, how, arguments.runs)
+    tracking = Tracking(arguments, "baseline")
+    subject = measurements.keys.identity(what, how.protocol) | {"backend_requested": what.backend}
+    try:
+        with messages_on_stderr(), tracking.measuring(subject):
+            runs = baseline_runs(measurements, what, how, arguments.runs)
+    except NonFiniteLossError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     records = with_times([run for run, _ in runs])
     (record,) = with_times([average(runs)[0]])
+    single = {"runs": [one.to_json() for one in records]} if len(runs) > 1 else {}
+    written = {"baseline": record.to_json(), **single}
     if file is not None:
-        single = {"runs": [one.to_json() for one in records]} if len(runs) > 1 else {}
-        file.write_text(json.dumps({"baseline": record.to_json(), **single}, indent=2) + "\n")
+        file.write_text(json.dumps(written, indent=2) + "\n")
     say(json.dumps(record.to_json()) if arguments.json else report({"baseline": record}))
+    documents = {"result.json": record.to_json(), "baseline.json": written}
+    repeats = [
+        Result(record=one, name=f"run {number} of {len(records)}", documents={"result.json": one.to_json()})
+        for number, one in enumerate(records if single else (), 1)
+    ]
+    tracking.log(Result(record=record, documents=documents, losses=runs[0][1], repeats=repeats))
     return 0

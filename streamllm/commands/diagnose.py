@@ -32,6 +32,7 @@ from ..terminal.arguments import (
 from ..terminal.output import make_room, messages_on_stderr
 from ..terminal.printing import say
 from ..terminal.progress import working
+from ..terminal.tracking import Result, Tracking, add_tracking_arguments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from ..measuring.measurements import Measurements
 
 HELP = "what a prune does to the losses after it: the series, the spike, a picture"
+_FILES = ("losses.csv", "losses.parquet", "spike.png", "summary.json")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="where the files go (results/diagnose_prune)",
     )
     output.add_argument("--json", action="store_true", help="one flat JSON object on stdout, nothing else")
+    add_tracking_arguments(output)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -80,8 +83,10 @@ def run(arguments: argparse.Namespace) -> int:
     n_losses = len(stream.tokens) - 1
     check_prunes(policy, n_losses)
     reference = reference_policy(policy, n_losses, loaded.trained_length)
+    tracking = Tracking(arguments, "diagnose")
+    subject = measurements.keys.identity(Configuration("ours", policy), "fast")
     try:
-        with messages_on_stderr():
+        with messages_on_stderr(), tracking.measuring(subject):
             tables = [
                 _losses(measurements, which, name) for which, name in ((policy, "policy"), (reference, "reference"))
             ]
@@ -97,6 +102,8 @@ def run(arguments: argparse.Namespace) -> int:
     draw_diagnosis(spike, table, loaded.trained_length, title, folder / "spike.png")
     (folder / "summary.json").write_text(json.dumps(record, indent=2) + "\n")
     say(json.dumps(record) if arguments.json else _report(record, folder))
+    files = [folder / name for name in _FILES]
+    tracking.log(Result(record=record, description=record["summary"], files=files))
     return 0
 
 
@@ -177,6 +184,6 @@ def _report(record: dict[str, Any], folder: Path) -> str:
             "",
             *rows,
             "",
-            f"files: {folder}/losses.csv, losses.parquet, spike.png, summary.json",
+            f"files: {folder}/{', '.join(_FILES)}",
         ]
     )

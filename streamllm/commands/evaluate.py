@@ -12,7 +12,7 @@ import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..configuration import Configuration
 from ..errors import UsageError
@@ -37,6 +37,7 @@ from ..terminal.arguments import (
 )
 from ..terminal.output import make_room, messages_on_stderr, report
 from ..terminal.printing import say
+from ..terminal.tracking import Result, Tracking, add_tracking_arguments
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="float64 nats; .npy: element i belongs to token i + 1, else NaN; .parquet: columns token, loss",
     )
+    add_tracking_arguments(output)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -120,8 +122,10 @@ def run(arguments: argparse.Namespace) -> int:
     policy = _policy(arguments, complete_policy(arguments, loaded))
     what = Configuration(method, policy, arguments.attn_backend, arguments.execution)
     measurements = measurements_beside(policy, loaded, stream, arguments.store, how.protocol)
+    tracking = Tracking(arguments, "evaluate")
+    subject = measurements.keys.identity(what, how.protocol) | {"backend_requested": what.backend}
     try:
-        with messages_on_stderr():
+        with messages_on_stderr(), tracking.measuring(subject):
             result, losses = _measured(measurements, what, how, arguments.mode)
     except NonFiniteLossError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -132,12 +136,22 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"warning: {result['streaming']['warning']}", file=sys.stderr)
     if file is not None:
         _write_losses(losses, len(stream.tokens) - 1, file)
+    written = {role: row.to_json() for role, row in result.items()}
     if arguments.output_file is not None:
-        written = {role: row.to_json() for role, row in result.items()}
         arguments.output_file.write_text(json.dumps(written, indent=2) + "\n")
-    asked_for = result["baseline" if arguments.mode == "baseline" else "streaming"]
-    say(json.dumps(asked_for.to_json()) if arguments.json else report(result))
+    role = "baseline" if arguments.mode == "baseline" else "streaming"
+    say(json.dumps(written[role]) if arguments.json else report(result))
+    tracking.log(*_runs(result, role, written, losses))
     return 0
+
+
+def _runs(result: dict[str, Row], role: str, written: dict[str, Any], losses: "np.ndarray") -> list[Result]:
+    """What was asked for, and the baseline if it was measured on the way."""
+    documents = {"result.json": written[role], "evaluation.json": written}
+    runs = [Result(record=result[role], documents=documents, losses=losses)]
+    if role == "streaming" and "baseline" in result and not result["baseline"]["reused"]:
+        runs.append(Result(record=result["baseline"], documents={"result.json": written["baseline"]}))
+    return runs
 
 
 def _method(arguments: argparse.Namespace) -> str:

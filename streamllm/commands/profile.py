@@ -36,6 +36,7 @@ from ..terminal.arguments import (
 from ..terminal.output import make_room, messages_on_stderr
 from ..terminal.printing import say
 from ..terminal.progress import working
+from ..terminal.tracking import Result, Tracking, add_tracking_arguments
 
 if TYPE_CHECKING:
     from ..engine.model import LoadedModel
@@ -79,6 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="(results/profile_kernels/profile.json)",
     )
     output.add_argument("--json", action="store_true", help="what is written to FILE on stdout, nothing else")
+    add_tracking_arguments(output)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -105,22 +107,34 @@ def run(arguments: argparse.Namespace) -> int:
     from ..explain.profiling import profile_decoding
     from ..measuring.timing import used_backend
 
-    with working("profiling"):
+    tracking = Tracking(arguments, "profile")
+    subject = _identity(loaded, what, stream) | {"backend_requested": arguments.attn_backend}
+    with working("profiling"), tracking.measuring(subject):
         own = profile_decoding(loaded, what, stream.tokens, trace)
         others = {
             other: own if other == policy else profile_decoding(loaded, replace(what, policy=other), stream.tokens)
             for other in _others(what, arguments.intervals)
         }
-    result = _identity(loaded, what, stream) | {
+    result = subject | {
         "backend": used_backend(loaded, what, stream.tokens),
-        "backend_requested": arguments.attn_backend,
         **_record(own),
         "intervals": [_interval(found, other) for other, found in others.items()],
         "trace": str(trace),
     }
     file.write_text(json.dumps(result, indent=2) + "\n")
     say(json.dumps(result) if arguments.json else _report(result, file))
+    tracking.log(Result(record=_tracked(result), files=[file, trace]))
     return 0
+
+
+def _tracked(result: dict[str, Any]) -> dict[str, Any]:
+    """For MLflow, whose `tpot_ms` are ratios in one unit: this one is by the clock. Parts' times are metrics."""
+    parts = {f"parts_ms/{part}": ms for part, ms in result["parts_ms"].items()}
+    return (
+        {name: value for name, value in result.items() if name != "tpot_ms"}
+        | parts
+        | {"measured_tpot_ms": result["tpot_ms"]}
+    )
 
 
 def _identity(loaded: "LoadedModel", what: Configuration, stream: "TokenStream") -> dict[str, Any]:

@@ -20,7 +20,7 @@ from .evaluation import measure_quality, speed_summary, times_summary
 from .jobs import Job
 from .keys import Keys
 from .sample import sample_batches
-from .store import Measurement, entry_name
+from .store import Measurement
 from .text import TokenStream
 from .timing import Reference, compile_step, measure_speed, measure_times
 
@@ -85,14 +85,14 @@ class Bench:
             positions = next(islice(sample_batches(len(tokens), window), job.batch, None))
         with self.leases.computing():
             quality = measure_quality(self.loaded, job.what, self.stream, progress, positions)
-        return Measurement(quality.summary() | {"quality_entry": entry_name(self.keys.of(job))}, quality.table)
+        return Measurement(quality.summary(), quality.table)
 
     def _speed(self, job: Job, strict: bool) -> Measurement:
         """The record says if the accelerator had `foreign_processes` just after the timing."""
         prepared = self._prepared(job.what, strict)
         with self.leases.timing():
             speed = measure_speed(self.loaded, prepared, self.stream.tokens, self.reference)
-        record = speed_summary(speed, job.what.backend) | {"speed_entry": entry_name(self.keys.of(job))}
+        record = speed_summary(speed, job.what.backend)
         record["peak_memory_mb"] -= self.neighbours()
         if foreign := foreign_processes(self.loaded.device):
             record["foreign_processes"] = "; ".join(foreign)
@@ -105,14 +105,13 @@ class Bench:
         return Measurement(times_summary(times) | {"ratios": times.ratios.tolist()})
 
     def _whole(self, job: Job, strict: bool, progress: Progress | None) -> Measurement:
-        entry, what = entry_name(self.keys.of(job)), job.what
+        what = job.what
         ahead = what.execution if job.protocol == "decode-loop" else "eager"  # chunks have one that does not count
         prepared = replace(self._prepared(replace(what, execution=ahead), strict), execution=what.execution)
         with self.leases.timing():
             evaluate = PROTOCOLS[job.protocol].get()
             quality, record = evaluate(self.loaded, prepared, self.stream, self.reference, progress)
-        named = {"backend_requested": what.backend, "quality_entry": entry, "speed_entry": entry}
-        return Measurement(record | named, quality.table)
+        return Measurement(record | {"backend_requested": what.backend}, quality.table)
 
     def _prepared(self, what: Configuration, strict: bool = False) -> Configuration:
         """With the kernel that runs, and its step compiled beforehand: others may time meanwhile."""

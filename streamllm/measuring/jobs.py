@@ -56,6 +56,8 @@ class Done:
     measurement: Measurement
     keys: Keys
     """Of the conditions that it was measured under."""
+    entry: str
+    """Its name in the store."""
     is_fresh: bool
     """False where the store had it."""
     seconds: float = 0.0

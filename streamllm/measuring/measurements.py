@@ -18,7 +18,7 @@ from .jobs import Done, Job, Plan
 from .keys import Keys
 from .plans import Evaluated
 from .sample import SampleSize
-from .store import MeasurementStore
+from .store import MeasurementStore, entry_name
 from .text import TokenStream
 
 T = TypeVar("T")
@@ -60,12 +60,12 @@ class Measurements:
         key = keys.of(job)
         found = self.store.get(key)
         if found is not None:
-            return Done(found, keys, is_fresh=False)
+            return Done(found, keys, entry_name(key), is_fresh=False)
         if job.peek:
             return None
         measured = self.bench.measure(job, strict, progress if job.batch is None else None)
         self.store.put(key, measured)
-        return Done(measured, keys, is_fresh=True)
+        return Done(measured, keys, entry_name(key), is_fresh=True)
 
     def strict(self, progress: Progress | None = None) -> Evaluated:
         """Quality of the reference: its losses at every token are what all others are compared with."""
@@ -98,9 +98,10 @@ class Measurements:
 
     def _stored(self, job: Job) -> Done | None:
         """Raises LookupError."""
-        found = self.store.get(self.keys.of(job))
+        key = self.keys.of(job)
+        found = self.store.get(key)
         if found is not None:
-            return Done(found, self.keys, is_fresh=False)
+            return Done(found, self.keys, entry_name(key), is_fresh=False)
         if job.peek:
             return None
         raise LookupError(str(job))

@@ -51,7 +51,7 @@ def quality(
     included."""
     if sampled_losses(what.method) is None:
         (done,) = yield [Job("quality", what)]
-        return _evaluated([done], done.measurement)
+        return _of_quality(done)
     return joined(what, (yield from sample(what, text, size or FixedSize(), progress)))
 
 
@@ -122,7 +122,7 @@ def fast(
     """Quality and speed by protocol `fast`; the speed is taken once per run."""
     if sampled_losses(what.method) is None:
         of_quality, speed = yield [Job("quality", what), Job("speed", what, run=run)]
-        return with_speed(_evaluated([of_quality], of_quality.measurement), speed)
+        return with_speed(_of_quality(of_quality), speed)
     known = yield from quality(what, text, size, progress)
     (speed,) = yield [Job("speed", what, run=run)]
     return with_speed(known, speed)
@@ -132,7 +132,7 @@ def with_speed(known: Evaluated, speed: Done) -> Evaluated:
     """Both halves."""
     return replace(
         known,
-        record=fast_record(known.record, speed.measurement.record),
+        record=fast_record(known.record, speed.measurement.record | {"speed_entry": speed.entry}),
         keys=speed.keys,
         is_fresh=known.is_fresh or speed.is_fresh,
         seconds=known.seconds + speed.seconds,
@@ -152,7 +152,7 @@ def whole(
     if protocol == "fast":
         return (yield from fast(what, text, run, size, progress))
     (done,) = yield [Job("whole", what, protocol, run)]
-    return _evaluated([done], done.measurement)
+    return _evaluated([done], _named(done, "quality_entry", "speed_entry"))
 
 
 def table_of(parts: Sequence[Done]) -> np.ndarray:
@@ -160,6 +160,15 @@ def table_of(parts: Sequence[Done]) -> np.ndarray:
     known = [part.measurement.losses for part in parts if part.measurement.losses is not None]
     table = np.concatenate([np.empty((0, 2)), *known])
     return table[np.argsort(table[:, 0])]
+
+
+def _of_quality(done: Done) -> Evaluated:
+    return _evaluated([done], _named(done, "quality_entry"))
+
+
+def _named(done: Done, *names: str) -> Measurement:
+    """With its own name in the store, under these keys."""
+    return replace(done.measurement, record=done.measurement.record | dict.fromkeys(names, done.entry))
 
 
 def _evaluated(parts: Sequence[Done], measurement: Measurement) -> Evaluated:

@@ -330,7 +330,7 @@ POLICY_KNOBS = tuple(field for field in KNOBS if field.symbol)
 OBJECTIVES: dict[str, Direction] = {field.name: field.objective for field in FIELDS.values() if field.objective}
 """Measures that a sweep can optimise, and which way; constraints are on the same measures."""
 _TYPES = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(Row)}
-_ENDS = ("_low", "_high", "_std")
+ENDS = ("_low", "_high", "_std")
 
 
 def told_name(objective: str) -> str:
@@ -369,7 +369,7 @@ def _sorted(values: Mapping[str, object]) -> tuple[dict[str, object], dict[str, 
 
 
 def _is_key(key: str) -> bool:
-    return key in FIELDS or any(key.endswith(end) and key.removesuffix(end) in FIELDS for end in _ENDS)
+    return key in FIELDS or any(key.endswith(end) and key.removesuffix(end) in FIELDS for end in ENDS)
 
 
 _POSITIVE = ("time_ratio", "tpot_ms", "measured_tpot_ms", "reference_tpot_ms", "speedup", "perplexity")
@@ -381,7 +381,7 @@ _LARGEST = 1 << 62
 @cache
 def _check_of(key: str) -> Callable[[object], bool]:
     """Tells whether a row can have a value there; NaN and infinity are what a failed measurement may come to."""
-    name = next((key.removesuffix(end) for end in _ENDS if key not in FIELDS and key.endswith(end)), key)
+    name = next((key.removesuffix(end) for end in ENDS if key not in FIELDS and key.endswith(end)), key)
     kind = "float" if name != key else _TYPES[key]
     if name in _DATES:
         return is_date

@@ -1,13 +1,14 @@
 """Kills the parts of sweeps at random moments: `python -m tests.fuzz.kills --rounds 30 --seed 1`.
 
-A round is a study of its own. One of its processes is killed once, whatever it is doing; the command is given again as
-long as it does not end well. Then every trial must be there once: in the study, in the store and in MLflow. Workers
-measure nothing, slowly; Ray, the journal, the store and MLflow's database are real.
+A round is a study of its own, a search or a matrix. One of its processes is killed once, whatever it is doing; the
+command is given again as long as it does not end well. Then every trial must be there once: in the study, in the store
+and in MLflow. Workers measure nothing, slowly; Ray, the journal, the store and MLflow's database are real.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -27,8 +28,11 @@ from tests.preloaded import context
 GOLDEN = Path(__file__).parents[1] / "golden"
 SPACE = "cap: 48\nparameters: {method: [ours, mit], n_sink: [0, 1, 2, 4], compress_every: [1, 2, 4]}\n"
 TRIALS = 24
-ARGUMENTS = ["--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--space", "space.yaml"]
-ARGUMENTS += ["--study", "s", "--trials", str(TRIALS), "--workers", "2", "--confirm", "1"]
+MATRIX = "cap: 48\nmatrix: {method: [ours, mit, recompute], n_sink: [0, 1, 2, 4], compress_every: [1, 2]}\n"
+_ARGUMENTS = ["--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--space", "space.yaml"]
+_ARGUMENTS += ["--study", "s", "--workers", "2", "--confirm", "1"]
+KINDS = {"search": (SPACE, [*_ARGUMENTS, "--trials", str(TRIALS)]), "matrix": (MATRIX, _ARGUMENTS)}
+"""A space's file, and the arguments of the command; of either there are `TRIALS` in all."""
 TARGETS = {
     "driver": ("", signal.SIGKILL),
     "driver, Ctrl-C": ("", signal.SIGINT),
@@ -47,6 +51,7 @@ _STARTS = 4
 
 @dataclass(frozen=True)
 class Round:
+    kind: str
     target: str
     was_there: bool
     """Whether there was such a process then."""
@@ -89,16 +94,19 @@ def kill(driver: int, target: str, choose: random.Random) -> bool:
     return True
 
 
-def play(folder: Path, database: Path, target: str, is_time: Callable[[], bool], choose: random.Random) -> Round:
+def play(
+    folder: Path, database: Path, target: str, is_time: Callable[[], bool], choose: random.Random, kind: str = "search"
+) -> Round:
     """One round, in that empty folder, with a copy of an empty database of MLflow."""
-    (folder / "space.yaml").write_text(SPACE)
+    space, command = KINDS[kind]
+    (folder / "space.yaml").write_text(space)
     shutil.copyfile(database, folder / "mlflow.db")
     codes: list[int] = []
     wrong: list[str] = []
     finished, was_there = 0, False
     stored: dict[Path, int] = {}
     while len(codes) < _STARTS and (not codes or codes[-1] != 0):
-        process = context().Process(target=run, args=("never", folder, ARGUMENTS))
+        process = context().Process(target=run, args=("never", folder, command))
         process.start()
         if not codes:
             while process.is_alive() and not is_time():
@@ -110,7 +118,7 @@ def play(folder: Path, database: Path, target: str, is_time: Callable[[], bool],
             process.kill()
             process.join()
         codes.append(process.exitcode or 0)
-        said = "".join((folder / name).read_text() for name in ("stdout", "stderr"))
+        said = "".join(path.read_text() for path in (folder / "stdout", folder / "stderr") if path.is_file())
         if any(word in said for word in ("Traceback", "*** SIG", "(raylet)")):
             wrong.append(f"start {len(codes)} said: {said[-2000:]}")
         now = {path: path.stat().st_mtime_ns for path in (folder / "sweeps/.store").rglob("*.json")}
@@ -122,8 +130,8 @@ def play(folder: Path, database: Path, target: str, is_time: Callable[[], bool],
     if codes[-1] != 0:
         wrong.append(f"it did not end well in {_STARTS} starts")
     else:
-        wrong += check(folder)
-    return Round(target, was_there, finished, codes, wrong)
+        wrong += check(folder, kind)
+    return Round(kind, target, was_there, finished, codes, wrong)
 
 
 def rows_of(folder: Path) -> list[str]:
@@ -132,7 +140,7 @@ def rows_of(folder: Path) -> list[str]:
     return [str(json.loads(line)["trial"]) for line in lines if line.endswith("\n")]
 
 
-def check(folder: Path) -> list[str]:
+def check(folder: Path, kind: str) -> list[str]:
     """All that is not as it should be, after the end."""
     from mlflow import MlflowClient
 
@@ -141,10 +149,11 @@ def check(folder: Path) -> list[str]:
     wrong = []
     numbers = [str(number) for number in range(TRIALS)]
     rows = [trial for trial in rows_of(folder) if trial not in ("strict", "baseline")]
-    if sorted(rows, key=int) != numbers:
+    if set(rows) != set(numbers) or (kind == "search" and len(rows) != TRIALS):  # a matrix' rounds make rows anew
         wrong.append(f"trials.jsonl has {Counter(rows)}")
     study = load_study(str(folder / "sweeps/s"))
-    if len({(row["method"], row["n_sink"], row["compress_every"]) for row in study.trials}) != TRIALS:
+    told = {(row["method"], row["n_sink"], row["compress_every"], row.get("cell")) for row in study.trials}
+    if len(told) != TRIALS:
         wrong.append("a configuration is there twice")
     entries = len([*(folder / "sweeps/.store").rglob("*.json")])
     if entries < TRIALS:
@@ -152,11 +161,15 @@ def check(folder: Path) -> list[str]:
     client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
     runs = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     trials = Counter(run.data.tags.get("trial", "parent") for run in runs)
-    if trials != Counter([*numbers, "strict", "baseline", "parent"]):
+    fixed = ["strict", "baseline"] if kind == "search" else []
+    if trials != Counter([*numbers, *fixed, "parent"]):
         wrong.append(f"MLflow has {trials}")
     ends = Counter(run.info.status for run in runs)
     if set(ends) != {"FINISHED"}:
         wrong.append(f"MLflow's runs are {ends}")
+    cells = [json.loads(path.read_text()) for path in (folder / "sweeps/s/results").glob("*.json")]
+    if kind == "matrix" and [cell["state"] for cell in cells] != ["complete"] * TRIALS:
+        wrong.append(f"cells are {Counter(cell['state'] for cell in cells)}")
     left = [path for path in folder.rglob("*") if path.name.endswith(".new")]
     if left:
         wrong.append(f"left behind: {left}")
@@ -173,15 +186,15 @@ def empty_database(folder: Path) -> Path:
 
 
 def table(rounds: list[Round]) -> str:
-    lines = [f"{'killed':20} {'rounds':>6} {'hit':>4} {'finished at the kill':>21} {'exit codes':24} wrong"]
-    for target in TARGETS:
-        mine = [one for one in rounds if one.target == target]
+    lines = [f"{'':6} {'killed':20} {'rounds':>6} {'hit':>4} {'finished at the kill':>21} {'exit codes':24} wrong"]
+    for kind, target in itertools.product(KINDS, TARGETS):
+        mine = [one for one in rounds if (one.kind, one.target) == (kind, target)]
         if mine:
             at = [one.finished for one in mine if one.was_there]
             codes = ", ".join(f"{code}" for code in sorted({one.codes[0] for one in mine}))
             reach = f"{min(at)} to {max(at)}" if at else "-"
             lines.append(
-                f"{target:20} {len(mine):6} {sum(one.was_there for one in mine):4} {reach:>21} {codes:24} "
+                f"{kind:6} {target:20} {len(mine):6} {sum(one.was_there for one in mine):4} {reach:>21} {codes:24} "
                 f"{sum(bool(one.wrong) for one in mine)}"
             )
     return "\n".join(lines)
@@ -198,15 +211,15 @@ def main() -> int:
         database = empty_database(Path(name))
         for number in range(arguments.first, arguments.rounds):
             choose = random.Random(f"{arguments.seed} {number}")
-            target = [*TARGETS][number % len(TARGETS)]
+            kind, target = [*KINDS][number % len(KINDS)], [*TARGETS][number % len(TARGETS)]
             folder = Path(name) / str(number)
             folder.mkdir()
             started = time.monotonic()
             after = choose.uniform(0.5, _LATEST_SEC)
-            one = play(folder, database, target, lambda at=started + after: time.monotonic() > at, choose)
+            one = play(folder, database, target, lambda at=started + after: time.monotonic() > at, choose, kind)
             rounds.append(one)
             print(
-                f"round {number}: {target} after {after:.1f} s{'' if one.was_there else ' (not there)'}, "
+                f"round {number}: {kind}, {target} after {after:.1f} s{'' if one.was_there else ' (not there)'}, "
                 f"{one.finished} finished, exit {one.codes}, {time.monotonic() - started:.0f} s, load "
                 f"{os.getloadavg()[0]:.1f}: {'; '.join(one.wrong) or 'all there once'}",
                 flush=True,
