@@ -400,11 +400,11 @@ class Scheduler:
         if finished.measurement is not None:
             keys = self._keys(member, wanted)
             assert keys is not None
-            entry = self._entry(member, wanted)
             measurement = finished.measurement
             if wanted.job.is_timed:
                 timing = "concurrent" if member.beside else "exclusive"
                 measurement = replace(measurement, record=measurement.record | {"timing": timing})
+            entry = self._entry(member, wanted)
             answer = Done(measurement, keys, entry, is_fresh=True, seconds=seconds, worker=worker)
             self._keep(wanted, answer)
         for one in alike:
