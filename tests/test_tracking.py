@@ -321,6 +321,7 @@ def test_several_at_a_time_log_what_one_does(study, empty_mlflow, monkeypatch):
     assert synchronise() == 0
     one = contents()
     shutil.copyfile(empty_mlflow, "several.db")
+    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOL_SIZE", "8")  # set for the whole process: not for tests to come
     monkeypatch.setattr(tracking, "writers_for", lambda uri: 4)
     assert synchronise(store("several.db")) == 0
     assert contents(store("several.db")) == one

@@ -29,6 +29,7 @@ from streamllm.results.mlflow_address import (
     experiment_id,
     experiment_name,
     is_databricks,
+    is_server,
     runs_page,
     shown_at,
     store_uri,
@@ -479,7 +480,7 @@ def mlflow_client(tracking_uri: str | None, writers: int = 1) -> MlflowClient:
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the result's
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # asking again is ours: only then is nothing repeated
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    if writers > 1:
+    if writers > 1 and not is_server(tracking_uri):
         os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOL_SIZE", str(CONNECTIONS))
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
