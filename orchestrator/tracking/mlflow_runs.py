@@ -474,7 +474,7 @@ def find_experiment(client: MlflowClient) -> Experiment:
     return experiment
 
 
-def mlflow_client(tracking_uri: str | None, writers: int = 1) -> MlflowClient:
+def mlflow_client(tracking_uri: str, writers: int = 1) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the result's
