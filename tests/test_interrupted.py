@@ -54,7 +54,7 @@ def runs_of(folder):
 def test_ended_at_every_moment_and_started_again(start, tmp_path):
     stdout, stderr = tmp_path / "stdout", tmp_path / "stderr"
     process = start("never")
-    wait_until(lambda: not process.is_alive() or (stderr.exists() and "[1/" in stderr.read_text()), 300)
+    wait_until(lambda: not process.is_alive() or (stderr.exists() and "[ 1/" in stderr.read_text()), 300)
 
     def interrupted():
         """Asked for again each time: a library may be in no state to take it."""
@@ -122,7 +122,7 @@ def test_the_first_ctrl_c_does_not_reach_what_follows(tmp_path):
 
 def begun(process, stderr):
     """Waits until the first trial is finished."""
-    wait_until(lambda: not process.is_alive() or (stderr.exists() and "[1/" in stderr.read_text()), 300)
+    wait_until(lambda: not process.is_alive() or (stderr.exists() and "[ 1/" in stderr.read_text()), 300)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
