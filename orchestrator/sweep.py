@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import math
-import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -91,6 +89,7 @@ def _sweep(
     from .tracking.follower import Tracker
     from .tracking.mlflow_runs import Projection
     from .trials_file import TrialsFile
+    from .workers.cluster import quiet_stdout
 
     what, sampler, folder = configuration.identity, configuration.search.sampler, configuration.folder
     study = Study(what.study, configuration.journal, what.space, what.cap, what.seed, sampler)
@@ -103,7 +102,7 @@ def _sweep(
     _introduce(configuration, study, display)
     observers: list[Observer] = [trials, display, tracker]
     with kept(copy, folder, display.note):
-        with display, _quiet_stdout():
+        with display, quiet_stdout():
             measured = _measure(configuration, study, observers, display, until, ending)
         if not measured.is_written:
             return measured.code
@@ -202,14 +201,6 @@ def _worker_setup(configuration: SweepConfiguration) -> WorkerSetup:
         model_digest=what.model_digest,
         environment=settings_for_workers(),
     )
-
-
-@contextmanager
-def _quiet_stdout() -> Iterator[None]:
-    """Ray prints paragraphs about its workers' ends there, whatever it is told of logs. Nothing of ours goes there
-    while it runs."""
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-        yield
 
 
 def _with_the_cores_of(study: Study, workers: WorkerSettings) -> WorkerSettings:

@@ -74,6 +74,7 @@ def _measure_all(
     from ..scheduler import Scheduler
     from ..screen.workers import WorkersView
     from ..timing import Timing
+    from ..workers.cluster import quiet_stdout
     from ..workers.messages import SweepError
     from ..workers.pool import WorkerPool
 
@@ -84,7 +85,7 @@ def _measure_all(
         return "FINISHED", 0
     pool, setup = None, _setup(plan, left)
     try:
-        with messages_on_stderr(), WorkersView(_info) as view:
+        with messages_on_stderr(), quiet_stdout(), WorkersView(_info) as view:
             pool = WorkerPool(setup, _settings(plan.workers), note=_info)
             same = SameMachine(documents, _info)
             turns = Timing(plan.workers.timing, study.folder, _info)

@@ -10,9 +10,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import chdir, suppress
+from contextlib import chdir, contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -72,6 +72,14 @@ class Cluster:
 
     def free(self, resource: str) -> float:
         return float(self._ray.available_resources().get(resource, 0))
+
+
+@contextmanager
+def quiet_stdout() -> Iterator[None]:
+    """Ray prints paragraphs about its workers' ends there, whatever it is told of logs. Nothing of ours goes there
+    while it runs."""
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+        yield
 
 
 def resources_here(address: str | None) -> dict[str, float] | None:
