@@ -16,10 +16,11 @@ from streamllm.files import explained
 from streamllm.results.schema import Row, told_name
 from streamllm.results.study import BASELINE, STRICT
 
-from .scheduler import JobError, Scheduler
+from .scheduler import Scheduler
 from .search.rows import failed_row, fixed_configuration, fixed_row, increases, trial_row
 from .search.sampling import BaselineSample
 from .search.study import OpenTrial, Study
+from .waiting import JobError
 from .workers.messages import Subject, SweepError, UnwritableError, Variant
 
 if TYPE_CHECKING:

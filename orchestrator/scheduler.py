@@ -9,9 +9,9 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import islice
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from streamllm.engine.methods import METHODS
 from streamllm.errors import UsageError
@@ -21,6 +21,8 @@ from streamllm.measuring.keys import Keys
 from streamllm.measuring.store import Measurement, MeasurementStore, StoreError, code_digest, entry_name
 from streamllm.measuring.text import TokenStream
 
+from .nodes import Member, Node
+from .waiting import JobError, Running, Waiting, Wanted
 from .workers.kinds import Kind, kind_of
 from .workers.messages import Assignment, Subject, SweepError, Variant, WorkerDescription
 from .workers.pool import Finished
@@ -34,15 +36,6 @@ _DEATHS = 2
 """Workers that end on a job before it counts as failed."""
 _LOOK_AHEAD = 32
 """Jobs among which a worker finds one of a model that it has loaded."""
-
-
-class JobError(RuntimeError):
-    """A job that cannot be measured; the message says why."""
-
-    def __init__(self, reason: str, unavailable: bool = False) -> None:
-        super().__init__(reason)
-        self.unavailable = unavailable
-        """It cannot be had here, or with this model: no failure."""
 
 
 class Pool(Protocol):
@@ -87,72 +80,6 @@ class InTurn:
         pass
 
 
-@dataclass(slots=True, eq=False)
-class _Running(Generic[T]):
-    """A plan on its way."""
-
-    plan: Plan[T]
-    subject: Subject
-    then: Callable[[T | JobError], None]
-    died: Callable[[], int]
-    """Told of a worker that ended on a job of it; says how many have."""
-    worker: int | None = None
-    """That measures all of it."""
-    kind: Kind = ()
-    """Of that worker."""
-    stays: bool = False
-    """It is of no use on another worker."""
-    beside: bool = False
-    """Its timings run beside others, whatever these are."""
-    asked: Sequence[Assignment] = ()
-    results: dict[Assignment, Done | None] = field(default_factory=dict)
-
-
-@dataclass(slots=True, eq=False)
-class _Wanted:
-    """A job that plans wait for."""
-
-    assignment: Assignment
-    plans: list[_Running[Any]]
-
-    @property
-    def job(self) -> Job:
-        return self.assignment.job
-
-
-@dataclass(slots=True)
-class _Node:
-    """What runs on one machine."""
-
-    is_cpu: bool
-    workers: Counter[Kind] = field(default_factory=Counter)
-    computing: int = 0
-    timing: int = 0
-    is_taken: bool = False
-    """Whether something runs that nothing may run beside."""
-    reserved: tuple[int, _Wanted] | None = None
-    """A worker, and the timing that it begins when all others there have ended."""
-
-    @property
-    def is_free(self) -> bool:
-        return not self.computing and not self.timing
-
-
-@dataclass(slots=True)
-class _Member:
-    """A worker that is ready."""
-
-    node: _Node
-    kind: Kind
-    models: set[Variant]
-    doing: _Wanted | None = None
-    beside: bool = False
-    """It is timing, and others may be timed meanwhile."""
-    asks: Variant | None = None
-    """It is loading that, to say under which conditions it would measure."""
-    since: float = 0.0
-
-
 class Scheduler:
     def __init__(
         self,
@@ -175,16 +102,16 @@ class Scheduler:
         self._check = check
         self._texts: dict[str, TokenStream] = {}
         self._conditions: dict[tuple[Kind, Variant], Conditions] = {}
-        self._nodes: dict[str, _Node] = {}
-        self._members: dict[int, _Member] = {}
+        self._nodes: dict[str, Node] = {}
+        self._members: dict[int, Member] = {}
         self._starting: set[int] = set()
         """Workers that died, in whose place others are started."""
-        self._wanted: dict[Assignment, _Wanted] = {}
-        self._computing: deque[_Wanted] = deque()
-        self._timing: deque[_Wanted] = deque()
-        self._staying: deque[_Wanted] = deque()
+        self._waiting = Waiting(self._enqueue)
+        self._computing: deque[Wanted] = deque()
+        self._timing: deque[Wanted] = deque()
+        self._staying: deque[Wanted] = deque()
         """Jobs of plans that one worker measures all of."""
-        self._measuring: dict[str, list[_Wanted]] = {}
+        self._measuring: dict[str, list[Wanted]] = {}
         """Who waits for what is being measured, by its name in the store."""
 
     @property
@@ -200,12 +127,12 @@ class Scheduler:
     @property
     def has_idle(self) -> bool:
         """Whether some worker has nothing to do, nor waits for what is reserved for it."""
-        return any(member.doing is None and not _holds(worker, member) for worker, member in self._members.items())
+        return any(member.doing is None and not member.holds(worker) for worker, member in self._members.items())
 
     @property
     def is_working(self) -> bool:
         """Whether anybody waits for results that is not only trying out a worker."""
-        return any(not wanted.plans or not wanted.plans[0].stays for wanted in self._wanted.values())
+        return not self._waiting.is_empty
 
     def members(self) -> dict[Kind, dict[str, list[int]]]:
         """The workers that are ready: by kind, and by machine."""
@@ -265,10 +192,10 @@ class Scheduler:
             then(JobError("its worker has ended"))
             return
         deaths = itertools.count(_DEATHS if stays else 1)
-        running = _Running(plan, subject, then, died or (lambda: next(deaths)), on, stays=stays, beside=beside)
+        running = Running(plan, subject, then, died or (lambda: next(deaths)), on, stays=stays, beside=beside)
         if on is not None:
             running.kind = self._members[on].kind
-        self._proceed(running, None)
+        self._waiting.proceed(running, None)
 
     def step(self, timeout: float = 0.5) -> None:
         """Takes in what was finished within `timeout` seconds, and gives idle workers something to do. Raises
@@ -279,63 +206,14 @@ class Scheduler:
         self._turns.look(self)
         self.assign()
 
-    # Plans.
-
-    def _proceed(self, running: _Running[T], answer: Sequence[Done | None] | JobError | None) -> None:
-        """Sends a plan what it waited for, and asks for what it wants next."""
-        if isinstance(answer, JobError):
-            self._forget(running)
-        running.asked, running.results = (), {}
-        try:
-            if isinstance(answer, JobError):
-                jobs = running.plan.throw(answer)
-            else:
-                jobs = next(running.plan) if answer is None else running.plan.send(answer)
-        except StopIteration as end:
-            running.then(end.value)
-            return
-        except JobError as error:
-            running.then(error)
-            return
-        running.asked = [Assignment.of(running.subject, job) for job in jobs]
-        for assignment in dict.fromkeys(running.asked):
-            self._want(assignment, running)
-
-    def _want(self, assignment: Assignment, running: _Running[Any]) -> None:
-        wanted = self._wanted.get(assignment)
-        if wanted is not None:
-            wanted.plans.append(running)
-            return
-        wanted = self._wanted[assignment] = _Wanted(assignment, [running])
+    def _enqueue(self, wanted: Wanted) -> None:
         queue = self._queue_of(wanted)
-        (queue.appendleft if running.stays else queue.append)(wanted)
+        (queue.appendleft if wanted.plans[0].stays else queue.append)(wanted)
 
-    def _queue_of(self, wanted: _Wanted) -> deque[_Wanted]:
+    def _queue_of(self, wanted: Wanted) -> deque[Wanted]:
         if wanted.plans and wanted.plans[0].worker is not None:
             return self._staying
         return self._timing if wanted.job.is_timed else self._computing
-
-    def _forget(self, running: _Running[Any]) -> None:
-        """What nobody else waits for is not begun any more."""
-        for assignment in running.asked:
-            wanted = self._wanted.get(assignment)
-            if wanted is not None and running in wanted.plans:
-                wanted.plans.remove(running)
-                if not wanted.plans:
-                    del self._wanted[assignment]
-
-    def _settle(self, wanted: _Wanted, answer: Done | JobError | None) -> None:
-        """Tells all who wait for it."""
-        if self._wanted.get(wanted.assignment) is wanted:
-            del self._wanted[wanted.assignment]
-        plans, wanted.plans = wanted.plans, []
-        for running in plans:
-            if isinstance(answer, JobError):
-                self._proceed(running, answer)
-                continue
-            running.results[wanted.assignment] = answer
-            if all(assignment in running.results for assignment in running.asked):
-                self._proceed(running, [running.results[assignment] for assignment in running.asked])
 
     # What workers say.
 
@@ -360,10 +238,10 @@ class Scheduler:
             )
         if not self._check(worker, description):
             return
-        node = self._nodes.setdefault(description["host"], _Node(description["device_type"] == "cpu"))
+        node = self._nodes.setdefault(description["host"], Node(description["device_type"] == "cpu"))
         kind = kind_of(conditions.kind)
         self._conditions[kind, self._first] = conditions
-        self._members[worker] = _Member(node, kind, {self._first})
+        self._members[worker] = Member(node, kind, {self._first})
         node.workers[kind] += 1
         self._starting.discard(worker)
         for watcher in self._watchers:
@@ -371,15 +249,12 @@ class Scheduler:
         for warning in description["warnings"]:
             self._note(f"warning: worker {worker}: {warning}")
 
-    def _ended(self, worker: int, member: _Member, finished: Finished) -> None:
+    def _ended(self, worker: int, member: Member, finished: Finished) -> None:
         """What it was doing, whatever came of it; or the worker itself."""
         wanted, asked, seconds = member.doing, member.asks, time.monotonic() - member.since
         member.doing = member.asks = None
         if wanted is not None:
-            timed = wanted.job.is_timed and asked is None
-            member.node.timing -= timed
-            member.node.computing -= not timed
-            member.node.is_taken = False
+            member.node.ends(wanted.job.is_timed and asked is None)
         if finished.died:
             self._leave(worker, member, finished.lost)
         for watcher in self._watchers:
@@ -408,9 +283,9 @@ class Scheduler:
             answer = Done(measurement, keys, entry, is_fresh=True, seconds=seconds, worker=worker)
             self._keep(wanted, answer)
         for one in alike:
-            self._settle(one, answer)
+            self._waiting.settle(one, answer)
 
-    def _leave(self, worker: int, member: _Member, is_lost: bool) -> None:
+    def _leave(self, worker: int, member: Member, is_lost: bool) -> None:
         del self._members[worker]
         member.node.workers -= Counter([member.kind])
         if not is_lost:
@@ -420,18 +295,18 @@ class Scheduler:
             self._queue_of(reserved[1]).appendleft(reserved[1])
         for wanted in [one for one in self._staying if any(p.stays and p.worker == worker for p in one.plans)]:
             self._staying.remove(wanted)
-            self._settle(wanted, JobError("its worker has ended"))
+            self._waiting.settle(wanted, JobError("its worker has ended"))
 
-    def _died_on(self, wanted: _Wanted, reason: str) -> None:
+    def _died_on(self, wanted: Wanted, reason: str) -> None:
         """A job that took a worker down is tried once more, by whoever is free first; one that raised would raise
         again."""
         given_up = JobError(f"quarantined: {_DEATHS} workers ended on it: {reason}")
         for running in [running for running in wanted.plans if running.died() >= _DEATHS]:
-            self._proceed(running, given_up)
+            self._waiting.proceed(running, given_up)
         if wanted.plans:
             self._queue_of(wanted).append(wanted)
 
-    def _keep(self, wanted: _Wanted, done: Done) -> None:
+    def _keep(self, wanted: Wanted, done: Done) -> None:
         """Raises SweepError where the store takes nothing more."""
         if wanted.job.kind == "times":
             return
@@ -447,7 +322,7 @@ class Scheduler:
                 self._give(worker, member, wanted)
         self._check_staying()
 
-    def _next(self, worker: int, member: _Member) -> _Wanted | None:
+    def _next(self, worker: int, member: Member) -> Wanted | None:
         node = member.node
         if node.is_taken:
             return None
@@ -467,29 +342,29 @@ class Scheduler:
             return None
         return _taken(self._computing, member)
 
-    def _may_time(self, node: _Node) -> bool:
+    def _may_time(self, node: Node) -> bool:
         return not node.timing or self._is_side_by_side(node)
 
-    def _is_side_by_side(self, node: _Node) -> bool:
+    def _is_side_by_side(self, node: Node) -> bool:
         """Whether workers of the node may be timed at once: never on a CPU, nor accelerators of several kinds."""
         if node.is_cpu or len(node.workers) != 1:
             return False
         ((kind, count),) = node.workers.items()
         return self._turns.side_by_side(kind, count)
 
-    def _is_beside(self, node: _Node, wanted: _Wanted) -> bool:
+    def _is_beside(self, node: Node, wanted: Wanted) -> bool:
         """Whether others of the node may be timed meanwhile; beside what is measured again to be sure, never."""
         if any(running.beside for running in wanted.plans):
             return not node.is_cpu
         return wanted.job.is_timed and not wanted.job.run and self._is_side_by_side(node)
 
-    def _is_alone(self, node: _Node, wanted: _Wanted) -> bool:
+    def _is_alone(self, node: Node, wanted: Wanted) -> bool:
         """Whether nothing may run on the node beside it: on a CPU, where all share caches, memory and clock; and what
         is measured again to be sure."""
         again = wanted.job.run != 0 and not any(running.beside for running in wanted.plans)
         return wanted.job.is_timed and (node.is_cpu or again)
 
-    def _staying_for(self, worker: int, member: _Member) -> _Wanted | None:
+    def _staying_for(self, worker: int, member: Member) -> Wanted | None:
         for wanted in self._staying:
             (running,) = wanted.plans or (None,)
             if running is None:
@@ -507,7 +382,7 @@ class Scheduler:
         if wanted and not self._starting and not wanted & {member.kind for member in self._members.values()}:
             raise SweepError("no worker is left of the kind that times were taken on")
 
-    def _give(self, worker: int, member: _Member, wanted: _Wanted) -> None:
+    def _give(self, worker: int, member: Member, wanted: Wanted) -> None:
         """Or settles it by what the store has."""
         if not wanted.plans:  # nobody waits for it any more
             return
@@ -515,18 +390,18 @@ class Scheduler:
         keys = self._keys(member, wanted)
         if keys is None:
             member.doing, member.asks, member.since = wanted, subject.variant, time.monotonic()
-            member.node.computing += 1
+            member.node.begins(timing=False)
             self._pool.ask_conditions(worker, subject.variant)
             return
         try:
             key = keys.of(wanted.job)
         except UsageError as error:  # its method can do nothing with the policy
-            self._settle(wanted, JobError(str(error)))
+            self._waiting.settle(wanted, JobError(str(error)))
             return
         beside = self._is_beside(member.node, wanted)
         found = self._stored(key, wanted.job, beside)
         if found is not None or wanted.job.peek:
-            self._settle(
+            self._waiting.settle(
                 wanted, None if found is None else Done(found, keys, entry_name(key), is_fresh=False, worker=worker)
             )
             return
@@ -537,10 +412,7 @@ class Scheduler:
         self._measuring[entry] = [wanted]
         member.doing, member.beside, member.since = wanted, beside, time.monotonic()
         member.models |= {subject.variant}
-        timed = wanted.job.is_timed
-        member.node.timing += timed
-        member.node.computing += not timed
-        member.node.is_taken = self._is_alone(member.node, wanted)
+        member.node.begins(wanted.job.is_timed, self._is_alone(member.node, wanted))
         self._pool.submit(worker, wanted.assignment._replace(side_by_side=beside))
         for watcher in self._watchers:
             watcher.job_started(worker, wanted.job)
@@ -550,7 +422,7 @@ class Scheduler:
         found = self._store.get(key) if job.kind != "times" else None
         return None if found is not None and found.record.get("timing") == "concurrent" and not beside else found
 
-    def _keys(self, member: _Member, wanted: _Wanted) -> Keys | None:
+    def _keys(self, member: Member, wanted: Wanted) -> Keys | None:
         """None if it is not known what the worker would measure it under."""
         subject = wanted.assignment.subject
         conditions = self._conditions.get((member.kind, subject.variant))
@@ -561,7 +433,7 @@ class Scheduler:
             beside = self._conditions[member.kind, subject.beside].model_digest
         return Keys(conditions, self._texts[subject.text], subject.total, beside)
 
-    def _entry(self, member: _Member, wanted: _Wanted) -> str:
+    def _entry(self, member: Member, wanted: Wanted) -> str:
         keys = self._keys(member, wanted)
         assert keys is not None
         return entry_name(keys.of(wanted.job))
@@ -576,12 +448,7 @@ def _storing() -> Iterator[None]:
         raise SweepError(str(error)) from error
 
 
-def _holds(worker: int, member: _Member) -> bool:
-    reserved = member.node.reserved
-    return reserved is not None and reserved[0] == worker
-
-
-def _taken(queue: deque[_Wanted], member: _Member) -> _Wanted | None:
+def _taken(queue: deque[Wanted], member: Member) -> Wanted | None:
     """The first that somebody still waits for; of a few, rather one of a model that the worker has."""
     while queue and not queue[0].plans:
         queue.popleft()

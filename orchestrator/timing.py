@@ -28,7 +28,8 @@ from streamllm.results.checks import checked_timing
 from streamllm.results.damaged import DamagedError, keep_aside, read_json
 from streamllm.results.study_folder import StudyFolder
 
-from .scheduler import JobError, Scheduler
+from .scheduler import Scheduler
+from .waiting import JobError
 from .workers.kinds import Kind, kind_of
 from .workers.messages import UnwritableError
 

@@ -6,7 +6,8 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from orchestrator.scheduler import JobError, Scheduler
+from orchestrator.scheduler import Scheduler
+from orchestrator.waiting import JobError
 from orchestrator.workers.kinds import kind_of
 from orchestrator.workers.messages import Subject, SweepError, Variant
 from orchestrator.workers.pool import Finished

@@ -11,7 +11,7 @@ from streamllm.measuring.baseline import as_baseline, average, baseline_policy, 
 from streamllm.measuring.reference_time import with_times
 from streamllm.results.schema import Row
 
-from ..scheduler import JobError
+from ..waiting import JobError
 from .plan import Outcome, Planned
 
 if TYPE_CHECKING:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from streamllm.measuring.text import TextSource, TokenStream
 
     from ..configuration import WorkerSettings
-    from ..scheduler import JobError, Scheduler
+    from ..scheduler import Scheduler
+    from ..waiting import JobError
     from ..workers.messages import Subject, WorkerDescription, WorkerSetup
 
 _TITLES = {"wikitext": "WikiText-103", "pg19": "PG19"}

@@ -23,7 +23,8 @@ from streamllm.results.damaged import read_lines
 from streamllm.results.schema import AnyRow
 from streamllm.results.study_folder import StudyFolder, append_line
 
-from ..scheduler import JobError, Scheduler
+from ..scheduler import Scheduler
+from ..waiting import JobError
 from ..workers.messages import Subject
 
 if TYPE_CHECKING:
