@@ -44,7 +44,7 @@ TARGETS = {
     "Ray's head": ("gcs_server", signal.SIGKILL),
     "the node's raylet": ("raylet/raylet", signal.SIGKILL),
 }
-_LATEST_SEC = 25.0
+_LATEST_SEC = 12.0
 _LIMIT_SEC = 300.0
 _STARTS = 4
 
