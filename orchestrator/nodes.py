@@ -45,8 +45,12 @@ class Member:
 
     node: Node
     kind: Kind
+    alike: str
+    """The same for all that would measure under the same conditions."""
     models: set[Variant]
     doing: Wanted | None = None
+    entry: str = ""
+    """The name in the store of what it is measuring."""
     beside: bool = False
     """It is timing, and others may be timed meanwhile."""
     asks: Variant | None = None

@@ -5,11 +5,12 @@ by a worker: a quality anywhere, a time where nothing disturbs it.
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -101,7 +102,8 @@ class Scheduler:
         self._watchers = watchers
         self._check = check
         self._texts: dict[str, TokenStream] = {}
-        self._conditions: dict[tuple[Kind, Variant], Conditions] = {}
+        self._conditions: dict[tuple[str, Variant], Conditions] = {}
+        """Of workers that have the same with the model as loaded first."""
         self._nodes: dict[str, Node] = {}
         self._members: dict[int, Member] = {}
         self._starting: set[int] = set()
@@ -192,7 +194,8 @@ class Scheduler:
             then(JobError("its worker has ended"))
             return
         deaths = itertools.count(_DEATHS if stays else 1)
-        running = Running(plan, subject, then, died or (lambda: next(deaths)), on, stays=stays, beside=beside)
+        count = died or (lambda: next(deaths))
+        running = Running(plan, subject, then, count, worker=on, stays=stays, beside=beside)
         if on is not None:
             running.kind = self._members[on].kind
         self._waiting.proceed(running, None)
@@ -236,14 +239,15 @@ class Scheduler:
                 f"{description['host']} has other code of streamllm-sweep than this machine: install the same version "
                 f"on all nodes"
             )
+        self._starting.discard(worker)
         if not self._check(worker, description):
             return
         node = self._nodes.setdefault(description["host"], Node(description["device_type"] == "cpu"))
         kind = kind_of(conditions.kind)
-        self._conditions[kind, self._first] = conditions
-        self._members[worker] = Member(node, kind, {self._first})
+        alike = json.dumps(asdict(conditions), sort_keys=True)
+        self._conditions[alike, self._first] = conditions
+        self._members[worker] = Member(node, kind, alike, {self._first})
         node.workers[kind] += 1
-        self._starting.discard(worker)
         for watcher in self._watchers:
             watcher.worker_ready(worker, description)
         for warning in description["warnings"]:
@@ -262,11 +266,11 @@ class Scheduler:
         if wanted is None:
             return
         if finished.conditions is not None and asked is not None:
-            self._conditions[member.kind, asked] = finished.conditions
+            self._conditions[member.alike, asked] = finished.conditions
             member.models.add(asked)
             self._queue_of(wanted).appendleft(wanted)
             return
-        alike = [wanted] if asked is not None else self._measuring.pop(self._entry(member, wanted), [wanted])
+        alike = [wanted] if asked is not None else self._measuring.pop(member.entry)
         if finished.died:
             for one in alike:
                 self._died_on(one, str(finished.error))
@@ -279,8 +283,7 @@ class Scheduler:
             if wanted.job.is_timed:
                 timing = "concurrent" if member.beside else "exclusive"
                 measurement = replace(measurement, record=measurement.record | {"timing": timing})
-            entry = self._entry(member, wanted)
-            answer = Done(measurement, keys, entry, is_fresh=True, seconds=seconds, worker=worker)
+            answer = Done(measurement, keys, member.entry, is_fresh=True, seconds=seconds, worker=worker)
             self._keep(wanted, answer)
         for one in alike:
             self._waiting.settle(one, answer)
@@ -301,8 +304,12 @@ class Scheduler:
         """A job that took a worker down is tried once more, by whoever is free first; one that raised would raise
         again."""
         given_up = JobError(f"quarantined: {_DEATHS} workers ended on it: {reason}")
-        for running in [running for running in wanted.plans if running.died() >= _DEATHS]:
-            self._waiting.proceed(running, given_up)
+        wanted.deaths += 1
+        for running in list(wanted.plans):
+            if wanted.deaths > running.deaths:  # or a node that takes several of its jobs along would count as often
+                running.deaths, running.deaths_in_all = wanted.deaths, running.died()
+            if running.deaths_in_all - running.deaths + wanted.deaths >= _DEATHS:
+                self._waiting.proceed(running, given_up)
         if wanted.plans:
             self._queue_of(wanted).append(wanted)
 
@@ -369,9 +376,11 @@ class Scheduler:
             (running,) = wanted.plans or (None,)
             if running is None:
                 continue
-            if running.worker not in self._members and running.kind == member.kind:
+            if running.kind != member.kind:
+                continue
+            before = self._members.get(running.worker) if running.worker is not None else None
+            if running.worker == worker or before is None or before.kind != running.kind:
                 running.worker = worker
-            if running.worker == worker:
                 self._staying.remove(wanted)
                 return wanted
         return None
@@ -410,7 +419,7 @@ class Scheduler:
             alike.append(wanted)
             return
         self._measuring[entry] = [wanted]
-        member.doing, member.beside, member.since = wanted, beside, time.monotonic()
+        member.doing, member.entry, member.beside, member.since = wanted, entry, beside, time.monotonic()
         member.models |= {subject.variant}
         member.node.begins(wanted.job.is_timed, self._is_alone(member.node, wanted))
         self._pool.submit(worker, wanted.assignment._replace(side_by_side=beside))
@@ -425,18 +434,13 @@ class Scheduler:
     def _keys(self, member: Member, wanted: Wanted) -> Keys | None:
         """None if it is not known what the worker would measure it under."""
         subject = wanted.assignment.subject
-        conditions = self._conditions.get((member.kind, subject.variant))
+        conditions = self._conditions.get((member.alike, subject.variant))
         if conditions is None:
             return None
         beside = None
         if subject.beside is not None:
-            beside = self._conditions[member.kind, subject.beside].model_digest
+            beside = self._conditions[member.alike, subject.beside].model_digest
         return Keys(conditions, self._texts[subject.text], subject.total, beside)
-
-    def _entry(self, member: Member, wanted: Wanted) -> str:
-        keys = self._keys(member, wanted)
-        assert keys is not None
-        return entry_name(keys.of(wanted.job))
 
 
 @contextmanager

@@ -231,6 +231,8 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, kinds: Kinds, di
     while added and results.baseline is not None and driver.comparison is not None:
         display.confirming(len(chosen) + 1, rounds)
         fixed = results.baseline
+        while not driver.scheduler.ready:  # the last trial may have taken the only one along
+            driver.scheduler.step()
         kind = kinds.to_confirm(driver.scheduler.members())
         taken = take_rounds(folder, driver.scheduler, driver.subject, [fixed, *chosen], rounds, until, kind)
         failed = {trial: reason for one in taken for trial, reason in one.failed.items()}

@@ -31,7 +31,10 @@ class Running(Generic[T]):
     subject: Subject
     then: Callable[[T | JobError], None]
     died: Callable[[], int]
-    """Told of a worker that ended on a job of it; says how many have."""
+    """Told of workers that ended on one of its jobs; says how often it was told, in all starts of a sweep."""
+    deaths: int = 0
+    """Workers at most that ended on one job of it, since it was started."""
+    deaths_in_all: int = 0
     worker: int | None = None
     """That measures all of it."""
     kind: Kind = ()
@@ -50,6 +53,8 @@ class Wanted:
 
     assignment: Assignment
     plans: list[Running[Any]]
+    deaths: int = 0
+    """Workers that ended on it."""
 
     @property
     def job(self) -> Job:

@@ -246,6 +246,12 @@ def test_without_workers_it_ends_with_the_reason_and_no_round_is_kept(run, tmp_p
     assert len(lost.submitted) == 1 and read_rounds(StudyFolder(tmp_path)) == []
 
 
+def test_rounds_whose_kind_of_worker_is_not_there_end(tmp_path):
+    of = ready(PretendPool(), tmp_path)
+    with pytest.raises(SweepError, match="no worker of its kind is left"):
+        take_rounds(StudyFolder(tmp_path), of, subject(), ROWS, 1, kind=kind_of(KIND | {"device": "gone"}))
+
+
 @pytest.mark.parametrize("drift", [lambda at: 1.0, lambda at: 1.0 + at, lambda at: 1.0 + (at > 0.5)])
 def test_clocks_that_drift_make_no_false_certainty(drift):
     """With known truth: two of the same policy 2% apart, one 10% slower and better, one 5% slower and dominated for

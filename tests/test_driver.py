@@ -180,6 +180,21 @@ def test_a_dead_workers_trial_is_tried_again_and_a_deadly_one_given_up(drive):
     assert len(deaths) == 1 + 2 * 2
 
 
+def test_a_node_that_dies_with_both_jobs_of_a_trial_costs_it_one_attempt(drive):
+    """Not two, which would quarantine it."""
+    gone = []
+
+    def answer(worker, job):
+        if job.what.policy.n_sink == 1 and job.kind in ("quality", "speed") and (job.kind, job.what) not in gone:
+            gone.append((job.kind, job.what))
+            return Finished(worker, error="the node died", died=True)
+        return measured(job)
+
+    nodes = [description(f"node {number}") for number in range(3)]
+    study, _ = drive(PretendPool(answer=answer, descriptions=nodes), 6)
+    assert len(gone) == 4 and {row["state"] for row in study.rows} == {"complete"}
+
+
 def test_a_deadly_trial_is_quarantined_over_several_starts(drive):
     deaths = []
 

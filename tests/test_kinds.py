@@ -12,6 +12,7 @@ from dashboards.tables.formats import FORMATS
 from dashboards.tables.table import pareto_table
 from orchestrator.search.rounds import take_rounds
 from orchestrator.workers.kinds import Kinds, kind_of
+from orchestrator.workers.messages import SweepError
 from orchestrator.workers.pool import Finished
 from streamllm.results.schema import Row
 from streamllm.results.study import load_study
@@ -97,6 +98,19 @@ def test_a_worker_that_comes_back_elsewhere_takes_no_part_in_a_round(tmp_path):
     taken = take_rounds(StudyFolder(tmp_path), ready(pool, tmp_path), subject(), ROWS, 2, kind=kind_of(ONE))
     assert [worker for worker, _ in pool.asked] == [0, 1, 1, 1, 1, 1, 1], "no turn in the second round either"
     assert {time["device"] for one in taken for time in one.times.values()} == {"EPYC"}
+
+
+def test_a_round_does_not_go_on_on_a_worker_that_came_back_as_another_kind(tmp_path):
+    """Though it has the number of the one that died, and no other is free."""
+
+    def answer(worker, job):
+        pool.descriptions[0] = description(kind=ONE | {"device": "Xeon"})
+        return Finished(worker, error="died", died=True)
+
+    pool = PretendPool(answer=answer, descriptions=[description(kind=ONE)])
+    with pytest.raises(SweepError, match="no worker is left of the kind"):
+        take_rounds(StudyFolder(tmp_path), ready(pool, tmp_path), subject(), ROWS, 1, kind=kind_of(ONE))
+    assert len(pool.submitted) == 1
 
 
 def test_who_timed_the_rounds_takes_the_place_of_who_searched(tmp_path):

@@ -283,6 +283,28 @@ def test_rounds_take_the_times_of_all_cells_again_in_turn(run, evaluations, caps
     assert run(BACKENDS, "--confirm", "2") == 0 and len(evaluations.calls) == 12
 
 
+def test_a_cell_that_cannot_be_confirmed_stays_as_it_was(run, evaluations, capsys):
+    assert run(BACKENDS) == 0
+    before = run.results()
+    evaluations.raises = {5: RuntimeError("out of luck")}
+    assert run(BACKENDS, "--confirm", "1") == 0
+    assert "(Backend: math) cannot be confirmed: RuntimeError: out of luck" in capsys.readouterr().err
+    after = run.results()
+    math, flash = (f"tokens_main_backend-{name}" for name in ("math", "flash"))
+    assert after[math] == before[math] and after[flash]["rounds"] == 1
+
+
+def test_a_folder_of_another_study_is_left_alone(run, capsys):
+    assert run(BACKENDS) == 0
+    rows = (run.folder / "trials.jsonl").read_text()
+    settings = json.loads((run.folder / "sweep.json").read_text())
+    for other in (settings | {"model": "another"}, settings | {"space": {"name": "default"}}):
+        (run.folder / "sweep.json").write_text(json.dumps(other))
+        assert run(BACKENDS) == 2
+        assert "study 's' exists, with " in capsys.readouterr().err
+        assert (run.folder / "trials.jsonl").read_text() == rows
+
+
 def test_nothing_finished_is_measured_again(run, evaluations, capsys):
     """Killed in its third evaluation, it goes on with that one."""
     evaluations.raises = {3: KeyboardInterrupt()}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from streamllm.configuration import Configuration
-from streamllm.errors import UnavailableError
+from streamllm.errors import UnavailableError, UsageError
 from streamllm.measuring.baseline import as_baseline, average, baseline_policy, compared, row_of
 from streamllm.measuring.reference_time import with_times
 from streamllm.results.schema import Row
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from streamllm.measuring.quality import QualityComparison
     from streamllm.measuring.sample import SampleSize
     from streamllm.measuring.text import TokenStream
+    from streamllm.policy import EvictionPolicy
 
 Said = Callable[[str], None]
 
@@ -30,6 +31,23 @@ Said = Callable[[str], None]
 def total_of(planned: Planned, trained_length: int | None) -> int:
     """Total KV of the reference that a cell is measured beside."""
     return baseline_policy(planned.policy, planned.cell.protocol, trained_length).kept
+
+
+def baseline_of(planned: Planned, trained_length: int | None) -> EvictionPolicy:
+    """The policy of what a cell is compared with."""
+    if planned.baseline != "recompute":
+        return planned.policy
+    return baseline_policy(planned.policy, planned.cell.protocol, trained_length)
+
+
+def policy_measured(planned: Planned, trained_length: int | None) -> EvictionPolicy:
+    """The policy that a cell's row has, as far as it is known beforehand."""
+    if planned.cell.method == planned.baseline:
+        return baseline_of(planned, trained_length)
+    try:
+        return Configuration(planned.cell.method, planned.policy).effective
+    except UsageError:  # the method can do nothing with it
+        return planned.policy
 
 
 def check(planned: Planned) -> None:
@@ -61,10 +79,7 @@ def measure(
     def beside(losses: np.ndarray | None = None) -> QualityComparison | None:
         return None if strict is None else QualityComparison(strict, losses)
 
-    policy = planned.policy
-    if planned.baseline == "recompute":
-        policy = baseline_policy(policy, cell.protocol, trained_length)
-    what = Configuration(planned.baseline, policy, cell.attn_backend)
+    what = Configuration(planned.baseline, baseline_of(planned, trained_length), cell.attn_backend)
     say("  evaluating the baseline...")
     runs = yield from _runs(planned, what, text, rounds, size, kept)
     baseline = average([(as_baseline(row, losses, beside(losses)), losses) for row, losses in runs])
@@ -120,10 +135,12 @@ def _runs(
 ) -> Plan[list[Measured]]:
     """The measurement and, in rounds, the same again."""
     from streamllm.measuring import plans
+    from streamllm.measuring.sample import AsItIs
 
     found: list[Measured] = []
     for run in range(rounds + 1):
-        evaluated = yield from plans.whole(planned.cell.protocol, what, text, run, size)
+        enough = size if not rounds or size is None else AsItIs()  # rounds are about times
+        evaluated = yield from plans.whole(planned.cell.protocol, what, text, run, enough)
         kept(evaluated)
         found.append((row_of(what, planned.cell.protocol, evaluated), evaluated.losses))
     return found

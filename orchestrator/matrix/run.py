@@ -24,6 +24,7 @@ from ..copies import bring_back, kept
 from ..ending import WORDS, Ending
 from ..workers.kinds import Kind, kind_of, unquantized
 from ..workers.lease import study_lease
+from ..workers.messages import SweepError
 from . import cells
 from .plan import Document, MatrixPlan, MatrixRequest, Outcome, Planned, cost, describe, make_plan
 from .study import MatrixStudy
@@ -58,10 +59,15 @@ def run_matrix(request: MatrixRequest, dry_run: bool, ending: Ending, tracking_u
             try:
                 status, code = _measure_all(plan, documents, study, ending)
             except UsageError:
-                study.folder.write_outcome("FAILED")
+                study.end("FAILED", [], ending, _info)
                 raise
             finished = [documents[planned.file] for planned in plan.cells if planned.file in documents]
-            study.end(status, _conclude(plan, finished), ending, _info)
+            try:
+                paths = _conclude(plan, finished)
+            except (OSError, ValueError) as error:  # the results are complete without it
+                _info(f"warning: tables and figures could not be written: {error}")
+                paths = []
+            study.end(status, paths, ending, _info)
     return code
 
 
@@ -76,7 +82,6 @@ def _measure_all(
     from ..screen.workers import WorkersView
     from ..timing import Timing
     from ..workers.cluster import quiet_stdout
-    from ..workers.messages import SweepError
     from ..workers.pool import WorkerPool
 
     done = [planned for planned in plan.cells if plan.is_finished(planned, documents)]
@@ -94,9 +99,10 @@ def _measure_all(
             for rounds in range(plan.rounds + 1):
                 if rounds:
                     _info(f"confirming: round {rounds} of {plan.rounds}")
-                _Matrix(plan, documents, scheduler, same, study, rounds).run(
-                    [planned for planned in left if not plan.is_finished(planned, documents, rounds)]
-                )
+                wanted = [planned for planned in left if not plan.is_finished(planned, documents, rounds)]
+                if rounds:
+                    wanted = [planned for planned in wanted if plan.is_finished(planned, documents, rounds - 1)]
+                _Matrix(plan, documents, scheduler, same, study, rounds).run(wanted)
     except SweepError as error:
         _info(f"error: {error}; the same command goes on from here")
         return "FAILED", 1
@@ -156,6 +162,8 @@ class _Matrix:
         self._left.extend(sorted(left, key=_by_model(left)))
         while self._left or self._running:
             self._scheduler.step()
+            if not self._scheduler.ready and not self._scheduler.is_restarting and self._same.has_refused:
+                raise SweepError("no worker is left of the kind that the first cells were measured on")
             while self._left and self._scheduler.has_idle and len(self._running) < self._scheduler.ready:
                 self._begin(self._left.popleft())
                 self._scheduler.assign()
@@ -212,6 +220,10 @@ class _Matrix:
     def _ended(self, planned: Planned, result: Outcome | JobError | UsageError) -> None:
         from ..configuration import commit
 
+        if isinstance(result, Exception) and self._rounds:  # what was measured before is not lost with it
+            del self._running[planned.file]
+            _info(f"warning: {title(self._plan, planned)} cannot be confirmed: {result}")
+            return
         outcome = cells.unavailable(result) if isinstance(result, Exception) else result
         document: Document = {
             "cell": planned.file.stem,
@@ -243,6 +255,7 @@ class SameMachine:
         self._finished = {file: one for file, one in documents.items() if one["state"] == "complete"}
         self._note = note
         self._kind: Kind | None = None
+        self.has_refused = False
 
     def check(self, worker: int, description: WorkerDescription) -> bool:
         """Whether it may take part. Raises UsageError if finished cells were measured on another kind of worker, or
@@ -259,6 +272,7 @@ class SameMachine:
         kind = kind_of(conditions.kind)
         self._kind = self._kind or kind
         if kind != self._kind:
+            self.has_refused = True
             self._note(f"warning: worker {worker} is of another kind than the first, and measures nothing")
         return kind == self._kind
 

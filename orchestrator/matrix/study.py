@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from streamllm.errors import UsageError
+from streamllm.files import explained
 from streamllm.measuring.store import MeasurementStore
 from streamllm.results.schema import Row
 from streamllm.results.study_folder import StudyFolder
@@ -15,6 +17,8 @@ from streamllm.terminal.printing import say
 
 from ..configuration import commit, versions
 from ..trials_file import TrialsFile
+from ..workers.messages import UnwritableError
+from . import cells
 from .plan import Document, MatrixPlan, Planned
 
 if TYPE_CHECKING:
@@ -36,6 +40,7 @@ class MatrixStudy:
         self._tracking_uri = tracking_uri
         self.folder = StudyFolder(plan.folder)
         known, _ = self.folder.known_configuration()
+        _check_same(plan, known)
         settings = _settings(plan, str((known or {}).get("study_id") or uuid.uuid4().hex))
         self.folder.write_configuration(settings)
         rows = [self.row(planned, documents[planned.file]) for planned in plan.cells if planned.file in documents]
@@ -44,7 +49,10 @@ class MatrixStudy:
 
     def finished(self, planned: Planned, document: Document) -> None:
         row = self.row(planned, document)
-        self._trials.trial_finished(row)
+        try:
+            self._trials.trial_finished(row)
+        except OSError as error:
+            raise UnwritableError(f"the study cannot be written: {explained(error)}") from error
         self._tracker.trial_finished(row)
 
     def row(self, planned: Planned, document: Document) -> Row:
@@ -57,13 +65,14 @@ class MatrixStudy:
         }
         if document["state"] == "complete":
             result = document["streaming"] if "streaming" in document else document["baseline"]
-            return Row.from_json(dict(result), planned.file.stem) | about | {"state": "complete", "feasible": True}
+            about |= {"state": "complete", "feasible": True, "quantization": planned.cell.quantization}
+            return Row.from_json(dict(result), planned.file.stem) | about
         cell = planned.cell
         reason = ("not to be had: " if document["state"] == "unavailable" else "") + document["reason"]
         about |= {"state": "failed", "reason": reason, "feasible": False, "method": cell.method}
-        about |= {"backend_requested": cell.attn_backend, "execution": cell.execution, "dtype": cell.dtype}
+        about |= {"backend_requested": cell.attn_backend, "execution": cell.execution}
         about |= {"quantization": cell.quantization, "protocol": cell.protocol, "dataset": planned.source.label}
-        return Row.of(about | asdict(planned.policy))
+        return Row.of(about | asdict(cells.policy_measured(planned, self._plan.trained_length)))
 
     def end(self, status: str, files: Sequence[Path], ending: Ending, note: Callable[[str], None]) -> None:
         """Writes how it ended and the report, and waits until MLflow has everything."""
@@ -74,12 +83,25 @@ class MatrixStudy:
         from ..tracking.mlflow_runs import Report
 
         self.folder.write_outcome(status)
-        report = write_report(load_study(str(self.folder.path)))
-        say(f"report    {report}")
-        whole = Report([*files, report, self.folder.configuration], [self._plan.matrix.description])
+        try:
+            files = [*files, write_report(load_study(str(self.folder.path)))]
+            say(f"report    {files[-1]}")
+        except (OSError, ValueError) as error:  # the results are complete without it
+            note(f"warning: the report could not be written: {error}")
+        whole = Report([*files, self.folder.configuration], [self._plan.matrix.description])
         finish_tracking(self._tracker, whole, self.folder.path, ending, note, lambda _: None, self._tracking_uri)
         if self._tracker.address:
             say(f"MLflow    {self._tracker.address}")
+
+
+def _check_same(plan: MatrixPlan, known: Mapping[str, Any] | None) -> None:
+    """Raises UsageError where the folder has a search, or another matrix."""
+    space = {} if known is None else known.get("space", {})
+    if known is None or ("columns" in space and (space["name"], known["model"]) == (plan.matrix.name, plan.model)):
+        return
+    raise UsageError(
+        f"study {plan.name!r} exists, with {known['model']} and space {space.get('name', '?')!r}; give another --study"
+    )
 
 
 def _settings(plan: MatrixPlan, study_id: str) -> dict[str, Any]:

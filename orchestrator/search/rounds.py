@@ -25,7 +25,7 @@ from streamllm.results.study_folder import StudyFolder, append_line
 
 from ..scheduler import Scheduler
 from ..waiting import JobError
-from ..workers.messages import Subject
+from ..workers.messages import Subject, SweepError
 
 if TYPE_CHECKING:
     from ..workers.kinds import Kind
@@ -86,6 +86,8 @@ def take_rounds(
     while rounds.running or (rounds.missing(count) and rounds.fits(until)):
         while rounds.missing(count) and rounds.fits(until) and (worker := rounds.next_worker(kind)) is not None:
             rounds.begin(worker)
+        if not rounds.running and not scheduler.is_restarting and kind not in scheduler.members():
+            raise SweepError("the front could not be confirmed: no worker of its kind is left")
         scheduler.assign()
         scheduler.step()
     return rounds.found

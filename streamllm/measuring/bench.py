@@ -70,6 +70,8 @@ class Bench:
     def measure(self, job: Job, strict: bool = False, progress: Progress | None = None) -> Measurement:
         """strict: an attention backend that does not run is an error. Raises NonFiniteLossError, UnsupportedModelError;
         UsageError for a text that is not the model's, and where that cannot be measured here."""
+        if (most := int(self.stream.tokens.max())) >= self.loaded.vocabulary:
+            raise UsageError(f"text {self.stream.label!r}: token {most} is not one of the {self.loaded.vocabulary}")
         if job.kind == "quality":
             return self._quality(job, progress)
         if job.kind == "speed":
@@ -78,8 +80,6 @@ class Bench:
 
     def _quality(self, job: Job, progress: Progress | None) -> Measurement:
         tokens, window = self.stream.tokens, job.what.policy.kept
-        if (most := int(tokens.max())) >= self.loaded.vocabulary:
-            raise UsageError(f"text {self.stream.label!r}: token {most} is not one of the {self.loaded.vocabulary}")
         positions = None
         if job.batch is not None:
             positions = next(islice(sample_batches(len(tokens), window), job.batch, None))
@@ -111,6 +111,7 @@ class Bench:
         with self.leases.timing():
             evaluate = PROTOCOLS[job.protocol].get()
             quality, record = evaluate(self.loaded, prepared, self.stream, self.reference, progress)
+        record["peak_memory_mb"] -= self.neighbours()
         return Measurement(record | {"backend_requested": what.backend}, quality.table)
 
     def _prepared(self, what: Configuration, strict: bool = False) -> Configuration:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
-
-import numpy as np
 
 from ..configuration import Configuration
 from ..engine.decoding import Progress
@@ -17,8 +15,8 @@ from .bench import Bench
 from .jobs import Done, Job, Plan
 from .keys import Keys
 from .plans import Evaluated
-from .sample import SampleSize
-from .store import MeasurementStore, entry_name
+from .sample import AsItIs, SampleSize
+from .store import Measurement, MeasurementStore, entry_name
 from .text import TokenStream
 
 T = TypeVar("T")
@@ -58,7 +56,7 @@ class Measurements:
     def _done(self, job: Job, strict: bool, progress: Progress | None) -> Done | None:
         keys = self.keys
         key = keys.of(job)
-        found = self.store.get(key)
+        found = self._found(key)
         if found is not None:
             return Done(found, keys, entry_name(key), is_fresh=False)
         if job.peek:
@@ -90,7 +88,7 @@ class Measurements:
 
     def find(self, protocol: str, what: Configuration, run: int = 0) -> Evaluated | None:
         """What `whole` would return, of a sample as it is, if it is stored."""
-        size = _AsItIs() if protocol == "fast" and sampled_losses(what.method) is not None else None
+        size = AsItIs() if protocol == "fast" and sampled_losses(what.method) is not None else None
         try:
             return self._kept(_run(plans.whole(protocol, what, self.stream, run, size), self._stored))
         except LookupError:
@@ -99,26 +97,21 @@ class Measurements:
     def _stored(self, job: Job) -> Done | None:
         """Raises LookupError."""
         key = self.keys.of(job)
-        found = self.store.get(key)
+        found = self._found(key)
         if found is not None:
             return Done(found, self.keys, entry_name(key), is_fresh=False)
         if job.peek:
             return None
         raise LookupError(str(job))
 
+    def _found(self, key: Mapping[str, object]) -> Measurement | None:
+        """What was timed beside others is no measurement of this process."""
+        found = self.store.get(key)
+        return None if found is not None and found.record.get("timing") == "concurrent" else found
+
     def _kept(self, evaluated: Evaluated) -> Evaluated:
         plans.keep_sample(self.store, evaluated)
         return evaluated
-
-
-class _AsItIs:
-    """A sample's size that is enough as soon as there is any."""
-
-    def reached(self, table: np.ndarray) -> bool:
-        return True
-
-    def expected(self, table: np.ndarray) -> int:
-        return len(table)
 
 
 def _run(plan: Plan[T], do: Callable[[Job], Done | None]) -> T:

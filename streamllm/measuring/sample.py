@@ -67,6 +67,16 @@ class FixedSize:
         return self.tokens
 
 
+class AsItIs:
+    """Enough as soon as there is any."""
+
+    def reached(self, table: np.ndarray) -> bool:
+        return True
+
+    def expected(self, table: np.ndarray) -> int:
+        return len(table)
+
+
 @dataclass(frozen=True, slots=True)
 class AutoSize:
     """Until perplexity is known to `PRECISION_PERCENT`, or for so many seconds: `LEAST_TOKENS` to `MOST_TOKENS`."""
