@@ -303,6 +303,11 @@ def test_more_than_the_cluster_has_is_refused(sweep, count, options, message):
         sweep([0]).pool(count, WithoutModel, **options)
 
 
+def one_node_is_left():
+    """Ray notices a node's end after a while, and gives it workers until then."""
+    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, 60, what="the end of added nodes")
+
+
 @pytest.fixture
 def faked_gpus(cluster, monkeypatch):
     """Ray on a node of its own believes in two GPUs whose numbers no machine has, so that torch never finds them;
@@ -318,7 +323,7 @@ def faked_gpus(cluster, monkeypatch):
     yield add
     for node in nodes:
         cluster.remove_node(node)
-    wait_until(lambda: sum(node["Alive"] for node in ray.nodes()) == 1, 60, what="the end of the nodes with faked GPUs")
+    one_node_is_left()
 
 
 @pytest.mark.parametrize("setting", ["", "1"])
@@ -386,6 +391,7 @@ def test_nodes_share_no_folder_with_the_driver(sweep, cluster, tmp_path):
         rows = sweep.run(OnAnotherDisk, count=4, watcher=there).rows
     finally:
         cluster.remove_node(node)
+        one_node_is_left()
     assert {row["state"] for row in rows} == {"complete"} and len(rows) == 4
     folders = {description["directory"] for description in there.descriptions}
     assert len(folders) > 1 and not [path for folder in folders for path in Path(folder).iterdir()]
