@@ -75,7 +75,7 @@ class OnAnotherDisk(Quick):
 
 class Slow(WithoutModel):
     def measure(self, assignment, text):
-        time.sleep(0.15)
+        time.sleep(0.3)  # a signal must find it at work
         return super().measure(assignment, text)
 
 

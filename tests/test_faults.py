@@ -10,7 +10,6 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import ray
 import torch
@@ -37,7 +36,6 @@ from streamllm.engine.loading import weights_digest
 from streamllm.errors import UsageError
 from streamllm.measuring import store as store_module
 from streamllm.measuring.jobs import Job
-from streamllm.measuring.store import MeasurementStore
 from streamllm.measuring.text import TextSource, load_tokens
 from streamllm.policy import EvictionPolicy
 
@@ -47,7 +45,6 @@ from .faulty_workers import (
     Faulty,
     Hanging,
     NeverReady,
-    OnAnotherDisk,
     OnNodes,
     ShortOfMemory,
     Telling,
@@ -355,7 +352,7 @@ def test_workers_see_no_accelerator_of_this_machine():
 
 
 class Nodes(Log):
-    """Adds a node when the baseline is there, kills it when a trial has started on it."""
+    """Adds a node when the first worker is there, kills it when a job has started on it."""
 
     def __init__(self, cluster, folder):
         super().__init__()
@@ -365,6 +362,8 @@ class Nodes(Log):
         """Of each worker, the node that it was on last."""
 
     def worker_ready(self, worker, description):
+        if not self.hosts:
+            self.node = self.cluster.add_node(num_cpus=1)
         self.hosts[worker] = description["node"]
 
     def worker_idle(self, worker):
@@ -376,11 +375,6 @@ class Nodes(Log):
         if is_added:
             self.cluster.remove_node(self.node, allow_graceful=False)
             (self.folder / "killed").touch()
-
-    def trial_finished(self, row):
-        super().trial_finished(row)
-        if row["trial"] == "baseline":
-            self.node = self.cluster.add_node(num_cpus=1)
 
 
 def test_nodes_share_no_folder_with_the_driver(sweep, cluster, tmp_path):
