@@ -10,6 +10,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 import torch
@@ -36,6 +37,7 @@ from streamllm.engine.loading import weights_digest
 from streamllm.errors import UsageError
 from streamllm.measuring import store as store_module
 from streamllm.measuring.jobs import Job
+from streamllm.measuring.store import MeasurementStore
 from streamllm.measuring.text import TextSource, load_tokens
 from streamllm.policy import EvictionPolicy
 
@@ -45,6 +47,7 @@ from .faulty_workers import (
     Faulty,
     Hanging,
     NeverReady,
+    OnAnotherDisk,
     OnNodes,
     ShortOfMemory,
     Telling,
