@@ -44,7 +44,7 @@ def conclude(
     """Tables, figures, the recommendation, MLflow, and what to type next.
 
     tracking_uri: of MLflow, as far as the command line gave one."""
-    from .tracking.mlflow_runs import one_line
+    from .tracking.client import one_line
 
     results = load_study(str(configuration.output))
     files = [configuration.folder.configuration]

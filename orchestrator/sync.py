@@ -55,7 +55,8 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     from streamllm.results.study_folder import rows_and_damage
 
     from .conclusion import report_of, write_outputs
-    from .tracking.mlflow_runs import Projection, one_line
+    from .tracking.client import one_line
+    from .tracking.mlflow_runs import Projection
 
     results = load_study(folder)
     rows, _ = rows_and_damage(

@@ -10,7 +10,7 @@ import pytest
 
 from dashboards.drawing.style import LABELS
 from dashboards.tables.columns import COLUMNS
-from orchestrator.tracking import mlflow_runs as tracking
+from orchestrator.tracking.row_in_mlflow import METRICS
 from search_spaces.knobs import LEAST, USUAL
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy
@@ -60,4 +60,4 @@ def test_what_shows_and_searches_follows_from_the_fields():
     assert {knob.parameter for knob in KNOBS} == {*LEAST, *USUAL}
     assert all(FIELDS[told_name(name)].mlflow == "metric" and LABELS[name] for name in OBJECTIVES)
     titles = [column.header for column in COLUMNS]
-    assert len(set(titles)) == len(titles) and all(FIELDS[name].header for name in tracking._METRICS)
+    assert len(set(titles)) == len(titles) and all(FIELDS[name].header for name in METRICS)

@@ -96,13 +96,12 @@ def _measure_all(
             same = SameMachine(documents, _info)
             turns = Timing(plan.workers.timing, study.folder, _info)
             scheduler = Scheduler(pool, MeasurementStore(plan.store), setup.variant, _info, [view], same.check, turns)
-            for rounds in range(plan.rounds + 1):
-                if rounds:
-                    _info(f"confirming: round {rounds} of {plan.rounds}")
-                wanted = [planned for planned in left if not plan.is_finished(planned, documents, rounds)]
-                if rounds:
-                    wanted = [planned for planned in wanted if plan.is_finished(planned, documents, rounds - 1)]
-                _Matrix(plan, documents, scheduler, same, study, rounds).run(wanted)
+            matrix = _Matrix(plan, documents, scheduler, same, study)
+            matrix.run([planned for planned in left if not plan.is_finished(planned, documents, 0)])
+            for rounds in range(1, plan.rounds + 1):
+                _info(f"confirming: round {rounds} of {plan.rounds}")
+                due = [planned for planned in left if not plan.is_finished(planned, documents, rounds)]
+                matrix.run([planned for planned in due if plan.is_finished(planned, documents, rounds - 1)], rounds)
     except SweepError as error:
         _info(f"error: {error}; the same command goes on from here")
         return "FAILED", 1
@@ -143,22 +142,21 @@ class _Matrix:
         scheduler: Scheduler,
         same: SameMachine,
         study: MatrixStudy,
-        rounds: int,
     ) -> None:
-        """rounds: how often what was measured before has been, or will be, measured again."""
         self._plan = plan
         self._documents = documents
         self._scheduler = scheduler
         self._same = same
         self._study = study
-        self._rounds = rounds
+        self._rounds = 0
         self._left: deque[Planned] = deque()
         self._running: dict[Path, float] = {}
         """Files of cells, and since when they are measured, by the monotonic clock."""
         self._texts: dict[TextSource, TokenStream | UsageError] = {}
 
-    def run(self, left: Sequence[Planned]) -> None:
-        """Raises SweepError, UsageError."""
+    def run(self, left: Sequence[Planned], rounds: int = 0) -> None:
+        """rounds: how often what was measured has then been measured again. Raises SweepError, UsageError."""
+        self._rounds = rounds
         self._left.extend(sorted(left, key=_by_model(left)))
         while self._left or self._running:
             self._scheduler.step()

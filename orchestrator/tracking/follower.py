@@ -25,7 +25,8 @@ from streamllm.results.schema import Row
 from streamllm.results.study import load_study
 
 from ..trials_file import TrialsFile
-from .mlflow_runs import Projection, Report, one_line
+from .client import one_line
+from .mlflow_runs import Projection, Report
 
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 1.0, 60.0
 _DEATHS = 3

@@ -8,12 +8,8 @@ the files, one ends it.
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import math
-import os
-import re
 import shutil
 import tempfile
 import time
@@ -26,29 +22,23 @@ from typing import TYPE_CHECKING, Any
 from streamllm.measuring.reference_time import ReferencePool
 from streamllm.measuring.store import MeasurementStore
 from streamllm.results.mlflow_address import (
-    experiment_id,
-    experiment_name,
     is_databricks,
-    is_server,
     runs_page,
     shown_at,
     store_uri,
 )
-from streamllm.results.schema import FIELDS, FORMAT, KNOBS, POLICY_KNOBS, AnyRow, Row, knobs_in_short, told_name
-from streamllm.results.study import FIXED, STRICT, VIEW, StudyResults, view_of
+from streamllm.results.schema import FIELDS, FORMAT, POLICY_KNOBS, AnyRow, Row, told_name
+from streamllm.results.study import STRICT, VIEW, StudyResults, view_of
 
+from .client import find_experiment, is_refusal, mlflow_client, one_line
 from .database_lock import opening
 from .remedies import ExperimentDeletedError, with_remedy
-from .writers import CONNECTIONS, writers_for, written
+from .row_in_mlflow import METRICS, PARAMS, dataset_of, digest_of, is_number, params_of, run_name, tags_of
+from .writers import writers_for, written
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-    from mlflow.entities import DatasetInput, Experiment, Run
+    from mlflow.entities import Experiment, Run
 
-_PARAMS = (*(field.name for field in KNOBS), "dtype")
-_TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if field.mlflow == "tag"}
-"""Name in a row -> tag."""
-_METRICS = tuple(field.name for field in FIELDS.values() if field.mlflow == "metric")
 _AT_THE_END = tuple(field.name for field in FIELDS.values() if field.final)
 _IN_MS = ("tpot_ms", "tpot_ms_low", "tpot_ms_high", "decode_toks_per_sec")
 """What follows from a ratio and the median of all reference times."""
@@ -224,7 +214,7 @@ class Projection:
             with self._advising():
                 self._log(row, timed)
         except Exception as error:
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
             self.refused.append(f"trial {row['trial']}: {one_line(error)}")
 
@@ -232,7 +222,7 @@ class Projection:
         """timed: the row with its milliseconds, which are no part of its digest: they move with every trial."""
         from mlflow.entities import Metric, Param, RunTag
 
-        trial, digest = str(row["trial"]), _digest(_LOGGED, json.dumps(dict(row), sort_keys=True))
+        trial, digest = str(row["trial"]), digest_of(_LOGGED, json.dumps(dict(row), sort_keys=True))
         if self._digests.get(trial) == digest:
             return
         ended = int(1000 * row["finished_at"])
@@ -243,11 +233,11 @@ class Projection:
         if run is None:
             started = ended - (0 if row.get("reused") else int(1000 * row.get("runtime_sec", 0)))
             tags |= {PARENT: self._runs[""], "pareto": "False"}
-            created = self._client.create_run(self._experiment, started, tags, _run_name(row)).info
+            created = self._client.create_run(self._experiment, started, tags, run_name(row)).info
             run, files = created.run_id, created.artifact_uri
             self._runs[trial] = run
             tags = {}
-        metrics = [f"{name}{end}" for name in _METRICS for end in ("", "_low", "_high")]
+        metrics = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
         self._client.log_batch(
             run,
             metrics=[Metric(name, float(timed[name]), ended, 0) for name in metrics if is_number(timed.get(name))],
@@ -265,7 +255,7 @@ class Projection:
         anew: MLflow lets no param change. It is kept, where no search for the study finds it."""
         run = self._client.get_run(self._runs[trial])
         tags, params = run.data.tags, run.data.params
-        if all(str(row[name]) == params[name] for name in _PARAMS if name in params and name in row):
+        if all(str(row[name]) == params[name] for name in PARAMS if name in params and name in row):
             return
         found_by = [name for name in ("study", "pareto", "study_id", "trial") if name in tags]
         for name, value in [(_REPLACED, "True"), *((f"{_REPLACED}.{name}", tags[name]) for name in found_by)]:
@@ -374,7 +364,7 @@ class Projection:
         try:
             self._client.log_inputs(run, [dataset])
         except Exception as error:  # of several who name a data set that is new to the experiment, one may
-            if not _is_refusal(error):
+            if not is_refusal(error):
                 raise
             self._client.log_inputs(run, [dataset])
 
@@ -409,7 +399,7 @@ class Projection:
 
     def _attach(self, report: Report) -> None:
         """Files for the parent, unless it has just these; the description says what was found and shows the front."""
-        digest = _digest(self._link, *report.findings, *(path.read_bytes() for path in report.files))
+        digest = digest_of(self._link, *report.findings, *(path.read_bytes() for path in report.files))
         parent = self._runs[""]
         if self._client.get_run(parent).data.tags.get(_DIGEST) == digest:
             return
@@ -430,74 +420,6 @@ def shortened(note: str) -> str:
     return "\n".join([*lines[:kept], "", f"({len(lines) - kept} more lines are in the artifact pareto.md)"])
 
 
-def tags_of(row: AnyRow) -> dict[str, str]:
-    words = {tag: row[name] for name, tag in _TAGS.items() if row.get(name) is not None}
-    return {tag: str(value)[:5000] for tag, value in words.items()}
-
-
-def params_of(row: AnyRow) -> dict[str, str]:
-    return {name: str(row[name]) for name in _PARAMS if name in row}
-
-
-def is_number(value: object) -> bool:
-    """One that MLflow takes as a metric on every store."""
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def dataset_of(row: AnyRow, program: str) -> DatasetInput | None:
-    """For the column "Dataset", where the row names one; nothing is read again. program: what has read it."""
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    if (name := row.get("dataset")) is None:
-        return None
-    tokens = row.get("n_tokens")
-    digest = row.get("text_digest") or _digest(name, str(tokens))
-    source = {"tags": {"mlflow.source.name": program}}
-    profile = None if tokens is None else json.dumps({"tokens": tokens})
-    dataset = Dataset(str(name)[:500], digest[:36], "code", json.dumps(source), profile=profile)
-    return DatasetInput(dataset, [InputTag("mlflow.data.context", "evaluation")])
-
-
-def find_experiment(client: MlflowClient) -> Experiment:
-    """The one of all our runs, which may be a deleted one; created if there is none."""
-    from mlflow.exceptions import MlflowException
-
-    name = experiment_name()
-    if (wanted := experiment_id()) is not None:
-        return client.get_experiment(wanted)
-    if (experiment := client.get_experiment_by_name(name)) is None:
-        try:
-            experiment = client.get_experiment(client.create_experiment(name))
-        except MlflowException:  # another process may have been faster
-            if (experiment := client.get_experiment_by_name(name)) is None:
-                raise
-    return experiment
-
-
-def mlflow_client(tracking_uri: str, writers: int = 1) -> MlflowClient:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the result's
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # asking again is ours: only then is nothing repeated
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    if writers > 1 and not is_server(tracking_uri):
-        os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOL_SIZE", str(CONNECTIONS))
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri)
-
-
-def _is_refusal(error: Exception) -> bool:
-    """An answer that will be the same next time: not of a server that is away, or where runs or all of the experiment
-    were deleted."""
-    from mlflow.exceptions import MlflowException
-
-    if not isinstance(error, MlflowException) or error.get_http_status_code() != 400:
-        return False
-    return "must be in the 'active' state" not in str(error)
-
-
 def _final_metrics(row: AnyRow, before: Mapping[str, float]) -> dict[str, float]:
     """For a trial that was confirmed before and is no longer, this is taken back: no rounds, a probability of NaN."""
     names = [f"{name}{end}" for name in _AT_THE_END for end in ("", "_low", "_high")]
@@ -512,26 +434,3 @@ def _same(name: str, one: float | None, other: float) -> bool:
         return False
     moved = _MOVED if name in _IN_MS else 0.0
     return math.isclose(one, other, rel_tol=moved) or (math.isnan(one) and math.isnan(other))
-
-
-def _digest(*parts: str | bytes) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part if isinstance(part, bytes) else part.encode())
-    return digest.hexdigest()[:16]
-
-
-def one_line(error: Exception) -> str:
-    """What went wrong and, where that is known, what to do about it."""
-    text = " ".join(str(error).split())
-    what, failed, _ = text.partition(" failed with exception ")  # what comes after it are the layers of the HTTP client
-    remedies = getattr(error, "__notes__", [])
-    if remedies:  # in place of MLflow's own, and of the query
-        what = re.split(r"\. | \[SQL: |\(Background", what)[0]
-    return "; ".join([f"{type(error).__name__}: {what[:200]}{' failed' if failed else ''}", *remedies])
-
-
-def _run_name(row: AnyRow) -> str:
-    if row["trial"] in FIXED:
-        return str(row["trial"])
-    return f"{row['trial']:03d} {row['method']} {knobs_in_short(row)} {row['backend_requested']}"

@@ -17,20 +17,11 @@ from streamllm.results.schema import ENDS, FIELDS, AnyRow
 from streamllm.terminal.tracking import Result
 
 from ..configuration import commit
+from .client import find_experiment, mlflow_client, one_line
 from .database_lock import opening
-from .mlflow_runs import (
-    NOTE,
-    PARENT,
-    dataset_of,
-    find_experiment,
-    is_number,
-    mlflow_client,
-    one_line,
-    params_of,
-    shortened,
-    tags_of,
-)
+from .mlflow_runs import NOTE, PARENT, shortened
 from .remedies import ExperimentDeletedError, with_remedy
+from .row_in_mlflow import dataset_of, is_number, params_of, tags_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
