@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
-from streamllm.files import explained
 from streamllm.results.schema import Row, told_name
 from streamllm.results.study import BASELINE, STRICT
 
@@ -20,8 +18,9 @@ from .scheduler import Scheduler
 from .search.rows import failed_row, fixed_configuration, fixed_row, increases, trial_row
 from .search.sampling import BaselineSample
 from .search.study import OpenTrial, Study
+from .unwritable import writing
 from .waiting import JobError
-from .workers.messages import Subject, SweepError, UnwritableError, Variant
+from .workers.messages import Subject, SweepError, Variant
 
 if TYPE_CHECKING:
     import numpy as np
@@ -252,34 +251,23 @@ class Driver:
 
     def _died(self, number: int) -> int:
         """How many workers have ended on a trial, this one included."""
-        with _writing():
+        with writing():
             return self.study.died(number)
 
     def _ask(self) -> OpenTrial | None:
-        with _writing():
+        with writing():
             return self.study.ask()
 
     def _tell(self, trial: OpenTrial, row: Row) -> None:
-        with _writing():
+        with writing():
             judged = self.study.tell(trial.number, row)
         self._announce(judged)
 
     def _announce(self, row: Row) -> None:
-        with _writing():
+        with writing():
             for observer in self.observers:
                 observer.trial_finished(row)
 
 
 def _limited(space: SearchSpace) -> list[str]:
     return [constraint.metric for constraint in space.constraints]
-
-
-@contextmanager
-def _writing() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise UnwritableError(
-            f"the study cannot be written: {explained(error)}, then give the same command again; what is finished is "
-            f"kept"
-        ) from error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from search_spaces import is_matrix
 from streamllm.environment import read_env_file
 from streamllm.errors import UsageError
 from streamllm.files import remove_torn
-from streamllm.results.study_folder import write_rows
+from streamllm.results.study_folder import StudyFolder, write_rows
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command
 
@@ -138,8 +138,9 @@ def _measure(
     from .driver import Driver
     from .scheduler import Scheduler
     from .timing import Timing
+    from .unwritable import UnwritableError, writing
     from .workers.kinds import Kinds
-    from .workers.messages import SweepError, UnwritableError
+    from .workers.messages import SweepError
     from .workers.pool import WorkerPool
 
     what, search, rounds = configuration.identity, configuration.search, configuration.confirm.rounds
@@ -169,7 +170,8 @@ def _measure(
         )
         driver.run()
         if rounds:
-            _confirm(configuration, driver, kinds, display, until)
+            with writing():
+                _confirm(configuration, driver, kinds, display, until)
         status, code = "FINISHED", 0
     except UnwritableError as error:
         display.note(f"error: {error}")
@@ -182,11 +184,24 @@ def _measure(
         display.note(WORDS)
         status, code = "KILLED", ending.exit_code
     finally:
-        if status is not None:
-            configuration.folder.write_outcome(status)
+        is_written = status is not None and _takes(configuration.folder, status, display.note)
         if pool is not None:
             pool.shutdown()
-    return _Measured(code, status is not None, driver.increases(store.losses) if driver is not None else ())
+    found = driver.increases(store.losses) if driver is not None else ()
+    return _Measured(code if is_written else code or 1, is_written, found)
+
+
+def _takes(folder: StudyFolder, status: str, note: Callable[[str], None]) -> bool:
+    """Whether the folder could be told how the sweep ended."""
+    from .unwritable import UnwritableError, writing
+
+    try:
+        with writing():
+            folder.write_outcome(status)
+    except UnwritableError as error:
+        note(f"error: {error}")
+        return False
+    return True
 
 
 def _worker_setup(configuration: SweepConfiguration) -> WorkerSetup:

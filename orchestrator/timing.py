@@ -21,7 +21,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any, Literal
 
 from streamllm.configuration import Configuration
-from streamllm.files import explained, write_atomically
+from streamllm.files import write_atomically
 from streamllm.measuring.jobs import Done, Job, Plan
 from streamllm.policy import EvictionPolicy
 from streamllm.results.checks import checked_timing
@@ -29,9 +29,9 @@ from streamllm.results.damaged import DamagedError, keep_aside, read_json
 from streamllm.results.study_folder import StudyFolder
 
 from .scheduler import Scheduler
+from .unwritable import writing
 from .waiting import JobError
 from .workers.kinds import Kind, kind_of
-from .workers.messages import UnwritableError
 
 if TYPE_CHECKING:
     from streamllm.measuring.quality import Estimate
@@ -277,7 +277,5 @@ def _read(folder: StudyFolder) -> list[Calibration]:
 
 def _write(folder: StudyFolder, known: Iterable[Calibration]) -> None:
     """Raises UnwritableError."""
-    try:
+    with writing(str(folder.timing)):
         write_atomically(folder.timing, json.dumps({"nodes": [one.to_json() for one in known]}, indent=2) + "\n")
-    except OSError as error:
-        raise UnwritableError(f"{folder.timing} cannot be written: {explained(error)}") from error

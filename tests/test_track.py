@@ -97,7 +97,7 @@ def test_an_evaluation_and_the_baseline_that_was_measured_for_it(capsys):
 
 def test_several_baselines_are_runs_below_their_mean(capsys):
     said, errors = run_command(capsys, "baseline", "--runs", "2", "--protocol", "decode-loop", "--max-eval-tokens",
-                               "40", "--tracking-uri", "sqlite:///mlflow.db")  # fmt: skip
+                               "40", "--tracking-uri", f"sqlite:///{Path('mlflow.db').absolute()}")  # fmt: skip
     assert not [line for line in errors if "not logged" in line], errors
     mean, *single_runs = runs()
     assert [run.data.tags["mlflow.parentRunId"] for run in single_runs] == 2 * [mean.info.run_id]

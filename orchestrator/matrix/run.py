@@ -22,6 +22,7 @@ from streamllm.terminal.printing import say
 
 from ..copies import bring_back, kept
 from ..ending import WORDS, Ending
+from ..unwritable import UnwritableError, writing
 from ..workers.kinds import Kind, kind_of, unquantized
 from ..workers.lease import study_lease
 from ..workers.messages import SweepError
@@ -57,17 +58,25 @@ def run_matrix(request: MatrixRequest, dry_run: bool, ending: Ending, tracking_u
         study = MatrixStudy(plan, documents, tracking_uri)
         with kept(request.copy, study.folder, _info):
             try:
-                status, code = _measure_all(plan, documents, study, ending)
-            except UsageError:
-                study.end("FAILED", [], ending, _info)
-                raise
-            finished = [documents[planned.file] for planned in plan.cells if planned.file in documents]
-            try:
-                paths = _conclude(plan, finished)
-            except (OSError, ValueError) as error:  # the results are complete without it
-                _info(f"warning: tables and figures could not be written: {error}")
-                paths = []
-            study.end(status, paths, ending, _info)
+                return _run(plan, documents, study, ending)
+            except UnwritableError as error:
+                _info(f"error: {error}")
+                return 1
+
+
+def _run(plan: MatrixPlan, documents: dict[Path, Document], study: MatrixStudy, ending: Ending) -> int:
+    try:
+        status, code = _measure_all(plan, documents, study, ending)
+    except UsageError:
+        study.end("FAILED", [], ending, _info)
+        raise
+    finished = [documents[planned.file] for planned in plan.cells if planned.file in documents]
+    try:
+        paths = _conclude(plan, finished)
+    except (OSError, ValueError) as error:  # the results are complete without it
+        _info(f"warning: tables and figures could not be written: {error}")
+        paths = []
+    study.end(status, paths, ending, _info)
     return code
 
 
@@ -102,6 +111,8 @@ def _measure_all(
                 _info(f"confirming: round {rounds} of {plan.rounds}")
                 due = [planned for planned in left if not plan.is_finished(planned, documents, rounds)]
                 matrix.run([planned for planned in due if plan.is_finished(planned, documents, rounds - 1)], rounds)
+    except UnwritableError:
+        raise
     except SweepError as error:
         _info(f"error: {error}; the same command goes on from here")
         return "FAILED", 1
@@ -233,7 +244,8 @@ class _Matrix:
             "commit": commit(),
         }
         self._documents[planned.file] = document
-        _write(planned.file, document)
+        with writing():
+            _write(planned.file, document)
         self._study.finished(planned, document)
         _say_outcome(self._plan, planned, document)
         if self._left:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamllm.errors import UsageError
-from streamllm.files import explained
 from streamllm.measuring.store import MeasurementStore
 from streamllm.results.schema import Row
 from streamllm.results.study_folder import StudyFolder
@@ -17,7 +16,7 @@ from streamllm.terminal.printing import say
 
 from ..configuration import commit, versions
 from ..trials_file import TrialsFile
-from ..workers.messages import UnwritableError
+from ..unwritable import writing
 from . import cells
 from .plan import Document, MatrixPlan, Planned
 
@@ -49,10 +48,8 @@ class MatrixStudy:
 
     def finished(self, planned: Planned, document: Document) -> None:
         row = self.row(planned, document)
-        try:
+        with writing():
             self._trials.trial_finished(row)
-        except OSError as error:
-            raise UnwritableError(f"the study cannot be written: {explained(error)}") from error
         self._tracker.trial_finished(row)
 
     def row(self, planned: Planned, document: Document) -> Row:
@@ -82,7 +79,8 @@ class MatrixStudy:
         from ..conclusion import finish_tracking
         from ..tracking.mlflow_runs import Report
 
-        self.folder.write_outcome(status)
+        with writing():
+            self.folder.write_outcome(status)
         try:
             files = [*files, write_report(load_study(str(self.folder.path)))]
             say(f"report    {files[-1]}")

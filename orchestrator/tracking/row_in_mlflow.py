@@ -40,7 +40,7 @@ def dataset_of(row: AnyRow, program: str) -> DatasetInput | None:
     if (name := row.get("dataset")) is None:
         return None
     tokens = row.get("n_tokens")
-    digest = row.get("textdigest_of") or digest_of(name, str(tokens))
+    digest = row.get("text_digest") or digest_of(name, str(tokens))
     source = {"tags": {"mlflow.source.name": program}}
     profile = None if tokens is None else json.dumps({"tokens": tokens})
     dataset = Dataset(str(name)[:500], digest[:36], "code", json.dumps(source), profile=profile)

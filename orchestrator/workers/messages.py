@@ -92,7 +92,3 @@ class WorkerUnusableError(RuntimeError):
 
 class SweepError(RuntimeError):
     """The sweep cannot go on; what is finished is kept."""
-
-
-class UnwritableError(SweepError):
-    """The study's folder takes nothing more."""
