@@ -13,6 +13,7 @@ beforehand and fed through extra head dimensions in which sink keys are one-hot 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -114,6 +115,31 @@ _LOGIT_BYTES = 32
 
 
 @torch.inference_mode()
+def block_logits(
+    loaded: LoadedModel,
+    tokens: np.ndarray,
+    policy: EvictionPolicy,
+    block: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[tuple[int, Tensor]]:
+    """Block after block of queries: the number of its first, and logits (queries, vocabulary) in the model's dtype; row
+    i is what the policy's decode loop has after token first + i. `tokens` (n): the last is nobody's query. `block`
+    queries at a time (`default_block`), on which logits do not depend."""
+    block = block or default_block(loaded)
+    stream = torch.from_numpy(tokens).to(loaded.device)
+    n_queries = len(tokens) - 1
+    state = BlockState(loaded, policy, n_queries)
+    for start in range(0, n_queries, block):
+        stop = min(start + block, n_queries)
+        state.begin_block(start, stop)
+        raw = torch.zeros(stop - start, dtype=torch.long, device=loaded.device)
+        with state.backend.active():
+            logits = loaded.forward(stream[None, start:stop], raw, state).logits[0]
+        yield start, logits
+        if progress is not None:
+            progress(stop, n_queries)
+
+
 def block_parallel_losses(
     loaded: LoadedModel,
     tokens: np.ndarray,
@@ -121,20 +147,10 @@ def block_parallel_losses(
     block: int | None = None,
     progress: Progress | None = None,
 ) -> np.ndarray:
-    """tokens (n) -> losses (n - 1), float64 nats; element i is the negative log-likelihood of token i + 1. `block`
-    queries at a time (`default_block`), on which losses do not depend."""
-    block = block or default_block(loaded)
-    stream = torch.from_numpy(tokens).to(loaded.device)
-    n_queries = len(tokens) - 1
-    state = BlockState(loaded, policy, n_queries)
-    losses = []
-    with state.backend.active():
-        for start in range(0, n_queries, block):
-            stop = min(start + block, n_queries)
-            state.begin_block(start, stop)
-            raw = torch.zeros(stop - start, dtype=torch.long, device=loaded.device)
-            logits = loaded.forward(stream[None, start:stop], raw, state).logits[0]
-            losses.append(negative_log_likelihood(logits, stream[start + 1 : stop + 1]))
-            if progress is not None:
-                progress(stop, n_queries)
+    """tokens (n) -> losses (n - 1), float64 nats; element i is the negative log-likelihood of token i + 1."""
+    targets = torch.from_numpy(tokens[1:]).to(loaded.device)
+    losses = [
+        negative_log_likelihood(logits, targets[start : start + len(logits)])
+        for start, logits in block_logits(loaded, tokens, policy, block, progress)
+    ]
     return torch.cat(losses).cpu().numpy()
