@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
 PARAMS = (*(field.name for field in KNOBS), "dtype")
-_TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if field.mlflow == "tag"}
+TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if field.mlflow == "tag"}
 """Name in a row -> tag."""
 METRICS = tuple(field.name for field in FIELDS.values() if field.mlflow == "metric")
 
 
 def tags_of(row: AnyRow) -> dict[str, str]:
-    words = {tag: row[name] for name, tag in _TAGS.items() if row.get(name) is not None}
+    words = {tag: row[name] for name, tag in TAGS.items() if row.get(name) is not None}
     return {tag: str(value)[:5000] for tag, value in words.items()}
 
 
