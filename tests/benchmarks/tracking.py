@@ -90,6 +90,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     projection.open()
     client = TimedClient(projection._client)
     projection._client = client
+    projection._begin_to_write()
     for trial in range(arguments.runs):
         started = time.perf_counter()
         projection.log(made_up_row(trial, entry_name(key)))
