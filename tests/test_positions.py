@@ -10,7 +10,8 @@ import torch
 import transformers
 import yaml
 
-from orchestrator.matrix.plan import policy_of
+from dashboards.tables.columns import shown_columns
+from orchestrator.matrix.plan import Planned, policy_of
 from orchestrator.search.points import configuration_of, is_of
 from search_spaces import load_space
 from search_spaces.matrix_space import load_matrix
@@ -25,7 +26,7 @@ from streamllm.measuring.conditions import Conditions
 from streamllm.measuring.evaluation import evaluate_chunked, measure_quality
 from streamllm.measuring.jobs import Job
 from streamllm.measuring.keys import Keys
-from streamllm.measuring.text import TokenStream
+from streamllm.measuring.text import TextSource, TokenStream
 from streamllm.measuring.timing import Reference
 from streamllm.policy import EvictionPolicy, PolicyError
 from streamllm.results.schema import Row, knobs_in_short
@@ -231,6 +232,17 @@ def test_a_space_and_a_matrix_have_them(tmp_path):
     assert [matrix.stem(cell) for cell in matrix.cells()] == ["ring_compact", "ring_keep", "ours_compact", "ours_keep"]
     of_a_chunk = replace(matrix.cells()[1], protocol="chunked")
     assert policy_of(matrix.cells()[1], 256).keeps_positions and policy_of(of_a_chunk, 256).keeps_positions
+    compact, kept = (
+        Planned(cell, "testbed", TextSource(), policy_of(cell, 256), "recompute", tmp_path).settings
+        for cell in matrix.cells()[:2]
+    )
+    assert kept == compact | {"positions": "keep"} and "positions" not in compact, "as a file from before has it"
+
+
+def test_tables_have_a_column_where_they_are_kept():
+    old, kept = {"method": "ring"}, {"method": "ring", "positions": "keep"}
+    assert "positions" not in {column.key for column in shown_columns([old, {**old, "positions": "compact"}])}
+    assert "positions" in {column.key for column in shown_columns([old, kept])}
 
 
 def test_far_sinks_are_warned_of_in_words():

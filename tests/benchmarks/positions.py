@@ -1,4 +1,5 @@
-"""Perplexity along a stream of positions that are kept, beside those that are compact and beside no sinks at all.
+"""Perplexity along a stream where positions are kept, with four sinks and one, beside where they are compact, and
+where there are no sinks.
 
 python -m tests.benchmarks.positions [--edges 256 512 1024 2048 4096 8192] [--json FILE]
 python -m tests.benchmarks.positions --model smollm2 --text FILE [FILE ...] --tokens 32768 --total 2048
@@ -38,6 +39,7 @@ from streamllm.terminal.progress import working
 from .reporting import machine, markdown_table
 
 RESULTS = Path(__file__).parent / "results"
+BESIDE = ("keep", "one sink", "one sink, keep", "no sinks")
 _STRETCHES = 8
 
 
@@ -52,14 +54,17 @@ def read(texts: Sequence[Path], tokens: int, model: str, loaded: LoadedModel) ->
     return TokenStream(joined, "+".join(source.label for source in sources), digest)
 
 
-def policies(total: int, every: int) -> dict[str, EvictionPolicy]:
+def policies(total: int, every: int, beside: Sequence[str] = BESIDE) -> dict[str, EvictionPolicy]:
     """The first is what the others are compared with."""
     compact = replace(strict_policy(total), compress_every=every)
-    return {
-        "compact": compact,
+    single = replace(compact, n_sink=1, window_size=total - 1)
+    others = {
         "keep": replace(compact, positions="keep"),
+        "one sink": single,
+        "one sink, keep": replace(single, positions="keep"),
         "no sinks": replace(compact, n_sink=0, window_size=total),
     }
+    return {"compact": compact} | {name: others[name] for name in beside}
 
 
 def losses_of(measurements: Measurements, chosen: dict[str, EvictionPolicy]) -> dict[str, np.ndarray]:
@@ -74,7 +79,7 @@ def losses_of(measurements: Measurements, chosen: dict[str, EvictionPolicy]) -> 
 
 
 def stretches(found: dict[str, np.ndarray], edges: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """A row for each: perplexities, and by how many percent they are above those of compact positions."""
+    """A row for each: perplexities, and by how many percent they are above that of four sinks, compact."""
     reference = found["compact"]
     for low, high in pairwise([0, *edges, len(reference)]):
         row: dict[str, Any] = {"from": low, "to": high}
@@ -102,6 +107,7 @@ def main() -> None:
     options.add_argument("--tokens", type=int, default=16_384, help="(16384)")
     options.add_argument("--total", type=int, default=256, help="sinks and window (256)")
     options.add_argument("--every", type=int, default=1, metavar="R", help="(1)")
+    options.add_argument("--beside", nargs="+", choices=BESIDE, default=BESIDE, help="four sinks, compact (all)")
     options.add_argument("--edges", type=int, nargs="+", metavar="TOKEN", help="between stretches (eight alike)")
     options.add_argument("--dtype", default="auto")
     options.add_argument("--threads", type=int, default=2)
@@ -111,7 +117,7 @@ def main() -> None:
     limit_threads(arguments.threads)
     loaded = load_model(arguments.model, arguments.dtype)
     stream = read(arguments.text, arguments.tokens + 1, arguments.model, loaded)
-    chosen = policies(arguments.total, arguments.every)
+    chosen = policies(arguments.total, arguments.every, arguments.beside)
     measurements = Measurements.of(MeasurementStore(arguments.store), loaded, stream, arguments.total)
     found = losses_of(measurements, chosen)
     n_losses = len(stream.tokens) - 1
