@@ -206,7 +206,8 @@ def evaluate_chunked(
         )
     check_finite(run.losses, str(loaded.dtype))
     seconds = time.perf_counter() - started
-    warning = _warning(loaded, policy, run.peak_kv, len(stream.tokens))
+    longest = policy.compress_every + run.continuation_tokens
+    warning = _warning(loaded, what.effective, run.peak_kv, len(stream.tokens), longest)
     quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning)
     ms = 1e3 * run.continuation_sec / run.continuation_tokens
     return quality, quality.summary() | {
@@ -235,10 +236,18 @@ def _segment_ends(policy: EvictionPolicy, n_tokens: int) -> list[int]:
     return list(range(start, n_tokens + 1, length))
 
 
-def _warning(loaded: LoadedModel, policy: EvictionPolicy, peak: int, n_tokens: int) -> str | None:
-    trained = loaded.trained_length
+def _warning(
+    loaded: LoadedModel, policy: EvictionPolicy, peak: int, n_tokens: int, longest: int | None = None
+) -> str | None:
+    """policy: as the method means it; longest: tokens of a stream, if it is not all of the text."""
+    trained, longest = loaded.trained_length, longest or n_tokens
+    found = []
     if trained is not None and peak > trained + 1:  # a full cache and the query's own key are meant
-        return f"queries attend to up to {peak} keys, the model was trained on {trained}: perplexity may suffer"
+        found.append(f"queries attend to up to {peak} keys")
+    if trained is not None and policy.keeps_positions and longest > max(trained, peak):
+        found.append(f"kept positions put the sinks up to {longest - 1} tokens away")
+    if found:
+        return f"{' and '.join(found)}, the model was trained on {trained}: perplexity may suffer"
     if policy.compress_every > 0 and peak >= n_tokens:
         return f"the text's {n_tokens} tokens all fit in the cache: nothing was evicted"
     return None
