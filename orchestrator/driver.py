@@ -100,8 +100,9 @@ class Driver:
         """Runs trials until the budget is spent or the space is exhausted. Raises SweepError, UsageError."""
         from streamllm.measuring import plans
 
-        strict = fixed_configuration(STRICT, self.study.cap)
-        self.scheduler.start(plans.fast(strict, self._text), self.subject, partial(self._fixed, STRICT))
+        cap = self.study.cap
+        strict = fixed_configuration(STRICT, cap)
+        self.scheduler.start(plans.fast(strict, self._text, total=cap), self.subject, partial(self._fixed, STRICT))
         self.scheduler.start(self._baseline(), self.subject, partial(self._fixed, BASELINE))
         while self.scheduler.is_working or self._more() or self._is_short():
             self.scheduler.step()
@@ -137,7 +138,7 @@ class Driver:
     def _start(self, trial: OpenTrial) -> None:
         from streamllm.measuring import plans
 
-        plan = plans.fast(trial.configuration, self._text)
+        plan = plans.fast(trial.configuration, self._text, total=self.study.cap)
         self._open += 1
         self.scheduler.start(plan, self.subject, partial(self._measured, trial), partial(self._died, trial.number))
 

@@ -146,8 +146,8 @@ def evaluate_loaded(
     """As `evaluate`."""
     runs = baseline_runs(measurements, what, how, 1 if with_baseline else 0)
     baseline = average(runs) if runs else None
-    row, losses = _measured_now(measurements, what, how)
     comparison = compare_quality(measurements, how.protocol, baseline[1] if baseline else None)
+    row, losses = _measured_now(measurements, what, how, comparison is not None)
     if baseline is not None:
         row = row | compared(row, losses, baseline, comparison)
     elif comparison is not None:
@@ -162,8 +162,8 @@ def evaluate_loaded(
     return Evaluation(row, losses, beside)
 
 
-def _measured_now(measurements: Measurements, what: Configuration, how: Measuring) -> Measured:
-    """Of a method that is sampled, what the store has is gone on with."""
+def _measured_now(measurements: Measurements, what: Configuration, how: Measuring, is_compared: bool) -> Measured:
+    """Of a method that is sampled, what the store has is gone on with. is_compared: with strict StreamingLLM."""
     from .engine.methods import sampled_losses
     from .engine.probing import runnable
     from .measuring.timing import compile_step
@@ -180,7 +180,8 @@ def _measured_now(measurements: Measurements, what: Configuration, how: Measurin
             if how.protocol == "decode-loop":
                 compile_step(loaded, prepared, stream.tokens)
             evaluator = PROTOCOLS[how.protocol].get()
-            quality, record = evaluator(loaded, prepared, stream, measurements.bench.reference, progress)
+            beside = [measurements.distributions] if is_compared and how.protocol == "fast" else []
+            quality, record = evaluator(loaded, prepared, stream, measurements.bench.reference, progress, *beside)
             losses = quality.table
     asked = {"backend_requested": what.backend, "reference_total": measurements.total}
     return Row.of(measurements.keys.identity(what, how.protocol) | record) | asked, losses
@@ -196,16 +197,16 @@ def compare_quality(
     if protocol == "chunked":
         return None
     try:
-        return QualityComparison(_strict_losses(measurements), baseline)
+        return QualityComparison(_strict_losses(measurements, protocol), baseline)
     except NonFiniteLossError as error:
         warnings.warn(f"not compared with strict StreamingLLM: {error}", stacklevel=2)
         return None
 
 
-def _strict_losses(measurements: Measurements) -> np.ndarray:
+def _strict_losses(measurements: Measurements, protocol: str = "fast") -> np.ndarray:
     """Raises NonFiniteLossError."""
     with working("strict StreamingLLM") as progress:
-        return measurements.strict(progress).losses
+        return measurements.strict(progress, keeps=protocol == "fast").losses
 
 
 def baseline_runs(measurements: Measurements, beside: Configuration, how: Measuring, wanted: int = 1) -> list[Measured]:

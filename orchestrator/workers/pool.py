@@ -12,6 +12,7 @@ import queue
 import re
 import socket
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
 from streamllm.measuring.conditions import Conditions
-from streamllm.measuring.store import Measurement
+from streamllm.measuring.store import Arrays, Measurement
 
 from ..configuration import WorkerSettings
 from .accelerators import ONE_EACH
@@ -51,6 +52,8 @@ _PENDING_END_SEC = 120.0
 _LOADING_NOTE_SEC = 60.0
 _LOOK_SEC = 1.0
 _GROW_SEC = 5.0
+_LENT = 4
+"""Arrays that Ray keeps at a time: of a text and a total each, at most 256 MiB."""
 
 
 Answer = WorkerPlace | WorkerDescription | Conditions | Measurement
@@ -133,6 +136,8 @@ class WorkerPool:
         self._slowest = 0.0
         self._texts: dict[str, object] = {}
         """Ray's references to them, by digest."""
+        self._lent: OrderedDict[str, object] = OrderedDict()
+        """Ray's references to arrays, by name, the one wanted last at the end."""
         self._workers: dict[int, _Worker] = {}
         self._answers: queue.SimpleQueue[tuple[int, int, Future[Answer]]] = queue.SimpleQueue()
         self._calls = itertools.count()
@@ -150,9 +155,20 @@ class WorkerPool:
         """Lets workers have the text of that digest: it is sent once to each node."""
         self._texts[text.digest] = self._ray.put(text)
 
+    def lend(self, name: str, arrays: Callable[[], Arrays]) -> None:
+        """Lets jobs be measured `against` the arrays of that name: they are sent once to each node, and kept until
+        others have been wanted for long."""
+        if name not in self._lent:
+            self._lent[name] = self._ray.put(arrays())
+        self._lent.move_to_end(name)
+        while len(self._lent) > _LENT:
+            self._lent.popitem(last=False)
+
     def submit(self, worker: int, assignment: Assignment) -> None:
-        text = self._texts[assignment.subject.text]
-        self._call(worker, "measuring", self._workers[worker].actor.measure, assignment, text)
+        sent = [assignment, self._texts[assignment.subject.text]]
+        if (name := assignment.job.against) is not None:
+            sent.append(self._lent[name])
+        self._call(worker, "measuring", self._workers[worker].actor.measure, *sent)
 
     def ask_conditions(self, worker: int, variant: Variant) -> None:
         """Has it load the model as that variant, to say under which conditions it would measure."""

@@ -18,6 +18,7 @@ from ..engine.methods import make_decoder, sampled_losses
 from ..engine.model import LoadedModel
 from ..policy import EvictionPolicy, peak_kv, steady_state
 from .chunked import chunk_losses
+from .divergence import Comparing, Distributions, Divergences, Keeping
 from .pairing import PairedTimes, between_references, load_average
 from .quality import check_finite, median_interval, perplexity
 from .text import TokenStream
@@ -38,6 +39,8 @@ class Quality:
     peak_kv: int
     seconds: float
     warning: str | None = None
+    beside: Distributions | Divergences | None = None
+    """What the same forward gave besides: a reference's distributions, or how far a policy's are from them."""
 
     @property
     def table(self) -> np.ndarray:
@@ -50,6 +53,7 @@ class Quality:
             "evaluated_tokens": len(self.losses),
             "peak_kv": self.peak_kv,
             "quality_sec": self.seconds,
+            **({} if self.beside is None else self.beside.summary(len(self.losses))),
             **({"warning": self.warning} if self.warning else {}),
         }
 
@@ -60,8 +64,10 @@ def measure_quality(
     stream: TokenStream,
     progress: Progress | None = None,
     positions: np.ndarray | None = None,
+    watch: Keeping | Comparing | None = None,
 ) -> Quality:
-    """Protocol `fast`: every token, block-parallel; of `recompute`, those at ascending `positions`.
+    """Protocol `fast`: every token, block-parallel; of `recompute`, those at ascending `positions`. watch: is shown the
+    logits that the losses are taken from; not of a method that is sampled.
 
     Raises NonFiniteLossError; UnsupportedModelError if the model itself attends to fewer keys than the policy holds."""
     policy = what.effective
@@ -70,14 +76,18 @@ def measure_quality(
     losses_at = sampled_losses(what.method)
     peak = peak_kv(policy, n_losses) if losses_at is None else min(policy.kept, n_losses)
     loaded.check_span(peak)
+    beside = None
     if losses_at is not None:
         positions = np.arange(n_losses) if positions is None else positions
         losses = losses_at(loaded, stream.tokens, policy.kept, positions.tolist(), BACKENDS["auto"], progress)
     else:
         positions = np.arange(n_losses)
-        losses = block_parallel_losses(loaded, stream.tokens, policy, progress=progress)
+        see = watch.see if watch is not None else lambda *_: None
+        losses = block_parallel_losses(loaded, stream.tokens, policy, progress=progress, see=see)
+        beside = watch.found(losses) if watch is not None else None
     check_finite(losses, str(loaded.dtype))
-    return Quality(losses, positions, peak, time.perf_counter() - started, _warning(loaded, policy, peak, n_losses))
+    seconds = time.perf_counter() - started
+    return Quality(losses, positions, peak, seconds, _warning(loaded, policy, peak, n_losses), beside)
 
 
 def times_summary(times: PairedTimes) -> dict[str, Any]:
@@ -124,9 +134,13 @@ def evaluate_fast(
     stream: TokenStream,
     reference: Reference,
     progress: Progress | None = None,
+    against: Callable[[], Distributions] | None = None,
 ) -> tuple[Quality, dict[str, Any]]:
-    """Quality block-parallel, speed from a steady-state sample. Raises as `measure_quality`."""
-    quality = measure_quality(loaded, what, stream, progress)
+    """Quality block-parallel, speed from a steady-state sample. against: the distributions that the policy's are
+    compared with, which do not stay in memory while it is timed. Raises as `measure_quality`."""
+    watch = None if against is None else Comparing(against())
+    quality = measure_quality(loaded, what, stream, progress, watch=watch)
+    del watch
     speed = measure_speed(loaded, what, stream.tokens, reference)
     return quality, fast_record(quality.summary(), speed_summary(speed, what.backend))
 

@@ -34,6 +34,10 @@ class Job:
     """Of a quality that is sampled: which part of the sample."""
     tokens: int | None = None
     """Of one whose parts have been put together: how many losses they are. Nobody measures it."""
+    keeps: bool = False
+    """Of a quality: with the distributions that others are compared with."""
+    against: str | None = None
+    """Of a quality: the entry with the distributions that it is compared with."""
     peek: bool = False
     """Only if the store has it: the result is None otherwise."""
 

@@ -43,11 +43,15 @@ class Keys:
         if self.conditions.is_quantized:  # its kernels round as the machine has them
             names += ["device", "cpu_capability"]
         conditions = self.conditions.of_quality(None if kind == "streaming" else what.method)
-        part: dict[str, int] = {}
+        part: dict[str, int | str] = {}
         if job.batch is not None:
             part["batch"] = job.batch
         if job.tokens is not None:
             part["tokens"] = job.tokens
+        if job.keeps:
+            part["distributions"] = "kept"
+        if job.against is not None:
+            part["against"] = job.against
         return {"kind": f"quality of {kind}"} | conditions | self._named(what, "fast", *names) | part
 
     def _speed(self, what: Configuration) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..engine.methods import sampled_losses
 from ..engine.model import LoadedModel
 from . import plans
 from .bench import Bench
+from .divergence import Distributions
 from .jobs import Done, Job, Plan
 from .keys import Keys
 from .plans import Evaluated
@@ -61,13 +62,21 @@ class Measurements:
             return Done(found, keys, entry_name(key), is_fresh=False)
         if job.peek:
             return None
-        measured = self.bench.measure(job, strict, progress if job.batch is None else None)
+        against = None if job.against is None else self.store.arrays(job.against)
+        measured = self.bench.measure(job, strict, progress if job.batch is None else None, against)
         self.store.put(key, measured)
-        return Done(measured, keys, entry_name(key), is_fresh=True)
+        return Done(measured.without_arrays(), keys, entry_name(key), is_fresh=True)
 
-    def strict(self, progress: Progress | None = None) -> Evaluated:
-        """Quality of the reference: its losses at every token are what all others are compared with."""
+    def strict(self, progress: Progress | None = None, keeps: bool = False) -> Evaluated:
+        """Quality of the reference: its losses at every token are what all others are compared with. keeps: and its
+        distributions, which the store then has."""
+        if keeps:
+            return self.run(plans.strict(self.total), progress=progress)
         return self.quality(plans.strict_configuration(self.total), progress)
+
+    def distributions(self) -> Distributions:
+        """The reference's."""
+        return Distributions.of(self.store.arrays(self.strict(keeps=True).record["quality_entry"]))
 
     def quality(
         self, what: Configuration, progress: Progress | None = None, size: SampleSize | None = None

@@ -11,6 +11,7 @@ import numpy as np
 from ..configuration import Configuration
 from ..engine.decoding import Progress
 from ..engine.methods import sampled_losses
+from ..errors import UsageError
 from ..policy import strict_policy
 from .evaluation import Quality, fast_record
 from .jobs import Done, Job, Plan
@@ -44,6 +45,19 @@ def strict_configuration(total: int) -> Configuration:
     return Configuration("ring", strict_policy(total))
 
 
+def strict(total: int) -> Plan[Evaluated]:
+    """The reference's quality, with the distributions that others are compared with."""
+    (done,) = yield [_reference(total)]
+    return _of_quality(done)
+
+
+def compared(what: Configuration, total: int) -> Plan[Evaluated]:
+    """Protocol `fast`, with how far its predictions are from those of the reference at that total; not of a method that
+    is sampled."""
+    (done,) = yield [(yield from _beside(what, total))]
+    return _of_quality(done)
+
+
 def quality(
     what: Configuration, text: TokenStream, size: SampleSize | None = None, progress: Progress | None = None
 ) -> Plan[Evaluated]:
@@ -53,6 +67,28 @@ def quality(
         (done,) = yield [Job("quality", what)]
         return _of_quality(done)
     return joined(what, (yield from sample(what, text, size or FixedSize(), progress)))
+
+
+def _beside(what: Configuration, total: int | None) -> Plan[Job]:
+    """The job of its quality, once that is measured which it is compared with."""
+    if total is None:
+        return Job("quality", what)
+    if _is_reference(what, total):
+        return _reference(total)
+    (reference,) = yield [_reference(total)]
+    return Job("quality", what, against=reference.entry)
+
+
+def _reference(total: int) -> Job:
+    return Job("quality", strict_configuration(total), keeps=True)
+
+
+def _is_reference(what: Configuration, total: int) -> bool:
+    """Whether it predicts what the reference does, whatever implements it."""
+    try:
+        return what.quantization is None and what.effective == strict_policy(total)
+    except UsageError:  # its method can do nothing with the policy
+        return False
 
 
 def sample(
@@ -118,14 +154,17 @@ def fast(
     run: int = 0,
     size: SampleSize | None = None,
     progress: Progress | None = None,
+    total: int | None = None,
 ) -> Plan[Evaluated]:
-    """Quality and speed by protocol `fast`; the speed is taken once per run."""
-    if sampled_losses(what.method) is None:
-        of_quality, speed = yield [Job("quality", what), Job("speed", what, run=run)]
-        return with_speed(_of_quality(of_quality), speed)
-    known = yield from quality(what, text, size, progress)
-    (speed,) = yield [Job("speed", what, run=run)]
-    return with_speed(known, speed)
+    """Quality and speed by protocol `fast`; the speed is taken once per run. total: of the reference that its
+    predictions are compared with, where they are; not of a method that is sampled."""
+    timing = Job("speed", what, run=run)
+    if sampled_losses(what.method) is not None:
+        known = yield from quality(what, text, size, progress)
+        (speed,) = yield [timing]
+        return with_speed(known, speed)
+    of_quality, speed = yield [(yield from _beside(what, total)), timing]
+    return with_speed(_of_quality(of_quality), speed)
 
 
 def with_speed(known: Evaluated, speed: Done) -> Evaluated:
@@ -147,10 +186,11 @@ def whole(
     run: int = 0,
     size: SampleSize | None = None,
     progress: Progress | None = None,
+    total: int | None = None,
 ) -> Plan[Evaluated]:
-    """Quality and speed by any protocol; they come from the same run in all but `fast`."""
+    """Quality and speed by any protocol; they come from the same run in all but `fast`. total: as `fast`."""
     if protocol == "fast":
-        return (yield from fast(what, text, run, size, progress))
+        return (yield from fast(what, text, run, size, progress, total))
     (done,) = yield [Job("whole", what, protocol, run)]
     return _evaluated([done], _named(done, "quality_entry", "speed_entry"))
 

@@ -42,7 +42,7 @@ from orchestrator.workers.pool import Finished
 from search_spaces import SearchSpace, load_space
 from streamllm.measuring.quality import perplexity
 from streamllm.measuring.sample import sample_batches
-from streamllm.measuring.store import Measurement, MeasurementStore
+from streamllm.measuring.store import Arrays, Measurement, MeasurementStore
 from streamllm.measuring.text import TokenStream
 from streamllm.results.study import BASELINE, STRICT
 from streamllm.results.study_folder import StudyFolder
@@ -89,6 +89,9 @@ class SimulatedPool:
             self._later(self._random.uniform(5, 15), worker, None)
 
     def share(self, text: TokenStream) -> None:
+        pass
+
+    def lend(self, name: str, arrays: Callable[[], Arrays]) -> None:
         pass
 
     def submit(self, worker: int, assignment: Assignment) -> None:
