@@ -11,7 +11,6 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from functools import partial
 from itertools import islice
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
@@ -47,7 +46,7 @@ class Pool(Protocol):
 
     def submit(self, worker: int, assignment: Assignment) -> None: ...
 
-    def lend(self, name: str, arrays: Callable[[], Arrays]) -> None: ...
+    def lend(self, names: Sequence[str], arrays: Callable[[str], Arrays]) -> None: ...
 
     def ask_conditions(self, worker: int, variant: Variant) -> None: ...
 
@@ -426,9 +425,9 @@ class Scheduler:
         if (alike := self._measuring.get(entry)) is not None:
             alike.append(wanted)
             return
-        if (reference := wanted.job.against) is not None:
+        if wanted.job.against:
             with _storing():
-                self._pool.lend(reference, partial(self._store.arrays, reference))
+                self._pool.lend(wanted.job.against, self._store.arrays)
         self._measuring[entry] = [wanted]
         member.doing, member.entry, member.beside, member.since = wanted, entry, beside, time.monotonic()
         member.models |= {subject.variant}
@@ -439,7 +438,7 @@ class Scheduler:
 
     def _stored(self, key: Mapping[str, object], job: Job, beside: bool) -> Measurement | None:
         """What was timed beside others counts only where it would be again."""
-        found = self._store.get(key) if job.kind != "times" else None
+        found = self._store.get(key, job.is_of_use_with_arrays_only) if job.kind != "times" else None
         return None if found is not None and found.record.get("timing") == "concurrent" and not beside else found
 
     def _keys(self, member: Member, wanted: Wanted) -> Keys | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -144,10 +145,16 @@ def evaluate_loaded(
     measurements: Measurements, what: Configuration, how: Measuring, with_baseline: bool = False
 ) -> Evaluation:
     """As `evaluate`."""
+    from .measuring.plans import comparable_batches
+
     runs = baseline_runs(measurements, what, how, 1 if with_baseline else 0)
     baseline = average(runs) if runs else None
     comparison = compare_quality(measurements, how.protocol, baseline[1] if baseline else None)
-    row, losses = _measured_now(measurements, what, how, comparison is not None)
+    batches = None
+    if comparison is not None and how.protocol == "fast":
+        sampled_tokens = 0 if baseline is None else len(baseline[1])
+        batches = comparable_batches(sampled_tokens, measurements.total, measurements.stream) if sampled_tokens else 0
+    row, losses = _measured_now(measurements, what, how, batches)
     if baseline is not None:
         row = row | compared(row, losses, baseline, comparison)
     elif comparison is not None:
@@ -162,8 +169,9 @@ def evaluate_loaded(
     return Evaluation(row, losses, beside)
 
 
-def _measured_now(measurements: Measurements, what: Configuration, how: Measuring, is_compared: bool) -> Measured:
-    """Of a method that is sampled, what the store has is gone on with. is_compared: with strict StreamingLLM."""
+def _measured_now(measurements: Measurements, what: Configuration, how: Measuring, batches: int | None) -> Measured:
+    """Of a method that is sampled, what the store has is gone on with. batches: of the baseline's sample that
+    predictions are compared with, as with strict StreamingLLM's; None: with neither."""
     from .engine.methods import sampled_losses
     from .engine.probing import runnable
     from .measuring.timing import compile_step
@@ -180,7 +188,7 @@ def _measured_now(measurements: Measurements, what: Configuration, how: Measurin
             if how.protocol == "decode-loop":
                 compile_step(loaded, prepared, stream.tokens)
             evaluator = PROTOCOLS[how.protocol].get()
-            beside = [measurements.distributions] if is_compared and how.protocol == "fast" else []
+            beside = [partial(measurements.compared_with, batches)] if batches is not None else []
             quality, record = evaluator(loaded, prepared, stream, measurements.bench.reference, progress, *beside)
             losses = quality.table
     asked = {"backend_requested": what.backend, "reference_total": measurements.total}

@@ -44,7 +44,7 @@ class WithoutModel(Worker):
     def conditions(self, variant):
         return CONDITIONS
 
-    def measure(self, assignment, text, against=None):
+    def measure(self, assignment, text, against=()):
         more = {"ratios": [1.0] * 12} if assignment.job.kind == "times" else {}
         return measured(assignment.job, text, **more)
 
@@ -74,7 +74,7 @@ class OnAnotherDisk(Quick):
 
 
 class Slow(WithoutModel):
-    def measure(self, assignment, text, against=None):
+    def measure(self, assignment, text, against=()):
         time.sleep(0.3)  # a signal must find it at work
         return super().measure(assignment, text, against)
 
@@ -84,7 +84,7 @@ FAULTS = ("none", "raise", "kill", "kill once", "kill with lease once", "spoil o
 
 
 class Faulty(WithoutModel):
-    def measure(self, assignment, text, against=None):
+    def measure(self, assignment, text, against=()):
         what = assignment.job.what
         fault = FAULTS[what.policy.n_sink] if what.method not in ("recompute", "ring") else "none"
         if fault.endswith(" once"):
@@ -121,7 +121,7 @@ class ShortOfMemory(Quick):
 
 
 class Hanging(WithoutModel):
-    def measure(self, assignment, text, against=None):
+    def measure(self, assignment, text, against=()):
         (self.setup.directory / f"measuring {assignment.job.what.policy.n_sink}").touch()
         time.sleep(600)
 
@@ -146,7 +146,7 @@ class OnNodes(WithoutModel):
         self.node = ray.get_runtime_context().get_node_id()
         return super().load() | {"node": self.node, "host": self.node}
 
-    def measure(self, assignment, text, against=None):
+    def measure(self, assignment, text, against=()):
         if assignment.job.what.method not in ("recompute", "ring"):  # what trials are compared with
             added = self.node != (self.setup.directory / "head").read_text()
             killed = self.setup.directory / "killed"

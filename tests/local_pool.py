@@ -20,11 +20,11 @@ class LocalPool:
     def share(self, text):
         self._texts[text.digest] = text
 
-    def lend(self, name, arrays):
-        self._lent[name] = arrays()
+    def lend(self, names, arrays):
+        self._lent[names] = [arrays(name) for name in names]
 
     def submit(self, worker, assignment):
-        text, against = self._texts[assignment.subject.text], self._lent.get(assignment.job.against)
+        text, against = self._texts[assignment.subject.text], self._lent.get(assignment.job.against, ())
         self._answer(lambda: {"measurement": self._worker.measure(assignment, text, against)})
 
     def ask_conditions(self, worker, variant):

@@ -70,6 +70,8 @@ COLUMNS = (
     *map(Column.of, ("peak_kv", "peak_memory_mb", "tpot_ms", "speedup", "rounds", "front_probability")),
     *map(Column.of, ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent")),
     *map(Column.of, ("kl", "kl_p99", "same_top_percent", "dp_rms_percent")),
+    *map(Column.of, ("kl_vs_recompute", "kl_vs_recompute_p99")),
+    *map(Column.of, ("same_top_vs_recompute_percent", "dp_rms_vs_recompute_percent")),
     *_PLACED,
 )
 """Columns of a study's table, in order. The last three come from `pareto_table`, the others from rows."""
@@ -91,7 +93,16 @@ _WHERE_THERE = {
 """Columns that only rows with such a value have."""
 
 
-_ASKED_FOR = {"peak_memory_mb", "kl_p99", "same_top_percent", "dp_rms_percent"}
+_ASKED_FOR = {
+    "peak_memory_mb",
+    "kl_p99",
+    "same_top_percent",
+    "dp_rms_percent",
+    "kl_vs_recompute",
+    "kl_vs_recompute_p99",
+    "same_top_vs_recompute_percent",
+    "dp_rms_vs_recompute_percent",
+}
 """Columns that are shown where they are objectives."""
 
 

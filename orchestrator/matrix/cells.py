@@ -69,6 +69,7 @@ def measure(
 ) -> Plan[Outcome]:
     """rounds: in which all times are taken again. kept: told of every result. Raises JobError."""
     from streamllm.evaluating import BASELINE_SEC
+    from streamllm.measuring import plans
     from streamllm.measuring.quality import QualityComparison
     from streamllm.measuring.sample import AutoSize
 
@@ -95,7 +96,10 @@ def measure(
         return {**common, "baseline": with_times([baseline[0]])[0].to_json()}
     what = Configuration(cell.method, planned.policy, cell.attn_backend, cell.execution)
     say(f"  evaluating {method_name(cell.method)}...")
-    runs = yield from _runs(planned, what, text, rounds, size, kept, total)
+    batches = 0
+    if total is not None and planned.baseline == "recompute":
+        batches = plans.comparable_batches(len(baseline[1]), total, text)
+    runs = yield from _runs(planned, what, text, rounds, size, kept, total, batches)
     row, losses = average(runs)
     streaming = row | compared(row, losses, baseline, beside(baseline[1]))
     say(f"  {method_name(cell.method)} {numbers(streaming)}")
@@ -136,15 +140,16 @@ def _runs(
     size: SampleSize | None,
     kept: Callable[[Evaluated], None],
     total: int | None,
+    recomputed: int = 0,
 ) -> Plan[list[Measured]]:
-    """The measurement and, in rounds, the same again. total: of the reference that predictions are compared with."""
+    """The measurement and, in rounds, the same again. total, recomputed: as `plans.fast`."""
     from streamllm.measuring import plans
     from streamllm.measuring.sample import AsItIs
 
     found: list[Measured] = []
     for run in range(rounds + 1):
         enough = size if not rounds or size is None else AsItIs()  # rounds are about times
-        evaluated = yield from plans.whole(planned.cell.protocol, what, text, run, enough, total=total)
+        evaluated = yield from plans.whole(planned.cell.protocol, what, text, run, enough, None, total, recomputed)
         kept(evaluated)
         found.append((row_of(what, planned.cell.protocol, evaluated), evaluated.losses))
     return found

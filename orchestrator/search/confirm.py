@@ -132,22 +132,23 @@ def _objective_draws(
         return times
     if paired == "ppl_vs_strict_percent":
         return comparison.draws([losses_of(row) for row in rows])
-    if paired == "kl" and (tables := _divergences(rows, arrays_of)) is not None:
+    if paired.startswith("kl") and (tables := _divergences(rows, arrays_of, paired)) is not None:
         return mean_draws(tables, rows[0]["n_tokens"] - 1, len(times))
     sign = -1.0 if direction == "maximize" else 1.0
     return np.broadcast_to([sign * float(row[name]) for row in rows], times.shape)
 
 
-def _divergences(rows: Sequence[AnyRow], arrays_of: Callable[[AnyRow], Arrays]) -> list[np.ndarray] | None:
-    """Of each row (n, 2): position, nats; None where they cannot be read any more."""
+def _divergences(rows: Sequence[AnyRow], arrays_of: Callable[[AnyRow], Arrays], name: str) -> list[np.ndarray] | None:
+    """Of each row (n, 2): position, nats; None where they cannot be read any more, or the measure is no mean of any."""
+    places = name.replace("kl", "positions")
     found = []
     for row in rows:
         try:
             arrays = arrays_of(row)
-            positions = arrays["positions"]
+            positions = arrays[places]
         except (StoreError, KeyError):
             return None
-        found.append(np.column_stack((positions, arrays.get("kl", np.zeros(len(positions))))))  # the reference has none
+        found.append(np.column_stack((positions, arrays.get(name, np.zeros(len(positions))))))  # the reference has none
     return found
 
 

@@ -13,7 +13,7 @@ import re
 import socket
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -53,7 +53,7 @@ _LOADING_NOTE_SEC = 60.0
 _LOOK_SEC = 1.0
 _GROW_SEC = 5.0
 _LENT = 4
-"""Arrays that Ray keeps at a time: of a text and a total each, at most 256 MiB."""
+"""Arrays that Ray keeps at a time: of a text and a total each, at most 256 MiB of each reference."""
 
 
 Answer = WorkerPlace | WorkerDescription | Conditions | Measurement
@@ -136,8 +136,8 @@ class WorkerPool:
         self._slowest = 0.0
         self._texts: dict[str, object] = {}
         """Ray's references to them, by digest."""
-        self._lent: OrderedDict[str, object] = OrderedDict()
-        """Ray's references to arrays, by name, the one wanted last at the end."""
+        self._lent: OrderedDict[tuple[str, ...], object] = OrderedDict()
+        """Ray's references to arrays, by their names, those wanted last at the end."""
         self._workers: dict[int, _Worker] = {}
         self._answers: queue.SimpleQueue[tuple[int, int, Future[Answer]]] = queue.SimpleQueue()
         self._calls = itertools.count()
@@ -155,19 +155,20 @@ class WorkerPool:
         """Lets workers have the text of that digest: it is sent once to each node."""
         self._texts[text.digest] = self._ray.put(text)
 
-    def lend(self, name: str, arrays: Callable[[], Arrays]) -> None:
-        """Lets jobs be measured `against` the arrays of that name: they are sent once to each node, and kept until
+    def lend(self, names: Sequence[str], arrays: Callable[[str], Arrays]) -> None:
+        """Lets jobs be measured `against` the arrays of those names: they are sent once to each node, and kept until
         others have been wanted for long."""
-        if name not in self._lent:
-            self._lent[name] = self._ray.put(arrays())
-        self._lent.move_to_end(name)
+        key = tuple(names)
+        if key not in self._lent:
+            self._lent[key] = self._ray.put([arrays(name) for name in key])
+        self._lent.move_to_end(key)
         while len(self._lent) > _LENT:
             self._lent.popitem(last=False)
 
     def submit(self, worker: int, assignment: Assignment) -> None:
         sent = [assignment, self._texts[assignment.subject.text]]
-        if (name := assignment.job.against) is not None:
-            sent.append(self._lent[name])
+        if assignment.job.against:
+            sent.append(self._lent[assignment.job.against])
         self._call(worker, "measuring", self._workers[worker].actor.measure, *sent)
 
     def ask_conditions(self, worker: int, variant: Variant) -> None:

@@ -10,7 +10,7 @@ import gc
 import os
 import socket
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -87,7 +87,7 @@ class Worker:
 
         return self._with_room({variant}, lambda: Conditions.of(self._loaded(variant)))
 
-    def measure(self, assignment: Assignment, text: TokenStream, against: Arrays | None = None) -> Measurement:
+    def measure(self, assignment: Assignment, text: TokenStream, against: Sequence[Arrays] = ()) -> Measurement:
         """Measures, against the arrays that the job names; where memory is short, once more without the models it can
         spare.
 
@@ -99,7 +99,7 @@ class Worker:
             self._texts[subject.text] = replace(text, tokens=text.tokens.copy())  # Ray's cannot be written to
         return self._with_room(needed, lambda: self._measure(assignment, against))
 
-    def _measure(self, assignment: Assignment, against: Arrays | None) -> Measurement:
+    def _measure(self, assignment: Assignment, against: Sequence[Arrays]) -> Measurement:
         bench = self._bench(assignment.subject, assignment.side_by_side)
         return bench.measure(assignment.job, against=against)
 

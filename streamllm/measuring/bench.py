@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from ..configuration import Configuration
 from ..engine.decoding import Progress
@@ -16,7 +18,7 @@ from ..engine.probing import runnable
 from ..errors import UsageError
 from ..options import PROTOCOLS
 from .conditions import Conditions
-from .divergence import Comparing, Distributions, Keeping, fixed_positions
+from .divergence import Comparing, Distributions, Keeping, comparing, fixed_positions
 from .evaluation import measure_quality, speed_summary, times_summary
 from .jobs import Job
 from .keys import Keys
@@ -69,9 +71,9 @@ class Bench:
         return Keys(Conditions.of(self.loaded), self.stream, self.total, of_another)
 
     def measure(
-        self, job: Job, strict: bool = False, progress: Progress | None = None, against: Arrays | None = None
+        self, job: Job, strict: bool = False, progress: Progress | None = None, against: Sequence[Arrays] = ()
     ) -> Measurement:
-        """strict: an attention backend that does not run is an error. against: the arrays of the entry that the job
+        """strict: an attention backend that does not run is an error. against: the arrays of the entries that the job
         names. Raises NonFiniteLossError, UnsupportedModelError;
         UsageError for a text that is not the model's, and where that cannot be measured here."""
         if (most := int(self.stream.tokens.max())) >= self.loaded.vocabulary:
@@ -82,21 +84,24 @@ class Bench:
             return self._speed(job, strict)
         return self._times(job) if job.kind == "times" else self._whole(job, strict, progress)
 
-    def _quality(self, job: Job, progress: Progress | None, against: Arrays | None) -> Measurement:
+    def _quality(self, job: Job, progress: Progress | None, against: Sequence[Arrays]) -> Measurement:
         tokens, window = self.stream.tokens, job.what.policy.kept
         positions = None
         if job.batch is not None:
             positions = next(islice(sample_batches(len(tokens), window), job.batch, None))
-        watch: Keeping | Comparing | None = None
+        watch: Sequence[Keeping | Comparing] = comparing(against) if job.against else ()
         if job.keeps:
-            watch = Keeping(fixed_positions(len(tokens), self.total, self.loaded.vocabulary))
-        elif job.against is not None:
-            assert against is not None
-            watch = Comparing(Distributions.of(against))
+            places = fixed_positions(len(tokens), window, self.loaded.vocabulary)
+            places = places if positions is None else np.intersect1d(places, positions)
+            watch = [Keeping(places)] if len(places) else ()
         with self.leases.computing():
             quality = measure_quality(self.loaded, job.what, self.stream, progress, positions, watch)
-        beside = None if quality.beside is None else quality.beside.arrays
-        return Measurement(quality.summary(), quality.table, beside)
+        record = quality.summary()
+        for one in quality.beside:
+            if isinstance(one, Distributions) and positions is None:
+                record |= one.from_itself()
+        arrays = {name: array for one in quality.beside for name, array in one.arrays.items()}
+        return Measurement(record, quality.table, arrays or None)
 
     def _speed(self, job: Job, strict: bool) -> Measurement:
         """The record says if the accelerator had `foreign_processes` just after the timing."""

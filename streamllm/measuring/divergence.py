@@ -11,6 +11,7 @@ they were is 1/2 Var(rounding), at most 4e-8 of the surprisal's variance: below 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from .store import Arrays
 MOST_POSITIONS = 1024
 MOST_BYTES = 256 * 2**20
 """Of a reference's distributions on one text: 894 positions of a vocabulary of 150,000, of a smaller one all."""
+VS_RECOMPUTE = "_vs_recompute"
 _LEAST_FLOAT16 = -65504.0
 _TAIL = 0.99
 
@@ -52,15 +54,22 @@ class Distributions:
     """float64 (n): log-probability of the true token."""
 
     @classmethod
-    def of(cls, arrays: Arrays) -> Distributions:
-        return cls(**{name: arrays[name] for name in cls.__slots__})
+    def of(cls, parts: Sequence[Arrays]) -> Distributions:
+        """Of a reference whose distributions are kept in these parts."""
+        if len(parts) == 1:
+            return cls(**{name: parts[0][name] for name in cls.__slots__})
+        order = np.argsort(np.concatenate([part["positions"] for part in parts]))
+        return cls(**{name: np.concatenate([part[name] for part in parts])[order] for name in cls.__slots__})
 
     @property
     def arrays(self) -> Arrays:
         return {name: getattr(self, name) for name in self.__slots__}
 
     def summary(self, n_losses: int) -> dict[str, Any]:
-        """The reference's divergence from itself."""
+        return {}
+
+    def from_itself(self) -> dict[str, Any]:
+        """What the summary of its own divergences would be, but for rounding."""
         values = {"kl": 0.0, "kl_p99": 0.0, "same_top_percent": 100.0, "dp_rms_percent": 0.0}
         ends = {f"{name}{end}": value for name, value in values.items() for end in ("_low", "_high")}
         return values | ends | {"kl_positions": len(self.positions)}
@@ -78,10 +87,12 @@ class Divergences:
     """bool (n): whether both have the same most probable token."""
     dp: np.ndarray
     """float64 (n): the true token's probability less the reference's."""
+    reference: str = ""
+    """Part of the names: empty of strict StreamingLLM."""
 
     @property
     def arrays(self) -> Arrays:
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {f"{name}{self.reference}": getattr(self, name) for name in ("positions", "kl", "same", "dp")}
 
     def summary(self, n_losses: int) -> dict[str, Any]:
         """With 95% intervals: of the text's `n_losses` predictions, and of text of its kind."""
@@ -89,13 +100,14 @@ class Divergences:
         mean, same, square = mean_at(self.kl, *known), share_at(self.same, *known), mean_at(self.dp**2, *known)
         ends = (square.value, square.low, square.high)
         rms = dict(zip(("", "_low", "_high"), (100 * math.sqrt(max(end, 0.0)) for end in ends), strict=True))
+        of = self.reference
         return {
-            **mean.flat("kl"),
-            "kl_low": max(mean.low, 0.0),
-            **quantile_at(_TAIL, self.kl, *known, name="kl_p99"),
-            **{f"same_top_percent{end}": 100 * value for end, value in same.flat("").items()},
-            **{f"dp_rms_percent{end}": value for end, value in rms.items()},
-            "kl_positions": len(self.positions),
+            **mean.flat(f"kl{of}"),
+            f"kl{of}_low": max(mean.low, 0.0),
+            **quantile_at(_TAIL, self.kl, *known, name=f"kl{of}_p99"),
+            **{f"same_top{of}_percent{end}": 100 * value for end, value in same.flat("").items()},
+            **{f"dp_rms{of}_percent{end}": value for end, value in rms.items()},
+            f"kl{of}_positions": len(self.positions),
         }
 
 
@@ -108,24 +120,26 @@ class Keeping:
         self._first: list[np.ndarray] = []
 
     def see(self, start: int, logits: Tensor) -> None:
-        """logits (queries, vocabulary) after tokens start, start + 1, ...: every block once, in order."""
+        """logits (queries, vocabulary) after tokens start, start + 1, ...: each once, in order."""
         rows, _ = _rows_at(self._positions, start, logits)
         if rows is None:
             return
         self._rows.append(encoded(rows))
         self._first.append(rows.argmax(-1).cpu().numpy())
 
-    def found(self, losses: np.ndarray) -> Distributions:
-        """losses (n_tokens - 1): those of the same pass, at every token."""
-        true = -losses[self._positions]
+    def found(self, places: np.ndarray, losses: np.ndarray) -> Distributions:
+        """losses (n): those of the same pass, at ascending `places`."""
+        true = -losses[np.searchsorted(places, self._positions)]
         return Distributions(self._positions, np.concatenate(self._rows), np.concatenate(self._first), true)
 
 
 class Comparing:
     """Compares the logits that pass by with a reference's distributions."""
 
-    def __init__(self, reference: Distributions) -> None:
+    def __init__(self, reference: Distributions, name: str = "") -> None:
+        """name: the reference's part of the names in what is `found`."""
         self._reference = reference
+        self._name = name
         self._kl: list[np.ndarray] = []
         self._same: list[np.ndarray] = []
 
@@ -137,11 +151,19 @@ class Comparing:
         self._kl.append(divergence(self._reference.values[which], rows))
         self._same.append(self._reference.first[which] == rows.argmax(-1).cpu().numpy())
 
-    def found(self, losses: np.ndarray) -> Divergences:
+    def found(self, places: np.ndarray, losses: np.ndarray) -> Divergences:
         """As `Keeping.found`."""
         positions, true = self._reference.positions, self._reference.true
-        dp = np.exp(-losses[positions]) - np.exp(true)
-        return Divergences(positions, np.concatenate(self._kl), np.concatenate(self._same), dp)
+        dp = np.exp(-losses[np.searchsorted(places, positions)]) - np.exp(true)
+        return Divergences(positions, np.concatenate(self._kl), np.concatenate(self._same), dp, self._name)
+
+
+def comparing(references: Sequence[Arrays]) -> list[Comparing]:
+    """Compares with strict StreamingLLM, whose distributions come first, and with re-computation, if there are parts of
+    its sample."""
+    strict, *recomputed = references
+    beside = [Comparing(Distributions.of(recomputed), VS_RECOMPUTE)] if recomputed else []
+    return [Comparing(Distributions.of([strict])), *beside]
 
 
 def encoded(logits: Tensor) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,8 +51,10 @@ class Keys:
             part["tokens"] = job.tokens
         if job.keeps:
             part["distributions"] = "kept"
-        if job.against is not None:
-            part["against"] = job.against
+        if job.against:
+            part["against"] = job.against[0]
+        if recomputed := job.against[1:]:
+            part["recomputed"] = hashlib.sha256(" ".join(recomputed).encode()).hexdigest()
         return {"kind": f"quality of {kind}"} | conditions | self._named(what, "fast", *names) | part
 
     def _speed(self, what: Configuration) -> dict[str, Any]:

@@ -92,29 +92,31 @@ class Measurement:
     losses: np.ndarray | None = None
     arrays: Arrays | None = None
     """Others; not of what the store found, which reads them by themselves."""
+    has_arrays: bool = False
+    """Whether the store has them."""
 
     def without_arrays(self) -> Measurement:
-        return self if self.arrays is None else replace(self, arrays=None)
+        """As the store would find it."""
+        return self if self.arrays is None else replace(self, arrays=None, has_arrays=True)
 
 
 class MeasurementStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def get(self, key: Mapping[str, object]) -> Measurement | None:
-        """The measurement of that key, without its `arrays`; a damaged entry is kept aside as `.damaged` and counts as
-        missing, as does one whose arrays somebody has removed."""
+    def get(self, key: Mapping[str, object], with_arrays: bool = False) -> Measurement | None:
+        """The measurement of that key, its `arrays` unread; a damaged entry is kept aside as `.damaged` and counts as
+        missing. with_arrays: so does one that has none, or whose arrays somebody has removed."""
         path = self._path(key)
         try:
             entry = json.loads(path.read_bytes())
-            if "arrays_digest" in entry:
-                path.with_suffix(".npz").stat()
+            has_arrays = "arrays_digest" in entry and path.with_suffix(".npz").exists()
             losses = path.with_suffix(".npy").read_bytes() if entry["has_losses"] else b""
             if entry["digest"] != _digest(entry["record"], losses):
                 raise ValueError("not what was written")
-            return Measurement(
-                entry["record"], np.load(io.BytesIO(losses), allow_pickle=False) if entry["has_losses"] else None
-            )
+            table = np.load(io.BytesIO(losses), allow_pickle=False) if entry["has_losses"] else None
+            found = Measurement(entry["record"], table, has_arrays=has_arrays)
+            return found if has_arrays or not with_arrays else None
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -177,7 +179,7 @@ class MeasurementStore:
 
     def arrays(self, name: str) -> dict[str, np.ndarray]:
         """The other arrays of the entry of that name. Raises StoreError if they are gone, or are not what was written:
-        they then count as missing, and will be measured again."""
+        they are then kept aside, and count as missing."""
         path = self.losses_file(name).with_suffix(".npz")
         try:
             content = path.read_bytes()

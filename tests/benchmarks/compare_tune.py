@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ class Idle(Worker):
         warnings = self._claim("")
         return description() | self.place() | {"warnings": warnings, "cores": self.cores}
 
-    def measure(self, assignment: Assignment, text: TokenStream, against: Arrays | None = None) -> Measurement:
+    def measure(self, assignment: Assignment, text: TokenStream, against: Sequence[Arrays] = ()) -> Measurement:
         policy = asdict(assignment.job.what.policy)
         speed, loss = objectives(**{name: policy[name] for name in INTEGERS})
         found = measured(assignment.job, text)

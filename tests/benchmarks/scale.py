@@ -23,7 +23,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class SimulatedPool:
     def share(self, text: TokenStream) -> None:
         pass
 
-    def lend(self, name: str, arrays: Callable[[], Arrays]) -> None:
+    def lend(self, names: Sequence[str], arrays: Callable[[str], Arrays]) -> None:
         pass
 
     def submit(self, worker: int, assignment: Assignment) -> None:

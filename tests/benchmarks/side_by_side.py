@@ -100,7 +100,7 @@ class SimulatedPool:
     def share(self, text: TokenStream) -> None:
         pass
 
-    def lend(self, name: str, arrays: Callable[[], Arrays]) -> None:
+    def lend(self, names: Sequence[str], arrays: Callable[[str], Arrays]) -> None:
         pass
 
     def submit(self, worker: int, assignment: Assignment) -> None:
