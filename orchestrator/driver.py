@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
-from streamllm.results.schema import Row, told_name
+from streamllm.results.schema import OBJECTIVES, Row, told_name
 from streamllm.results.study import BASELINE, STRICT
 
 from .scheduler import Scheduler
@@ -25,6 +25,7 @@ from .workers.messages import Subject, SweepError, Variant
 if TYPE_CHECKING:
     import numpy as np
 
+    from streamllm.configuration import Configuration
     from streamllm.measuring.jobs import Done, Plan
     from streamllm.measuring.plans import Evaluated
     from streamllm.measuring.quality import QualityComparison
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 _CANDIDATES = 5
 """Taken to be confirmed, when time is set aside for it."""
 _OF_BASELINE = {"speedup", "ppl_increase_percent"}
+_OF_RECOMPUTATION = {name for name in OBJECTIVES if "_vs_recompute" in name}
 
 
 class Observer(Protocol):
@@ -98,10 +100,8 @@ class Driver:
 
     def run(self) -> None:
         """Runs trials until the budget is spent or the space is exhausted. Raises SweepError, UsageError."""
-        from streamllm.measuring import plans
-
         strict = fixed_configuration(STRICT, self.study.cap)
-        self.scheduler.start(plans.fast(strict, self._text), self.subject, partial(self._fixed, STRICT))
+        self.scheduler.start(self._fast(strict), self.subject, partial(self._fixed, STRICT))
         self.scheduler.start(self._baseline(), self.subject, partial(self._fixed, BASELINE))
         while self.scheduler.is_working or self._more() or self._is_short():
             self.scheduler.step()
@@ -135,11 +135,19 @@ class Driver:
         return grows and self._sample.is_short() and self._grow()
 
     def _start(self, trial: OpenTrial) -> None:
+        self._open += 1
+        plan = self._fast(trial.configuration)
+        self.scheduler.start(plan, self.subject, partial(self._measured, trial), partial(self._died, trial.number))
+
+    def _fast(self, what: Configuration) -> Plan[Evaluated]:
+        """With its predictions compared with the reference's and, where the search goes by that, with the baseline's,
+        at as many tokens as every sample has."""
         from streamllm.measuring import plans
 
-        plan = plans.fast(trial.configuration, self._text)
-        self._open += 1
-        self.scheduler.start(plan, self.subject, partial(self._measured, trial), partial(self._died, trial.number))
+        cap, named = self.study.cap, {*self.study.space.objectives, *_limited(self.study.space)}
+        tokens = (self._sample.least or len(self._text.tokens)) if _OF_RECOMPUTATION & named else 0
+        batches = plans.comparable_batches(tokens, cap, self._text) if tokens else 0
+        return plans.fast(what, self._text, total=cap, recomputed=batches)
 
     def _baseline(self) -> Plan[Evaluated]:
         """With a sample of a batch; where trials wait for it, with all the tokens that are needed."""
@@ -156,7 +164,6 @@ class Driver:
     def _grow(self) -> bool:
         """Whether there is a batch more."""
         from streamllm.measuring import plans
-        from streamllm.measuring.jobs import Job
 
         what, known = fixed_configuration(BASELINE, self.study.cap), len(self._parts)
         last = min(plans.batches_of(what, self._text), known + self._sample.next_batches)
@@ -165,7 +172,7 @@ class Driver:
             return False
 
         def batches() -> Plan[Evaluated]:
-            self._parts += yield [Job("quality", what, batch=number) for number in range(known, last)]
+            self._parts += yield [plans.batch(what, number) for number in range(known, last)]
             return plans.grown(self.fixed[BASELINE], plans.joined(what, self._parts))
 
         self._grows = True

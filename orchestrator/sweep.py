@@ -263,6 +263,7 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, kinds: Kinds, di
             driver.comparison,
             lambda row: store.losses(row["quality_entry"]),
             results.objectives,
+            lambda row: store.arrays(row["quality_entry"]),
         )
         write_rows(configuration.folder.confirmed, values)
         results = load_study(str(folder.path))

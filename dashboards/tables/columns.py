@@ -70,6 +70,9 @@ COLUMNS = (
     Column.of("positions"),
     *map(Column.of, ("peak_kv", "peak_memory_mb", "tpot_ms", "speedup", "rounds", "front_probability")),
     *map(Column.of, ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent")),
+    *map(Column.of, ("kl", "kl_p99", "same_top_percent", "dp_rms_percent")),
+    *map(Column.of, ("kl_vs_recompute", "kl_vs_recompute_p99")),
+    *map(Column.of, ("same_top_vs_recompute_percent", "dp_rms_vs_recompute_percent")),
     *_PLACED,
 )
 """Columns of a study's table, in order. The last three come from `pareto_table`, the others from rows."""
@@ -82,6 +85,7 @@ _WHERE_THERE = {
     "study",
     "recommended",
     "ppl_vs_strict_percent",
+    "kl",
     "front_probability",
     "place",
     "dominated_by",
@@ -90,13 +94,24 @@ _WHERE_THERE = {
 """Columns that only rows with such a value have."""
 
 
+_ASKED_FOR = {
+    "peak_memory_mb",
+    "kl_p99",
+    "same_top_percent",
+    "dp_rms_percent",
+    "kl_vs_recompute",
+    "kl_vs_recompute_p99",
+    "same_top_vs_recompute_percent",
+    "dp_rms_vs_recompute_percent",
+}
+"""Columns that are shown where they are objectives."""
+
+
 def shown_columns(rows: Sequence[AnyRow], objectives: Collection[str] = ()) -> tuple[Column, ...]:
-    """All but those that say nothing: settings that go without saying, memory where it is no objective, the rounds of
-    confirming where they are the same in every row."""
+    """All but those that say nothing: settings that go without saying, memory and details of predictions where they are
+    no objective, the rounds of confirming where they are the same in every row."""
     present = {key for row in rows for key in _WHERE_THERE if row.get(key) is not None}
-    needless = (_WHERE_THERE - present) | unsaid_settings(rows)
-    if "peak_memory_mb" not in objectives:
-        needless.add("peak_memory_mb")
+    needless = (_WHERE_THERE - present) | unsaid_settings(rows) | (_ASKED_FOR - {*objectives})
     if len({row.get("rounds", 0) for row in rows if row.get("state") == "complete"}) < 2:
         needless.add("rounds")
     return tuple(column for column in COLUMNS if column.key not in needless)

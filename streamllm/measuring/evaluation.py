@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..configuration import Configuration
 from ..engine.backends import BACKENDS
@@ -18,6 +19,7 @@ from ..engine.methods import make_decoder, sampled_losses
 from ..engine.model import LoadedModel
 from ..policy import EvictionPolicy, peak_kv, steady_state
 from .chunked import chunk_losses
+from .divergence import Comparing, Distributions, Divergences, Keeping
 from .pairing import PairedTimes, between_references, load_average
 from .quality import check_finite, median_interval, perplexity
 from .text import TokenStream
@@ -38,6 +40,8 @@ class Quality:
     peak_kv: int
     seconds: float
     warning: str | None = None
+    beside: Sequence[Distributions | Divergences] = ()
+    """What the same forward gave besides: distributions, or how far they are from a reference's."""
 
     @property
     def table(self) -> np.ndarray:
@@ -50,6 +54,7 @@ class Quality:
             "evaluated_tokens": len(self.losses),
             "peak_kv": self.peak_kv,
             "quality_sec": self.seconds,
+            **{name: value for one in self.beside for name, value in one.summary(len(self.losses)).items()},
             **({"warning": self.warning} if self.warning else {}),
         }
 
@@ -60,8 +65,10 @@ def measure_quality(
     stream: TokenStream,
     progress: Progress | None = None,
     positions: np.ndarray | None = None,
+    watch: Sequence[Keeping | Comparing] = (),
 ) -> Quality:
-    """Protocol `fast`: every token, block-parallel; of `recompute`, those at ascending `positions`.
+    """Protocol `fast`: every token, block-parallel; of `recompute`, those at ascending `positions`. watch: are
+    shown the logits that the losses are taken from.
 
     Raises NonFiniteLossError; UnsupportedModelError if the model itself attends to fewer keys than the policy holds."""
     policy = what.effective
@@ -70,14 +77,21 @@ def measure_quality(
     losses_at = sampled_losses(what.method)
     peak = peak_kv(policy, n_losses) if losses_at is None else min(policy.kept, n_losses)
     loaded.check_span(peak)
+
+    def see(place: int, logits: Tensor) -> None:
+        for one in watch:
+            one.see(place, logits)
+
     if losses_at is not None:
         positions = np.arange(n_losses) if positions is None else positions
-        losses = losses_at(loaded, stream.tokens, policy.kept, positions.tolist(), BACKENDS["auto"], progress)
+        losses = losses_at(loaded, stream.tokens, policy.kept, positions.tolist(), BACKENDS["auto"], progress, see)
     else:
         positions = np.arange(n_losses)
-        losses = block_parallel_losses(loaded, stream.tokens, policy, progress=progress)
+        losses = block_parallel_losses(loaded, stream.tokens, policy, progress=progress, see=see)
     check_finite(losses, str(loaded.dtype))
-    return Quality(losses, positions, peak, time.perf_counter() - started, _warning(loaded, policy, peak, n_losses))
+    beside = [one.found(positions, losses) for one in watch]
+    seconds = time.perf_counter() - started
+    return Quality(losses, positions, peak, seconds, _warning(loaded, policy, peak, n_losses), beside)
 
 
 def times_summary(times: PairedTimes) -> dict[str, Any]:
@@ -124,9 +138,11 @@ def evaluate_fast(
     stream: TokenStream,
     reference: Reference,
     progress: Progress | None = None,
+    watch: Callable[[], Sequence[Comparing]] = tuple,
 ) -> tuple[Quality, dict[str, Any]]:
-    """Quality block-parallel, speed from a steady-state sample. Raises as `measure_quality`."""
-    quality = measure_quality(loaded, what, stream, progress)
+    """Quality block-parallel, speed from a steady-state sample. watch: as `measure_quality`'s, which do not stay
+    in memory while it is timed. Raises as `measure_quality`."""
+    quality = measure_quality(loaded, what, stream, progress, None, watch())
     speed = measure_speed(loaded, what, stream.tokens, reference)
     return quality, fast_record(quality.summary(), speed_summary(speed, what.backend))
 

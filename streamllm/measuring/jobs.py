@@ -34,8 +34,18 @@ class Job:
     """Of a quality that is sampled: which part of the sample."""
     tokens: int | None = None
     """Of one whose parts have been put together: how many losses they are. Nobody measures it."""
+    keeps: bool = False
+    """Of a quality: with the distributions that others are compared with."""
+    against: tuple[str, ...] = ()
+    """Of a quality: the entries with the distributions that it is compared with, the reference's and then, if any,
+    those of parts of re-computation's sample."""
     peek: bool = False
     """Only if the store has it: the result is None otherwise."""
+
+    @property
+    def is_of_use_with_arrays_only(self) -> bool:
+        """The reference's, which is asked for for their sake; a part of a sample is also without."""
+        return self.keeps and self.batch is None
 
     @property
     def is_timed(self) -> bool:

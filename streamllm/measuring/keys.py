@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -43,11 +44,17 @@ class Keys:
         if self.conditions.is_quantized:  # its kernels round as the machine has them
             names += ["device", "cpu_capability"]
         conditions = self.conditions.of_quality(None if kind == "streaming" else what.method)
-        part: dict[str, int] = {}
+        part: dict[str, int | str] = {}
         if job.batch is not None:
             part["batch"] = job.batch
         if job.tokens is not None:
             part["tokens"] = job.tokens
+        if job.keeps:
+            part["distributions"] = "kept"
+        if job.against:
+            part["against"] = job.against[0]
+        if recomputed := job.against[1:]:
+            part["recomputed"] = hashlib.sha256(" ".join(recomputed).encode()).hexdigest()
         return {"kind": f"quality of {kind}"} | conditions | self._named(what, "fast", *names) | part
 
     def _speed(self, what: Configuration) -> dict[str, Any]:

@@ -214,6 +214,28 @@ class Row(Mapping[str, Any]):
         "PPL increase %", decimals=1, interval=True, label="perplexity increase over re-computation, %",
         objective="minimize", told="ppl_vs_strict_percent", final=True,
     )  # fmt: skip
+    kl: float | None = _measure(
+        "KL", "nats", 4, interval=True, label="KL from strict StreamingLLM, nats", objective="minimize", viewed=True,
+        about="KL(strict StreamingLLM || policy), the mean over fixed positions",
+    )  # fmt: skip
+    kl_p99: float | None = _measure("KL p99", "nats", 3, interval=True, objective="minimize",
+                                    label="KL from strict StreamingLLM, 99th percentile, nats")  # fmt: skip
+    same_top_percent: float | None = _measure("same top", "%", 1, interval=True, objective="maximize",
+                                              label="same most probable token as strict StreamingLLM, %")  # fmt: skip
+    dp_rms_percent: float | None = _measure("RMS Δp", "%", 2, interval=True, objective="minimize",
+                                            label="RMS change of the true token's probability, %")  # fmt: skip
+    kl_positions: int | None = _fact(about="at which predictions were compared with strict StreamingLLM's")
+    kl_vs_recompute: float | None = _measure(
+        "KL vs re-computation", "nats", 4, interval=True, label="KL from re-computation, nats", objective="minimize",
+        about="KL(re-computation || policy), the mean over positions of its sample",
+    )  # fmt: skip
+    kl_vs_recompute_p99: float | None = _measure("KL vs re-computation p99", "nats", 3, interval=True)
+    same_top_vs_recompute_percent: float | None = _measure(
+        "same top as re-computation", "%", 1, interval=True, objective="maximize",
+        label="same most probable token as re-computation, %",
+    )  # fmt: skip
+    dp_rms_vs_recompute_percent: float | None = _measure("RMS Δp vs re-computation", "%", 2, interval=True)
+    kl_vs_recompute_positions: int | None = _fact(about="at which predictions were compared with re-computation's")
     evaluated_tokens: int | None = _measure("evaluated", "tokens", None)
     sampled_tokens: int | None = _fact(about="tokens that a sampled method was evaluated at")
     quality_sec: float | None = _measure("evaluating", "s", 1, about="that the losses took")
