@@ -231,7 +231,7 @@ class Projection:
             self._set_aside_unless_it_is(row, trial)
         run, files = self._runs.get(trial), ""
         if run is None:
-            started = ended - (0 if row.get("reused") else int(1000 * row.get("runtime_sec", 0)))
+            started = ended - (0 if row.get("reused") else int(1000 * row.get("measuring_sec", 0)))
             tags |= {PARENT: self._runs[""], "pareto": "False"}
             created = self._client.create_run(self._experiment, started, tags, run_name(row)).info
             run, files = created.run_id, created.artifact_uri

@@ -19,7 +19,7 @@ from ..engine.model import LoadedModel
 from ..policy import EvictionPolicy, peak_kv, steady_state
 from .chunked import chunk_losses
 from .pairing import PairedTimes, between_references, load_average
-from .quality import check_finite, median_interval, perplexity
+from .quality import FEW_LOSSES, check_finite, median_interval, perplexity
 from .text import TokenStream
 from .timing import Reference, Speed, attention_ms, measure_speed, used_backend
 
@@ -38,6 +38,8 @@ class Quality:
     peak_kv: int
     seconds: float
     warning: str | None = None
+    chunk: int | None = None
+    """Losses of each chunk, of a text in chunks."""
 
     @property
     def table(self) -> np.ndarray:
@@ -46,7 +48,7 @@ class Quality:
 
     def summary(self) -> dict[str, Any]:
         return {
-            **perplexity(self.losses).flat("perplexity"),
+            **perplexity(self.losses, self.chunk).flat("perplexity"),
             "evaluated_tokens": len(self.losses),
             "peak_kv": self.peak_kv,
             "quality_sec": self.seconds,
@@ -133,7 +135,7 @@ def evaluate_fast(
 
 def fast_record(quality: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any]:
     """The two halves of a result by protocol `fast`, which may have been measured at different times."""
-    return quality | speed | {"runtime_sec": quality["quality_sec"] + speed["speed_sec"]}
+    return quality | speed | {"measuring_sec": quality["quality_sec"] + speed["speed_sec"]}
 
 
 def evaluate_decode_loop(
@@ -206,8 +208,8 @@ def evaluate_chunked(
         )
     check_finite(run.losses, str(loaded.dtype))
     seconds = time.perf_counter() - started
-    warning = _warning(loaded, policy, run.peak_kv, len(stream.tokens))
-    quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning)
+    warning = _warning(loaded, policy, run.peak_kv, len(run.losses), len(run.prefill_sec))
+    quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning, run.continuation_tokens)
     ms = 1e3 * run.continuation_sec / run.continuation_tokens
     return quality, quality.summary() | {
         **times_summary(between_references(ms.tolist(), reference_ms, at, load)),
@@ -235,10 +237,16 @@ def _segment_ends(policy: EvictionPolicy, n_tokens: int) -> list[int]:
     return list(range(start, n_tokens + 1, length))
 
 
-def _warning(loaded: LoadedModel, policy: EvictionPolicy, peak: int, n_tokens: int) -> str | None:
-    trained = loaded.trained_length
+def _warning(
+    loaded: LoadedModel, policy: EvictionPolicy, peak: int, n_losses: int, chunks: int | None = None
+) -> str | None:
+    """What makes a result say less than it seems to; chunks: whose losses they are, of a text in chunks."""
+    trained, said = loaded.trained_length, []
     if trained is not None and peak > trained + 1:  # a full cache and the query's own key are meant
-        return f"queries attend to up to {peak} keys, the model was trained on {trained}: perplexity may suffer"
-    if policy.compress_every > 0 and peak >= n_tokens:
-        return f"the text's {n_tokens} tokens all fit in the cache: nothing was evicted"
-    return None
+        said.append(f"queries attend to up to {peak} keys, the model was trained on {trained}: perplexity may suffer")
+    elif chunks is None and policy.compress_every > 0 and peak >= n_losses:
+        said.append(f"the text's {n_losses} tokens all fit in the cache: nothing was evicted")
+    if n_losses < FEW_LOSSES:
+        of_chunks = f" of {chunks} chunk{'s' * (chunks > 1)}" if chunks is not None else ""
+        said.append(f"it rests on {n_losses} losses{of_chunks}: too few to tell policies apart; give a longer text")
+    return "; ".join(said) or None

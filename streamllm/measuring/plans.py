@@ -55,6 +55,13 @@ def quality(
     return joined(what, (yield from sample(what, text, size or FixedSize(), progress)))
 
 
+def hits(what: Configuration) -> Plan[Measurement]:
+    """The policy's losses at every token, and which tokens were the likeliest (n, 3: position, nats, 1 or 0)."""
+    (done,) = yield [Job("hits", what)]
+    measured: Measurement = done.measurement
+    return measured
+
+
 def sample(
     what: Configuration, text: TokenStream, size: SampleSize, progress: Progress | None = None
 ) -> Plan[list[Done]]:
@@ -108,7 +115,7 @@ def grown(before: Evaluated, sample: Evaluated) -> Evaluated:
     """The same with a larger sample."""
     record = before.record | sample.record
     return replace(
-        sample, record=record | {"runtime_sec": record["quality_sec"] + record["speed_sec"]}, keys=before.keys
+        sample, record=record | {"measuring_sec": record["quality_sec"] + record["speed_sec"]}, keys=before.keys
     )
 
 
