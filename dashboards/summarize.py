@@ -21,9 +21,10 @@ EVALUATION_COLUMNS = (
     *(BY_KEY[key] for key in ("method", "backend", "execution", "quantization")),
     *POLICY_COLUMNS,
     BY_KEY["positions"],
-    *(BY_KEY[key] for key in ("peak_kv", "perplexity", "ppl_increase_percent", "tpot_ms")),
+    *(BY_KEY[key] for key in ("peak_kv", "peak_kv_mib", "perplexity", "ppl_increase_percent", "tpot_ms")),
     SPEEDUP,
-    *map(Column.of, ("decode_toks_per_sec", "runtime_sec", "prefill_sec", "first_token_latency_sec", "avg_attn_ms")),
+    *map(Column.of, ("decode_toks_per_sec", "runtime_sec", "measuring_sec", "prefill_sec")),
+    *map(Column.of, ("first_token_latency_sec", "avg_attn_ms")),
     BY_KEY["peak_memory_mb"],
     Column("file", "file", words=True),
 )

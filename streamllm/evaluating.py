@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from .configuration import Configuration
 from .errors import UsageError, shown
-from .measuring.baseline import as_baseline, average, baseline_policy, compared, row_of, sampled
+from .measuring.baseline import as_baseline, average, baseline_policy, compared, row_of, sampled, with_bytes
 from .measuring.reference_time import with_times
 from .measuring.text import TextSource
 from .options import DTYPES, EXECUTIONS, PROTOCOLS, QUANTIZATIONS
@@ -192,7 +192,7 @@ def _measured_now(measurements: Measurements, what: Configuration, how: Measurin
             quality, record = evaluator(loaded, prepared, stream, measurements.bench.reference, progress, *beside)
             losses = quality.table
     asked = {"backend_requested": what.backend, "reference_total": measurements.total}
-    return Row.of(measurements.keys.identity(what, how.protocol) | record) | asked, losses
+    return with_bytes(Row.of(measurements.keys.identity(what, how.protocol) | record)) | asked, losses
 
 
 def compare_quality(

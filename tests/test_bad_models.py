@@ -157,7 +157,7 @@ def test_and_for_the_commands(name, folder):
     assert message in refusal(command("evaluate", *what, cwd=folder.parent))
 
 
-@pytest.mark.parametrize("verb", ["baseline", "diagnose", "profile", "generate"])
+@pytest.mark.parametrize("verb", ["baseline", "diagnose", "profile", "recall", "generate"])
 @pytest.mark.parametrize("name", ["weights torn", "a tokenizer torn", "layers without end"])
 def test_every_command_says_it(name, verb, folder):
     damage, message = DAMAGES[name]

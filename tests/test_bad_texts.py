@@ -95,7 +95,7 @@ def test_texts(tmp_path, name, content, message):
 def test_no_weights_are_read_for_a_text_that_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr("streamllm.engine.loading.load_model", lambda *_, **__: pytest.fail("weights were read"))
     (tmp_path / "t.txt").write_bytes(b"\xff")
-    for verb in ("evaluate", "baseline", "diagnose", "profile"):
+    for verb in ("evaluate", "baseline", "diagnose", "profile", "recall"):
         assert "not UTF-8" in refusal(command(verb, "--text", "t.txt", cwd=tmp_path))
 
 

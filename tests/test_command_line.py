@@ -60,6 +60,7 @@ def measure(command, *more, cwd=None):
         ("streamllm", ["baseline", "--help"]),
         ("streamllm", ["backends", "--help"]),
         ("streamllm", ["diagnose", "--help"]),
+        ("streamllm", ["recall", "--help"]),
         ("streamllm", ["profile", "--help"]),
         ("streamllm", ["generate", "--help"]),
         ("dashboards.pareto", ["--help"]),
@@ -222,8 +223,10 @@ def test_per_token_losses_as_parquet(tmp_path):
 def test_backends_prints_the_documents_smoke_test():
     outcome = json.loads(streamllm("backends", "--json").stdout)
     assert outcome["flash_enabled"] is outcome["smoke_test"] is True
+    off = outcome["logit_difference"]
+    assert off["math"] == 0 and 0 < off["flash"] < 1e-3 and "flash_attention_2" not in off
     table = streamllm("backends").stdout
-    assert "flash_attention_2   -  " in table and "\nmath                math\n" in table
+    assert "flash_attention_2   -  " in table and "\nmath                math                0.0e+00\n" in table
 
 
 def test_a_backend_that_is_not_there(tmp_path):

@@ -24,7 +24,7 @@ from streamllm.errors import UsageError
 from streamllm.measuring.quality import QualityComparison
 from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
 from streamllm.results.damaged import DamagedError
-from streamllm.results.schema import Row
+from streamllm.results.schema import FORMAT, Row
 from streamllm.results.study import load_study
 from streamllm.results.study_folder import StudyFolder, read_rows
 
@@ -235,10 +235,10 @@ def test_files_of_a_later_version_are_left_alone(there, capsys):
     lines = [json.loads(line) for line in lines_of(there / "journal.log")]
     for line in lines:
         if "row" in line.get("user_attr", {}):
-            line["user_attr"]["row"]["format"] = 4
+            line["user_attr"]["row"]["format"] = FORMAT + 1
     (there / "journal.log").write_text("".join(json.dumps(line) + "\n" for line in lines))
     before = bytes_in(there)
-    with pytest.raises(UsageError, match=r"journal.log, line \d+: has rows of format 4, this version reads 3"):
+    with pytest.raises(UsageError, match=rf"journal.log, line \d+: has rows of format {FORMAT + 1}, this version"):
         go_on(configuration_in(there.parent.parent))
     after = bytes_in(there)
     assert [

@@ -48,6 +48,18 @@ def test_rows_are_versioned_and_unknown_keys_are_refused(tmp_path):
         Row.from_json(VALUES | {"format": FORMAT, "joy": 1}, "here")
 
 
+def test_what_an_older_row_calls_its_runtime_is_what_measuring_took():
+    """Of protocol fast, which decodes no whole text."""
+    older = {**VALUES, "format": 3, "protocol": "fast", "runtime_sec": 9.0, "runtime_sec_std": 1.0}
+    row = Row.from_json(older, "here")
+    assert row.runtime_sec is None and (row.measuring_sec, row["measuring_sec_std"]) == (9.0, 1.0)
+    assert Row.from_json(older | {"protocol": "decode-loop"}, "here").runtime_sec == 9.0
+    assert Row.from_json(older | {"format": FORMAT}, "here").runtime_sec == 9.0, "today's are as they are"
+    assert Row.from_json(row.to_json(), "here") == row
+    with pytest.raises(UsageError, match="here: key 'joy'"):
+        Row.from_json(older | {"joy": 1}, "here")
+
+
 def test_a_number_is_one_that_is_there_and_finite():
     row = {"a": 2, "b": 0.0, "c": math.nan, "d": math.inf, "e": "3", "f": None}
     assert [number(row, name) for name in "abcdefg"] == [2.0, 0.0, None, None, None, None, None]

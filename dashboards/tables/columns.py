@@ -68,7 +68,7 @@ COLUMNS = (
     *map(Column.of, ("method", "backend", "backend_requested", "execution", "quantization")),
     *POLICY_COLUMNS,
     Column.of("positions"),
-    *map(Column.of, ("peak_kv", "peak_memory_mb", "tpot_ms", "speedup", "rounds", "front_probability")),
+    *map(Column.of, ("peak_kv", "peak_kv_mib", "peak_memory_mb", "tpot_ms", "speedup", "rounds", "front_probability")),
     *map(Column.of, ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent")),
     *map(Column.of, ("kl", "kl_p99", "same_top_percent", "dp_rms_percent")),
     *map(Column.of, ("kl_vs_recompute", "kl_vs_recompute_p99")),
@@ -109,12 +109,20 @@ _ASKED_FOR = {
 
 def shown_columns(rows: Sequence[AnyRow], objectives: Collection[str] = ()) -> tuple[Column, ...]:
     """All but those that say nothing: settings that go without saying, memory and details of predictions where they are
-    no objective, the rounds of confirming where they are the same in every row."""
+    no objective, the cache's bytes where they are as its tokens, the rounds of confirming where they are the same in
+    every row."""
     present = {key for row in rows for key in _WHERE_THERE if row.get(key) is not None}
     needless = (_WHERE_THERE - present) | unsaid_settings(rows) | (_ASKED_FOR - {*objectives})
+    if "peak_kv_mib" not in objectives and not bytes_differ(rows):
+        needless.add("peak_kv_mib")
     if len({row.get("rounds", 0) for row in rows if row.get("state") == "complete"}) < 2:
         needless.add("rounds")
     return tuple(column for column in COLUMNS if column.key not in needless)
+
+
+def bytes_differ(rows: Sequence[AnyRow]) -> bool:
+    """Whether a token of one row's cache takes other memory than one of another's."""
+    return len({row["kv_bytes_per_token"] for row in rows if row.get("kv_bytes_per_token") is not None}) > 1
 
 
 def unsaid_settings(rows: Sequence[AnyRow]) -> set[str]:

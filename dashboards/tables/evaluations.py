@@ -10,7 +10,7 @@ from pathlib import Path
 from streamllm.errors import UsageError
 from streamllm.files import Json, Scalar
 from streamllm.results.damaged import parsed
-from streamllm.results.schema import FIELDS, dtype_of
+from streamllm.results.schema import FIELDS, dtype_of, renamed
 from streamllm.results.study_folder import StudyFolder
 
 _SPELLINGS = {
@@ -87,7 +87,7 @@ def _results(document: Json, name: str) -> Iterator[dict[str, Scalar]]:
 
 def _row(role: str, values: Mapping[str, Scalar], shared: Mapping[str, Scalar]) -> dict[str, Scalar]:
     usual: dict[str, Scalar] = {"method": "recompute" if role == "baseline" else role} if role else {}
-    return {"role": role, "state": "complete", **usual, **shared, **values}
+    return {"role": role, **renamed({"state": "complete", **usual, **shared, **values})}
 
 
 def _renamed(values: Mapping[str, Json]) -> dict[str, Scalar]:

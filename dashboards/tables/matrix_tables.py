@@ -13,7 +13,7 @@ from ..drawing.ablations import LETTERS
 from ..drawing.comparisons import Group, Series, bars
 from ..drawing.style import CYCLE, new_figure, save, style
 from ..summarize import EVALUATION_COLUMNS
-from .columns import BY_KEY, POLICY_COLUMNS, Column
+from .columns import BY_KEY, POLICY_COLUMNS, Column, bytes_differ
 from .formats import Table
 
 if TYPE_CHECKING:
@@ -93,9 +93,11 @@ _IDENTITY = (
 
 
 def _measured(row: Row, baseline: Row) -> Row:
-    change = 100 * (row["runtime_sec"] / baseline["runtime_sec"] - 1)
-    decoding = row["runtime_sec"] - row["prefill_sec"]
-    return row | {"state": "complete", "decode_sec": decoding, "runtime_change_percent": change}
+    row = row | {"state": "complete"}
+    if row.runtime_sec is None:  # protocol fast decodes no whole text
+        return row
+    change = 100 * (row.runtime_sec / baseline["runtime_sec"] - 1)
+    return row | {"decode_sec": row.runtime_sec - row["prefill_sec"], "runtime_change_percent": change}
 
 
 def matrix_tables(
@@ -125,6 +127,8 @@ def _table(title: str, description: str, rows: Sequence[AnyRow], measures: Seque
     where = [str(done["model"]), str(done["device"])] if done is not None else []
     noted, reasons = _noted(rows)
     about = [text for name, text in _NOTES.items() if name in measures]
+    if "peak_kv_mib" not in measures and bytes_differ(rows):
+        measures = [*measures, "peak_kv_mib"]
     measured = [_CHUNKS_RUNTIME if name == "runtime_sec" and protocol == "chunked" else _measure(name)
                 for name in measures]  # fmt: skip
     return Table(
@@ -158,7 +162,14 @@ def _warnings(rows: Sequence[AnyRow]) -> list[str]:
 
 def _data_columns(rows: Sequence[AnyRow], measured: Sequence[Column]) -> tuple[Column, ...]:
     names = ("protocol", "model", "device", "n_tokens", "evaluated_tokens", "state", "reason")
-    every = [*_SETTINGS, *map(Column.of, names), BY_KEY["peak_kv"], *measured, *_MEASURES.values()]
+    every = [
+        *_SETTINGS,
+        *map(Column.of, names),
+        BY_KEY["peak_kv"],
+        BY_KEY["peak_kv_mib"],
+        *measured,
+        *_MEASURES.values(),
+    ]
     columns = {column.key: column for column in every if any(column.key in row for row in rows)}
     return tuple(columns.values())
 

@@ -81,7 +81,7 @@ class RunWriter:
         ended = int(1000 * row["finished_at"])
         tags, files = {**self._to.tags, **tags_of(row), **_UNFOLDED, DIGEST: digest}, ""
         if run is None:
-            started = ended - (0 if row.get("reused") else int(1000 * row.get("runtime_sec", 0)))
+            started = ended - (0 if row.get("reused") else int(1000 * row.get("measuring_sec", 0)))
             tags |= {PARENT: self._to.parent, "pareto": "False"}
             created = self._client.create_run(self._to.experiment, started, tags, run_name(row)).info
             run, files = str(created.run_id), created.artifact_uri

@@ -1,26 +1,27 @@
-"""examples:
+"""Each is run alone, and in the whole model: the last column is the largest difference of any logit to those by `math`.
+
+examples:
 python -m streamllm backends                                 on the default device, in the dtype it does well
-python -m streamllm backends --dtype float16 --head-size 128
-python -m streamllm backends --json                          for scripts: flash_enabled, smoke_test
+python -m streamllm backends --dtype float16 --model EleutherAI/pythia-2.8b
+python -m streamllm backends --json                          for scripts: flash_enabled, smoke_test, logit_difference
 """
 
 import argparse
 import json
-import sys
 
-from ..options import DTYPES
+from ..terminal.arguments import add_model_arguments
+from ..terminal.output import messages_on_stderr
 from ..terminal.printing import say
+from ..terminal.progress import working
 
 _MOST_HEAD_SIZE = 16384
 HELP = "which attention backends run here, found out by running them"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser.add_argument_group("what is run"))
     parser.add_argument(
-        "--dtype", choices=DTYPES, default="auto", help="number format (auto: what the device does well)"
-    )
-    parser.add_argument(
-        "--head-size", type=int, default=64, metavar="N", help="size of the model's attention heads (64)"
+        "--head-size", type=int, metavar="N", help="size of the attention heads of one call (the model's)"
     )
     parser.add_argument(
         "--json",
@@ -30,26 +31,35 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from ..engine.backends import BACKENDS
-    from ..engine.device import default_device, device_name, resolve_dtype, unverified
-    from ..engine.probing import probe_backend
     from ..errors import UsageError
 
-    if not 1 <= arguments.head_size <= _MOST_HEAD_SIZE:
-        raise UsageError(f"head_size {arguments.head_size}: must be a whole number from 1 to {_MOST_HEAD_SIZE}")
-    device = default_device()
-    if (doubt := unverified(device)) is not None:
-        print(f"warning: {doubt}", file=sys.stderr)
-    dtype = resolve_dtype(arguments.dtype, device)
-    probes = {name: probe_backend(backend, device, dtype, arguments.head_size) for name, backend in BACKENDS.items()}
+    size = arguments.head_size
+    if size is not None and not 1 <= size <= _MOST_HEAD_SIZE:
+        raise UsageError(f"head_size {size}: must be a whole number from 1 to {_MOST_HEAD_SIZE}")
+
+    from ..engine.backends import BACKENDS
+    from ..engine.device import device_name
+    from ..engine.loading import load_model
+    from ..engine.probing import probe_backend
+    from ..explain.backend_logits import logit_differences
+
+    with messages_on_stderr(), working(f"loading {arguments.model}"):
+        loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
+    device, dtype, size = loaded.device, loaded.dtype, size or loaded.head_size
+    probes = {name: probe_backend(backend, device, dtype, size) for name, backend in BACKENDS.items()}
+    with messages_on_stderr(), working("the whole model"):
+        differences, largest = logit_differences(loaded, [name for name, probe in probes.items() if probe.available])
     if arguments.json:
         flash = probes["flash"]
         outcome = {"flash_enabled": flash.kernel == "flash", "smoke_test": flash.available}
-        say(json.dumps(outcome | {"backends": {name: probe.kernel for name, probe in probes.items()}}, indent=2))
+        kernels = {name: probe.kernel for name, probe in probes.items()}
+        say(json.dumps(outcome | {"backends": kernels, "logit_difference": differences}, indent=2))
         return 0
     shown = str(dtype).removeprefix("torch.")
-    say(f"{device_name(device)}, {shown}, head size {arguments.head_size}")
-    say(f"{'asked for':20}{'runs':20}why not")
+    say(f"{device_name(device)}, {shown}, head size {size}")
+    say(f"{'asked for':20}{'runs':20}{'logits off by':16}why not")
     for name, probe in probes.items():
-        say(f"{name:20}{probe.kernel or '-':20}{probe.error or ''}".rstrip())
+        off = f"{differences[name]:.1e}" if name in differences else ""
+        say(f"{name:20}{probe.kernel or '-':20}{off:16}{probe.error or ''}".rstrip())
+    say(f"logits: of the whole model {arguments.model}, up to {largest:.3g} in size; the largest difference to math's")
     return 0

@@ -24,12 +24,13 @@ _TIMES = (
     "measured_tpot_ms",
     "reference_tpot_ms",
     "runtime_sec",
+    "measuring_sec",
     "prefill_sec",
     "first_token_latency_sec",
     "avg_attn_ms",
     "peak_memory_mb",
 )
-"""Measures that differ from run to run."""
+"""Measures that differ from run to run; a protocol has one of the seconds."""
 
 
 def row_of(what: Configuration, protocol: str, evaluated: Evaluated) -> Row:
@@ -39,7 +40,12 @@ def row_of(what: Configuration, protocol: str, evaluated: Evaluated) -> Row:
     if what.quantization is not None:  # one of several, beside one reference
         digest = keys.reference_digest or keys.conditions.model_digest
         more |= {"quantization": what.quantization, "reference_digest": digest}
-    return Row.of(keys.identity(what, protocol) | evaluated.record | more)
+    return with_bytes(Row.of(keys.identity(what, protocol) | evaluated.record | more))
+
+
+def with_bytes(row: Row) -> Row:
+    """The row with its largest cache in bytes too: tokens of different models and dtypes do not compare."""
+    return row | {"peak_kv_mib": row["peak_kv"] * row["kv_bytes_per_token"] / 2**20}
 
 
 def baseline_policy(policy: EvictionPolicy, protocol: str, trained_length: int | None) -> EvictionPolicy:
@@ -64,7 +70,7 @@ def average(runs: Sequence[Measured]) -> Measured:
     from .quality import median_interval
 
     mean: dict[str, Any] = {}
-    for name in _TIMES:
+    for name in (name for name in _TIMES if name in record):
         values = np.array([run[name] for run, _ in runs])
         mean |= {name: float(values.mean()), f"{name}_std": float(values.std(ddof=1))}
     for name in ("time_ratio", "measured_tpot_ms"):
@@ -102,7 +108,8 @@ def compared(
     from .quality import paired_increase
 
     if comparison is None:
-        quality = paired_increase(losses, baseline[1]).flat("ppl_increase_percent")
+        chunk = record.get("continuation_tokens")
+        quality = paired_increase(losses, baseline[1], chunk).flat("ppl_increase_percent")
     else:
         quality = {
             **comparison.vs_strict(losses).flat("ppl_vs_strict_percent"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -17,9 +18,11 @@ from ..engine.model import LoadedModel
 from ..engine.probing import runnable
 from ..errors import UsageError
 from ..options import PROTOCOLS
+from ..policy import peak_kv
 from .conditions import Conditions
 from .divergence import Comparing, Distributions, Keeping, comparing, fixed_positions
 from .evaluation import measure_quality, speed_summary, times_summary
+from .hits import losses_and_hits
 from .jobs import Job
 from .keys import Keys
 from .sample import sample_batches
@@ -80,6 +83,8 @@ class Bench:
             raise UsageError(f"text {self.stream.label!r}: token {most} is not one of the {self.loaded.vocabulary}")
         if job.kind == "quality":
             return self._quality(job, progress, against)
+        if job.kind == "hits":
+            return self._hits(job, progress)
         if job.kind == "speed":
             return self._speed(job, strict)
         return self._times(job) if job.kind == "times" else self._whole(job, strict, progress)
@@ -102,6 +107,13 @@ class Bench:
                 record |= one.from_itself()
         arrays = {name: array for one in quality.beside for name, array in one.arrays.items()}
         return Measurement(record, quality.table, arrays or None)
+
+    def _hits(self, job: Job, progress: Progress | None) -> Measurement:
+        policy, started = job.what.effective, time.perf_counter()
+        self.loaded.check_span(peak_kv(policy, len(self.stream.tokens) - 1))
+        with self.leases.computing():
+            table = losses_and_hits(self.loaded, self.stream.tokens, policy, progress)
+        return Measurement({"quality_sec": time.perf_counter() - started}, table)
 
     def _speed(self, job: Job, strict: bool) -> Measurement:
         """The record says if the accelerator had `foreign_processes` just after the timing."""

@@ -21,7 +21,7 @@ from ..policy import EvictionPolicy, peak_kv, steady_state
 from .chunked import chunk_losses
 from .divergence import Comparing, Distributions, Divergences, Keeping
 from .pairing import PairedTimes, between_references, load_average
-from .quality import check_finite, median_interval, perplexity
+from .quality import FEW_LOSSES, check_finite, median_interval, perplexity
 from .text import TokenStream
 from .timing import Reference, Speed, attention_ms, measure_speed, used_backend
 
@@ -42,6 +42,8 @@ class Quality:
     warning: str | None = None
     beside: Sequence[Distributions | Divergences] = ()
     """What the same forward gave besides: distributions, or how far they are from a reference's."""
+    chunk: int | None = None
+    """Losses of each chunk, of a text in chunks."""
 
     @property
     def table(self) -> np.ndarray:
@@ -50,7 +52,7 @@ class Quality:
 
     def summary(self) -> dict[str, Any]:
         return {
-            **perplexity(self.losses).flat("perplexity"),
+            **perplexity(self.losses, self.chunk).flat("perplexity"),
             "evaluated_tokens": len(self.losses),
             "peak_kv": self.peak_kv,
             "quality_sec": self.seconds,
@@ -149,7 +151,7 @@ def evaluate_fast(
 
 def fast_record(quality: dict[str, Any], speed: dict[str, Any]) -> dict[str, Any]:
     """The two halves of a result by protocol `fast`, which may have been measured at different times."""
-    return quality | speed | {"runtime_sec": quality["quality_sec"] + speed["speed_sec"]}
+    return quality | speed | {"measuring_sec": quality["quality_sec"] + speed["speed_sec"]}
 
 
 def evaluate_decode_loop(
@@ -223,8 +225,8 @@ def evaluate_chunked(
     check_finite(run.losses, str(loaded.dtype))
     seconds = time.perf_counter() - started
     longest = policy.compress_every + run.continuation_tokens
-    warning = _warning(loaded, what.effective, run.peak_kv, len(stream.tokens), longest)
-    quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning)
+    warning = _warning(loaded, what.effective, run.peak_kv, len(run.losses), len(run.prefill_sec), longest)
+    quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning, chunk=run.continuation_tokens)
     ms = 1e3 * run.continuation_sec / run.continuation_tokens
     return quality, quality.summary() | {
         **times_summary(between_references(ms.tolist(), reference_ms, at, load)),
@@ -253,17 +255,25 @@ def _segment_ends(policy: EvictionPolicy, n_tokens: int) -> list[int]:
 
 
 def _warning(
-    loaded: LoadedModel, policy: EvictionPolicy, peak: int, n_tokens: int, longest: int | None = None
+    loaded: LoadedModel,
+    policy: EvictionPolicy,
+    peak: int,
+    n_losses: int,
+    chunks: int | None = None,
+    longest: int | None = None,
 ) -> str | None:
-    """policy: as the method means it; longest: tokens of a stream, if it is not all of the text."""
-    trained, longest = loaded.trained_length, longest or n_tokens
-    found = []
+    """What makes a result say less than it seems to. policy: as the method means it; chunks: whose losses they are, of
+    a text in chunks; longest: tokens of a stream, if it is not all of the text."""
+    trained, longest, of_trained, said = loaded.trained_length, longest or n_losses, [], []
     if trained is not None and peak > trained + 1:  # a full cache and the query's own key are meant
-        found.append(f"queries attend to up to {peak} keys")
+        of_trained.append(f"queries attend to up to {peak} keys")
     if trained is not None and policy.keeps_positions and longest > max(trained, peak):
-        found.append(f"kept positions put the sinks up to {longest - 1} tokens away")
-    if found:
-        return f"{' and '.join(found)}, the model was trained on {trained}: perplexity may suffer"
-    if policy.compress_every > 0 and peak >= n_tokens:
-        return f"the text's {n_tokens} tokens all fit in the cache: nothing was evicted"
-    return None
+        of_trained.append(f"kept positions put the sinks up to {longest - 1} tokens away")
+    if of_trained:
+        said.append(f"{' and '.join(of_trained)}, the model was trained on {trained}: perplexity may suffer")
+    elif chunks is None and policy.compress_every > 0 and peak >= n_losses:
+        said.append(f"the text's {n_losses} tokens all fit in the cache: nothing was evicted")
+    if n_losses < FEW_LOSSES:
+        of_chunks = f" of {chunks} chunk{'s' * (chunks > 1)}" if chunks is not None else ""
+        said.append(f"it rests on {n_losses} losses{of_chunks}: too few to tell policies apart; give a longer text")
+    return "; ".join(said) or None

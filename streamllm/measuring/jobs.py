@@ -23,9 +23,10 @@ T = TypeVar("T")
 class Job:
     """One measurement of a model on a text."""
 
-    kind: Literal["quality", "speed", "whole", "times"]
-    """quality: of the policy, by protocol `fast`. speed: in the steady state. whole: both from one run, by another
-    protocol. times: those of a round of confirming, which are kept with the round and not in the store."""
+    kind: Literal["quality", "hits", "speed", "whole", "times"]
+    """quality: of the policy, by protocol `fast`. hits: the same, with whether each token was the likeliest. speed: in
+    the steady state. whole: both from one run, by another protocol. times: those of a round of confirming, which are
+    kept with the round and not in the store."""
     what: Configuration
     protocol: str = "fast"
     run: int = 0
@@ -49,7 +50,7 @@ class Job:
 
     @property
     def is_timed(self) -> bool:
-        return self.kind != "quality"
+        return self.kind not in ("quality", "hits")
 
     def __str__(self) -> str:
         kind = "" if self.kind == "whole" else "speed of " if self.kind == "times" else f"{self.kind} of "

@@ -30,6 +30,8 @@ class Keys:
     def of(self, job: Job) -> dict[str, Any]:
         if job.kind == "quality":
             return self._quality(job)
+        if job.kind == "hits":
+            return self._quality(job) | {"kind": "hits of streaming"}
         key = self._speed(job.what) if job.kind == "speed" else self._whole(job.protocol, job.what)
         return key | ({"run": job.run} if job.run else {})
 

@@ -99,6 +99,13 @@ def _is_reference(what: Configuration, total: int) -> bool:
         return False
 
 
+def hits(what: Configuration) -> Plan[Measurement]:
+    """The policy's losses at every token, and which tokens were the likeliest (n, 3: position, nats, 1 or 0)."""
+    (done,) = yield [Job("hits", what)]
+    measured: Measurement = done.measurement
+    return measured
+
+
 def sample(
     what: Configuration, text: TokenStream, size: SampleSize, progress: Progress | None = None
 ) -> Plan[list[Done]]:
@@ -165,7 +172,7 @@ def grown(before: Evaluated, sample: Evaluated) -> Evaluated:
     """The same with a larger sample."""
     record = before.record | sample.record
     return replace(
-        sample, record=record | {"runtime_sec": record["quality_sec"] + record["speed_sec"]}, keys=before.keys
+        sample, record=record | {"measuring_sec": record["quality_sec"] + record["speed_sec"]}, keys=before.keys
     )
 
 

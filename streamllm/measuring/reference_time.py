@@ -102,8 +102,11 @@ def with_times(rows: Sequence[Row]) -> list[Row]:
 
 
 def speedup(row: AnyRow, baseline: AnyRow) -> dict[str, float]:
-    """How many times as fast as the baseline: the quotient of their ratios to the reference, with both intervals."""
+    """How many times as fast as the baseline: the quotient of their ratios to the reference, with both intervals; with
+    none where neither has one."""
     value = baseline["time_ratio"] / row["time_ratio"]
+    if "time_ratio_low" not in row and "time_ratio_low" not in baseline:
+        return {"speedup": value}
     below = math.hypot(_half(baseline, "low"), _half(row, "high"))
     above = math.hypot(_half(baseline, "high"), _half(row, "low"))
     return {"speedup": value, "speedup_low": value * math.exp(-below), "speedup_high": value * math.exp(above)}

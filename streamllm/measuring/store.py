@@ -57,6 +57,7 @@ MEASURING_CODE = (
     "measuring.conditions",
     "measuring.divergence",
     "measuring.evaluation",
+    "measuring.hits",
     "measuring.jobs",
     "measuring.keys",
     "measuring.pairing",
@@ -86,7 +87,8 @@ class StoreError(UsageError):
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A flat record, and per-token losses (n, 2: position, nats) where there are any."""
+    """A flat record, and per-token losses (n, 2: position, nats) where there are any; of hits (n, 3: position, nats,
+    1 or 0)."""
 
     record: dict[str, Any]
     losses: np.ndarray | None = None

@@ -24,8 +24,9 @@ class NewerFormatError(UsageError):
     """A row of a later version's format: nothing is wrong with it, but it cannot be read."""
 
 
-FORMAT = 3
-"""Version of the rows' own format. 1: times were no ratios; 2: rows could have any keys."""
+FORMAT = 4
+"""Version of the rows' own format. 1: times were no ratios; 2: rows could have any keys; 3: of protocol `fast`,
+`measuring_sec` was called `runtime_sec`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +176,10 @@ class Row(Mapping[str, Any]):
     decode_toks_per_sec: float | None = _measure(
         "decoding", "tokens/s", 1, final=True, label="decoding, tokens per second"
     )
-    runtime_sec: float | None = _measure("runtime", "s", label="runtime over the whole text, s")
+    runtime_sec: float | None = _measure(
+        "runtime", "s", label="runtime over the whole text, s", about="of decoding the text, or of a chunk"
+    )
+    measuring_sec: float | None = _measure("measuring", "s", 1, about="that protocol fast took, all in all")
     runtime_change_percent: float | None = _measure("runtime change %", "", 1)
     decode_sec: float | None = _measure("total time", "s")
     prefill_sec: float | None = _measure("prefill", "s", 3)
@@ -251,6 +255,10 @@ class Row(Mapping[str, Any]):
     kv_bytes_per_token: int | None = _measure(
         "KV per token", "bytes", None, label="keys and values of a token in all layers, bytes"
     )
+    peak_kv_mib: float | None = _measure(
+        "KV cache", "MiB", label="keys and values attended to at most, MiB", objective="minimize",
+        about="in bytes, models and dtypes compare",
+    )  # fmt: skip
 
     # The outcome of the measurement.
     feasible: bool | None = _fact(mlflow="tag", viewed=True)
@@ -325,7 +333,7 @@ class Row(Mapping[str, Any]):
             told = f"has rows of format {written}, this version reads {FORMAT}; use a newer one"
             raise NewerFormatError(told) if isinstance(written, int) else ValueError(told)
         if written < FORMAT:
-            values = {key: value for key, value in values.items() if _is_key(key)}
+            values = {key: value for key, value in renamed(values).items() if written > 2 or _is_key(key)}
         row = cls.of(values)
         for key, value in values.items():
             if value is not None and not _check_of(key)(value):
@@ -337,6 +345,14 @@ class Row(Mapping[str, Any]):
 
 
 _EMPTY = Row()
+
+
+def renamed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """An older row's values under today's names: protocol `fast` decodes no whole text, and what it called its
+    runtime is what measuring took."""
+    if values.get("protocol") != "fast":
+        return values
+    return {key.replace("runtime_sec", "measuring_sec"): value for key, value in values.items()}
 
 
 def _named(field: Field, name: str) -> Field:

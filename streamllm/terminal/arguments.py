@@ -277,7 +277,7 @@ def complete_policy(arguments: argparse.Namespace, loaded: LoadedModel) -> Evict
     if arguments.protocol != "chunked":
         return stream_policy(arguments, loaded)
     policy = given_policy(arguments)
-    prefill = arguments.prefill_tokens or _cap(loaded)
+    prefill = arguments.prefill_tokens or usual_total(loaded)
     policy = for_chunks(policy, prefill)
     return policy if arguments.window_size is not None else with_derived_window(policy, max(prefill // 2, 1))
 
@@ -285,8 +285,9 @@ def complete_policy(arguments: argparse.Namespace, loaded: LoadedModel) -> Evict
 def stream_policy(arguments: argparse.Namespace, loaded: LoadedModel) -> EvictionPolicy:
     """As `complete_policy`, of one stream."""
     policy = given_stream_policy(arguments)
-    return policy if arguments.window_size is not None else with_derived_window(policy, _cap(loaded))
+    return policy if arguments.window_size is not None else with_derived_window(policy, usual_total(loaded))
 
 
-def _cap(loaded: LoadedModel) -> int:
+def usual_total(loaded: LoadedModel) -> int:
+    """Tokens that a cache holds where nobody says."""
     return min(TOTAL_KV_CAP, loaded.trained_length or TOTAL_KV_CAP)
