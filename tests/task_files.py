@@ -12,18 +12,21 @@ PARTS = [" ".join(part.split()) for part in TEXT_FILE.read_text(encoding="utf-8"
 
 def write_tasks(folder: Path) -> Path:
     """Tasks `choice`, `rolling`, `completion` (written) and `cloze` (a log-likelihood), of the embedded text."""
+    words = [part.split() for part in PARTS]
     choices = [
-        {"question": part[:120], "choices": [part[120:140], part[150:175], " a", " of"], "answer": number % 4}
-        for number, part in enumerate(PARTS)
+        {"question": " ".join(of[:20]), "choices": [of[20], " ".join(of[25:30]), "a", "of the"], "answer": number % 4}
+        for number, of in enumerate(words)
     ]
     _write(folder, "choice", choices, "multiple_choice", ["acc", "acc_norm"], doc_to_text="{{question}}",
-           doc_to_choice="{{choices}}", doc_to_target="{{answer}}", target_delimiter="")  # fmt: skip
+           doc_to_choice="{{choices}}", doc_to_target="{{answer}}")  # fmt: skip
     texts = [{"text": part[:250]} for part in PARTS]
     _write(folder, "rolling", texts, "loglikelihood_rolling", ["word_perplexity", "bits_per_byte"], doc_to_text="",
            doc_to_target="{{text}}")  # fmt: skip
-    prompts = [{"prompt": part[:100], "answer": part[100:104].strip()} for part in PARTS]
+    prompts = [{"prompt": " ".join(of[:16]), "answer": of[16]} for of in words]
     _write(folder, "completion", prompts, "generate_until", ["exact_match"], doc_to_text="{{prompt}}",
-           doc_to_target="{{answer}}", generation_kwargs={"until": [" ", "\n"], "max_gen_toks": 8})  # fmt: skip
+           doc_to_target="{{answer}}", generation_kwargs={"until": [".", "\n"], "max_gen_toks": 8},
+           filter_list=[{"name": "first", "filter": [{"function": "regex", "regex_pattern": r"^\s*(\S+)"},
+                                                      {"function": "take_first"}]}])  # fmt: skip
     _write(folder, "cloze", prompts, "loglikelihood", ["perplexity", "acc"], doc_to_text="{{prompt}}",
            doc_to_target="{{answer}}")  # fmt: skip
     return folder

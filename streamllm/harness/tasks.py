@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,8 @@ _ELSEWHERE = ("metadata", "dataset_path", "dataset_name", "dataset_kwargs", "cus
 """Parts of a task's configuration that say where its documents are: these are part of its requests."""
 SEEDS = (0, 1234, 1234, 1234)
 """Of random, numpy, torch, and for drawing examples: the harness' own."""
+_BOOTSTRAPS = 100_000
+"""For standard errors that have no formula: the harness' own number."""
 _KEPT = ("results", "groups", "group_subtasks", "versions", "n-shot", "higher_is_better", "n-samples")
 """Parts of the harness' results that its table is made of, and that do not depend on when and where."""
 
@@ -99,7 +102,9 @@ class PreparedTask:
         started = time.perf_counter()
         _seed(self.options.seeds)
         with quiet():
-            results = evaluator.evaluate(model, self.found, limit=self.options.limit, log_samples=False)
+            results = evaluator.evaluate(
+                model, self.found, limit=self.options.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False
+            )
         assert results is not None
         kept = {name: results[name] for name in _KEPT if name in results}
         return json.loads(json.dumps(kept, default=float)) | {
@@ -224,13 +229,15 @@ def _seed(seeds: tuple[int, int, int, int]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the harness' and its libraries' remarks to itself; its bars go by TQDM_DISABLE, before it is imported."""
+    """Keeps the harness' and its libraries' remarks to itself, and what it prints. Its bars are kept by TQDM_DISABLE, set
+    before tqdm is imported."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate", "absl")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123  # no path
+            yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
