@@ -231,6 +231,6 @@ def test_a_name_that_no_task_has_is_told_with_those_near_it(folder, tokenizer, m
     manager = tasks.TaskManager
     monkeypatch.setattr(tasks, "TaskManager", lambda **given: manager(**given | {"include_defaults": False}))
     with pytest.raises(
-        UsageError, match="task 'choise': no such task in the harness or the folder, .* near it are choice"
+        UsageError, match="near it are choice"
     ):
         Tasks(["choice", "choise"], TaskOptions(folder=folder), tokenizer, "")

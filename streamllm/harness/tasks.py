@@ -229,7 +229,7 @@ def _seed(seeds: tuple[int, int, int, int]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the harness' and its libraries' remarks to itself, and what it prints. Its bars are kept by TQDM_DISABLE, set
+    """Keeps the harness' and its libraries' remarks to itself, and what it prints. Its bars go by TQDM_DISABLE, set
     before tqdm is imported."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate", "absl")]
     levels = [logger.level for logger in loggers]
