@@ -118,14 +118,14 @@ def test_what_is_stored_is_not_run_again(loaded, tokenizer, folder, tmp_path, mo
     ring = StreamingLM(loaded, tokenizer, Configuration("ring", POLICY))
     (choice, completion) = prepared(["choice", "completion"], folder, tokenizer)
     assert results.measured(store, ring, choice)["reused"], "log-likelihoods do not depend on the cache"
-    assert store.get(results.task_key(ring, completion)) is None, "what is written may, by rounding"
+    assert store.get(results.key_of(ring, completion)) is None, "what is written may, by rounding"
 
 
 def test_a_result_is_named_by_all_that_determines_it(loaded, tokenizer, folder, tmp_path):
     def key(what=None, at=folder, conventions=None, **options):
         what = what or Configuration("ours", POLICY)
         (task,) = prepared(["choice"], at, tokenizer, **options)
-        return json.dumps(results.task_key(StreamingLM(loaded, tokenizer, what, conventions), task), sort_keys=True)
+        return json.dumps(results.key_of(StreamingLM(loaded, tokenizer, what, conventions), task), sort_keys=True)
 
     changed = write_tasks(tmp_path / "changed")
     data = changed / "choice.jsonl"
@@ -230,7 +230,5 @@ def test_mistakes_are_told_in_a_line(given, message, folder, tmp_path, capsys):
 def test_a_name_that_no_task_has_is_told_with_those_near_it(folder, tokenizer, monkeypatch):
     manager = tasks.TaskManager
     monkeypatch.setattr(tasks, "TaskManager", lambda **given: manager(**given | {"include_defaults": False}))
-    with pytest.raises(
-        UsageError, match="near it are choice"
-    ):
+    with pytest.raises(UsageError, match="near it are choice"):
         Tasks(["choice", "choise"], TaskOptions(folder=folder), tokenizer, "")

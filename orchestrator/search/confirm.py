@@ -13,7 +13,7 @@ from streamllm.measuring.certainty import front_probabilities, not_told_from, ti
 from streamllm.measuring.quality import QualityComparison
 from streamllm.measuring.reference_time import WORKER
 from streamllm.results.front import dominators, objective_values, pareto_front
-from streamllm.results.schema import AnyRow, Row
+from streamllm.results.schema import STDERR, AnyRow, Row, is_score
 
 from .rounds import Round
 
@@ -130,7 +130,16 @@ def _objective_draws(
     if paired == "ppl_vs_strict_percent":
         return comparison.draws([losses_of(row) for row in rows])
     sign = -1.0 if direction == "maximize" else 1.0
+    if is_score(name):
+        return sign * _score_draws(name, rows, times.shape)
     return np.broadcast_to([sign * float(row[name]) for row in rows], times.shape)
+
+
+def _score_draws(name: str, rows: Sequence[AnyRow], shape: tuple[int, ...]) -> np.ndarray:
+    """By the harness' standard errors, of each by itself: what configurations share in their documents is not known, so
+    that fewer are told apart than could be."""
+    errors = np.array([float(row.get(f"{name}{STDERR}", 0.0)) for row in rows])
+    return np.array([float(row[name]) for row in rows]) + errors * np.random.default_rng(0).standard_normal(shape)
 
 
 def _equally_long(series: Sequence[Sequence[float]]) -> list[list[float]]:

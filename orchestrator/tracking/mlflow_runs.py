@@ -27,7 +27,7 @@ from streamllm.results.mlflow_address import (
     shown_at,
     store_uri,
 )
-from streamllm.results.schema import FIELDS, FORMAT, POLICY_KNOBS, AnyRow, Row, told_name
+from streamllm.results.schema import FIELDS, FORMAT, POLICY_KNOBS, SCORE, AnyRow, Row, told_name
 from streamllm.results.study import STRICT, VIEW, StudyResults, view_of
 
 from .client import find_experiment, is_refusal, mlflow_client, one_line
@@ -238,6 +238,7 @@ class Projection:
             self._runs[trial] = run
             tags = {}
         metrics = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
+        metrics += [name for name in timed if name.startswith(SCORE)]
         self._client.log_batch(
             run,
             metrics=[Metric(name, float(timed[name]), ended, 0) for name in metrics if is_number(timed.get(name))],

@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from ..engine.loading import load_tokenizer, resolve_model
-    from ..harness.results import facts_of, measured, merged, scores, title
+    from ..harness.results import facts_of, measured, merged, title
     from ..harness.tasks import Tasks, table
     from ..measuring.store import MeasurementStore
 
@@ -131,7 +131,6 @@ def _run(arguments: argparse.Namespace) -> int:
         "reused": all(one["reused"] for one in found),
         "seconds": sum(one["seconds"] for one in found),
         "requests": sum(one["requests"] for one in found),
-        "scores": scores(together),
         **together,
     }
     if arguments.output_file is not None:

@@ -9,59 +9,59 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..measuring.conditions import Conditions
+from ..measuring.keys import task_key
 from ..measuring.store import Measurement, MeasurementStore, digest_of_modules
-from ..results.schema import knobs_in_short
-from .scoring import is_evaluated
+from ..results.schema import STDERR, knobs_in_short
 
 if TYPE_CHECKING:
-    from .model import StreamingLM
+    from transformers import PreTrainedTokenizerBase
+
+    from .model import Conventions, StreamingLM
     from .tasks import PreparedTask
 
 _CODE = ("explain.writing", "harness.model", "harness.scoring", "harness.tasks", "harness.writing")
 """What determines a score besides `store.MEASURING_CODE`."""
 
 
-def task_key(model: StreamingLM, task: PreparedTask) -> dict[str, Any]:
-    """All that determines the task's result, and nothing else: log-likelihoods depend neither on the cache
-    implementation nor, unless the weights are quantized, on the hardware."""
-    conditions, what, conventions = Conditions.of(model.loaded), model.what, model.conventions
-    by_method = not is_evaluated(what.method) or (task.writes and conventions.decoder == "method")
-    key: dict[str, Any] = {
-        "kind": "task",
-        **conditions.of_quality(what.method if by_method else None),
+def asked(task: PreparedTask, tokenizer: PreTrainedTokenizerBase, conventions: Conventions) -> dict[str, Any]:
+    """All that determines the task's result besides the model and its policy."""
+    key = {
+        **task.key(),
         "harness_code": digest_of_modules(*_CODE),
-        "model_digest": conditions.model_digest,
-        "dtype": conditions.dtype,
-        "tokenizer": tokenizer_digest(model),
-        **asdict(what.effective),
+        "tokenizer": tokenizer_digest(tokenizer),
         "max_length": conventions.max_length,
         "add_bos_token": conventions.add_bos_token,
         "prefix_token_id": conventions.prefix_token_id,
-        **task.key(),
     }
-    if by_method:
-        key |= {"method": what.method, "attn_backend": what.backend, "execution": what.execution}
-    if task.writes:
-        key |= {"decoder": conventions.decoder, "seed": conventions.seed}
-    if conditions.is_quantized:
-        key |= {"device": conditions.kind["device"], "cpu_capability": conditions.cpu_capability}
-    return key
+    return key | ({"decoder": conventions.decoder, "seed": conventions.seed} if task.writes else {})
 
 
-def tokenizer_digest(model: StreamingLM) -> str:
+def key_of(model: StreamingLM, task: PreparedTask) -> dict[str, Any]:
+    """The name of the task's result in the store."""
+    writes = task.writes and model.conventions.decoder == "method"
+    part = asked(task, model.tokenizer, model.conventions)
+    return task_key(Conditions.of(model.loaded), model.what, part, writes)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
     """Of all that a fast tokenizer does; of another, of its vocabulary."""
-    tokenizer = model.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     said = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
     return hashlib.sha256(said.encode()).hexdigest()[:16]
 
 
+def results_of(model: StreamingLM, task: PreparedTask) -> dict[str, Any]:
+    """The task's results, run now, with its `scores`."""
+    results = task.run(model)
+    return results | {"scores": scores(results)}
+
+
 def measured(store: MeasurementStore, model: StreamingLM, task: PreparedTask) -> dict[str, Any]:
     """The task's results, with `reused`: whether the store had them."""
-    key = task_key(model, task)
+    key = key_of(model, task)
     if (found := store.get(key)) is not None:
         return found.record | {"reused": True}
-    results = task.run(model)
+    results = results_of(model, task)
     store.put(key, Measurement(results))
     return results | {"reused": False}
 
@@ -77,13 +77,16 @@ def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def scores(results: Mapping[str, Any]) -> dict[str, float]:
-    """`TASK/METRIC` and `TASK/METRIC_stderr` -> the value; of a metric after a filter, `TASK/METRIC/FILTER`."""
+    """`TASK/METRIC` and `TASK/METRIC_stderr` -> the value; of a metric after a filter, `TASK/METRIC/FILTER` and
+    `TASK/METRIC/FILTER_stderr`."""
     found = {}
     for task, values in results["results"].items():
         for name, value in values.items():
             metric, comma, filtered = name.partition(",")
             if comma and isinstance(value, int | float):
-                found[f"{task}/{metric}" + (f"/{filtered}" if filtered != "none" else "")] = float(value)
+                plain = metric.removesuffix(STDERR)
+                parts = [task, plain, filtered] if filtered != "none" else [task, plain]
+                found["/".join(parts) + STDERR * (plain != metric)] = float(value)
     return found
 
 

@@ -16,7 +16,7 @@ from ..configuration import Configuration
 from ..engine.block_parallel import BlockState, default_block
 from ..engine.decoding import Decoder, Progress
 from ..engine.device import float64_device
-from ..engine.methods import make_decoder, method_named, sampled_losses
+from ..engine.methods import is_evaluated, make_decoder, method_named, sampled_losses
 from ..engine.model import LoadedModel
 from ..policy import EvictionPolicy, evicted_before, peak_kv
 
@@ -43,11 +43,6 @@ class Score:
     """Nats; -inf or NaN where the dtype's range is not enough."""
     is_greedy: bool
     """Whether each of the answer's tokens is the likeliest after those before it: what greedy decoding would write."""
-
-
-def is_evaluated(method: str) -> bool:
-    """Whether the block-parallel evaluator gives the method's logits; else it decodes."""
-    return sampled_losses(method) is None and "fast" in method_named(method).protocols
 
 
 def scored(

@@ -12,12 +12,12 @@ from torch import Tensor
 from ..configuration import Configuration
 from ..engine.block_parallel import BlockState
 from ..engine.decoding import Decoder
-from ..engine.methods import make_decoder, sampled_losses
+from ..engine.methods import is_evaluated, make_decoder, sampled_losses
 from ..engine.model import LoadedModel
 from ..errors import UsageError, shown
 from ..explain.writing import Sampler, Sampling
 from ..policy import EvictionPolicy, peak_kv
-from .scoring import feed, forward, is_evaluated
+from .scoring import feed, forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,7 @@ from ..engine.device import foreign_processes
 from ..engine.model import LoadedModel
 from ..engine.probing import runnable
 from ..errors import UsageError
-from ..options import PROTOCOLS
+from ..options import PROTOCOLS, TASK
 from .conditions import Conditions
 from .evaluation import measure_quality, speed_summary, times_summary
 from .jobs import Job
@@ -74,6 +74,9 @@ class Bench:
             raise UsageError(f"text {self.stream.label!r}: token {most} is not one of the {self.loaded.vocabulary}")
         if job.kind == "quality":
             return self._quality(job, progress)
+        if job.task is not None:
+            with self.leases.computing():
+                return Measurement(TASK.get()(self.loaded, job.what, job.task))
         if job.kind == "speed":
             return self._speed(job, strict)
         return self._times(job) if job.kind == "times" else self._whole(job, strict, progress)

@@ -20,12 +20,24 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class TaskAsked:
+    """A task of lm-evaluation-harness as it is put to all configurations alike."""
+
+    name: str
+    options: str
+    """As JSON: how it is put."""
+    key: str
+    """As JSON: all that determines its result besides the model and its policy."""
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One measurement of a model on a text."""
 
-    kind: Literal["quality", "speed", "whole", "times"]
+    kind: Literal["quality", "speed", "whole", "times", "task"]
     """quality: of the policy, by protocol `fast`. speed: in the steady state. whole: both from one run, by another
-    protocol. times: those of a round of confirming, which are kept with the round and not in the store."""
+    protocol. times: those of a round of confirming, which are kept with the round and not in the store. task: the
+    scores of one."""
     what: Configuration
     protocol: str = "fast"
     run: int = 0
@@ -34,15 +46,18 @@ class Job:
     """Of a quality that is sampled: which part of the sample."""
     tokens: int | None = None
     """Of one whose parts have been put together: how many losses they are. Nobody measures it."""
+    task: TaskAsked | None = None
     peek: bool = False
     """Only if the store has it: the result is None otherwise."""
 
     @property
     def is_timed(self) -> bool:
-        return self.kind != "quality"
+        return self.kind not in ("quality", "task")
 
     def __str__(self) -> str:
         kind = "" if self.kind == "whole" else "speed of " if self.kind == "times" else f"{self.kind} of "
+        if self.task is not None:
+            kind = f"{self.task.name} under "
         again = f", round {self.run}" if self.kind == "times" else f", run {self.run + 1}" if self.run else ""
         if self.run < 0:
             again = ", to see whether workers disturb one another"
