@@ -27,13 +27,13 @@ from streamllm.results.mlflow_address import (
     shown_at,
     store_uri,
 )
-from streamllm.results.schema import FIELDS, FORMAT, POLICY_KNOBS, SCORE, AnyRow, Row, told_name
+from streamllm.results.schema import FIELDS, FORMAT, POLICY_KNOBS, AnyRow, Row, told_name
 from streamllm.results.study import STRICT, VIEW, StudyResults, view_of
 
 from .client import find_experiment, is_refusal, mlflow_client, one_line
 from .database_lock import opening
 from .remedies import ExperimentDeletedError, with_remedy
-from .row_in_mlflow import METRICS, PARAMS, dataset_of, digest_of, is_number, params_of, run_name, tags_of
+from .row_in_mlflow import PARAMS, dataset_of, digest_of, is_number, metrics_of, params_of, run_name, tags_of
 from .writers import writers_for, written
 
 if TYPE_CHECKING:
@@ -237,11 +237,9 @@ class Projection:
             run, files = created.run_id, created.artifact_uri
             self._runs[trial] = run
             tags = {}
-        metrics = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
-        metrics += [name for name in timed if name.startswith(SCORE)]
         self._client.log_batch(
             run,
-            metrics=[Metric(name, float(timed[name]), ended, 0) for name in metrics if is_number(timed.get(name))],
+            metrics=[Metric(name, value, ended, 0) for name, value in metrics_of(timed).items()],
             params=[Param(name, value) for name, value in params_of(row).items()],
             tags=[RunTag(name, value) for name, value in tags.items()],
         )
