@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Protocol
@@ -18,6 +18,7 @@ from .scheduler import Scheduler
 from .search.rows import failed_row, fixed_configuration, fixed_row, increases, trial_row
 from .search.sampling import BaselineSample
 from .search.study import OpenTrial, Study
+from .search.tasks import with_tasks
 from .unwritable import writing
 from .waiting import JobError
 from .workers.messages import Subject, SweepError, Variant
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from streamllm.configuration import Configuration
-    from streamllm.measuring.jobs import Done, Plan
+    from streamllm.measuring.jobs import Done, Plan, TaskAsked
     from streamllm.measuring.plans import Evaluated
     from streamllm.measuring.quality import QualityComparison
     from streamllm.measuring.text import TokenStream
@@ -57,10 +58,12 @@ class Driver:
         until: float = math.inf,
         confirm: int = 0,
         baseline_tokens: int | None = None,
+        tasks: Sequence[TaskAsked] = (),
     ) -> None:
         """variant: the model of all that a space does not quantize by itself, and of the reference; `until`: when all
         should be finished, by the monotonic clock; `confirm`: rounds that will come after the search, and need their
-        time. `baseline_tokens`: see `BaselineSample.wanted`. Raises UsageError for a study of another text."""
+        time. `baseline_tokens`: see `BaselineSample.wanted`; tasks: that trials and the reference are put
+        to. Raises UsageError for a study of another text."""
         self.study = study
         self.scheduler = scheduler
         self.observers = observers
@@ -86,6 +89,7 @@ class Driver:
         self._awaits_baseline = bool(_OF_BASELINE & {*map(told_name, study.space.objectives), *_limited(study.space)})
         self._unpaired: list[tuple[OpenTrial, Evaluated]] = []
         """Measured before what they are compared with."""
+        self._tasks = tasks
         self._check_text()
         scheduler.share(text)
 
@@ -101,7 +105,7 @@ class Driver:
     def run(self) -> None:
         """Runs trials until the budget is spent or the space is exhausted. Raises SweepError, UsageError."""
         strict = fixed_configuration(STRICT, self.study.cap)
-        self.scheduler.start(self._fast(strict), self.subject, partial(self._fixed, STRICT))
+        self.scheduler.start(self._with_tasks(strict), self.subject, partial(self._fixed, STRICT))
         self.scheduler.start(self._baseline(), self.subject, partial(self._fixed, BASELINE))
         while self.scheduler.is_working or self._more() or self._is_short():
             self.scheduler.step()
@@ -135,19 +139,22 @@ class Driver:
         return grows and self._sample.is_short() and self._grow()
 
     def _start(self, trial: OpenTrial) -> None:
+        plan = self._with_tasks(trial.configuration)
         self._open += 1
-        plan = self._fast(trial.configuration)
         self.scheduler.start(plan, self.subject, partial(self._measured, trial), partial(self._died, trial.number))
 
-    def _fast(self, what: Configuration) -> Plan[Evaluated]:
-        """With its predictions compared with the reference's and, where the search goes by that, with the baseline's,
-        at as many tokens as every sample has."""
+    def _with_tasks(self, what: Configuration) -> Plan[Evaluated]:
+        """Quality, speed and the scores of tasks. Its predictions are compared with the reference's and, where the
+        search goes by that, with the baseline's, at as many tokens as every sample has."""
         from streamllm.measuring import plans
 
-        cap, named = self.study.cap, {*self.study.space.objectives, *_limited(self.study.space)}
-        tokens = (self._sample.least or len(self._text.tokens)) if _OF_RECOMPUTATION & named else 0
+        space, cap = self.study.space, self.study.cap
+        tokens = 0
+        if _OF_RECOMPUTATION & {*space.objectives, *_limited(space)}:
+            tokens = self._sample.least or len(self._text.tokens)
         batches = plans.comparable_batches(tokens, cap, self._text) if tokens else 0
-        return plans.fast(what, self._text, total=cap, recomputed=batches)
+        fast = plans.fast(what, self._text, total=cap, recomputed=batches)
+        return with_tasks(fast, what, self._tasks, space.scores)
 
     def _baseline(self) -> Plan[Evaluated]:
         """With a sample of a batch; where trials wait for it, with all the tokens that are needed."""

@@ -167,6 +167,7 @@ def _measure(
             until=until,
             confirm=rounds,
             baseline_tokens=search.baseline_tokens,
+            tasks=what.tasks,
         )
         driver.run()
         if rounds:

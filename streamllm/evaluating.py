@@ -84,7 +84,7 @@ def evaluate(
     from .engine.methods import check_execution, check_protocol
 
     how = how or Measuring()
-    _check_names(what, dtype)
+    check_names(what, dtype)
     check_protocol(what.method, how.protocol)
     check_execution(what.method, what.execution)
     source = source or TextSource()
@@ -95,7 +95,7 @@ def evaluate(
     )
 
 
-def _check_names(what: Configuration, dtype: str) -> None:
+def check_names(what: Configuration, dtype: str) -> None:
     """Raises UsageError for a name that nothing has."""
     from .engine.backends import BACKENDS
     from .engine.methods import METHODS

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow
+from streamllm.results.schema import FIELDS, POLICY_KNOBS, STDERR, AnyRow, is_score
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class Column:
             return ""
         if self.decimals is None or not isinstance(value, int | float):
             return str(value)
+        if (error := row.get(f"{self.key}{STDERR}")) is not None:
+            return f"{_fixed(value, self.decimals)} ± {_fixed(error, self.decimals)}"
         low, high = row.get(f"{self.key}_low"), row.get(f"{self.key}_high")
         if not self.interval or low is None or high is None or low == high:  # of too little for an interval
             return _fixed(value, self.decimals)
@@ -77,7 +79,14 @@ COLUMNS = (
 )
 """Columns of a study's table, in order. The last three come from `pareto_table`, the others from rows."""
 
-BY_KEY = {column.key: column for column in COLUMNS}
+
+class _ByKey(dict[str, Column]):
+    def __missing__(self, name: str) -> Column:
+        return Column.of(name)
+
+
+BY_KEY = _ByKey({column.key: column for column in COLUMNS})
+"""And of any other knob, measure or fact, scores of tasks included."""
 SPEEDUP = replace(BY_KEY["speedup"], decimals=2, interval=False)
 """For tables that have no room for its interval."""
 
@@ -117,7 +126,11 @@ def shown_columns(rows: Sequence[AnyRow], objectives: Collection[str] = ()) -> t
         needless.add("peak_kv_mib")
     if len({row.get("rounds", 0) for row in rows if row.get("state") == "complete"}) < 2:
         needless.add("rounds")
-    return tuple(column for column in COLUMNS if column.key not in needless)
+    scores = dict.fromkeys([*filter(is_score, objectives), *(key for row in rows for key in row if is_score(key))])
+    placed = [column.key for column in _PLACED]
+    shown = [column for column in COLUMNS if column.key not in needless]
+    before = [column for column in shown if column.key not in placed]
+    return (*before, *map(Column.of, scores), *(column for column in shown if column.key in placed))
 
 
 def bytes_differ(rows: Sequence[AnyRow]) -> bool:

@@ -14,7 +14,7 @@ from streamllm.measuring.quality import QualityComparison, mean_draws
 from streamllm.measuring.reference_time import WORKER
 from streamllm.measuring.store import Arrays, StoreError
 from streamllm.results.front import dominators, objective_values, pareto_front
-from streamllm.results.schema import AnyRow, Row
+from streamllm.results.schema import STDERR, AnyRow, Row, is_score
 
 from .rounds import Round
 
@@ -135,6 +135,8 @@ def _objective_draws(
     if paired.startswith("kl") and (tables := _divergences(rows, arrays_of, paired)) is not None:
         return mean_draws(tables, rows[0]["n_tokens"] - 1, len(times))
     sign = -1.0 if direction == "maximize" else 1.0
+    if is_score(name):
+        return sign * _score_draws(name, rows, times.shape)
     return np.broadcast_to([sign * float(row[name]) for row in rows], times.shape)
 
 
@@ -150,6 +152,13 @@ def _divergences(rows: Sequence[AnyRow], arrays_of: Callable[[AnyRow], Arrays], 
             return None
         found.append(np.column_stack((positions, arrays.get(name, np.zeros(len(positions))))))  # the reference has none
     return found
+
+
+def _score_draws(name: str, rows: Sequence[AnyRow], shape: tuple[int, ...]) -> np.ndarray:
+    """By the harness' standard errors, of each by itself: what configurations share in their documents is not known, so
+    that fewer are told apart than could be."""
+    errors = np.array([float(row.get(f"{name}{STDERR}", 0.0)) for row in rows])
+    return np.array([float(row[name]) for row in rows]) + errors * np.random.default_rng(0).standard_normal(shape)
 
 
 def _equally_long(series: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -23,7 +23,7 @@ from streamllm.results.schema import FORMAT, AnyRow, Row
 
 from .client import WriterError, is_refusal, mlflow_client, one_line
 from .remedies import with_remedy
-from .row_in_mlflow import METRICS, dataset_of, is_number, params_of, run_name, tags_of
+from .row_in_mlflow import dataset_of, metrics_of, params_of, run_name, tags_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -86,10 +86,9 @@ class RunWriter:
             created = self._client.create_run(self._to.experiment, started, tags, run_name(row)).info
             run, files = str(created.run_id), created.artifact_uri
             tags = {}
-        metrics = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
         self._client.log_batch(
             run,
-            metrics=[Metric(name, float(timed[name]), ended, 0) for name in metrics if is_number(timed.get(name))],
+            metrics=[Metric(name, value, ended, 0) for name, value in metrics_of(timed).items()],
             params=[Param(name, value) for name, value in params_of(row).items()],
             tags=[RunTag(name, value) for name, value in tags.items()],
         )

@@ -7,7 +7,7 @@ import json
 import math
 from typing import TYPE_CHECKING
 
-from streamllm.results.schema import FIELDS, KNOBS, AnyRow, knobs_in_short
+from streamllm.results.schema import FIELDS, KNOBS, SCORE, AnyRow, knobs_in_short
 from streamllm.results.study import FIXED
 
 if TYPE_CHECKING:
@@ -26,6 +26,13 @@ def tags_of(row: AnyRow) -> dict[str, str]:
 
 def params_of(row: AnyRow) -> dict[str, str]:
     return {name: str(row[name]) for name in PARAMS if name in row}
+
+
+def metrics_of(row: AnyRow) -> dict[str, float]:
+    """Measures with the ends of their intervals, and scores of tasks with their standard errors."""
+    names = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
+    names += [name for name in row if name.startswith(SCORE)]
+    return {name: float(row[name]) for name in names if is_number(row.get(name))}
 
 
 def is_number(value: object) -> bool:

@@ -17,7 +17,7 @@ from ..engine.device import foreign_processes
 from ..engine.model import LoadedModel
 from ..engine.probing import runnable
 from ..errors import UsageError
-from ..options import PROTOCOLS
+from ..options import PROTOCOLS, TASK
 from ..policy import peak_kv
 from .conditions import Conditions
 from .divergence import Comparing, Distributions, Keeping, comparing, fixed_positions
@@ -85,6 +85,9 @@ class Bench:
             return self._quality(job, progress, against)
         if job.kind == "hits":
             return self._hits(job, progress)
+        if job.task is not None:
+            with self.leases.computing():
+                return Measurement(TASK.get()(self.loaded, job.what, job.task))
         if job.kind == "speed":
             return self._speed(job, strict)
         return self._times(job) if job.kind == "times" else self._whole(job, strict, progress)

@@ -210,8 +210,13 @@ def entry_name(key: Mapping[str, object]) -> str:
 def code_digest(*methods: str) -> str:
     """Names the code that determines a number, that of the given methods included: results of different code are
     different measurements. Comments, docstrings and layout are no code."""
+    return digest_of_modules(*sorted({*MEASURING_CODE, *map(module_of, methods)}))
+
+
+def digest_of_modules(*modules: str) -> str:
+    """As `code_digest`, of these."""
     digest = hashlib.sha256()
-    for module in sorted({*MEASURING_CODE, *map(module_of, methods)}):
+    for module in modules:
         digest.update(f"{module}\n{_code(_source(module).read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -81,6 +81,11 @@ def sampled_losses(method: str) -> SampledLosses | None:
     return method_named(method).losses_at
 
 
+def is_evaluated(method: str) -> bool:
+    """Whether the block-parallel evaluator gives the method's logits; else they come from decoding."""
+    return sampled_losses(method) is None and "fast" in method_named(method).protocols
+
+
 def check_execution(method: str, execution: str) -> None:
     """Raises UsageError for a way that there is not, or that the method's step cannot be run."""
     if execution not in EXECUTIONS:
