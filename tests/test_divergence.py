@@ -345,6 +345,7 @@ def test_a_sweep_by_it_end_to_end(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("orchestrator.tracking.follower.Tracker", Untracked)
     monkeypatch.setattr("orchestrator.workers.pool.WorkerPool", LocalPool)
+    monkeypatch.setattr("orchestrator.conclusion.write_outputs", lambda _: [])
     (tmp_path / "by_kl.yaml").write_text(SWEEP)
     command = ["--model", str(GOLDEN / "neox-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--dtype", "float32"]
     command += ["--space", "by_kl.yaml", "--study", "s", "--confirm", "1", "--trials", "3"]

@@ -30,6 +30,8 @@ MOST_BYTES = 256 * 2**20
 VS_RECOMPUTE = "_vs_recompute"
 _LEAST_FLOAT16 = -65504.0
 _TAIL = 0.99
+_ROWS = 8
+"""Distributions computed with at a time: few enough for a CPU's caches."""
 
 
 def fixed_positions(n_tokens: int, total: int, vocabulary: int) -> np.ndarray:
@@ -168,19 +170,36 @@ def comparing(references: Sequence[Arrays]) -> list[Comparing]:
 
 def encoded(logits: Tensor) -> np.ndarray:
     """logits (n, vocabulary) -> float16, of which `divergence` makes the distributions again."""
-    logs = logits.to(float64_device(logits.device)).double().log_softmax(-1)
-    mean = -torch.special.entr(logs.exp()).sum(-1, keepdim=True)
-    return (logs - mean).clamp(min=_LEAST_FLOAT16).half().cpu().numpy()
+    found = []
+    for rows in _exact(logits).split(_ROWS):
+        logs = rows.log_softmax(-1)
+        p = logs.exp()
+        mean = torch.where(p > 0, p * logs, 0.0).sum(-1, keepdim=True)
+        found.append((logs - mean).clamp(min=_LEAST_FLOAT16).half())
+    return torch.cat(found).cpu().numpy()
 
 
 def divergence(reference: np.ndarray, logits: Tensor) -> np.ndarray:
     """reference: n rows as `encoded` gives them; logits (n, vocabulary) -> KL(reference || softmax(logits)), nats (n),
-    in float64."""
-    device = float64_device(logits.device)
-    theirs = torch.from_numpy(reference.copy()).to(device).double().log_softmax(-1)
-    own = logits.to(device).double().log_softmax(-1)
-    p = theirs.exp()
-    return torch.where(p > 0, p * (theirs - own), 0.0).sum(-1).cpu().numpy()
+    in float64.
+
+    Element by element float32 is enough, and much faster; but what softmax is off by is off for all elements. So sums
+    are in float64, and with P = sum p and Q = sum q, nearly 1, it is sum p log(p / q) / P - log P + log Q."""
+    own = _exact(logits)
+    theirs = torch.from_numpy(reference.copy()).to(own.device)
+    found = []
+    for kept, rows in zip(theirs.split(_ROWS), own.split(_ROWS), strict=True):
+        log_p, log_q = kept.to(rows.dtype).log_softmax(-1), rows.log_softmax(-1)
+        p, q = log_p.exp(), log_q.exp()
+        total, other = (one.sum(-1, dtype=torch.float64) for one in (p, q))
+        apart = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(-1, dtype=torch.float64)
+        found.append(apart / total - total.log() + other.log())
+    return torch.cat(found).cpu().numpy()
+
+
+def _exact(logits: Tensor) -> Tensor:
+    """In float32 or better, where there is float64 for sums."""
+    return logits.to(float64_device(logits.device)).to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _rows_at(positions: np.ndarray, start: int, logits: Tensor) -> tuple[Tensor | None, slice]:
