@@ -224,7 +224,8 @@ def test_model_arguments_are_the_knobs(monkeypatch):
 )
 def test_mistakes_are_told_in_a_line(given, message, folder, tmp_path, capsys):
     assert main(["harness", "--tasks-folder", str(folder), "--store", str(tmp_path), *given]) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    said = capsys.readouterr().err
+    assert message in said and len(said.splitlines()) == 1
 
 
 def test_a_name_that_no_task_has_is_told_with_those_near_it(folder, tokenizer, monkeypatch):

@@ -96,7 +96,6 @@ def _object(text: str) -> dict[str, Any]:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    os.environ.setdefault("TQDM_DISABLE", "1")  # ours are shown; read when tqdm is imported
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     given_stream_policy(arguments)
     check_folder("store", arguments.store)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from functools import partialmethod
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -229,18 +230,30 @@ def _seed(seeds: tuple[int, int, int, int]) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps the harness' and its libraries' remarks to itself, and what it prints. Its bars go by TQDM_DISABLE, set
-    before tqdm is imported."""
+    """Keeps the harness' and its libraries' remarks to itself, and what it prints."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets", "evaluate", "absl")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # noqa: PTH123  # no path
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), _without_bars():  # noqa: PTH123  # no path
             yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """Ours are shown instead. The environment's TQDM_DISABLE counts only before the first import of tqdm."""
+    from tqdm import tqdm
+
+    made = tqdm.__init__
+    tqdm.__init__ = partialmethod(made, disable=True)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        tqdm.__init__ = made  # type: ignore[method-assign]
 
 
 def table(results: dict[str, Any]) -> str:
