@@ -111,7 +111,7 @@ def test_texts_of_a_few_tokens(tokens):
     comparison = QualityComparison(reference, baseline[::3])
     estimates = comparison.perplexity(policy), comparison.vs_strict(policy), comparison.increase(policy)
     for estimate in (*estimates, perplexity(policy[:, 1]), paired_increase(policy, baseline)):
-        assert estimate.low <= estimate.value <= estimate.high or math.isnan(estimate.low) and tokens <= 2
+        assert estimate.low <= estimate.value <= estimate.high or (math.isnan(estimate.low) and tokens <= 2)
     assert comparison.draws([policy, baseline[::3]]).shape == (2000, 2)
 
 
