@@ -114,8 +114,9 @@ def test_a_load_warns_once(monkeypatch, recwarn):
 
 
 def test_the_list_of_backends_warns(monkeypatch, capsys):
-    monkeypatch.setattr(device, "unverified", lambda _: DOUBT)
-    backends.run(Namespace(dtype="float32", head_size=8, json=False))
+    monkeypatch.setattr("streamllm.engine.loading.unverified", lambda _: DOUBT)
+    model = str(GOLDEN / "llama-tiny")
+    backends.run(Namespace(model=model, quantization="none", dtype="float32", head_size=8, json=False))
     assert capsys.readouterr().err == f"warning: {DOUBT}\n"
 
 

@@ -144,6 +144,31 @@ def test_wilsons_interval():
     assert wilson(10, 10) == pytest.approx((0.7225, 1.0), abs=1e-4)
 
 
+def test_lm_evaluation_harness_reads_the_files():
+    """As far as the log-likelihoods that it asks a model for, and what it makes of them."""
+    pytest.importorskip("lm_eval")
+    from lm_eval import simple_evaluate
+    from lm_eval.api.model import LM
+    from lm_eval.tasks import TaskManager
+
+    class Model(LM):
+        def loglikelihood(self, requests, **_):
+            self.asked = [request.args for request in requests]
+            return [(-1.5, number % 2 == 0) for number in range(len(requests))]
+
+        loglikelihood_rolling = generate_until = None
+
+    files = TaskManager(include_path=str(FOLDER), metadata={"distances": [64, 128], "questions": 2})
+    model = Model()
+    found = simple_evaluate(model, tasks=["streamllm_recall"], task_manager=files, bootstrap_iters=0)["results"]
+    for name in TASKS:
+        assert found[f"streamllm_{name}"]["exact_match,none"] == 0.5
+        assert found[f"streamllm_{name}"]["answer_loss,none"] == 1.5
+    assert found["streamllm_recall"]["exact_match,none"] == 0.5
+    context, answer = model.asked[0]
+    assert context.endswith(" is") and "?\nThe " in context and re.fullmatch(r" <?\d{5}>?", answer)
+
+
 def test_the_command(tmp_path, capsys, monkeypatch):
     command = ["recall", "--length", "700", "--total-kv", "64", "128", "--compress-every", "1", "16", "--n-sink", "2",
                "--task", "keys", "first", "--dense", "--threads", "1"]  # fmt: skip

@@ -6,7 +6,9 @@ import math
 import numpy as np
 import pytest
 
-from dashboards.tables.columns import Column
+from dashboards.summarize import summary_table
+from dashboards.tables.columns import Column, shown_columns
+from dashboards.tables.evaluations import read_results
 from dashboards.tables.matrix_tables import matrix_rows
 from streamllm.__main__ import main
 from streamllm.measuring.quality import QualityComparison, median_interval, paired_increase, perplexity
@@ -91,3 +93,24 @@ def _document(row):
     settings = {"configuration": "", "quantization": "none"}
     baseline = (row | {"method": "recompute"}).to_json()
     return {"state": "complete", "settings": settings, "cell": "x", "baseline": baseline, "streaming": row.to_json()}
+
+
+def test_older_results_are_read_so(tmp_path):
+    """As `evaluate --output-file` wrote them; the source documents' own files name no protocol `fast`."""
+    ours = {"streaming": {"format": 3, "protocol": "fast", "method": "ours", "perplexity": 5.0, "runtime_sec": 9.0}}
+    theirs = {"streaming": {"perplexity": 5.0, "runtime_sec": 9.0}}
+    (tmp_path / "a.json").write_text(json.dumps(ours))
+    (tmp_path / "b.json").write_text(json.dumps(theirs))
+    (own, other), problems = read_results(tmp_path)
+    assert not problems and own["measuring_sec"] == other["runtime_sec"] == 9.0
+    assert "runtime_sec" not in own and "measuring_sec" not in other
+    assert [column.key for column in summary_table([own], tmp_path).columns if column.unit == "s"] == ["measuring_sec"]
+
+
+def test_bytes_are_shown_where_tokens_do_not_compare():
+    def shown(*sizes):
+        rows = [{"peak_kv": 256, "peak_kv_mib": size / 4096, "kv_bytes_per_token": size} for size in sizes]
+        return {column.key for column in shown_columns(rows)}
+
+    assert "peak_kv_mib" in shown(4096, 8192) and "peak_kv_mib" not in shown(4096, 4096)
+    assert "peak_kv_mib" in {column.key for column in shown_columns([], ["peak_kv_mib"])}

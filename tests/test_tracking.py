@@ -66,7 +66,7 @@ def row(trial, tpot=2.0, increase=1.0, **more):
     words = {"method": "ours", "backend": "math", "backend_requested": "flash", "dtype": "float32", "model": "m"}
     words |= {"device": "CPU", "protocol": "fast", "dataset": "t", "state": "complete", "feasible": True}
     return Row.of({
-        "trial": trial, **words, **policy, **times, **quality, "runtime_sec": 2.5, "quality_entry": entry_name(KEY),
+        "trial": trial, **words, **policy, **times, **quality, "measuring_sec": 2.5, "quality_entry": entry_name(KEY),
         "finished_at": 1.7e9, "commit": "c0ffee", "reused": False, **more
     })  # fmt: skip
 

@@ -186,7 +186,7 @@ def by_position(losses: np.ndarray, parts: int = 16) -> list[dict[str, Any]]:
 def prunes_apart(policy: EvictionPolicy, n_losses: int) -> bool:
     """Whether there are tokens between prunes."""
     starts = prune_starts(policy, n_losses)
-    return len(starts) > 1 and max(np.diff(starts)) > 1
+    return len(starts) > 1 and bool(max(np.diff(starts)) > 1)
 
 
 def after_prunes(losses: np.ndarray, reference: np.ndarray, policy: EvictionPolicy) -> list[dict[str, Any]]:

@@ -23,7 +23,7 @@ def draw_recall(policies: Sequence[Mapping[str, Any]], title: str, path: Path) -
     rows = -(-len(panels) // _COLUMNS)
     with style():
         figure = new_figure(4 * _COLUMNS, 2.7 * rows + 0.8)
-        axes = figure.subplots(rows, _COLUMNS, squeeze=False).flat
+        axes = list(figure.subplots(rows, _COLUMNS, squeeze=False).flat)
         for panel, place in zip(panels, axes, strict=False):
             for number, policy in enumerate(policies):
                 look = {"color": CYCLE[number % len(CYCLE)], "marker": MARKERS[number % len(MARKERS)]}
@@ -32,7 +32,7 @@ def draw_recall(policies: Sequence[Mapping[str, Any]], title: str, path: Path) -
                 else:
                     _losses(place, panel, policy, look)
             _label(place, panel)
-        for place in list(axes)[len(panels) :]:
+        for place in axes[len(panels) :]:
             place.set_axis_off()
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=min(len(labels), 4))
@@ -40,7 +40,7 @@ def draw_recall(policies: Sequence[Mapping[str, Any]], title: str, path: Path) -
         save(figure, path.with_suffix(""), [path.suffix[1:]])
 
 
-def _recall(axes: Axes, task: str, policy: Mapping[str, Any], look: Mapping[str, str]) -> None:
+def _recall(axes: Axes, task: str, policy: Mapping[str, Any], look: Mapping[str, Any]) -> None:
     """Filled: all that was asked for was in the cache; hollow: none or not all of it was."""
     of = "place" if TASKS[task].asked == "first" else "distance"
     points = policy["tasks"][task][f"by_{of}"]
@@ -59,7 +59,7 @@ def _recall(axes: Axes, task: str, policy: Mapping[str, Any], look: Mapping[str,
         axes.axvline(policy["n_sink"] + policy["window_size"], color=look["color"], linewidth=1, linestyle=":")
 
 
-def _losses(axes: Axes, panel: str, policy: Mapping[str, Any], look: Mapping[str, str]) -> None:
+def _losses(axes: Axes, panel: str, policy: Mapping[str, Any], look: Mapping[str, Any]) -> None:
     if panel == "position":
         points = policy["perplexity_by_position"]
         x, y = [(point["from"] + point["to"]) / 2 for point in points], [point["perplexity"] for point in points]
