@@ -335,7 +335,15 @@ def test_a_worker_that_ends_on_the_reference_is_no_trials_fault(drive):  # noqa:
             return Finished(worker, error="the worker died", died=True)
         return measured(job)
 
-    study, _ = drive(PretendPool(3, answer), 3)
+    class Late(PretendPool):
+        """By the time that the reference is there, trials wait for it."""
+
+        def submit(self, worker, assignment):
+            super().submit(worker, assignment)
+            if assignment.job.is_of_use_with_arrays_only:
+                self.ready.insert(0, self.ready.pop())
+
+    study, _ = drive(Late(3, answer), 3)
     assert deaths and {row["state"] for row in study.rows} == {"complete"}
     assert not any("deaths" in trial.user_attrs for trial in study._study.trials)
 
