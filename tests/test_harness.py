@@ -198,7 +198,7 @@ def test_the_command_prints_the_harness_table(folder, tmp_path, capsys):
 
 def test_model_arguments_are_the_knobs(monkeypatch):
     given = "pretrained=testbed,n_sink=2,window_size=30,method=ring,attn_backend=math,dtype=float32,max_length=99"
-    model = StreamingLM.create_from_arg_string(given, {"batch_size": 4, "device": None})
+    model = StreamingLM.create_from_arg_string(given, {"batch_size": 4, "device": "cuda:0"})
     assert model.what == Configuration("ring", EvictionPolicy(n_sink=2, window_size=30), "math", quantization="none")
     assert model.conventions.max_length == 99
     for wrong, message in (

@@ -98,7 +98,9 @@ def test_what_is_fed_in_pieces_is_what_is_fed_token_by_token(loaded, policy, met
 
 def test_recomputation_is_scored_by_its_own_losses(loaded):
     policy = EvictionPolicy(n_sink=0, window_size=12)
-    requests = [request for request in requests_of() if request.queries > 1]
+    tokens = requests_of()[0].answer
+    just_beside = [Request(tokens[:8], tokens[8:end]) for end in range(11, 16)]  # the window's length, and one more
+    requests = [*just_beside, *(request for request in requests_of() if request.queries > 1)]
     for request, score in zip(requests, scored(loaded, Configuration("recompute", policy), requests), strict=True):
         tokens, first = np.array(request.context + request.answer), len(request.context) - 1
         losses = losses_at(loaded, tokens, 12, range(first, len(tokens) - 1), Configuration("ours", policy).kernel)

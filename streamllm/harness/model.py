@@ -106,10 +106,11 @@ class StreamingLM(TemplateLM):  # type: ignore[misc]
         asked = _Arguments.of(arg_dict)
         limit_threads(asked.rest["threads"])
         name, tokenizer = asked.rest["pretrained"], load_tokenizer(asked.rest["pretrained"])
-        device = (additional_config or {}).get("device")
-        loaded = load_model(
-            name, asked.rest["dtype"], torch.device(device) if device else None, asked.knobs.quantization
-        )
+        device = (additional_config or {}).get("device") or ""
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            device = ""  # it is what the harness says where nobody does
+        where = torch.device(device) if device else None
+        loaded = load_model(name, asked.rest["dtype"], where, asked.knobs.quantization)
         return cls(loaded, tokenizer, asked.configuration(loaded), asked.conventions)
 
     @property
