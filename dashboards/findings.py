@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamllm.results.schema import AnyRow
+from streamllm.results.schema import AnyRow, positions_of
 from streamllm.results.study import StudyResults
 
 from .recommendation import COSTS, cost_of, least_cost, recommended
@@ -50,7 +50,7 @@ def configuration_words(row: AnyRow) -> str:
     return (
         f"trial {row['trial']}: {row['method']}, {row.get('backend', row['backend_requested'])} attention, "
         f"{row['n_sink']} sinks, window {row['window_size']}, prune every {row['compress_every']}, "
-        f"slack {row['cache_slack']}, max drop {row['max_drop']}"
+        f"slack {row['cache_slack']}, max drop {row['max_drop']}{', positions kept' * (positions_of(row) == 'keep')}"
     )
 
 

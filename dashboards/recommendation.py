@@ -111,7 +111,7 @@ def reproduce_command(study: StudyResults, row: AnyRow) -> str:
         "threads": row.get("threads"),
         "store": store if store.resolve() != Path("sweeps/.store").resolve() else None,
     }
-    unsaid = asdict(TextSource()) | {name: FIELDS[name].usual for name in ("quantization", "execution")}
+    unsaid = asdict(TextSource()) | {name: FIELDS[name].usual for name in ("quantization", "execution", "positions")}
     said = {name: value for name, value in given.items() if value is not None and value != unsaid.get(name)}
     flags = (_flag(name.replace("_", "-"), str(value)) for name, value in said.items())
     return " ".join(("python -m streamllm evaluate --mode both", *flags))

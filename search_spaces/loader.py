@@ -21,8 +21,9 @@ from .space import Constraint, SearchSpace, Value
 
 _PARAMETERS = (*WORDS, *(name for name in LEAST if name != "window_size"))
 """The window is what the total leaves."""
-_OF_THE_SWEEP = ("quantization",)
-"""Parameters that a space which does not name them leaves to the command line."""
+_IF_NAMED = ("quantization", "positions")
+"""Parameters that a space has only where it names them. Else the command line says how weights are quantized; and a
+study whose space says nothing of positions is the same as before they could be chosen."""
 _KEYS = ("description", "cap", "cap_accounting", "objectives", "constraints", "parameters", "known")
 _ACCOUNTINGS: tuple[CapAccounting, ...] = ("nominal", "peak")
 _MOST_CHOICES = 10_000
@@ -61,7 +62,7 @@ class _SpaceReader(Reader):
         parameters = {
             name: self.choices(name, given[name]) if name in given else (defaults[name],)
             for name in _PARAMETERS
-            if name in given or name not in _OF_THE_SWEEP
+            if name in given or name not in _IF_NAMED
         }
         if (most := max(int(value) for value in parameters["total_kv"])) > cap:
             raise self.fail(given["total_kv"], f"total_kv {most}: must not be above the cap {cap}")

@@ -19,7 +19,7 @@ import yaml
 
 from streamllm.errors import shown
 from streamllm.options import DTYPES, PROTOCOLS
-from streamllm.policy import TOTAL_KV_CAP
+from streamllm.policy import TOTAL_KV_CAP, Positions
 from streamllm.results.schema import FIELDS
 
 from .knobs import LEAST, WORDS
@@ -68,6 +68,7 @@ class Cell:
     compress_every: int = 1
     cache_slack: int = 0
     max_drop: int = 0
+    positions: Positions = "compact"
 
 
 @dataclass(frozen=True, slots=True)

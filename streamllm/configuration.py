@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 from .engine.backends import BACKENDS, Backend
 from .engine.methods import method_named
@@ -22,9 +22,9 @@ class Configuration:
 
     @property
     def effective(self) -> EvictionPolicy:
-        """The part of the policy that the method means: `window` has no sinks, `dense` never evicts. Raises UsageError
-        for a policy that it can do nothing with."""
-        return method_named(self.method).effective(self.policy)
+        """The part of the policy that the method means: `window` has no sinks, `dense` never evicts, and neither has
+        positions to keep. Raises UsageError for a policy that it can do nothing with."""
+        return method_named(self.method).effective(self.policy).canonical
 
     @property
     def kernel(self) -> Backend:
@@ -33,7 +33,7 @@ class Configuration:
     @classmethod
     def of_row(cls, row: AnyRow) -> Configuration:
         """The configuration that a row measured, to be measured again."""
-        policy = EvictionPolicy(**{field.name: row[field.name] for field in fields(EvictionPolicy)})
+        policy = EvictionPolicy.of(row)
         execution, quantization = row.get("execution", "eager"), row.get("quantization")
         return cls(row["method"], policy, row["backend_requested"], execution, quantization)
 

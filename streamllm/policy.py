@@ -1,4 +1,4 @@
-"""Which tokens stay in the KV cache: the eviction policy and its schedule.
+"""Which tokens stay in the KV cache, and where: the eviction policy and its schedule.
 
 Visibility depends on the policy alone, never on the data. `Schedule` is the single source of that truth: the decode
 loop runs it token by token, the block-parallel evaluator and the timing ask it for whole streams. No torch in here.
@@ -7,13 +7,16 @@ loop runs it token by token, the block-parallel evaluator and the timing ask it 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, fields, replace
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any, Literal, get_args
 
 from .errors import UsageError, shown
 
 CapAccounting = Literal["nominal", "peak"]
 RefreshPosition = Literal["tail", "order"]
+Positions = Literal["compact", "keep"]
+POSITIONS: tuple[Positions, ...] = get_args(Positions)
 
 
 TOTAL_KV_CAP = 2048
@@ -47,12 +50,40 @@ class EvictionPolicy:
     """sigma: a prune starts only when the cache holds more than S + W + sigma."""
     max_drop: int = 0
     """delta: most tokens evicted after any one token; 0 = no limit."""
+    positions: Positions = "compact"
+    """What survives a prune is numbered 0 .. n-1 without gaps (compact, StreamingLLM's), or keeps the rotation of its
+    position in the stream (keep). Rotary attention knows distances only: it is those to the sinks that differ."""
 
     def __post_init__(self) -> None:
         for field in fields(EvictionPolicy):
             value, least = getattr(self, field.name), 1 if field.name == "window_size" else 0
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
+            if field.name == "positions":
+                if value not in POSITIONS:
+                    raise PolicyError(f"positions {shown(value)}: must be {' or '.join(POSITIONS)}")
+            elif not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
                 raise PolicyError(f"{field.name} {shown(value)}: must be a whole number from {least} to {_MOST:,}")
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> EvictionPolicy:
+        """The policy of a row. Rows from before positions could be kept do not say that they are compact."""
+        counts = {field.name: values[field.name] for field in fields(EvictionPolicy) if field.name != "positions"}
+        return EvictionPolicy(**counts, positions=values.get("positions", "compact"))
+
+    @property
+    def keeps_positions(self) -> bool:
+        return self.positions == "keep"
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """What names a measurement: all knobs, positions only where they are kept, so that what was measured before
+        that could be asked for is found by the name it has."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("positions", "compact")}
+
+    @property
+    def canonical(self) -> EvictionPolicy:
+        """The same function by its plainest name: without sinks, or without evictions, no distance depends on
+        `positions`."""
+        return self if self.n_sink and self.compress_every else replace(self, positions="compact")
 
     @property
     def kept(self) -> int:
@@ -124,7 +155,7 @@ def strict_policy(total: int) -> EvictionPolicy:
 def for_chunks(policy: EvictionPolicy, prefill: int) -> EvictionPolicy:
     """The policy of protocol `chunked`: "a prefill, then one compression" is a policy that prunes after just so many
     tokens."""
-    return EvictionPolicy(n_sink=policy.n_sink, window_size=policy.window_size, compress_every=prefill)
+    return replace(policy, compress_every=prefill, cache_slack=0, max_drop=0)
 
 
 def evicted_before(policy: EvictionPolicy, n_tokens: int) -> list[int]:

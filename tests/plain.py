@@ -23,8 +23,9 @@ def by_surviving_inputs(model, stream, n_sink, window):
 
 
 @torch.no_grad()
-def surviving_logits(model, stream, n_sink, window):
-    """The logits after each token, by plain forward passes over the tokens that survive, at positions 0, 1, ...
+def surviving_logits(model, stream, n_sink, window, keep=False):
+    """The logits after each token, by plain forward passes over the tokens that survive, at positions 0, 1, ..., or at
+    those that they keep.
 
     Uses nothing of ours. Every attention layer is fed, for all tokens but the last, the inputs that those had when
     they were last, so that what they know of evicted tokens stays."""
@@ -59,7 +60,7 @@ def surviving_logits(model, stream, n_sink, window):
                 before = before[:n_sink] + before[n_sink + 1 :]
             kept = [survivors.index(s) for s in before]
             survivors = [*before, t]
-            positions = torch.arange(len(survivors))[None]
+            positions = torch.tensor([survivors]) if keep else torch.arange(len(survivors))[None]
             calls.clear()
             output = model(stream[:, survivors], position_ids=positions, past_key_values=DynamicCache())
             found.append(output.logits[0, -1])

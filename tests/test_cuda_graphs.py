@@ -29,8 +29,9 @@ TOKENS = np.random.default_rng(0).integers(61, size=120)
         EvictionPolicy(n_sink=3, window_size=20, compress_every=8),
         EvictionPolicy(n_sink=0, window_size=20),
         EvictionPolicy(n_sink=3, window_size=16, compress_every=4, cache_slack=2, max_drop=3),
+        EvictionPolicy(n_sink=3, window_size=20, positions="keep"),
     ],
-    ids=["R=1", "R=8", "no sinks", "lazy"],
+    ids=["R=1", "R=8", "no sinks", "lazy", "kept positions"],
 )
 def test_replayed_is_eager_over_many_wraps(policy, family):
     loaded = tiny_model(family, torch.float32)

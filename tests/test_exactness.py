@@ -13,7 +13,7 @@ from streamllm.engine.block_parallel import block_parallel_losses
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.methods import make_decoder
 from streamllm.errors import UnsupportedModelError
-from streamllm.policy import EvictionPolicy
+from streamllm.policy import POSITIONS, EvictionPolicy
 
 from .tiny_models import FAMILIES, random_models, tiny_model
 
@@ -27,6 +27,7 @@ policies = st.builds(
     compress_every=st.integers(0, 12),
     cache_slack=st.integers(0, 6),
     max_drop=st.integers(0, 6),
+    positions=st.sampled_from(POSITIONS),
 )
 
 

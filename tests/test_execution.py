@@ -76,6 +76,10 @@ def test_other_policies_of_the_same_shape_share_the_graph(tokens, graphs, as_tra
         expected = block_parallel_losses(loaded, tokens, policy)
         np.testing.assert_allclose(compiled_losses(loaded, policy, tokens), expected, rtol=0, atol=1e-4)
     assert graphs() == 1
+    kept = EvictionPolicy(n_sink=3, window_size=17, compress_every=3, positions="keep")
+    expected = block_parallel_losses(loaded, tokens, kept)
+    np.testing.assert_allclose(compiled_losses(loaded, kept, tokens), expected, rtol=0, atol=1e-4)
+    assert graphs() == execution._compiled.cache_info().currsize == 2, "where sinks are not turned, the code is another"
 
 
 def test_decoders_take_turns(tokens, graphs, as_traced):

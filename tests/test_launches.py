@@ -83,3 +83,9 @@ def test_a_token_launches_no_more_than_its_budget(method, compress_every, models
     budgets = BUDGETS[method, compress_every]
     assert layer <= budgets[0] and beside <= budgets[1], f"{layer} per layer and {beside} beside, not {budgets}"
     assert layer > budgets[0] - 1 and beside > budgets[1] - 1, "lower the budget, or the next addition goes unseen"
+
+
+def test_kept_positions_cost_a_ring_nothing(models):
+    """As many operators as where there are no sinks to turn, or fewer."""
+    kept, without = EvictionPolicy(n_sink=4, window_size=12, positions="keep"), EvictionPolicy(n_sink=0, window_size=16)
+    assert of_a_token("ring", kept, models[0]) <= of_a_token("ring", without, models[0])

@@ -52,15 +52,15 @@ def test_the_cliff_is_where_the_trained_range_ends_and_not_where_r_is_128(testbe
 
 class EveryQueryByItself:
     """Attention over a whole text at once, from a list, per query, of the tokens it sees in cache order: keys are
-    rotated at their place in the list, the query at the last."""
+    rotated at their place in the list, or in the stream if they `keep` that, the query as the last."""
 
-    def __init__(self, loaded, seen):
-        self.rotary, self.seen = loaded.rotary, seen
+    def __init__(self, loaded, seen, keep=False):
+        self.rotary, self.seen, self.keep = loaded.rotary, seen, keep
 
     def attend(self, layer, query, key, value, scaling):
         outputs = []
         for t, tokens in enumerate(self.seen):
-            angles = self.rotary.turn(torch.arange(len(tokens)))
+            angles = self.rotary.turn(torch.tensor(tokens) if self.keep else torch.arange(len(tokens)))
             keys = self.rotary.rotate(key[:, :, tokens], angles)
             last = tuple(part[-1:] for part in angles)
             logits = self.rotary.rotate(query[:, :, t : t + 1], last) @ keys.transpose(-1, -2)
@@ -85,7 +85,15 @@ def seen_with_refresh(policy, n_queries):
 
 
 @pytest.mark.parametrize("position", ["tail", "order"])
-@pytest.mark.parametrize("more", [{}, {"compress_every": 7, "cache_slack": 2}, {"compress_every": 9, "max_drop": 4}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"compress_every": 7, "cache_slack": 2},
+        {"compress_every": 9, "max_drop": 4},
+        {"compress_every": 9, "max_drop": 4, "positions": "keep"},
+    ],
+)
 def test_a_refreshing_cache_is_what_its_definition_says(position, more):
     policy = RefreshPolicy(n_sink=3, window_size=12, refresh_budget=5, refresh_position=position, **more)
     loaded, tokens = tiny_model("GPTNeoX"), np.random.default_rng(0).integers(61, size=81)
@@ -93,7 +101,9 @@ def test_a_refreshing_cache_is_what_its_definition_says(position, more):
     seen = seen_with_refresh(policy, 80)
     stream, raw = torch.from_numpy(tokens), torch.zeros(80, dtype=torch.long)
     with torch.inference_mode():
-        logits = loaded.forward(stream[None, :-1], raw, EveryQueryByItself(loaded, seen)).logits[0]
+        logits = loaded.forward(
+            stream[None, :-1], raw, EveryQueryByItself(loaded, seen, policy.keeps_positions)
+        ).logits[0]
     np.testing.assert_allclose(run.losses, negative_log_likelihood(logits, stream[1:]), rtol=0, atol=1e-9)
     without = EvictionPolicy(n_sink=3, window_size=17, **more)
     assert run.peak_kv == peak_kv(policy, 80) == peak_kv(without, 80), "the total is what it is without refresh"

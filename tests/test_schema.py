@@ -66,9 +66,10 @@ def test_a_number_is_one_that_is_there_and_finite():
 
 
 def test_what_shows_and_searches_follows_from_the_fields():
-    assert [knob.name for knob in POLICY_KNOBS] == [field.name for field in fields(EvictionPolicy)]
+    of_policy = [*POLICY_KNOBS, FIELDS["positions"]]
+    assert [knob.name for knob in of_policy] == [field.name for field in fields(EvictionPolicy)]
     policy = EvictionPolicy()
-    assert all(getattr(policy, knob.name) == knob.usual for knob in POLICY_KNOBS if knob.usual is not None)
+    assert all(getattr(policy, knob.name) == knob.usual for knob in of_policy if knob.usual is not None)
     assert {knob.parameter for knob in KNOBS} == {*LEAST, *USUAL}
     assert all(FIELDS[told_name(name)].mlflow == "metric" and LABELS[name] for name in OBJECTIVES)
     titles = [column.header for column in COLUMNS]

@@ -10,7 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from streamllm.files import Scalar
-from streamllm.results.schema import AnyRow, number
+from streamllm.results.schema import AnyRow, number, positions_of
 from streamllm.results.study import StudyResults
 
 from ..recommendation import COSTS
@@ -28,6 +28,7 @@ _KNOBS = (
     "compress_every",
     "cache_slack",
     "max_drop",
+    "positions",
     "total_kv",
 )
 _FEWEST = 12
@@ -115,7 +116,8 @@ def _groups(rows: Sequence[AnyRow], objective: str) -> dict[str, dict[Scalar, li
     by_knob: dict[str, dict[Scalar, list[float]]] = {knob: defaultdict(list) for knob in _KNOBS}
     for row in rows:
         if row["trial"] in values:
-            knobs = {"total_kv": row["n_sink"] + row["window_size"] + row["cache_slack"], **row}
+            total = row["n_sink"] + row["window_size"] + row["cache_slack"]
+            knobs = {"total_kv": total, "positions": positions_of(row), **row}
             for knob in _KNOBS:
                 by_knob[knob][knobs.get(knob)].append(values[row["trial"]])
     return {knob: groups for knob, groups in by_knob.items() if len(groups) > 1}

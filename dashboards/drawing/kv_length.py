@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING
 
 from streamllm.configuration import Configuration
@@ -21,7 +21,10 @@ _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 
 def kv_length(study: StudyResults) -> Figure:
     """Raises NoDataError for an empty front."""
-    policies = list(dict.fromkeys(Configuration.of_row(row).policy for row in study.front if row["compress_every"] > 0))
+    evicting = [Configuration.of_row(row).policy for row in study.front if row["compress_every"] > 0]
+    policies = list(
+        dict.fromkeys(replace(policy, positions="compact") for policy in evicting)
+    )  # which keys do not show
     policies = policies[:_LINES]
     if not policies:
         raise NoDataError("no policy on the front ever evicts")

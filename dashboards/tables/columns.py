@@ -67,6 +67,7 @@ COLUMNS = (
     Column("recommended", "recommended", words=True),
     *map(Column.of, ("method", "backend", "backend_requested", "execution", "quantization")),
     *POLICY_COLUMNS,
+    Column.of("positions"),
     *map(Column.of, ("peak_kv", "peak_kv_mib", "peak_memory_mb", "tpot_ms", "speedup", "rounds", "front_probability")),
     *map(Column.of, ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent")),
     *_PLACED,
@@ -109,9 +110,9 @@ def bytes_differ(rows: Sequence[AnyRow]) -> bool:
 
 
 def unsaid_settings(rows: Sequence[AnyRow]) -> set[str]:
-    """Execution or quantization where all rows have the usual one, the backend asked for where it is the one that
-    ran."""
-    names = ("execution", "quantization")
+    """Execution, quantization or positions where all rows have the usual one, the backend asked for where it is the one
+    that ran."""
+    names = ("execution", "quantization", "positions")
     unsaid = {name for name in names if all(row.get(name, FIELDS[name].usual) == FIELDS[name].usual for row in rows)}
     granted = (row.get("backend_requested") in (row.get("backend"), None) or "backend" not in row for row in rows)
     return unsaid | {"backend_requested"} if all(granted) else unsaid

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamllm.measuring.reference_time import ReferencePool
-from streamllm.results.schema import AnyRow, Row
+from streamllm.results.schema import AnyRow, Row, positions_of
 
 from ..drawing.ablations import LETTERS
 from ..drawing.comparisons import Group, Series, bars
@@ -36,6 +36,7 @@ _SETTINGS = (
     Column("backend", "kernel", words=True),
     BY_KEY["execution"],
     *POLICY_COLUMNS,
+    BY_KEY["positions"],
 )
 _MEASURES = {
     column.key: column for column in (*EVALUATION_COLUMNS, *map(Column.of, ("runtime_change_percent", "decode_sec")))
@@ -48,7 +49,7 @@ _NOTES = {
     "tpot_ms": "Milliseconds are ratios to strict StreamingLLM, timed in turn with it, times its median time.",
 }
 """On a column."""
-_UNSAID = ("", None, "eager", "none", 0)
+_UNSAID = ("", None, "eager", "none", "compact", 0)
 """Values that go without saying where all rows have them."""
 _STATE = Column("note", "", words=True)
 _CHUNKS_RUNTIME = Column("runtime_sec", "runtime of a chunk", "s", 3)
@@ -81,7 +82,8 @@ def matrix_rows(documents: Sequence[Mapping[str, Any]]) -> list[AnyRow]:
         if "streaming" in document:
             found.append((_measured(Row.from_json(document["streaming"], str(document.get("cell"))), baseline), shared))
     pool = ReferencePool(row for row, _ in found)
-    return [{**(pool.with_time(row) if isinstance(row, Row) else row), **more} for row, more in found]
+    timed = [(pool.with_time(row) if isinstance(row, Row) else row, more) for row, more in found]
+    return [{"positions": positions_of(row), **row, **more} for row, more in timed]
 
 
 _IDENTITY = (

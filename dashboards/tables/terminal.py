@@ -25,7 +25,7 @@ _HEADINGS = ("study", "place")
 """Columns whose values become lines above the rows that have them."""
 _WORDS = ("method", "backend", "execution", "quantization")
 """Columns that share one, a line each, where room is scarce."""
-_SETTINGS = (*_WORDS, "backend_requested", *(field.name for field in POLICY_KNOBS))
+_SETTINGS = (*_WORDS, "backend_requested", *(field.name for field in POLICY_KNOBS), "positions")
 _LETTERS = {field.name: field.short for field in FIELDS.values() if field.short not in ("", field.header)} | {
     "dominated_by": "by"
 }

@@ -98,8 +98,9 @@ class Planned:
     def settings(self) -> dict[str, object]:
         """Everything that the command says about the result."""
         cell = asdict(replace(self.cell, dataset=None, total_kv=None, window_size=None))
+        del cell["positions"]  # which the policy says where they are kept: older files say nothing of them
         settings = {"model": self.model, "dataset": self.source.label, "baseline": self.baseline}
-        settings |= {name: value for name, value in cell.items() if value is not None} | asdict(self.policy)
+        settings |= {name: value for name, value in cell.items() if value is not None} | self.policy.named
         return dict(json.loads(json.dumps(settings | {"source": asdict(self.source)}, default=str)))
 
 
@@ -189,6 +190,7 @@ def policy_of(cell: Cell, cap: int) -> EvictionPolicy:
         compress_every=cell.compress_every,
         cache_slack=cell.cache_slack,
         max_drop=cell.max_drop,
+        positions=cell.positions,
     )
     total = min(cell.total_kv or cap, cap)
     if cell.protocol == "chunked":

@@ -14,7 +14,7 @@ from streamllm.configuration import Configuration
 from streamllm.engine.methods import check_execution, check_protocol
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
-from streamllm.results.schema import KNOBS, POLICY_KNOBS, Row
+from streamllm.results.schema import KNOBS, POLICY_KNOBS, Row, positions_of
 
 _TRIED = 20_000
 """Points that a row may be of."""
@@ -27,7 +27,8 @@ def configuration_of(params: Mapping[str, Value], space: SearchSpace, cap: int) 
     """The configuration that a point of the space stands for; its window is what its total KV leaves. Raises
     UsageError where it leaves none, or the method cannot be executed like that."""
     knobs = {name: int(params[name]) for name in ("n_sink", "compress_every", "cache_slack", "max_drop")}
-    policy = with_derived_window(EvictionPolicy(**knobs), min(int(params["total_kv"]), cap), space.cap_accounting)
+    policy = EvictionPolicy.of({**knobs, "window_size": 1, "positions": params.get("positions", "compact")})
+    policy = with_derived_window(policy, min(int(params["total_kv"]), cap), space.cap_accounting)
     method, backend, execution = (str(params[name]) for name in ("method", "attn_backend", "execution"))
     check_execution(method, execution)
     quantization = params.get("quantization")
@@ -64,6 +65,7 @@ def _likeliest(space: SearchSpace) -> SearchSpace:
         "max_drop": lambda choices: max(choices, key=lambda drop: drop or math.inf),
         "attn_backend": min,
         "quantization": min,
+        "positions": min,
     }
     deciding = {other for conditions in space.when.values() for other in conditions}
     few = {
@@ -78,7 +80,9 @@ def check_cap(space: SearchSpace, cap: int) -> None:
     widest = {name: max(int(x) for x in space.parameters[name]) for name in ("n_sink", "cache_slack")}
     largest = max(int(x) for x in space.parameters["total_kv"])
     try:
-        with_derived_window(EvictionPolicy(**widest), min(cap, largest))
+        with_derived_window(
+            EvictionPolicy(n_sink=widest["n_sink"], cache_slack=widest["cache_slack"]), min(cap, largest)
+        )
     except PolicyError as error:
         raise PolicyError(f"space {space.name!r}: {error}") from error
 
@@ -110,7 +114,8 @@ def is_of(row: Row, point: Mapping[str, Value], space: SearchSpace, cap: int) ->
         asked["quantization"] = what.quantization
     knobs = [field.name for field in POLICY_KNOBS if field.name != "window_size" and field.name in row]
     return all(row.get(name, value) == value for name, value in asked.items()) and any(
-        all(getattr(policy, name) == row[name] for name in knobs) for policy in policies
+        all(getattr(policy, name) == row[name] for name in knobs) and policy.positions == positions_of(row)
+        for policy in policies
     )
 
 

@@ -5,6 +5,7 @@ evicted before it (`policy.evicted_before`), the logits a decode loop would comp
 
     window token j >= S + e:   Rot(t) q . Rot(j) k       true distance, the same as between cache positions
     sink i < S:                Rot(t - e) q . Rot(i) k   distance between cache positions
+                               Rot(t) q . Rot(i) k       where survivors keep their positions in the stream
 
 and everything else is masked. Both families of logits come out of one attention call: the sink logits are computed
 beforehand and fed through extra head dimensions in which sink keys are one-hot and window keys are zero.
@@ -34,6 +35,7 @@ class BlockState(KVCache):
     def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, n_tokens: int) -> None:
         super().__init__(loaded, BACKENDS["auto"])
         self.n_sink = policy.n_sink
+        self.keeps_positions = policy.keeps_positions
         self.evicted = torch.tensor(evicted_before(policy, n_tokens), device=loaded.device)
         self.held = torch.empty(0, dtype=torch.long, device=loaded.device)
         """Stream positions of the kept tokens: the sinks, then a contiguous window."""
@@ -51,11 +53,11 @@ class BlockState(KVCache):
         window = self.held[self.sinks :]
         origin = window[0] if len(window) else queries[-1]
         window_queries = (queries - origin).clamp(min=0)  # a sink sees no window token
-        cache_positions = queries - evicted[:, 0]
-        self.rotary.reserve(int(torch.maximum(window_queries, cache_positions).max()) + 1)
+        self.rotary.reserve(int(window_queries.max()) + 1)
         self.query_angles = self.rotary.at(window_queries)
         self.key_angles = self.rotary.at(window - origin)
-        self.query_angles_to_sinks = self.rotary.at(cache_positions)
+        # Not from the table, which would grow with a stream in which sinks are ever farther away.
+        self.query_angles_to_sinks = self.rotary.turn(queries if self.keeps_positions else queries - evicted[:, 0])
         self.sink_angles = self.rotary.span(0, self.sinks)
 
     def _forget(self, start: int) -> None:

@@ -61,11 +61,12 @@ class Spike:
 
 
 def reference_policy(policy: EvictionPolicy, n_queries: int, trained_length: int | None) -> EvictionPolicy:
-    """Vanilla StreamingLLM that never has less in its cache than `policy`, within what the model was trained on."""
+    """Vanilla StreamingLLM that never has less in its cache than `policy`, within what the model was trained on; its
+    positions are the policy's, so that prunes alone differ."""
     kept = peak_kv(policy, n_queries) - 1  # a query attends to its own key too
     if trained_length is not None:
         kept = min(kept, max(trained_length, policy.kept))
-    return EvictionPolicy(n_sink=policy.n_sink, window_size=kept - policy.n_sink)
+    return EvictionPolicy(n_sink=policy.n_sink, window_size=kept - policy.n_sink, positions=policy.positions)
 
 
 def check_prunes(policy: EvictionPolicy, n_queries: int) -> None:

@@ -208,7 +208,8 @@ def evaluate_chunked(
         )
     check_finite(run.losses, str(loaded.dtype))
     seconds = time.perf_counter() - started
-    warning = _warning(loaded, policy, run.peak_kv, len(run.losses), len(run.prefill_sec))
+    longest = policy.compress_every + run.continuation_tokens
+    warning = _warning(loaded, what.effective, run.peak_kv, len(run.losses), longest, len(run.prefill_sec))
     quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning, run.continuation_tokens)
     ms = 1e3 * run.continuation_sec / run.continuation_tokens
     return quality, quality.summary() | {
@@ -238,12 +239,22 @@ def _segment_ends(policy: EvictionPolicy, n_tokens: int) -> list[int]:
 
 
 def _warning(
-    loaded: LoadedModel, policy: EvictionPolicy, peak: int, n_losses: int, chunks: int | None = None
+    loaded: LoadedModel,
+    policy: EvictionPolicy,
+    peak: int,
+    n_losses: int,
+    longest: int | None = None,
+    chunks: int | None = None,
 ) -> str | None:
-    """What makes a result say less than it seems to; chunks: whose losses they are, of a text in chunks."""
-    trained, said = loaded.trained_length, []
+    """What makes a result say less than it seems to. policy: as the method means it; longest and chunks: tokens of a
+    stream, and how many streams there are, where it is not all of the text."""
+    trained, found, said = loaded.trained_length, [], []
     if trained is not None and peak > trained + 1:  # a full cache and the query's own key are meant
-        said.append(f"queries attend to up to {peak} keys, the model was trained on {trained}: perplexity may suffer")
+        found.append(f"queries attend to up to {peak} keys")
+    if trained is not None and policy.keeps_positions and (longest or n_losses) > max(trained, peak):
+        found.append(f"kept positions put the sinks up to {(longest or n_losses) - 1} tokens away")
+    if found:
+        said.append(f"{' and '.join(found)}, the model was trained on {trained}: perplexity may suffer")
     elif chunks is None and policy.compress_every > 0 and peak >= n_losses:
         said.append(f"the text's {n_losses} tokens all fit in the cache: nothing was evicted")
     if n_losses < FEW_LOSSES:

@@ -70,7 +70,7 @@ class Keys:
 
     def _named(self, what: Configuration, protocol: str, *names: str) -> dict[str, Any]:
         values = self.identity(what, protocol)
-        return {name: values[name] for name in (*names, *asdict(what.policy))}
+        return {name: values[name] for name in names} | what.effective.named
 
 
 def identity(conditions: Conditions, text: TokenStream, what: Configuration, protocol: str) -> dict[str, Any]:

@@ -142,6 +142,11 @@ class Row(Mapping[str, Any]):
                                       short="slack")  # fmt: skip
     max_drop: int | None = _tokens("max drop", "δ", 0, 0, "max drop δ, tokens (0: no limit)",
                                    "evict at most so many tokens at a time; 0: no limit", short="drop")  # fmt: skip
+    positions: str | None = _word(
+        "positions",
+        "compact",
+        about="compact: a prune numbers what is left anew, without gaps; keep: it leaves positions",
+    )
     refresh_budget: int | None = _fact(about="tokens that method refresh puts back")
     refresh_position: str | None = _fact()
     overlap: int | None = _fact()
@@ -342,7 +347,7 @@ FIELDS: dict[str, Field] = {
 }
 KNOBS = tuple(field for field in FIELDS.values() if field.knob)
 POLICY_KNOBS = tuple(field for field in KNOBS if field.symbol)
-"""Those of an `EvictionPolicy`."""
+"""The numbers of tokens of an `EvictionPolicy`, which rows have; they may not say its `positions`: `positions_of`."""
 OBJECTIVES: dict[str, Direction] = {field.name: field.objective for field in FIELDS.values() if field.objective}
 """Measures that a sweep can optimise, and which way; constraints are on the same measures."""
 _TYPES = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(Row)}
@@ -354,10 +359,16 @@ def told_name(objective: str) -> str:
     return FIELDS[objective].told or objective
 
 
+def positions_of(row: AnyRow) -> str:
+    """Those of rows from before they could be chosen are the usual ones."""
+    return str(row.get("positions", FIELDS["positions"].usual))
+
+
 def knobs_in_short(row: AnyRow, symbols: bool = False) -> str:
-    """`S=4 W=252 R=1 slack=0 drop=0`, of those that it has."""
+    """`S=4 W=252 R=1 slack=0 drop=0`, of those that it has; `positions=keep` where they are kept."""
     named = [(field.symbol if symbols else field.short, row.get(field.name)) for field in POLICY_KNOBS]
-    return " ".join(f"{letter}={value}" for letter, value in named if value is not None)
+    kept = ["positions=keep"] * (positions_of(row) == "keep")
+    return " ".join([*(f"{letter}={value}" for letter, value in named if value is not None), *kept])
 
 
 def number(row: AnyRow, name: str) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...errors import UnavailableError, UnsupportedModelError
+from ...errors import UnavailableError, UnsupportedModelError, UsageError
 from ...policy import EvictionPolicy
 from ..attention import attention
 from ..backends import Backend
@@ -66,4 +66,15 @@ def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execu
     return CachedDecoder(loaded, policy, PressedCache(loaded, policy.n_sink, backend), execution)
 
 
-METHOD = Method(decoder, protocols=("decode-loop", "chunked"))
+def effective(policy: EvictionPolicy) -> EvictionPolicy:
+    """Left to itself StreamingLLMPress keeps positions, but puts what it keeps in the order of `topk`: a second prune
+    would take others for sinks."""
+    if policy.canonical.keeps_positions:
+        raise UsageError(
+            "positions 'keep': method 'kvpress' is the press that re-rotates, the one that does not loses sinks at its "
+            "second prune; use --positions compact, or --method ring, ours or mit"
+        )
+    return policy
+
+
+METHOD = Method(decoder, effective, protocols=("decode-loop", "chunked"))

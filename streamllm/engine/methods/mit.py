@@ -1,4 +1,4 @@
-"""`mit`: keys stored un-rotated, all rotated at their cache position on every read.
+"""`mit`: keys stored un-rotated, all rotated at their cache position on every read, or at that in the stream.
 
 The reference implementation's way (mit-han-lab/streaming-llm, `pos_shift`): eviction slices, a token costs O(S + W).
 """
@@ -17,19 +17,42 @@ from . import Method
 
 
 class RawKeyCache(KVCache):
+    def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> None:
+        super().__init__(loaded, backend)
+        self.policy = policy
+        self.evicted = 0
+
+    def begin(self, held: int, count: int) -> None:
+        super().begin(held, count)
+        if self.policy.keeps_positions:
+            self.angles = self.rotary.turn(self.in_stream(held + count))
+        else:
+            self.angles = self.rotary.span(0, held + count)
+
+    def in_stream(self, count: int) -> Tensor:
+        """(count): where in the stream the tokens in the cache are, in its order."""
+        places = torch.arange(count, device=self.device)
+        places[self.policy.n_sink :] += self.evicted
+        return places
+
     def position_ids(self, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.long, device=self.device)  # no rotation: queries and keys arrive raw
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self.append(layer, key, value)
-        held, new = keys.shape[2], query.shape[2]
-        keys = self.rotary.rotate(keys, self.rotary.span(0, held))
-        query = self.rotary.rotate(query, self.rotary.span(held - new, held))
+        cos, sin = self.angles
+        new = query.shape[2]
+        keys = self.rotary.rotate(keys, self.angles)
+        query = self.rotary.rotate(query, (cos[-new:], sin[-new:]))
         return attention(self.backend, query, keys, values, scaling, causal=True)
+
+    def evict(self, n_sink: int, drop: int) -> None:
+        super().evict(n_sink, drop)
+        self.evicted += drop
 
 
 def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> CachedDecoder:
-    return CachedDecoder(loaded, policy, RawKeyCache(loaded, backend), execution)
+    return CachedDecoder(loaded, policy, RawKeyCache(loaded, policy, backend), execution)
 
 
 METHOD = Method(decoder)

@@ -2,7 +2,7 @@
 
 The source documents' own implementation (StreamingKVCache): cheap between prunes, O(S + W) at each one. Theirs turns
 what the prune before has turned; in half precision every turn rounds anew, and a small one rounds away. Here each prune
-turns keys as they came, by all that they have moved, and rounds once.
+turns keys as they came, by all that they have moved, and rounds once. Where they keep their positions, none is turned.
 """
 
 from __future__ import annotations
@@ -44,8 +44,26 @@ class RerotatedCache(KVCache):
             self.values[layer] = without(self.values[layer], n_sink, drop)
 
 
+class UnturnedCache(KVCache):
+    """Keys stay as the model rotated them, at their positions in the stream: a prune slices."""
+
+    evicted = 0
+
+    def position_ids(self, count: int) -> Tensor:
+        return super().position_ids(count) + self.evicted
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys, values = self.append(layer, key, value)
+        return attention(self.backend, query, keys, values, scaling, causal=True)
+
+    def evict(self, n_sink: int, drop: int) -> None:
+        super().evict(n_sink, drop)
+        self.evicted += drop
+
+
 def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> CachedDecoder:
-    return CachedDecoder(loaded, policy, RerotatedCache(loaded, backend), execution)
+    cache = UnturnedCache if policy.keeps_positions else RerotatedCache
+    return CachedDecoder(loaded, policy, cache(loaded, backend), execution)
 
 
 METHOD = Method(decoder)

@@ -2,7 +2,8 @@
 
 Rotary positions are relative, so window keys stay rotated at their position in the stream for life, and queries at
 theirs: their distances are right. Only the few sinks would be too far away: by the number of evicted tokens, by which
-they are turned on for every token. Eviction is counting; a token costs O(S), whatever the policy.
+they are turned on for every token. Eviction is counting; a token costs O(S), whatever the policy, and nothing at all
+where survivors keep their positions: the sinks stay as far away as they are.
 
 All that changes from token to token are two numbers in tensors, the position and the evicted tokens; everything else
 follows from them on the device, in static shapes: the step can be compiled, or captured as a CUDA graph.
@@ -32,6 +33,7 @@ class RingCache(KVCache):
         self.grows = steady is None
         """A policy that never evicts."""
         self.slots = RingSlots(policy.n_sink, policy.kept if steady is None else steady.peak_kv)
+        self.turns_sinks = policy.n_sink > 0 and not policy.keeps_positions
         self.always_full = steady is not None and steady.cycle == 1
         """Once full: every token evicts one, and none is ever masked."""
         self.evicted_so_far = 0
@@ -56,9 +58,11 @@ class RingCache(KVCache):
     def position_ids(self, count: int) -> Tensor:
         positions = self.position + torch.arange(count, device=self.device)
         self.value_slots = self.slots.of_each(positions)
-        sinks = torch.arange(self.slots.n_sink, device=self.device)
-        self.key_slots = self.value_slots if self.new_sinks else torch.cat((sinks, self.value_slots))
-        self.sink_angles = self.rotary.turn(self.evicted)
+        self.key_slots = self.value_slots
+        if self.turns_sinks and not self.new_sinks:
+            sinks = torch.arange(self.slots.n_sink, device=self.device)
+            self.key_slots = torch.cat((sinks, self.value_slots))
+            self.sink_angles = self.rotary.turn(self.evicted)
         self.visible = self._visible(positions) if self.masked else None
         return positions
 
@@ -67,9 +71,9 @@ class RingCache(KVCache):
         return not self.grows and not self.new_sinks and self.masked != self.always_full
 
     @property
-    def shape(self) -> tuple[int, int, bool, str]:
+    def shape(self) -> tuple[int, int, bool, bool, str]:
         """Everything that a step's code depends on."""
-        return self.slots.count, self.slots.n_sink, self.always_full, self.backend.name
+        return self.slots.count, self.slots.n_sink, self.turns_sinks, self.always_full, self.backend.name
 
     def _visible(self, positions: Tensor) -> Tensor:
         """(new, slots): what each query sees."""
@@ -89,10 +93,10 @@ class RingCache(KVCache):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         if layer == len(self.keys):
             self._allocate(key, value)
-        if self.new_sinks:
+        if self.turns_sinks and self.new_sinks:
             first = self.length
             self.sink_keys[layer][:, :, first : first + self.new_sinks] = key[:, :, : self.new_sinks]
-        elif self.slots.n_sink:
+        elif self.turns_sinks:
             key = torch.cat((self.rotary.rotate(self.sink_keys[layer], self.sink_angles), key), dim=2)
         keys = self.keys[layer].index_copy_(2, self.key_slots, key)
         values = self.values[layer].index_copy_(2, self.value_slots, value)
@@ -101,7 +105,8 @@ class RingCache(KVCache):
     def _allocate(self, key: Tensor, value: Tensor) -> None:
         self.keys.append(key.new_zeros(1, key.shape[1], self.slots.count, key.shape[3]))
         self.values.append(value.new_zeros(1, value.shape[1], self.slots.count, value.shape[3]))
-        self.sink_keys.append(key.new_zeros(1, key.shape[1], self.slots.n_sink, key.shape[3]))
+        if self.turns_sinks:
+            self.sink_keys.append(key.new_zeros(1, key.shape[1], self.slots.n_sink, key.shape[3]))
 
     def evict(self, n_sink: int, drop: int) -> None:
         self.evicted_so_far += drop

@@ -1,12 +1,13 @@
 """`refresh`: a prune puts some of what it would evict back; the source documents' idea, to be measured.
 
 What is put back lies behind the window (`tail`, theirs) or between sinks and window (`order`). Keys are stored
-un-rotated and rotated at their cache position on every read, so that either order is one gather.
+un-rotated and rotated on every read, at their cache position or that in the stream, so that either order is one gather.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ....errors import UsageError
 from ....policy import EvictionPolicy, RefreshPolicy
@@ -19,20 +20,26 @@ from ..mit import RawKeyCache
 
 class RefreshingCache(RawKeyCache):
     def __init__(self, loaded: LoadedModel, policy: RefreshPolicy, backend: Backend) -> None:
-        super().__init__(loaded, backend)
-        self.policy = policy
+        super().__init__(loaded, policy, backend)
         self.held: list[int] = []
         """Stream positions, in cache order, as the last prune left them."""
-        self.evicted = 0
+        self.window_size = policy.window_size
+        self.at_tail = policy.refresh_position == "tail"
+
+    def _in_stream(self, count: int) -> list[int]:
+        """Stream positions, in cache order."""
+        return self.held + list(range(len(self.held) + self.evicted, count + self.evicted))
+
+    def in_stream(self, count: int) -> Tensor:
+        return torch.tensor(self._in_stream(count), device=self.device)
 
     def evict(self, n_sink: int, drop: int) -> None:
         count = self.keys[0].shape[2]
-        stream = self.held + list(range(len(self.held) + self.evicted, count + self.evicted))
+        stream = self._in_stream(count)
         by_age = sorted(range(n_sink, count), key=stream.__getitem__)
-        older, window = by_age[: -self.policy.window_size], by_age[-self.policy.window_size :]
+        older, window = by_age[: -self.window_size], by_age[-self.window_size :]
         refreshed = [older[i] for i in thinned([stream[place] for place in older], drop)]
-        at_tail = self.policy.refresh_position == "tail"
-        order = [*range(n_sink), *(window + refreshed if at_tail else refreshed + window)]
+        order = [*range(n_sink), *(window + refreshed if self.at_tail else refreshed + window)]
         # The host need not wait until the list is there; on mps it must (pytorch issue 189690).
         places = torch.tensor(order).to(self.device, non_blocking=self.device.type != "mps")
         self.keys = [keys.index_select(2, places) for keys in self.keys]
