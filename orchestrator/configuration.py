@@ -17,6 +17,7 @@ import streamllm
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError, shown
 from streamllm.libraries import installed
+from streamllm.measuring.jobs import TaskAsked
 from streamllm.measuring.text import TextSource, TokenStream
 from streamllm.results.damaged import keep_aside
 from streamllm.results.schema import OBJECTIVES
@@ -24,6 +25,7 @@ from streamllm.results.study_folder import StudyFolder
 
 from .options import SAMPLERS, TIMINGS
 from .search.points import check_cap, check_methods, check_possible
+from .search.tasks import tasks_of
 from .study_name import check_study_name
 
 _FORMAT = 2
@@ -60,6 +62,8 @@ class Identity:
     seed: int = 0
     model_digest: str = ""
     """Digest of the weights, as this process finds them: the hub's commit, or a hash of the files."""
+    tasks: tuple[TaskAsked, ...] = ()
+    """Those that the space's objectives and constraints are scores of, as this process finds them."""
     text_file_digest: str | None = None
     """Digest of the file that the text is read from; None if there is no such file."""
 
@@ -78,7 +82,12 @@ class Identity:
 
         vocabulary = check_files(self.model)
         check_text(self.source, lambda: load_tokenizer(self.model), vocabulary)
-        return replace(self, model_digest=weights_digest(self.model), text_file_digest=file_digest(self.source))
+        return replace(
+            self,
+            model_digest=weights_digest(self.model),
+            text_file_digest=file_digest(self.source),
+            tasks=tasks_of(self.space, self.model),
+        )
 
     def tokens(self) -> TokenStream:
         """The text, read and tokenized. Raises UsageError."""
@@ -94,6 +103,7 @@ class Identity:
         values["space"]["parameters"] = {name: list(choices) for name, choices in self.space.parameters.items()}
         values["space"]["known"] = [dict(known) for known in self.space.known]
         values["objectives"] = {name: OBJECTIVES[name] for name in self.space.objectives}
+        values["tasks"] = {task.name: json.loads(task.key)["task_digest"] for task in self.tasks}
         return _as_json(values | {"format": _FORMAT})
 
 
@@ -218,6 +228,8 @@ class SweepConfiguration:
             return None
         # an older study has what it lacks as by default
         before["source"] = asdict(TextSource()) | before.get("source", {})
+        before["space"] = {"tasks": {}} | before.get("space", {})
+        before.setdefault("tasks", {})
         changed = _differences(before, self.identity.to_dict())
         if changed:
             raise UsageError(

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import TYPE_CHECKING, Protocol
 
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
-from streamllm.results.schema import Row, told_name
+from streamllm.results.schema import OBJECTIVES, Row, told_name
 from streamllm.results.study import BASELINE, STRICT
 
 from .scheduler import Scheduler
 from .search.rows import failed_row, fixed_configuration, fixed_row, increases, trial_row
 from .search.sampling import BaselineSample
 from .search.study import OpenTrial, Study
+from .search.tasks import with_tasks
 from .unwritable import writing
 from .waiting import JobError
 from .workers.messages import Subject, SweepError, Variant
@@ -25,7 +26,8 @@ from .workers.messages import Subject, SweepError, Variant
 if TYPE_CHECKING:
     import numpy as np
 
-    from streamllm.measuring.jobs import Done, Plan
+    from streamllm.configuration import Configuration
+    from streamllm.measuring.jobs import Done, Plan, TaskAsked
     from streamllm.measuring.plans import Evaluated
     from streamllm.measuring.quality import QualityComparison
     from streamllm.measuring.text import TokenStream
@@ -33,6 +35,7 @@ if TYPE_CHECKING:
 _CANDIDATES = 5
 """Taken to be confirmed, when time is set aside for it."""
 _OF_BASELINE = {"speedup", "ppl_increase_percent"}
+_OF_RECOMPUTATION = {name for name in OBJECTIVES if "_vs_recompute" in name}
 
 
 class Observer(Protocol):
@@ -55,10 +58,12 @@ class Driver:
         until: float = math.inf,
         confirm: int = 0,
         baseline_tokens: int | None = None,
+        tasks: Sequence[TaskAsked] = (),
     ) -> None:
         """variant: the model of all that a space does not quantize by itself, and of the reference; `until`: when all
         should be finished, by the monotonic clock; `confirm`: rounds that will come after the search, and need their
-        time. `baseline_tokens`: see `BaselineSample.wanted`. Raises UsageError for a study of another text."""
+        time. `baseline_tokens`: see `BaselineSample.wanted`; tasks: that trials and the reference are put
+        to. Raises UsageError for a study of another text."""
         self.study = study
         self.scheduler = scheduler
         self.observers = observers
@@ -84,6 +89,7 @@ class Driver:
         self._awaits_baseline = bool(_OF_BASELINE & {*map(told_name, study.space.objectives), *_limited(study.space)})
         self._unpaired: list[tuple[OpenTrial, Evaluated]] = []
         """Measured before what they are compared with."""
+        self._tasks = tasks
         self._check_text()
         scheduler.share(text)
 
@@ -98,10 +104,8 @@ class Driver:
 
     def run(self) -> None:
         """Runs trials until the budget is spent or the space is exhausted. Raises SweepError, UsageError."""
-        from streamllm.measuring import plans
-
         strict = fixed_configuration(STRICT, self.study.cap)
-        self.scheduler.start(plans.fast(strict, self._text), self.subject, partial(self._fixed, STRICT))
+        self.scheduler.start(self._with_tasks(strict), self.subject, partial(self._fixed, STRICT))
         self.scheduler.start(self._baseline(), self.subject, partial(self._fixed, BASELINE))
         while self.scheduler.is_working or self._more() or self._is_short():
             self.scheduler.step()
@@ -135,11 +139,22 @@ class Driver:
         return grows and self._sample.is_short() and self._grow()
 
     def _start(self, trial: OpenTrial) -> None:
-        from streamllm.measuring import plans
-
-        plan = plans.fast(trial.configuration, self._text)
+        plan = self._with_tasks(trial.configuration)
         self._open += 1
         self.scheduler.start(plan, self.subject, partial(self._measured, trial), partial(self._died, trial.number))
+
+    def _with_tasks(self, what: Configuration) -> Plan[Evaluated]:
+        """Quality, speed and the scores of tasks. Its predictions are compared with the reference's and, where the
+        search goes by that, with the baseline's, at as many tokens as every sample has."""
+        from streamllm.measuring import plans
+
+        space, cap = self.study.space, self.study.cap
+        tokens = 0
+        if _OF_RECOMPUTATION & {*space.objectives, *_limited(space)}:
+            tokens = self._sample.least or len(self._text.tokens)
+        batches = plans.comparable_batches(tokens, cap, self._text) if tokens else 0
+        fast = plans.fast(what, self._text, total=cap, recomputed=batches)
+        return with_tasks(fast, what, self._tasks, space.scores)
 
     def _baseline(self) -> Plan[Evaluated]:
         """With a sample of a batch; where trials wait for it, with all the tokens that are needed."""
@@ -156,7 +171,6 @@ class Driver:
     def _grow(self) -> bool:
         """Whether there is a batch more."""
         from streamllm.measuring import plans
-        from streamllm.measuring.jobs import Job
 
         what, known = fixed_configuration(BASELINE, self.study.cap), len(self._parts)
         last = min(plans.batches_of(what, self._text), known + self._sample.next_batches)
@@ -165,7 +179,7 @@ class Driver:
             return False
 
         def batches() -> Plan[Evaluated]:
-            self._parts += yield [Job("quality", what, batch=number) for number in range(known, last)]
+            self._parts += yield [plans.batch(what, number) for number in range(known, last)]
             return plans.grown(self.fixed[BASELINE], plans.joined(what, self._parts))
 
         self._grows = True

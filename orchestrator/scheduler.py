@@ -19,7 +19,7 @@ from streamllm.errors import UsageError
 from streamllm.measuring.conditions import Conditions
 from streamllm.measuring.jobs import Done, Job, Plan
 from streamllm.measuring.keys import Keys
-from streamllm.measuring.store import Measurement, MeasurementStore, StoreError, code_digest, entry_name
+from streamllm.measuring.store import Arrays, Measurement, MeasurementStore, StoreError, code_digest, entry_name
 from streamllm.measuring.text import TokenStream
 
 from .nodes import Member, Node
@@ -45,6 +45,8 @@ class Pool(Protocol):
     def share(self, text: TokenStream) -> None: ...
 
     def submit(self, worker: int, assignment: Assignment) -> None: ...
+
+    def lend(self, names: Sequence[str], arrays: Callable[[str], Arrays]) -> None: ...
 
     def ask_conditions(self, worker: int, variant: Variant) -> None: ...
 
@@ -285,6 +287,7 @@ class Scheduler:
                 measurement = replace(measurement, record=measurement.record | {"timing": timing})
             answer = Done(measurement, keys, member.entry, is_fresh=True, seconds=seconds, worker=worker)
             self._keep(wanted, answer)
+            answer = replace(answer, measurement=measurement.without_arrays())
         for one in alike:
             self._waiting.settle(one, answer)
 
@@ -306,6 +309,10 @@ class Scheduler:
         given_up = JobError(f"quarantined: {_DEATHS} workers ended on it: {reason}")
         wanted.deaths += 1
         for running in list(wanted.plans):
+            if wanted.job.keeps:  # what all are compared with: no fault of the plan's
+                if wanted.deaths >= _DEATHS:
+                    self._waiting.proceed(running, given_up)
+                continue
             if wanted.deaths > running.deaths:  # or a node that takes several of its jobs along would count as often
                 running.deaths, running.deaths_in_all = wanted.deaths, running.died()
             if running.deaths_in_all - running.deaths + wanted.deaths >= _DEATHS:
@@ -418,6 +425,9 @@ class Scheduler:
         if (alike := self._measuring.get(entry)) is not None:
             alike.append(wanted)
             return
+        if wanted.job.against:
+            with _storing():
+                self._pool.lend(wanted.job.against, self._store.arrays)
         self._measuring[entry] = [wanted]
         member.doing, member.entry, member.beside, member.since = wanted, entry, beside, time.monotonic()
         member.models |= {subject.variant}
@@ -428,7 +438,7 @@ class Scheduler:
 
     def _stored(self, key: Mapping[str, object], job: Job, beside: bool) -> Measurement | None:
         """What was timed beside others counts only where it would be again."""
-        found = self._store.get(key) if job.kind != "times" else None
+        found = self._store.get(key, job.is_of_use_with_arrays_only) if job.kind != "times" else None
         return None if found is not None and found.record.get("timing") == "concurrent" and not beside else found
 
     def _keys(self, member: Member, wanted: Wanted) -> Keys | None:

@@ -167,6 +167,7 @@ def _measure(
             until=until,
             confirm=rounds,
             baseline_tokens=search.baseline_tokens,
+            tasks=what.tasks,
         )
         driver.run()
         if rounds:
@@ -263,6 +264,7 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, kinds: Kinds, di
             driver.comparison,
             lambda row: store.losses(row["quality_entry"]),
             results.objectives,
+            lambda row: store.arrays(row["quality_entry"]),
         )
         write_rows(configuration.folder.confirmed, values)
         results = load_study(str(folder.path))

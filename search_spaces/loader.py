@@ -13,7 +13,7 @@ import yaml
 
 from streamllm.errors import shown
 from streamllm.policy import TOTAL_KV_CAP, CapAccounting
-from streamllm.results.schema import OBJECTIVES
+from streamllm.results.schema import OBJECTIVES, SCORE, can_be_objective, is_score
 
 from .knobs import LEAST, USUAL, WORDS
 from .reader import Reader, SpaceError, compose
@@ -24,14 +24,17 @@ _PARAMETERS = (*WORDS, *(name for name in LEAST if name != "window_size"))
 _IF_NAMED = ("quantization", "positions")
 """Parameters that a space has only where it names them. Else the command line says how weights are quantized; and a
 study whose space says nothing of positions is the same as before they could be chosen."""
-_KEYS = ("description", "cap", "cap_accounting", "objectives", "constraints", "parameters", "known")
+_KEYS = ("description", "cap", "cap_accounting", "objectives", "constraints", "tasks", "parameters", "known")
+_OF_TASKS = ("folder", "limit", "num_fewshot", "apply_chat_template")
+"""How a space's tasks are put."""
+_OF_SCORE = ("task", "metric", "filter")
 _ACCOUNTINGS: tuple[CapAccounting, ...] = ("nominal", "peak")
 _MOST_CHOICES = 10_000
 """Of a parameter's range."""
 _MOST_COMBINATIONS = 100_000
 _SHOWN = 20
 """Choices that a message names."""
-_RELATION = re.compile(r"(\w+)\s*(<=|>=)\s*(-?\d+(?:\.\d+)?)")
+_RELATION = re.compile(r"([\w/.\-]+?)\s*(<=|>=)\s*(-?\d+(?:\.\d+)?)")
 
 
 def load_space(name: str, devices: Collection[str] = ()) -> SearchSpace:
@@ -85,7 +88,10 @@ class _SpaceReader(Reader):
             when=when,
             defaults={name: defaults[name] for name in when},
             constraints=self.constraints(entries.get("constraints")),
+            tasks=self.tasks(entries.get("tasks")),
         )
+        if space.tasks and not space.scores:
+            raise self.fail(entries["tasks"], "tasks: no objective and no constraint is a score of one")
         known = self.sequence(entries["known"], "known") if "known" in entries else []
         return replace(space, known=tuple(self.known(entry, space) for entry in known if not self.is_of_cuda(entry)))
 
@@ -108,20 +114,44 @@ class _SpaceReader(Reader):
     def objectives(self, node: yaml.Node | None) -> tuple[str, ...]:
         if node is None:
             return ("tpot_ms", "ppl_vs_strict_percent")
-        values = [self.word(entry, "objective", tuple(OBJECTIVES)) for entry in self.sequence(node, "objectives")]
+        values = [self.objective(entry) for entry in self.sequence(node, "objectives")]
         if len(values) not in (2, 3) or len(set(values)) < len(values):
             raise self.fail(node, "objectives: give two or three different ones")
         return tuple(values)
+
+    def objective(self, node: yaml.Node) -> str:
+        """A measure's name, or a mapping that names a task and a metric of it."""
+        if not isinstance(node, yaml.MappingNode):
+            return self.word(node, "objective", tuple(OBJECTIVES))
+        given = {key: self.text(value, key) for key, value in self.mapping(node, "objective", _OF_SCORE).items()}
+        name = SCORE + "/".join(given[key] for key in _OF_SCORE if key in given)
+        if not {"task", "metric"} <= given.keys() or not is_score(name):
+            raise self.fail(node, "objective: needs the task and the metric, for example {task: passkey, metric: acc}")
+        return name
+
+    def tasks(self, node: yaml.Node | None) -> dict[str, object]:
+        """How tasks are put, by the harness' names; their folder is relative to the space's file."""
+        given = self.mapping(node, "tasks", _OF_TASKS) if node is not None else {}
+        found: dict[str, object] = {}
+        for key, value in given.items():
+            if key == "folder":
+                found[key] = str((self.path.parent / self.text(value, key)).resolve())
+            elif key == "apply_chat_template":
+                found[key] = self.word(value, key, (True, False))
+            else:
+                found[key] = self.whole(value, key, 0 if key == "num_fewshot" else 1)
+        return found
 
     def constraints(self, node: yaml.Node | None) -> tuple[Constraint, ...]:
         found = []
         for entry in self.sequence(node, "constraints") if node is not None else []:
             text = self.scalar(entry)
             match = _RELATION.fullmatch(str(text).strip())
-            if match is None or match[1] not in OBJECTIVES or math.isinf(float(match[3])):
+            if match is None or not can_be_objective(match[1]) or math.isinf(float(match[3])):
                 raise self.fail(
                     entry,
-                    f"constraint {shown(text)}: must be METRIC <= NUMBER or >=, METRIC one of {', '.join(OBJECTIVES)}",
+                    f"constraint {shown(text)}: must be METRIC <= NUMBER or >=, METRIC one of {', '.join(OBJECTIVES)}, "
+                    f"or task/NAME/METRIC",
                 )
             found.append(Constraint(match[1], "<=" if match[2] == "<=" else ">=", float(match[3])))
         for low, high in itertools.product(found, found):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from streamllm.policy import CapAccounting
-from streamllm.results.schema import AnyRow, number
+from streamllm.results.schema import AnyRow, is_score, number
 
 Value = str | int
 
@@ -55,6 +55,14 @@ class SearchSpace:
     defaults: Mapping[str, Value] = field(default_factory=dict)
     """A conditional parameter's value where the parameter does not exist."""
     constraints: tuple[Constraint, ...] = ()
+    tasks: Mapping[str, object] = field(default_factory=dict)
+    """How its tasks are put: folder, limit, num_fewshot, apply_chat_template."""
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Scores of tasks that are objectives or constrained."""
+        names = (*self.objectives, *(constraint.metric for constraint in self.constraints))
+        return tuple(dict.fromkeys(filter(is_score, names)))
 
     def active(self, name: str, params: Mapping[str, Value]) -> bool:
         """Whether the parameter exists beside these values of the others."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -83,7 +84,7 @@ def evaluate(
     from .engine.methods import check_execution, check_protocol
 
     how = how or Measuring()
-    _check_names(what, dtype)
+    check_names(what, dtype)
     check_protocol(what.method, how.protocol)
     check_execution(what.method, what.execution)
     source = source or TextSource()
@@ -94,7 +95,7 @@ def evaluate(
     )
 
 
-def _check_names(what: Configuration, dtype: str) -> None:
+def check_names(what: Configuration, dtype: str) -> None:
     """Raises UsageError for a name that nothing has."""
     from .engine.backends import BACKENDS
     from .engine.methods import METHODS
@@ -144,10 +145,16 @@ def evaluate_loaded(
     measurements: Measurements, what: Configuration, how: Measuring, with_baseline: bool = False
 ) -> Evaluation:
     """As `evaluate`."""
+    from .measuring.plans import comparable_batches
+
     runs = baseline_runs(measurements, what, how, 1 if with_baseline else 0)
     baseline = average(runs) if runs else None
-    row, losses = _measured_now(measurements, what, how)
     comparison = compare_quality(measurements, how.protocol, baseline[1] if baseline else None)
+    batches = None
+    if comparison is not None and how.protocol == "fast":
+        sampled_tokens = 0 if baseline is None else len(baseline[1])
+        batches = comparable_batches(sampled_tokens, measurements.total, measurements.stream) if sampled_tokens else 0
+    row, losses = _measured_now(measurements, what, how, batches)
     if baseline is not None:
         row = row | compared(row, losses, baseline, comparison)
     elif comparison is not None:
@@ -162,8 +169,9 @@ def evaluate_loaded(
     return Evaluation(row, losses, beside)
 
 
-def _measured_now(measurements: Measurements, what: Configuration, how: Measuring) -> Measured:
-    """Of a method that is sampled, what the store has is gone on with."""
+def _measured_now(measurements: Measurements, what: Configuration, how: Measuring, batches: int | None) -> Measured:
+    """Of a method that is sampled, what the store has is gone on with. batches: of the baseline's sample that
+    predictions are compared with, as with strict StreamingLLM's; None: with neither."""
     from .engine.methods import sampled_losses
     from .engine.probing import runnable
     from .measuring.timing import compile_step
@@ -180,7 +188,8 @@ def _measured_now(measurements: Measurements, what: Configuration, how: Measurin
             if how.protocol == "decode-loop":
                 compile_step(loaded, prepared, stream.tokens)
             evaluator = PROTOCOLS[how.protocol].get()
-            quality, record = evaluator(loaded, prepared, stream, measurements.bench.reference, progress)
+            beside = [partial(measurements.compared_with, batches)] if batches is not None else []
+            quality, record = evaluator(loaded, prepared, stream, measurements.bench.reference, progress, *beside)
             losses = quality.table
     asked = {"backend_requested": what.backend, "reference_total": measurements.total}
     return with_bytes(Row.of(measurements.keys.identity(what, how.protocol) | record)) | asked, losses
@@ -196,16 +205,16 @@ def compare_quality(
     if protocol == "chunked":
         return None
     try:
-        return QualityComparison(_strict_losses(measurements), baseline)
+        return QualityComparison(_strict_losses(measurements, protocol), baseline)
     except NonFiniteLossError as error:
         warnings.warn(f"not compared with strict StreamingLLM: {error}", stacklevel=2)
         return None
 
 
-def _strict_losses(measurements: Measurements) -> np.ndarray:
+def _strict_losses(measurements: Measurements, protocol: str = "fast") -> np.ndarray:
     """Raises NonFiniteLossError."""
     with working("strict StreamingLLM") as progress:
-        return measurements.strict(progress).losses
+        return measurements.strict(progress, keeps=protocol == "fast").losses
 
 
 def baseline_runs(measurements: Measurements, beside: Configuration, how: Measuring, wanted: int = 1) -> list[Measured]:

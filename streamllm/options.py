@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar, cast
 if TYPE_CHECKING:
     from .engine.execution import StepMaker
     from .engine.quantization import Quantizer
+    from .harness.jobs import TaskMeasurer
     from .measuring.evaluation import Evaluator
 
 T = TypeVar("T")
@@ -40,6 +41,8 @@ QUANTIZATIONS: dict[str, Lazy[Quantizer] | None] = {
     "int8_weight_only": Lazy("streamllm.engine.quantization:INT8"),
     "int4_weight_only": Lazy("streamllm.engine.quantization:INT4"),
 }
+TASK: Lazy[TaskMeasurer] = Lazy("streamllm.harness.jobs:measured_task")
+"""Measures a task of lm-evaluation-harness."""
 PROTOCOLS: dict[str, Lazy[Evaluator]] = {
     "fast": Lazy("streamllm.measuring.evaluation:evaluate_fast"),
     "decode-loop": Lazy("streamllm.measuring.evaluation:evaluate_decode_loop"),

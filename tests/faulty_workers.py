@@ -44,7 +44,7 @@ class WithoutModel(Worker):
     def conditions(self, variant):
         return CONDITIONS
 
-    def measure(self, assignment, text):
+    def measure(self, assignment, text, against=()):
         more = {"ratios": [1.0] * 12} if assignment.job.kind == "times" else {}
         return measured(assignment.job, text, **more)
 
@@ -74,9 +74,9 @@ class OnAnotherDisk(Quick):
 
 
 class Slow(WithoutModel):
-    def measure(self, assignment, text):
+    def measure(self, assignment, text, against=()):
         time.sleep(0.3)  # a signal must find it at work
-        return super().measure(assignment, text)
+        return super().measure(assignment, text, against)
 
 
 FAULTS = ("none", "raise", "kill", "kill once", "kill with lease once", "spoil once")
@@ -84,7 +84,7 @@ FAULTS = ("none", "raise", "kill", "kill once", "kill with lease once", "spoil o
 
 
 class Faulty(WithoutModel):
-    def measure(self, assignment, text):
+    def measure(self, assignment, text, against=()):
         what = assignment.job.what
         fault = FAULTS[what.policy.n_sink] if what.method not in ("recompute", "ring") else "none"
         if fault.endswith(" once"):
@@ -97,31 +97,31 @@ class Faulty(WithoutModel):
             with timing_lease() if "lease" in fault else nullcontext():
                 os.kill(os.getpid(), signal.SIGKILL)
         with timing_lease():
-            return super().measure(assignment, text)
+            return super().measure(assignment, text, against)
 
 
 class ShortOfMemory(Quick):
     """With a real model: one configuration wants more memory than there is, for another the weights are NaN."""
 
-    def _measure(self, assignment):
+    def _measure(self, assignment, against):
         what = assignment.job.what
         if what.method not in ("recompute", "ring") and what.policy.n_sink == 1:
             import torch
 
             torch.empty(2**60)
         if what.method in ("recompute", "ring") or what.policy.n_sink != 2:
-            return super()._measure(assignment)
+            return super()._measure(assignment, against)
         weight = next(self._models[assignment.subject.variant].model.parameters()).data
         kept = weight.clone()
         weight.fill_(float("nan"))
         try:
-            return super()._measure(assignment)
+            return super()._measure(assignment, against)
         finally:
             weight.copy_(kept)
 
 
 class Hanging(WithoutModel):
-    def measure(self, assignment, text):
+    def measure(self, assignment, text, against=()):
         (self.setup.directory / f"measuring {assignment.job.what.policy.n_sink}").touch()
         time.sleep(600)
 
@@ -146,9 +146,9 @@ class OnNodes(WithoutModel):
         self.node = ray.get_runtime_context().get_node_id()
         return super().load() | {"node": self.node, "host": self.node}
 
-    def measure(self, assignment, text):
+    def measure(self, assignment, text, against=()):
         if assignment.job.what.method not in ("recompute", "ring"):  # what trials are compared with
             added = self.node != (self.setup.directory / "head").read_text()
             killed = self.setup.directory / "killed"
             wait_until(lambda: not added and killed.exists(), what="the end of the added node")
-        return super().measure(assignment, text)
+        return super().measure(assignment, text, against)

@@ -10,6 +10,7 @@ class LocalPool:
         self._worker = Worker(setup, 1, "this test")
         self._worker._claim = self._claim
         self._texts = {}
+        self._lent = {}
         self._ready = [Finished(0, description=self._worker.load())]
 
     def _claim(self, *_):
@@ -19,9 +20,12 @@ class LocalPool:
     def share(self, text):
         self._texts[text.digest] = text
 
+    def lend(self, names, arrays):
+        self._lent[names] = [arrays(name) for name in names]
+
     def submit(self, worker, assignment):
-        text = self._texts[assignment.subject.text]
-        self._answer(lambda: {"measurement": self._worker.measure(assignment, text)})
+        text, against = self._texts[assignment.subject.text], self._lent.get(assignment.job.against, ())
+        self._answer(lambda: {"measurement": self._worker.measure(assignment, text, against)})
 
     def ask_conditions(self, worker, variant):
         self._answer(lambda: {"conditions": self._worker.conditions(variant)})

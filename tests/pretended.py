@@ -71,7 +71,15 @@ def measured(job, text=TEXT, **more):
     if job.batch is not None:
         table = table[list(sample_batches(len(text.tokens), policy.kept))[job.batch]]
     perplexity = {"perplexity": 2.7, "perplexity_low": 2.6, "perplexity_high": 2.8}
-    return Measurement({"peak_kv": 49, "quality_sec": 0.0, "evaluated_tokens": len(table)} | perplexity | more, table)
+    record = {"peak_kv": 49, "quality_sec": 0.0, "evaluated_tokens": len(table)} | perplexity
+    if job.batch is not None or not (job.keeps or job.against):
+        return Measurement(record | more, table, {"values": np.zeros(1)} if job.keeps else None)
+    kl = 0.01 * abs(policy.n_sink - 4)  # strict StreamingLLM's sinks are four
+    record |= {"kl": kl, "kl_low": kl / 2, "kl_high": 2 * kl, "kl_p99": 10 * kl}
+    record |= {"same_top_percent": 100.0 - kl, "dp_rms_percent": kl, "kl_positions": len(table)}
+    if job.against[1:]:
+        record |= {"kl_vs_recompute": kl + 0.04, "kl_vs_recompute_positions": 8 * len(job.against[1:])}
+    return Measurement(record | more, table, {"kl": np.full(len(table), kl)})
 
 
 class PretendPool:
@@ -87,6 +95,9 @@ class PretendPool:
         self.ready = [Finished(worker, description=one) for worker, one in enumerate(self.descriptions)]
 
     def share(self, text):
+        pass
+
+    def lend(self, names, arrays):
         pass
 
     def submit(self, worker, assignment: Assignment):

@@ -10,6 +10,7 @@ from orchestrator.conclusion import report_of
 from orchestrator.tracking import follower
 from orchestrator.tracking.follower import Tracker
 from orchestrator.tracking.mlflow_runs import Projection, Report
+from orchestrator.tracking.writers import Pace
 from orchestrator.trials_file import TrialsFile
 from streamllm.measuring.store import MeasurementStore
 from streamllm.results.study import load_study
@@ -42,7 +43,7 @@ def following(study, monkeypatch):
     def follow(writers=1):
         trials = TrialsFile(StudyFolder(study), [])
         projection = Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"))
-        projection._writers = writers
+        projection._pace = Pace(writers, in_processes=True)
         made.append(Tracker(projection, trials))
         return trials, made[-1]
 

@@ -11,6 +11,7 @@ import torch
 
 from streamllm.configuration import Configuration
 from streamllm.engine.methods import METHODS, module_of
+from streamllm.harness import results
 from streamllm.measuring import conditions, store
 from streamllm.measuring.conditions import Conditions, described, software
 from streamllm.measuring.jobs import Job
@@ -89,6 +90,22 @@ def test_what_shows_and_what_is_typed_is_not_hashed():
     }
     assert all(source(name).is_file() for name in shown), "or this test says nothing"
     assert not {name for name in MEASURING_CODE if any(name == of or name.startswith(f"{of}.") for of in shown)}
+
+
+def test_a_tasks_result_is_named_by_the_code_that_scores_and_writes():
+    of_harness = {f"harness.{path.stem}" for path in (PACKAGE / "harness").glob("[a-z]*.py")} - {
+        "harness.jobs",
+        "harness.results",
+    }
+    beside = {name for module in of_harness for name in imported(module)} - set(MEASURING_CODE) - WORDS
+    words = {
+        "evaluating",
+        "harness",
+        "harness.results",
+        "terminal.arguments",
+        "terminal.progress",
+    }  # what is asked for, and what is said
+    assert {*of_harness, *beside} - words == set(results._CODE)
 
 
 @pytest.fixture

@@ -21,9 +21,12 @@ from mlflow import MlflowClient
 from orchestrator import sync
 from orchestrator.conclusion import report_of, write_outputs
 from orchestrator.tracking import mlflow_runs as tracking
+from orchestrator.tracking.child_runs import Destination, WriterProcess
+from orchestrator.tracking.client import WriterError
 from orchestrator.tracking.database_lock import opening
 from orchestrator.tracking.follower import Tracker
 from orchestrator.tracking.mlflow_runs import Projection, Report
+from orchestrator.tracking.writers import Pace
 from orchestrator.trials_file import TrialsFile
 from orchestrator.workers.lease import study_lease
 from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
@@ -321,11 +324,29 @@ def test_several_at_a_time_log_what_one_does(study, empty_mlflow, monkeypatch):
     assert synchronise() == 0
     one = contents()
     shutil.copyfile(empty_mlflow, "several.db")
-    monkeypatch.setenv("MLFLOW_SQLALCHEMYSTORE_POOL_SIZE", "8")  # set for the whole process: not for tests to come
-    monkeypatch.setattr(tracking, "writers_for", lambda uri: 4)
+    monkeypatch.setattr(tracking, "pace_for", lambda uri: Pace(3, in_processes=True))
     assert synchronise(store("several.db")) == 0
     assert contents(store("several.db")) == one
     assert one["baseline"][5]["perplexity"][-1][0] == 22.0 and len(one) == 18
+
+
+def test_another_process_writes_as_this_one_and_says_what_it_cannot(study):
+    projection = Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"), store())
+    projection.open()
+    parent, experiment = projection._runs[""], projection._experiment
+    other = WriterProcess(Destination(store(), experiment, parent, str(study.parent / ".store"), {"study": "s"}))
+    run = other.write(None, row(7), row(7, tpot_ms=2.5), "d")
+    found = MlflowClient(store()).get_run(run)
+    assert (found.info.status, found.data.metrics["tpot_ms"], found.data.tags["mlflow.parentRunId"]) == (
+        "FINISHED", 2.5, parent
+    )  # fmt: skip
+    with pytest.raises(WriterError, match="Changing param values is not allowed") as refused:
+        other.write(run, row(7, n_sink=3), row(7), "d")
+    assert refused.value.is_refusal and other.write(run, row(7), row(7), "d") == run, "it goes on"
+    other.close()
+    with pytest.raises(WriterError, match="has died") as died:
+        other.write(run, row(7), row(7), "d")
+    assert not died.value.is_refusal
 
 
 def test_a_sweeps_milliseconds_are_there_before_it_ends_and_move_by_more_than_a_thousandth_or_not(study):

@@ -134,7 +134,7 @@ class Small(Worker):
 
     fits = 2
 
-    def _measure(self, assignment):
+    def _measure(self, assignment, against=()):
         self._bench(assignment.subject)
         self.seen.append([variant.quantization for variant in self._models])
         if len(self._models) > self.fits:

@@ -5,12 +5,14 @@ import time
 
 import pytest
 
-from orchestrator.tracking.writers import writers_for, written
+from orchestrator.tracking.writers import Pace, pace_for, written
 
 
 def test_where_several_may_write():
-    assert writers_for("https://there/mlflow") == writers_for("postgresql+psycopg2://me:secret@there/mlflow") > 1
-    assert writers_for("sqlite:////mlflow.db") == writers_for("file:///mlruns") == writers_for("databricks://x") == 1
+    assert pace_for("https://there/mlflow") == Pace(4)
+    of_databases = [pace_for(uri) for uri in ("postgresql+psycopg2://me:secret@there/mlflow", "sqlite:////mlflow.db")]
+    assert [pace.most for pace in of_databases] == [4, 2] and all(pace.in_processes for pace in of_databases)
+    assert pace_for("file:///mlruns") == pace_for("databricks://x") == Pace(1)
 
 
 @pytest.mark.parametrize("writers", [1, 3])
@@ -34,7 +36,7 @@ def test_items_that_are_alike_are_written_in_their_order_and_none_before_its_tur
             under_way.remove(number % 5)
             done.append(number)
 
-    said = list(written(items(), write, lambda number: number % 5, writers))
+    said = list(written(items(), write, lambda number: number % 5, Pace(writers)))
     assert sorted(said) == list(range(30)) and max(most) == writers
     assert all([n for n in done if n % 5 == kind] == list(range(kind, 30, 5)) for kind in range(5))
 
@@ -50,5 +52,18 @@ def test_a_failure_is_raised_when_what_had_begun_is_finished():
         finished.append(number)
 
     with pytest.raises(OSError, match="away"):
-        list(written(range(9), write, lambda number: number, 4))
+        list(written(range(9), write, lambda number: number, Pace(4)))
     assert sorted(begun) == sorted([1, *finished]) and len(begun) < 9
+
+
+def test_one_more_writes_only_where_many_wait():
+    under_way, most = set(), []
+
+    def write(number):
+        under_way.add(number)
+        most.append((number, len(under_way)))
+        time.sleep(0.002)
+        under_way.remove(number)
+
+    assert len(list(written(range(40), write, lambda number: number, Pace(3, worth=10)))) == 40
+    assert max(at_once for number, at_once in most if number < 9) == 1 and max(most, key=lambda one: one[1])[1] == 3

@@ -40,7 +40,13 @@ __all__ = [
     "style",
 ]
 
-LABELS = {field.name: field.label for field in FIELDS.values() if field.label}
+
+class _Labels(dict[str, str]):
+    def __missing__(self, name: str) -> str:
+        return FIELDS[name].label or name
+
+
+LABELS = _Labels({field.name: field.label for field in FIELDS.values() if field.label})
 """Labels of axes."""
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow
+from streamllm.results.schema import FIELDS, POLICY_KNOBS, STDERR, AnyRow, is_score
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,8 @@ class Column:
             return ""
         if self.decimals is None or not isinstance(value, int | float):
             return str(value)
+        if (error := row.get(f"{self.key}{STDERR}")) is not None:
+            return f"{_fixed(value, self.decimals)} ± {_fixed(error, self.decimals)}"
         low, high = row.get(f"{self.key}_low"), row.get(f"{self.key}_high")
         if not self.interval or low is None or high is None or low == high:  # of too little for an interval
             return _fixed(value, self.decimals)
@@ -70,11 +72,21 @@ COLUMNS = (
     Column.of("positions"),
     *map(Column.of, ("peak_kv", "peak_kv_mib", "peak_memory_mb", "tpot_ms", "speedup", "rounds", "front_probability")),
     *map(Column.of, ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent")),
+    *map(Column.of, ("kl", "kl_p99", "same_top_percent", "dp_rms_percent")),
+    *map(Column.of, ("kl_vs_recompute", "kl_vs_recompute_p99")),
+    *map(Column.of, ("same_top_vs_recompute_percent", "dp_rms_vs_recompute_percent")),
     *_PLACED,
 )
 """Columns of a study's table, in order. The last three come from `pareto_table`, the others from rows."""
 
-BY_KEY = {column.key: column for column in COLUMNS}
+
+class _ByKey(dict[str, Column]):
+    def __missing__(self, name: str) -> Column:
+        return Column.of(name)
+
+
+BY_KEY = _ByKey({column.key: column for column in COLUMNS})
+"""And of any other knob, measure or fact, scores of tasks included."""
 SPEEDUP = replace(BY_KEY["speedup"], decimals=2, interval=False)
 """For tables that have no room for its interval."""
 
@@ -82,6 +94,7 @@ _WHERE_THERE = {
     "study",
     "recommended",
     "ppl_vs_strict_percent",
+    "kl",
     "front_probability",
     "place",
     "dominated_by",
@@ -90,18 +103,34 @@ _WHERE_THERE = {
 """Columns that only rows with such a value have."""
 
 
+_ASKED_FOR = {
+    "peak_memory_mb",
+    "kl_p99",
+    "same_top_percent",
+    "dp_rms_percent",
+    "kl_vs_recompute",
+    "kl_vs_recompute_p99",
+    "same_top_vs_recompute_percent",
+    "dp_rms_vs_recompute_percent",
+}
+"""Columns that are shown where they are objectives."""
+
+
 def shown_columns(rows: Sequence[AnyRow], objectives: Collection[str] = ()) -> tuple[Column, ...]:
-    """All but those that say nothing: settings that go without saying, memory where it is no objective, the cache's
-    bytes where they are as its tokens, the rounds of confirming where they are the same in every row."""
+    """All but those that say nothing: settings that go without saying, memory and details of predictions where they are
+    no objective, the cache's bytes where they are as its tokens, the rounds of confirming where they are the same in
+    every row."""
     present = {key for row in rows for key in _WHERE_THERE if row.get(key) is not None}
-    needless = (_WHERE_THERE - present) | unsaid_settings(rows)
-    if "peak_memory_mb" not in objectives:
-        needless.add("peak_memory_mb")
+    needless = (_WHERE_THERE - present) | unsaid_settings(rows) | (_ASKED_FOR - {*objectives})
     if "peak_kv_mib" not in objectives and not bytes_differ(rows):
         needless.add("peak_kv_mib")
     if len({row.get("rounds", 0) for row in rows if row.get("state") == "complete"}) < 2:
         needless.add("rounds")
-    return tuple(column for column in COLUMNS if column.key not in needless)
+    scores = dict.fromkeys([*filter(is_score, objectives), *(key for row in rows for key in row if is_score(key))])
+    placed = [column.key for column in _PLACED]
+    shown = [column for column in COLUMNS if column.key not in needless]
+    before = [column for column in shown if column.key not in placed]
+    return (*before, *map(Column.of, scores), *(column for column in shown if column.key in placed))
 
 
 def bytes_differ(rows: Sequence[AnyRow]) -> bool:

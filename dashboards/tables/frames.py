@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamllm.results import study as studies
-from streamllm.results.schema import FIELDS, Row, dtype_of
+from streamllm.results.schema import FIELDS, SCORE, Row, dtype_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -59,6 +59,7 @@ def frame(rows: Sequence[Row], name: str) -> pd.DataFrame:
 
     ends = ("", "_low", "_high")
     keys = [f"{field}{end}" for field in FIELDS for end in ends if any(f"{field}{end}" in row for row in rows)]
+    keys += dict.fromkeys(key for row in rows for key in row if key.startswith(SCORE))
     columns = {
         key: pd.Series([row.get(key) for row in rows], dtype="object").astype(pd.api.types.pandas_dtype(dtype_of(key)))
         for key in keys

@@ -21,6 +21,7 @@ for certain; no better: the one of the front is; unconfirmed: not dominated, but
 _DISPENSABLE = (
     "no_better_than",
     "rounds",
+    "kl",
     "perplexity",
     "peak_kv",
     "ppl_increase_percent",

@@ -27,7 +27,7 @@ _LABEL = 12
 _DIGITS = 16
 """Digits of an entry's name that are enough to find its file."""
 _POLICY = {field.name: field.header for field in (*POLICY_KNOBS, FIELDS["positions"])}
-_QUALITY = ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent", "peak_kv")
+_QUALITY = ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent", "kl", "peak_kv")
 _SPEED = ("tpot_ms", "speedup", "front_probability")
 
 Pair = tuple[str, str]

@@ -69,6 +69,7 @@ def measure(
 ) -> Plan[Outcome]:
     """rounds: in which all times are taken again. kept: told of every result. Raises JobError."""
     from streamllm.evaluating import BASELINE_SEC
+    from streamllm.measuring import plans
     from streamllm.measuring.quality import QualityComparison
     from streamllm.measuring.sample import AutoSize
 
@@ -81,7 +82,8 @@ def measure(
 
     what = Configuration(planned.baseline, baseline_of(planned, trained_length), cell.attn_backend)
     say("  evaluating the baseline...")
-    runs = yield from _runs(planned, what, text, rounds, size, kept)
+    total = total_of(planned, trained_length) if strict is not None and cell.protocol == "fast" else None
+    runs = yield from _runs(planned, what, text, rounds, size, kept, total)
     baseline = average([(as_baseline(row, losses, beside(losses)), losses) for row, losses in runs])
     say(f"  baseline {numbers(baseline[0])}")
     common: Outcome = {
@@ -94,7 +96,10 @@ def measure(
         return {**common, "baseline": with_times([baseline[0]])[0].to_json()}
     what = Configuration(cell.method, planned.policy, cell.attn_backend, cell.execution)
     say(f"  evaluating {method_name(cell.method)}...")
-    runs = yield from _runs(planned, what, text, rounds, size, kept)
+    batches = 0
+    if total is not None and planned.baseline == "recompute":
+        batches = plans.comparable_batches(len(baseline[1]), total, text)
+    runs = yield from _runs(planned, what, text, rounds, size, kept, total, batches)
     row, losses = average(runs)
     streaming = row | compared(row, losses, baseline, beside(baseline[1]))
     say(f"  {method_name(cell.method)} {numbers(streaming)}")
@@ -115,9 +120,11 @@ def _strict(planned: Planned, text: TokenStream, trained_length: int | None, say
 
     if planned.cell.protocol == "chunked":
         return None
-    what = plans.strict_configuration(total_of(planned, trained_length))
+    total = total_of(planned, trained_length)
+    is_fast = planned.cell.protocol == "fast"
     try:
-        return (yield from plans.quality(what, text)).losses
+        plan = plans.strict(total) if is_fast else plans.quality(plans.strict_configuration(total), text)
+        return (yield from plan).losses
     except JobError as error:
         if "NonFiniteLossError" not in str(error):
             raise
@@ -132,15 +139,17 @@ def _runs(
     rounds: int,
     size: SampleSize | None,
     kept: Callable[[Evaluated], None],
+    total: int | None,
+    recomputed: int = 0,
 ) -> Plan[list[Measured]]:
-    """The measurement and, in rounds, the same again."""
+    """The measurement and, in rounds, the same again. total, recomputed: as `plans.fast`."""
     from streamllm.measuring import plans
     from streamllm.measuring.sample import AsItIs
 
     found: list[Measured] = []
     for run in range(rounds + 1):
         enough = size if not rounds or size is None else AsItIs()  # rounds are about times
-        evaluated = yield from plans.whole(planned.cell.protocol, what, text, run, enough)
+        evaluated = yield from plans.whole(planned.cell.protocol, what, text, run, enough, None, total, recomputed)
         kept(evaluated)
         found.append((row_of(what, planned.cell.protocol, evaluated), evaluated.losses))
     return found

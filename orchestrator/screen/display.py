@@ -19,7 +19,7 @@ from dashboards.pareto import rich_table
 from streamllm.measuring.jobs import Job
 from streamllm.measuring.reference_time import ReferencePool
 from streamllm.results.front import hypervolume, pareto_front
-from streamllm.results.schema import OBJECTIVES, Row, positions_of, told_name
+from streamllm.results.schema import FIELDS, OBJECTIVES, Row, is_score, positions_of, told_name
 from streamllm.results.study import BASELINE, STRICT
 from streamllm.terminal.printing import discard
 from streamllm.terminal.progress import LINE_SEC, regularly, spoken
@@ -256,7 +256,8 @@ def _outcome(row: Row) -> str:
     if row["state"] == "failed":
         return f"{what} failed: {row['reason']}"
     speedup = f"{row['speedup']:5.1f}x" if "speedup" in row else ""  # until the baseline is measured
+    scores = "".join(f"  {FIELDS[name].header} {row[name]:.3f}" for name in row if is_score(name))
     return (
         f"{what} {row['tpot_ms']:6.2f} ms/token  {speedup:6}  PPL {row['perplexity']:6.2f} "
-        f"({row['ppl_vs_strict_percent']:+.1f}%){'  (from the store)' * row['reused']}"
+        f"({row['ppl_vs_strict_percent']:+.1f}%){scores}{'  (from the store)' * row['reused']}"
     )

@@ -10,10 +10,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 
 from streamllm.measuring.certainty import front_probabilities, not_told_from, time_draws
-from streamllm.measuring.quality import QualityComparison
+from streamllm.measuring.quality import QualityComparison, mean_draws
 from streamllm.measuring.reference_time import WORKER
+from streamllm.measuring.store import Arrays, StoreError
 from streamllm.results.front import dominators, objective_values, pareto_front
-from streamllm.results.schema import AnyRow, Row
+from streamllm.results.schema import STDERR, AnyRow, Row, is_score
 
 from .rounds import Round
 
@@ -75,6 +76,7 @@ def confirmed_rows(
     comparison: QualityComparison,
     losses_of: Callable[[AnyRow], np.ndarray],
     objectives: Mapping[str, str],
+    arrays_of: Callable[[AnyRow], Arrays] = lambda _: {},
 ) -> list[Row]:
     """The values that replace the search's in the rows of the baseline and the candidates: time and speedup with their
     intervals; for candidates also the probability of being on the front, and the others that they cannot be told apart
@@ -103,7 +105,7 @@ def confirmed_rows(
         return added
     points = np.stack(
         [
-            _objective_draws(name, direction, rows, draws[:, 1:], comparison, losses_of)
+            _objective_draws(name, direction, rows, draws[:, 1:], comparison, losses_of, arrays_of)
             for name, direction in objectives.items()
         ],
         axis=-1,
@@ -122,6 +124,7 @@ def _objective_draws(
     times: np.ndarray,
     comparison: QualityComparison,
     losses_of: Callable[[AnyRow], np.ndarray],
+    arrays_of: Callable[[AnyRow], Arrays],
 ) -> np.ndarray:
     """(draws, rows), to be minimised. times: (draws, rows), log ratios."""
     paired, _ = _PAIRED.get(name, (name, direction))
@@ -129,8 +132,33 @@ def _objective_draws(
         return times
     if paired == "ppl_vs_strict_percent":
         return comparison.draws([losses_of(row) for row in rows])
+    if paired.startswith("kl") and (tables := _divergences(rows, arrays_of, paired)) is not None:
+        return mean_draws(tables, rows[0]["n_tokens"] - 1, len(times))
     sign = -1.0 if direction == "maximize" else 1.0
+    if is_score(name):
+        return sign * _score_draws(name, rows, times.shape)
     return np.broadcast_to([sign * float(row[name]) for row in rows], times.shape)
+
+
+def _divergences(rows: Sequence[AnyRow], arrays_of: Callable[[AnyRow], Arrays], name: str) -> list[np.ndarray] | None:
+    """Of each row (n, 2): position, nats; None where they cannot be read any more, or the measure is no mean of any."""
+    places = name.replace("kl", "positions")
+    found = []
+    for row in rows:
+        try:
+            arrays = arrays_of(row)
+            positions = arrays[places]
+        except (StoreError, KeyError):
+            return None
+        found.append(np.column_stack((positions, arrays.get(name, np.zeros(len(positions))))))  # the reference has none
+    return found
+
+
+def _score_draws(name: str, rows: Sequence[AnyRow], shape: tuple[int, ...]) -> np.ndarray:
+    """By the harness' standard errors, of each by itself: what configurations share in their documents is not known, so
+    that fewer are told apart than could be."""
+    errors = np.array([float(row.get(f"{name}{STDERR}", 0.0)) for row in rows])
+    return np.array([float(row[name]) for row in rows]) + errors * np.random.default_rng(0).standard_normal(shape)
 
 
 def _equally_long(series: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -7,9 +7,7 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-from streamllm.results.mlflow_address import experiment_id, experiment_name, is_server
-
-from .writers import CONNECTIONS
+from streamllm.results.mlflow_address import experiment_id, experiment_name
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,14 +30,20 @@ def find_experiment(client: MlflowClient) -> Experiment:
     return experiment
 
 
-def mlflow_client(tracking_uri: str, writers: int = 1) -> MlflowClient:
+class WriterError(Exception):
+    """What another process that writes to MLflow could not do; the message is a line for the user."""
+
+    def __init__(self, message: str, is_refusal: bool) -> None:
+        super().__init__(message)
+        self.is_refusal = is_refusal
+
+
+def mlflow_client(tracking_uri: str) -> MlflowClient:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # stdout is the result's
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")  # asking again is ours: only then is nothing repeated
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
-    if writers > 1 and not is_server(tracking_uri):
-        os.environ.setdefault("MLFLOW_SQLALCHEMYSTORE_POOL_SIZE", str(CONNECTIONS))
     logging.getLogger("alembic").setLevel(logging.WARNING)
     from mlflow import MlflowClient
 
@@ -51,6 +55,8 @@ def is_refusal(error: Exception) -> bool:
     were deleted."""
     from mlflow.exceptions import MlflowException
 
+    if isinstance(error, WriterError):
+        return error.is_refusal
     if not isinstance(error, MlflowException) or error.get_http_status_code() != 400:
         return False
     return "must be in the 'active' state" not in str(error)
@@ -58,6 +64,8 @@ def is_refusal(error: Exception) -> bool:
 
 def one_line(error: Exception) -> str:
     """What went wrong and, where that is known, what to do about it."""
+    if isinstance(error, WriterError):
+        return str(error)
     text = " ".join(str(error).split())
     what, failed, _ = text.partition(" failed with exception ")  # what comes after it are the layers of the HTTP client
     remedies = getattr(error, "__notes__", [])

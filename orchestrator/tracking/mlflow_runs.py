@@ -2,16 +2,13 @@
 measurement store alone, so that any part of it can be made again at any time.
 
 While a sweep runs, `follower` keeps it up to date. All it holds in memory of a run is its id and what was logged of it,
-as a digest. What a run costs is calls: one creates it with its tags, one logs params and metrics, one the data set, one
-the files, one ends it.
+as a digest. What is in a run: `child_runs`; who write them: `writers`.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,19 +19,19 @@ from typing import TYPE_CHECKING, Any
 from streamllm.measuring.reference_time import ReferencePool
 from streamllm.measuring.store import MeasurementStore
 from streamllm.results.mlflow_address import (
-    is_databricks,
     runs_page,
     shown_at,
     store_uri,
 )
-from streamllm.results.schema import FIELDS, FORMAT, POLICY_KNOBS, AnyRow, Row, told_name
+from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow, Row, told_name
 from streamllm.results.study import STRICT, VIEW, StudyResults, view_of
 
+from .child_runs import DIGEST, PARENT, Destination, RunWriter, Writer
 from .client import find_experiment, is_refusal, mlflow_client, one_line
 from .database_lock import opening
 from .remedies import ExperimentDeletedError, with_remedy
-from .row_in_mlflow import METRICS, PARAMS, dataset_of, digest_of, is_number, params_of, run_name, tags_of
-from .writers import writers_for, written
+from .row_in_mlflow import PARAMS, digest_of, is_number
+from .writers import Writers, pace_for
 
 if TYPE_CHECKING:
     from mlflow.entities import Experiment, Run
@@ -66,15 +63,8 @@ _ABOUT = (
 )
 _LONGEST_NOTE = 8000
 """Characters of a tag's value that MLflow keeps."""
-PARENT = "mlflow.parentRunId"
-_DIGEST = "digest"
-"""Tag of a run that says what was logged of it."""
 _LOGGED = "2"
 """Version of what is logged of a row; of an older one all is logged again. 1: no data set."""
-_UNFOLDED = {"mlflow.runType": "evaluation"}
-"""Tag of a child that has MLflow's table of runs show it below its parent at a browser's first visit, where it would
-else show the parent alone. Children stand below parents only where runs are sorted by their creation, as they are at
-first; sorted by any other column, as in our view, the table is flat."""
 _REPLACED = "replaced"
 """Tag of a run whose trial came to be another configuration, and in front of those by which it would be found."""
 
@@ -104,7 +94,8 @@ class Projection:
         self._configuration = configuration
         self._store = store
         self._uri = store_uri(tracking_uri)
-        self._writers = writers_for(self._uri)
+        self._pace = pace_for(self._uri)
+        self._writers: Writers | None = None
         self._experiment = ""
         self._references = ReferencePool()
         self._logged: list[str] = []
@@ -143,11 +134,19 @@ class Projection:
         database are waited for."""
         with self._advising():
             with opening(self._uri, waiting):
-                self._client = mlflow_client(self._uri, self._writers)
+                self._client = mlflow_client(self._uri)
                 experiment = self._find_experiment()
             self._describe_experiment(experiment.tags)
             self._find_runs()
+            self._begin_to_write()
         self._references = ReferencePool()
+
+    def _begin_to_write(self) -> None:
+        if self._writers is not None:
+            self._writers.close()
+        tags = self._common() | {"quantization": self._configuration["quantization"]}
+        to = Destination(self._uri, self._experiment, self._runs[""], str(self._store.root), tags)
+        self._writers = Writers(RunWriter(self._client, to), to, self._pace)
 
     def _find_experiment(self) -> Experiment:
         """Created if there is none. Raises ExperimentDeletedError."""
@@ -175,7 +174,7 @@ class Projection:
             if trial:
                 below[run.info.run_id] = tags.get(PARENT)
             if run.info.status != "RUNNING":
-                self._digests[trial] = tags.get(_DIGEST, "")
+                self._digests[trial] = tags.get(DIGEST, "")
             if tags.get("pareto") == "True":
                 self._on_front.add(trial)
         for one in twice:  # not before all pages are read: what is deleted moves the next
@@ -206,47 +205,30 @@ class Projection:
                     self._references.add(row)
                 yield row, row if row.trial == STRICT else (references or self._references).with_time(row)
 
-        for row, _ in written(timed(), lambda both: self._log_or_say(*both), lambda both: both[0].trial, self._writers):
+        def write(writer: Writer, both: tuple[Row, Row]) -> None:
+            self._log_or_say(writer, *both)
+
+        assert self._writers is not None
+        for row, _ in self._writers.all_written(timed(), write, lambda both: both[0].trial):
             yield row
 
-    def _log_or_say(self, row: Row, timed: Row) -> None:
+    def _log_or_say(self, writer: Writer, row: Row, timed: Row) -> None:
         try:
             with self._advising():
-                self._log(row, timed)
+                self._log(writer, row, timed)
         except Exception as error:
             if not is_refusal(error):
                 raise
             self.refused.append(f"trial {row['trial']}: {one_line(error)}")
 
-    def _log(self, row: Row, timed: Row) -> None:
+    def _log(self, writer: Writer, row: Row, timed: Row) -> None:
         """timed: the row with its milliseconds, which are no part of its digest: they move with every trial."""
-        from mlflow.entities import Metric, Param, RunTag
-
         trial, digest = str(row["trial"]), digest_of(_LOGGED, json.dumps(dict(row), sort_keys=True))
         if self._digests.get(trial) == digest:
             return
-        ended = int(1000 * row["finished_at"])
-        tags = self._tags(row) | _UNFOLDED | {_DIGEST: digest}
         if trial in self._runs:
             self._set_aside_unless_it_is(row, trial)
-        run, files = self._runs.get(trial), ""
-        if run is None:
-            started = ended - (0 if row.get("reused") else int(1000 * row.get("measuring_sec", 0)))
-            tags |= {PARENT: self._runs[""], "pareto": "False"}
-            created = self._client.create_run(self._experiment, started, tags, run_name(row)).info
-            run, files = created.run_id, created.artifact_uri
-            self._runs[trial] = run
-            tags = {}
-        metrics = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
-        self._client.log_batch(
-            run,
-            metrics=[Metric(name, float(timed[name]), ended, 0) for name in metrics if is_number(timed.get(name))],
-            params=[Param(name, value) for name, value in params_of(row).items()],
-            tags=[RunTag(name, value) for name, value in tags.items()],
-        )
-        self._log_dataset(run, row)
-        self._log_artifacts(run, files, row)
-        self._client.set_terminated(run, "FINISHED" if row["state"] == "complete" else "FAILED", ended)
+        self._runs[trial] = writer.write(self._runs.get(trial), row, timed, digest)
         self._digests[trial] = digest
         self._logged.append(trial)
 
@@ -287,14 +269,18 @@ class Projection:
             whole["reference_tpot_ms"] = results.references[0].ms
         by_trial = {str(row["trial"]): row for row in rows if row is not None}
 
-        def update(run: Run) -> None:
-            row, metrics = by_trial.get(run.data.tags.get("trial", "")), run.data.metrics
-            values = whole if row is None else _final_metrics(row, metrics)
-            self._update_metrics(run.info.run_id, values, metrics, ended)
+        def update(writer: Writer, run: Run) -> None:
+            row, before = by_trial.get(run.data.tags.get("trial", "")), run.data.metrics
+            values = whole if row is None else _final_metrics(row, before)
+            changed = {name: value for name, value in values.items() if not _same(name, before.get(name), value)}
+            now = int(1000 * time.time())  # of two values at one time MLflow shows the higher
+            if changed:
+                writer.update(run.info.run_id, changed, {name: now if name in before else ended for name in changed})
 
         wanted = {self._runs[trial] for trial in ("", *by_trial) if trial in self._runs}
         known = (run for run in self._known_runs() if run.info.run_id in wanted)
-        for _ in written(known, update, lambda run: run.info.run_id, self._writers):
+        assert self._writers is not None
+        for _ in self._writers.all_written(known, update, lambda run: run.info.run_id):
             pass
         self._attach(report)
         self._recommend(report)
@@ -354,61 +340,24 @@ class Projection:
     def _common(self) -> dict[str, str]:
         return {"study": self._configuration["study"], "study_id": self._configuration["study_id"]}
 
-    def _tags(self, row: AnyRow) -> dict[str, str]:
-        values = {"quantization": self._configuration["quantization"]} | dict(row)
-        return self._common() | tags_of(values)
-
-    def _log_dataset(self, run: str, row: AnyRow) -> None:
-        if (dataset := dataset_of(row, "python -m orchestrator.sweep")) is None:
-            return
-        try:
-            self._client.log_inputs(run, [dataset])
-        except Exception as error:  # of several who name a data set that is new to the experiment, one may
-            if not is_refusal(error):
-                raise
-            self._client.log_inputs(run, [dataset])
-
-    def _log_artifacts(self, run: str, files: str, row: AnyRow) -> None:
-        """files: the address of the run's artifacts; "" has MLflow ask its store for all of the run to find it."""
-        from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
-
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "result.json").write_text(json.dumps({"format": FORMAT, **row}, indent=1) + "\n")
-            losses = self._store.losses_file(row["quality_entry"]) if "quality_entry" in row else None
-            if losses is not None and losses.is_file():
-                shutil.copyfile(losses, Path(folder) / "losses.npy")
-            if files and not is_databricks(self._uri):
-                get_artifact_repository(files, tracking_uri=self._uri).log_artifacts(folder)
-            else:
-                self._client.log_artifacts(run, folder)
-
     def _recommend(self, report: Report) -> None:
         tags = self._client.get_run(self._runs[""]).data.tags
         for tag, value in (("recommended", report.recommended), ("recommended.command", report.command)):
             if value is not None and tags.get(tag) != str(value):
                 self._client.set_tag(self._runs[""], tag, str(value)[:5000])
 
-    def _update_metrics(self, run: str, values: Mapping[str, float], before: Mapping[str, float], at: int) -> None:
-        from mlflow.entities import Metric
-
-        changed = {name: value for name, value in values.items() if not _same(name, before.get(name), value)}
-        now = int(1000 * time.time())  # of two values at one time MLflow shows the higher
-        metrics = [Metric(name, value, now if name in before else at, 0) for name, value in changed.items()]
-        if metrics:
-            self._client.log_batch(run, metrics=metrics)
-
     def _attach(self, report: Report) -> None:
         """Files for the parent, unless it has just these; the description says what was found and shows the front."""
         digest = digest_of(self._link, *report.findings, *(path.read_bytes() for path in report.files))
         parent = self._runs[""]
-        if self._client.get_run(parent).data.tags.get(_DIGEST) == digest:
+        if self._client.get_run(parent).data.tags.get(DIGEST) == digest:
             return
         for path in report.files:
             self._client.log_artifact(parent, str(path))
             if path.suffix == ".md":
                 note = "\n\n".join([self._link, *report.findings, path.read_text(encoding="utf-8")])
                 self._client.set_tag(parent, NOTE, shortened(note))
-        self._client.set_tag(parent, _DIGEST, digest)
+        self._client.set_tag(parent, DIGEST, digest)
 
 
 def shortened(note: str) -> str:

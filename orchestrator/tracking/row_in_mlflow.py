@@ -7,25 +7,32 @@ import json
 import math
 from typing import TYPE_CHECKING
 
-from streamllm.results.schema import FIELDS, KNOBS, AnyRow, knobs_in_short
+from streamllm.results.schema import FIELDS, KNOBS, SCORE, AnyRow, knobs_in_short
 from streamllm.results.study import FIXED
 
 if TYPE_CHECKING:
     from mlflow.entities import DatasetInput
 
 PARAMS = (*(field.name for field in KNOBS), "dtype")
-_TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if field.mlflow == "tag"}
+TAGS = {field.name: field.tag or field.name for field in FIELDS.values() if field.mlflow == "tag"}
 """Name in a row -> tag."""
 METRICS = tuple(field.name for field in FIELDS.values() if field.mlflow == "metric")
 
 
 def tags_of(row: AnyRow) -> dict[str, str]:
-    words = {tag: row[name] for name, tag in _TAGS.items() if row.get(name) is not None}
+    words = {tag: row[name] for name, tag in TAGS.items() if row.get(name) is not None}
     return {tag: str(value)[:5000] for tag, value in words.items()}
 
 
 def params_of(row: AnyRow) -> dict[str, str]:
     return {name: str(row[name]) for name in PARAMS if name in row}
+
+
+def metrics_of(row: AnyRow) -> dict[str, float]:
+    """Measures with the ends of their intervals, and scores of tasks with their standard errors."""
+    names = [f"{name}{end}" for name in METRICS for end in ("", "_low", "_high")]
+    names += [name for name in row if name.startswith(SCORE)]
+    return {name: float(row[name]) for name in names if is_number(row.get(name))}
 
 
 def is_number(value: object) -> bool:

@@ -1,42 +1,98 @@
-"""Several runs are written at a time where the store takes that: most of what MLflow does for one is waiting for the
-database, or for a server that waits for its own."""
+"""Several runs are written at a time where the store takes that: most of what MLflow does for one is waiting for a
+server, or Python of its own, of which a process runs one line at a time."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TypeVar
 
 from streamllm.results.mlflow_address import is_server
 
+from .child_runs import Destination, RunWriter, Writer, WriterProcess
+
 _SEVERAL = 4
-"""As many as `mlflow server` has processes, and as a database's default pool of 5 connections lets MLflow's nested
-transactions have without opening one anew each time, if it is told to keep twice as many."""
-CONNECTIONS = 2 * _SEVERAL
-"""Of a writer: MLflow opens a transaction within another."""
+"""As many as `mlflow server` has processes."""
+_WORTH_A_PROCESS = 25
+"""Runs that have to wait, before another process is started for them: its start takes as long as they."""
 
 Item = TypeVar("Item")
 
 
-def writers_for(uri: str) -> int:
-    """How many may write to the store at once. SQLite has one writer; so do the folders of old versions, and what
-    Databricks lets one do in a second is little."""
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How many runs are written at a time."""
+
+    most: int = 1
+    in_processes: bool = False
+    """Whether all but the first of them have a process of their own."""
+    worth: int = 0
+    """One more at a time only after so many in a row."""
+
+
+def pace_for(uri: str) -> Pace:
+    """SQLite has one writer at a time, but its turn is short beside the Python around it. What Databricks lets one do
+    in a second is little; folders of old versions are best left alone."""
+    if is_server(uri):
+        return Pace(_SEVERAL)
     scheme = uri.partition(":")[0].partition("+")[0]
-    return _SEVERAL if is_server(uri) or scheme in ("postgresql", "mysql", "mssql") else 1
+    most = {"sqlite": 2, "postgresql": _SEVERAL, "mysql": _SEVERAL, "mssql": _SEVERAL}.get(scheme, 1)
+    return Pace(most, in_processes=True, worth=_WORTH_A_PROCESS) if most > 1 else Pace()
+
+
+class Writers:
+    """Who write: one in this process, and as many others as are needed at a time."""
+
+    def __init__(self, here: RunWriter, to: Destination, pace: Pace) -> None:
+        self._here = here
+        self._to = to
+        self._pace = pace
+        self._free: deque[Writer] = deque([here])
+        self._processes: list[WriterProcess] = []
+
+    def all_written(
+        self, items: Iterable[Item], write: Callable[[Writer, Item], None], alike: Callable[[Item], object]
+    ) -> Iterator[Item]:
+        """Each item once it is written, in the order in which that happens. Of items that are `alike` one is written
+        after the other, in their order. Items are taken only as there is somebody to write them.
+
+        Raises what `write` raises, when all that had begun is finished."""
+
+        def write_by_one(item: Item) -> None:
+            with self._one() as writer:
+                write(writer, item)
+
+        return written(items, write_by_one, alike, self._pace)
+
+    @contextmanager
+    def _one(self) -> Iterator[Writer]:
+        if not self._pace.in_processes:
+            yield self._here
+            return
+        try:
+            writer = self._free.pop()
+        except IndexError:
+            writer = self._started()
+        yield writer
+        self._free.append(writer)  # not one that has failed: nobody writes after that before all is opened anew
+
+    def _started(self) -> WriterProcess:
+        process = WriterProcess(self._to)
+        self._processes.append(process)
+        return process
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.close()
 
 
 def written(
-    items: Iterable[Item], write: Callable[[Item], None], alike: Callable[[Item], object], writers: int
+    items: Iterable[Item], write: Callable[[Item], None], alike: Callable[[Item], object], pace: Pace
 ) -> Iterator[Item]:
-    """Each item once it is written, in the order in which that happens. Of items that are `alike` one is written after
-    the other, in their order. Items are taken only as there is somebody to write them.
-
-    Raises what `write` raises, when all that had begun is finished."""
-    if writers == 1:
-        for item in items:
-            write(item)
-            yield item
-        return
+    """As `Writers.all_written`."""
     under_way: dict[Future[None], Item] = {}
 
     def some() -> list[Item]:
@@ -46,9 +102,15 @@ def written(
             future.result()
         return [item for _, item in found]
 
-    with ThreadPoolExecutor(writers, "mlflow") as pool:
+    if pace.most == 1:
         for item in items:
-            while len(under_way) == writers or alike(item) in map(alike, under_way.values()):
+            write(item)
+            yield item
+        return
+    with ThreadPoolExecutor(pace.most, "mlflow") as pool:
+        for number, item in enumerate(items):
+            now = min(pace.most, 1 + number // pace.worth) if pace.worth else pace.most
+            while len(under_way) >= now or alike(item) in map(alike, under_way.values()):
                 yield from some()
             under_way[pool.submit(write, item)] = item
         while under_way:

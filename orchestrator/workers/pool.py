@@ -12,7 +12,8 @@ import queue
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, cast
 
 from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
 from streamllm.measuring.conditions import Conditions
-from streamllm.measuring.store import Measurement
+from streamllm.measuring.store import Arrays, Measurement
 
 from ..configuration import WorkerSettings
 from .accelerators import ONE_EACH
@@ -51,6 +52,8 @@ _PENDING_END_SEC = 120.0
 _LOADING_NOTE_SEC = 60.0
 _LOOK_SEC = 1.0
 _GROW_SEC = 5.0
+_LENT = 4
+"""Arrays that Ray keeps at a time: of a text and a total each, at most 256 MiB of each reference."""
 
 
 Answer = WorkerPlace | WorkerDescription | Conditions | Measurement
@@ -133,6 +136,8 @@ class WorkerPool:
         self._slowest = 0.0
         self._texts: dict[str, object] = {}
         """Ray's references to them, by digest."""
+        self._lent: OrderedDict[tuple[str, ...], object] = OrderedDict()
+        """Ray's references to arrays, by their names, those wanted last at the end."""
         self._workers: dict[int, _Worker] = {}
         self._answers: queue.SimpleQueue[tuple[int, int, Future[Answer]]] = queue.SimpleQueue()
         self._calls = itertools.count()
@@ -150,9 +155,21 @@ class WorkerPool:
         """Lets workers have the text of that digest: it is sent once to each node."""
         self._texts[text.digest] = self._ray.put(text)
 
+    def lend(self, names: Sequence[str], arrays: Callable[[str], Arrays]) -> None:
+        """Lets jobs be measured `against` the arrays of those names: they are sent once to each node, and kept until
+        others have been wanted for long."""
+        key = tuple(names)
+        if key not in self._lent:
+            self._lent[key] = self._ray.put([arrays(name) for name in key])
+        self._lent.move_to_end(key)
+        while len(self._lent) > _LENT:
+            self._lent.popitem(last=False)
+
     def submit(self, worker: int, assignment: Assignment) -> None:
-        text = self._texts[assignment.subject.text]
-        self._call(worker, "measuring", self._workers[worker].actor.measure, assignment, text)
+        sent = [assignment, self._texts[assignment.subject.text]]
+        if assignment.job.against:
+            sent.append(self._lent[assignment.job.against])
+        self._call(worker, "measuring", self._workers[worker].actor.measure, *sent)
 
     def ask_conditions(self, worker: int, variant: Variant) -> None:
         """Has it load the model as that variant, to say under which conditions it would measure."""

@@ -10,7 +10,7 @@ import gc
 import os
 import socket
 from collections import OrderedDict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from streamllm.engine.model import LoadedModel
     from streamllm.measuring.bench import Bench
     from streamllm.measuring.conditions import Conditions
-    from streamllm.measuring.store import Measurement
+    from streamllm.measuring.store import Arrays, Measurement
     from streamllm.measuring.text import TokenStream
     from streamllm.measuring.timing import Reference
 
@@ -87,8 +87,9 @@ class Worker:
 
         return self._with_room({variant}, lambda: Conditions.of(self._loaded(variant)))
 
-    def measure(self, assignment: Assignment, text: TokenStream) -> Measurement:
-        """Measures; where memory is short, once more without the models it can spare.
+    def measure(self, assignment: Assignment, text: TokenStream, against: Sequence[Arrays] = ()) -> Measurement:
+        """Measures, against the arrays that the job names; where memory is short, once more without the models it can
+        spare.
 
         Raises MemoryError, NonFiniteLossError, WorkerUnusableError if nothing can be measured here any more, UsageError
         for a quantization that is not to be had here, and whatever torch raises."""
@@ -96,10 +97,11 @@ class Worker:
         needed = {subject.variant, subject.beside or subject.variant}
         if subject.text not in self._texts:
             self._texts[subject.text] = replace(text, tokens=text.tokens.copy())  # Ray's cannot be written to
-        return self._with_room(needed, lambda: self._measure(assignment))
+        return self._with_room(needed, lambda: self._measure(assignment, against))
 
-    def _measure(self, assignment: Assignment) -> Measurement:
-        return self._bench(assignment.subject, assignment.side_by_side).measure(assignment.job)
+    def _measure(self, assignment: Assignment, against: Sequence[Arrays]) -> Measurement:
+        bench = self._bench(assignment.subject, assignment.side_by_side)
+        return bench.measure(assignment.job, against=against)
 
     def _with_room(self, needed: Collection[Variant], do: Callable[[], T]) -> T:
         """Does it, again and again while memory is short and there are models that are not `needed` for it."""

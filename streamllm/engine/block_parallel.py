@@ -14,7 +14,7 @@ beforehand and fed through extra head dimensions in which sink keys are one-hot 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -148,11 +148,14 @@ def block_parallel_losses(
     policy: EvictionPolicy,
     block: int | None = None,
     progress: Progress | None = None,
+    see: Callable[[int, Tensor], None] = lambda *_: None,
 ) -> np.ndarray:
-    """tokens (n) -> losses (n - 1), float64 nats; element i is the negative log-likelihood of token i + 1."""
+    """tokens (n) -> losses (n - 1), float64 nats; element i is the negative log-likelihood of token i + 1.
+
+    see: is shown what `block_logits` gives."""
     targets = torch.from_numpy(tokens[1:]).to(loaded.device)
-    losses = [
-        negative_log_likelihood(logits, targets[start : start + len(logits)])
-        for start, logits in block_logits(loaded, tokens, policy, block, progress)
-    ]
+    losses = []
+    for start, logits in block_logits(loaded, tokens, policy, block, progress):
+        losses.append(negative_log_likelihood(logits, targets[start : start + len(logits)]))
+        see(start, logits)
     return torch.cat(losses).cpu().numpy()

@@ -145,7 +145,8 @@ def peak_memory(device: torch.device) -> Iterator[Memory]:
         return
     yield memory
     status = Path("/proc/self/status").read_text()
-    memory.megabytes = int(status.split("VmHWM:")[1].split()[0]) / 1024
+    shared = status.partition("RssShmem:")[2].split()[:1]  # what Ray lends to all processes of a node
+    memory.megabytes = (int(status.split("VmHWM:")[1].split()[0]) - int(*shared)) / 1024
 
 
 @cache

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
+
+import numpy as np
 
 from ..configuration import Configuration
 from ..engine.decoding import Progress
@@ -15,15 +17,16 @@ from ..engine.device import foreign_processes
 from ..engine.model import LoadedModel
 from ..engine.probing import runnable
 from ..errors import UsageError
-from ..options import PROTOCOLS
+from ..options import PROTOCOLS, TASK
 from ..policy import peak_kv
 from .conditions import Conditions
+from .divergence import Comparing, Distributions, Keeping, comparing, fixed_positions
 from .evaluation import measure_quality, speed_summary, times_summary
 from .hits import losses_and_hits
 from .jobs import Job
 from .keys import Keys
 from .sample import sample_batches
-from .store import Measurement
+from .store import Arrays, Measurement
 from .text import TokenStream
 from .timing import Reference, compile_step, measure_speed, measure_times
 
@@ -70,27 +73,43 @@ class Bench:
         of_another = None if self.beside is None else self.beside.loaded.digest
         return Keys(Conditions.of(self.loaded), self.stream, self.total, of_another)
 
-    def measure(self, job: Job, strict: bool = False, progress: Progress | None = None) -> Measurement:
-        """strict: an attention backend that does not run is an error. Raises NonFiniteLossError, UnsupportedModelError;
+    def measure(
+        self, job: Job, strict: bool = False, progress: Progress | None = None, against: Sequence[Arrays] = ()
+    ) -> Measurement:
+        """strict: an attention backend that does not run is an error. against: the arrays of the entries that the job
+        names. Raises NonFiniteLossError, UnsupportedModelError;
         UsageError for a text that is not the model's, and where that cannot be measured here."""
         if (most := int(self.stream.tokens.max())) >= self.loaded.vocabulary:
             raise UsageError(f"text {self.stream.label!r}: token {most} is not one of the {self.loaded.vocabulary}")
         if job.kind == "quality":
-            return self._quality(job, progress)
+            return self._quality(job, progress, against)
         if job.kind == "hits":
             return self._hits(job, progress)
+        if job.task is not None:
+            with self.leases.computing():
+                return Measurement(TASK.get()(self.loaded, job.what, job.task))
         if job.kind == "speed":
             return self._speed(job, strict)
         return self._times(job) if job.kind == "times" else self._whole(job, strict, progress)
 
-    def _quality(self, job: Job, progress: Progress | None) -> Measurement:
+    def _quality(self, job: Job, progress: Progress | None, against: Sequence[Arrays]) -> Measurement:
         tokens, window = self.stream.tokens, job.what.policy.kept
         positions = None
         if job.batch is not None:
             positions = next(islice(sample_batches(len(tokens), window), job.batch, None))
+        watch: Sequence[Keeping | Comparing] = comparing(against) if job.against else ()
+        if job.keeps:
+            places = fixed_positions(len(tokens), window, self.loaded.vocabulary)
+            places = places if positions is None else np.intersect1d(places, positions)
+            watch = [Keeping(places)] if len(places) else ()
         with self.leases.computing():
-            quality = measure_quality(self.loaded, job.what, self.stream, progress, positions)
-        return Measurement(quality.summary(), quality.table)
+            quality = measure_quality(self.loaded, job.what, self.stream, progress, positions, watch)
+        record = quality.summary()
+        for one in quality.beside:
+            if isinstance(one, Distributions) and positions is None:
+                record |= one.from_itself()
+        arrays = {name: array for one in quality.beside for name, array in one.arrays.items()}
+        return Measurement(record, quality.table, arrays or None)
 
     def _hits(self, job: Job, progress: Progress | None) -> Measurement:
         policy, started = job.what.effective, time.perf_counter()

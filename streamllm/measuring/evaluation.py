@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..configuration import Configuration
 from ..engine.backends import BACKENDS
@@ -18,6 +19,7 @@ from ..engine.methods import make_decoder, sampled_losses
 from ..engine.model import LoadedModel
 from ..policy import EvictionPolicy, peak_kv, steady_state
 from .chunked import chunk_losses
+from .divergence import Comparing, Distributions, Divergences, Keeping
 from .pairing import PairedTimes, between_references, load_average
 from .quality import FEW_LOSSES, check_finite, median_interval, perplexity
 from .text import TokenStream
@@ -38,6 +40,8 @@ class Quality:
     peak_kv: int
     seconds: float
     warning: str | None = None
+    beside: Sequence[Distributions | Divergences] = ()
+    """What the same forward gave besides: distributions, or how far they are from a reference's."""
     chunk: int | None = None
     """Losses of each chunk, of a text in chunks."""
 
@@ -52,6 +56,7 @@ class Quality:
             "evaluated_tokens": len(self.losses),
             "peak_kv": self.peak_kv,
             "quality_sec": self.seconds,
+            **{name: value for one in self.beside for name, value in one.summary(len(self.losses)).items()},
             **({"warning": self.warning} if self.warning else {}),
         }
 
@@ -62,8 +67,10 @@ def measure_quality(
     stream: TokenStream,
     progress: Progress | None = None,
     positions: np.ndarray | None = None,
+    watch: Sequence[Keeping | Comparing] = (),
 ) -> Quality:
-    """Protocol `fast`: every token, block-parallel; of `recompute`, those at ascending `positions`.
+    """Protocol `fast`: every token, block-parallel; of `recompute`, those at ascending `positions`. watch: are
+    shown the logits that the losses are taken from.
 
     Raises NonFiniteLossError; UnsupportedModelError if the model itself attends to fewer keys than the policy holds."""
     policy = what.effective
@@ -72,14 +79,21 @@ def measure_quality(
     losses_at = sampled_losses(what.method)
     peak = peak_kv(policy, n_losses) if losses_at is None else min(policy.kept, n_losses)
     loaded.check_span(peak)
+
+    def see(place: int, logits: Tensor) -> None:
+        for one in watch:
+            one.see(place, logits)
+
     if losses_at is not None:
         positions = np.arange(n_losses) if positions is None else positions
-        losses = losses_at(loaded, stream.tokens, policy.kept, positions.tolist(), BACKENDS["auto"], progress)
+        losses = losses_at(loaded, stream.tokens, policy.kept, positions.tolist(), BACKENDS["auto"], progress, see)
     else:
         positions = np.arange(n_losses)
-        losses = block_parallel_losses(loaded, stream.tokens, policy, progress=progress)
+        losses = block_parallel_losses(loaded, stream.tokens, policy, progress=progress, see=see)
     check_finite(losses, str(loaded.dtype))
-    return Quality(losses, positions, peak, time.perf_counter() - started, _warning(loaded, policy, peak, n_losses))
+    beside = [one.found(positions, losses) for one in watch]
+    seconds = time.perf_counter() - started
+    return Quality(losses, positions, peak, seconds, _warning(loaded, policy, peak, n_losses), beside)
 
 
 def times_summary(times: PairedTimes) -> dict[str, Any]:
@@ -126,9 +140,11 @@ def evaluate_fast(
     stream: TokenStream,
     reference: Reference,
     progress: Progress | None = None,
+    watch: Callable[[], Sequence[Comparing]] = tuple,
 ) -> tuple[Quality, dict[str, Any]]:
-    """Quality block-parallel, speed from a steady-state sample. Raises as `measure_quality`."""
-    quality = measure_quality(loaded, what, stream, progress)
+    """Quality block-parallel, speed from a steady-state sample. watch: as `measure_quality`'s, which do not stay
+    in memory while it is timed. Raises as `measure_quality`."""
+    quality = measure_quality(loaded, what, stream, progress, None, watch())
     speed = measure_speed(loaded, what, stream.tokens, reference)
     return quality, fast_record(quality.summary(), speed_summary(speed, what.backend))
 
@@ -209,8 +225,8 @@ def evaluate_chunked(
     check_finite(run.losses, str(loaded.dtype))
     seconds = time.perf_counter() - started
     longest = policy.compress_every + run.continuation_tokens
-    warning = _warning(loaded, what.effective, run.peak_kv, len(run.losses), longest, len(run.prefill_sec))
-    quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning, run.continuation_tokens)
+    warning = _warning(loaded, what.effective, run.peak_kv, len(run.losses), len(run.prefill_sec), longest)
+    quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning, chunk=run.continuation_tokens)
     ms = 1e3 * run.continuation_sec / run.continuation_tokens
     return quality, quality.summary() | {
         **times_summary(between_references(ms.tolist(), reference_ms, at, load)),
@@ -243,18 +259,18 @@ def _warning(
     policy: EvictionPolicy,
     peak: int,
     n_losses: int,
-    longest: int | None = None,
     chunks: int | None = None,
+    longest: int | None = None,
 ) -> str | None:
-    """What makes a result say less than it seems to. policy: as the method means it; longest and chunks: tokens of a
-    stream, and how many streams there are, where it is not all of the text."""
-    trained, found, said = loaded.trained_length, [], []
+    """What makes a result say less than it seems to. policy: as the method means it; chunks: whose losses they are, of
+    a text in chunks; longest: tokens of a stream, if it is not all of the text."""
+    trained, longest, of_trained, said = loaded.trained_length, longest or n_losses, [], []
     if trained is not None and peak > trained + 1:  # a full cache and the query's own key are meant
-        found.append(f"queries attend to up to {peak} keys")
-    if trained is not None and policy.keeps_positions and (longest or n_losses) > max(trained, peak):
-        found.append(f"kept positions put the sinks up to {(longest or n_losses) - 1} tokens away")
-    if found:
-        said.append(f"{' and '.join(found)}, the model was trained on {trained}: perplexity may suffer")
+        of_trained.append(f"queries attend to up to {peak} keys")
+    if trained is not None and policy.keeps_positions and longest > max(trained, peak):
+        of_trained.append(f"kept positions put the sinks up to {longest - 1} tokens away")
+    if of_trained:
+        said.append(f"{' and '.join(of_trained)}, the model was trained on {trained}: perplexity may suffer")
     elif chunks is None and policy.compress_every > 0 and peak >= n_losses:
         said.append(f"the text's {n_losses} tokens all fit in the cache: nothing was evicted")
     if n_losses < FEW_LOSSES:

@@ -20,13 +20,24 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
+class TaskAsked:
+    """A task of lm-evaluation-harness as it is put to all configurations alike."""
+
+    name: str
+    options: str
+    """As JSON: how it is put."""
+    key: str
+    """As JSON: all that determines its result besides the model and its policy."""
+
+
+@dataclass(frozen=True, slots=True)
 class Job:
     """One measurement of a model on a text."""
 
-    kind: Literal["quality", "hits", "speed", "whole", "times"]
+    kind: Literal["quality", "hits", "speed", "whole", "times", "task"]
     """quality: of the policy, by protocol `fast`. hits: the same, with whether each token was the likeliest. speed: in
     the steady state. whole: both from one run, by another protocol. times: those of a round of confirming, which are
-    kept with the round and not in the store."""
+    kept with the round and not in the store. task: the scores of one."""
     what: Configuration
     protocol: str = "fast"
     run: int = 0
@@ -35,15 +46,28 @@ class Job:
     """Of a quality that is sampled: which part of the sample."""
     tokens: int | None = None
     """Of one whose parts have been put together: how many losses they are. Nobody measures it."""
+    keeps: bool = False
+    """Of a quality: with the distributions that others are compared with."""
+    against: tuple[str, ...] = ()
+    """Of a quality: the entries with the distributions that it is compared with, the reference's and then, if any,
+    those of parts of re-computation's sample."""
+    task: TaskAsked | None = None
     peek: bool = False
     """Only if the store has it: the result is None otherwise."""
 
     @property
+    def is_of_use_with_arrays_only(self) -> bool:
+        """The reference's, which is asked for for their sake; a part of a sample is also without."""
+        return self.keeps and self.batch is None
+
+    @property
     def is_timed(self) -> bool:
-        return self.kind not in ("quality", "hits")
+        return self.kind not in ("quality", "hits", "task")
 
     def __str__(self) -> str:
         kind = "" if self.kind == "whole" else "speed of " if self.kind == "times" else f"{self.kind} of "
+        if self.task is not None:
+            kind = f"{self.task.name} under "
         again = f", round {self.run}" if self.kind == "times" else f", run {self.run + 1}" if self.run else ""
         if self.run < 0:
             again = ", to see whether workers disturb one another"

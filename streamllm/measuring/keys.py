@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from .. import __version__
 from ..configuration import Configuration
-from ..engine.methods import sampled_losses
+from ..engine.methods import is_evaluated, sampled_losses
 from .conditions import Conditions
 from .jobs import Job
 from .text import TokenStream
@@ -31,6 +34,8 @@ class Keys:
             return self._quality(job)
         if job.kind == "hits":
             return self._quality(job) | {"kind": "hits of streaming"}
+        if job.task is not None:
+            return task_key(self.conditions, job.what, json.loads(job.task.key))
         key = self._speed(job.what) if job.kind == "speed" else self._whole(job.protocol, job.what)
         return key | ({"run": job.run} if job.run else {})
 
@@ -45,11 +50,17 @@ class Keys:
         if self.conditions.is_quantized:  # its kernels round as the machine has them
             names += ["device", "cpu_capability"]
         conditions = self.conditions.of_quality(None if kind == "streaming" else what.method)
-        part: dict[str, int] = {}
+        part: dict[str, int | str] = {}
         if job.batch is not None:
             part["batch"] = job.batch
         if job.tokens is not None:
             part["tokens"] = job.tokens
+        if job.keeps:
+            part["distributions"] = "kept"
+        if job.against:
+            part["against"] = job.against[0]
+        if recomputed := job.against[1:]:
+            part["recomputed"] = hashlib.sha256(" ".join(recomputed).encode()).hexdigest()
         return {"kind": f"quality of {kind}"} | conditions | self._named(what, "fast", *names) | part
 
     def _speed(self, what: Configuration) -> dict[str, Any]:
@@ -71,6 +82,28 @@ class Keys:
     def _named(self, what: Configuration, protocol: str, *names: str) -> dict[str, Any]:
         values = self.identity(what, protocol)
         return {name: values[name] for name in names} | what.effective.named
+
+
+def task_key(
+    conditions: Conditions, what: Configuration, asked: Mapping[str, Any], writes: bool = False
+) -> dict[str, Any]:
+    """A task's result depends neither on the cache implementation nor, unless the weights are quantized, on the
+    hardware: but where the method itself decodes, as it does if it `writes`. asked: all that determines it
+    besides the model and its policy."""
+    by_method = writes or not is_evaluated(what.method)
+    key: dict[str, Any] = {
+        "kind": "task",
+        **conditions.of_quality(what.method if by_method else None),
+        "model_digest": conditions.model_digest,
+        "dtype": conditions.dtype,
+        **what.effective.named,
+        **asked,
+    }
+    if by_method:
+        key |= {"method": what.method, "attn_backend": what.backend, "execution": what.execution}
+    if conditions.is_quantized:
+        key |= {"device": conditions.kind["device"], "cpu_capability": conditions.cpu_capability}
+    return key
 
 
 def identity(conditions: Conditions, text: TokenStream, what: Configuration, protocol: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from ..engine.methods import sampled_losses
 from ..engine.model import LoadedModel
 from . import plans
 from .bench import Bench
+from .divergence import Comparing, comparing
 from .jobs import Done, Job, Plan
 from .keys import Keys
 from .plans import Evaluated
@@ -56,18 +57,28 @@ class Measurements:
     def _done(self, job: Job, strict: bool, progress: Progress | None) -> Done | None:
         keys = self.keys
         key = keys.of(job)
-        found = self._found(key)
+        found = self._found(key, job.is_of_use_with_arrays_only)
         if found is not None:
             return Done(found, keys, entry_name(key), is_fresh=False)
         if job.peek:
             return None
-        measured = self.bench.measure(job, strict, progress if job.batch is None else None)
+        against = [self.store.arrays(name) for name in job.against]
+        measured = self.bench.measure(job, strict, progress if job.batch is None else None, against)
         self.store.put(key, measured)
-        return Done(measured, keys, entry_name(key), is_fresh=True)
+        return Done(measured.without_arrays(), keys, entry_name(key), is_fresh=True)
 
-    def strict(self, progress: Progress | None = None) -> Evaluated:
-        """Quality of the reference: its losses at every token are what all others are compared with."""
+    def strict(self, progress: Progress | None = None, keeps: bool = False) -> Evaluated:
+        """Quality of the reference: its losses at every token are what all others are compared with. keeps: and its
+        distributions, which the store then has."""
+        if keeps:
+            return self.run(plans.strict(self.total), progress=progress)
         return self.quality(plans.strict_configuration(self.total), progress)
+
+    def compared_with(self, recomputed: int) -> list[Comparing]:
+        """What compares with the reference's distributions, and with re-computation's at so many batches of its
+        sample."""
+        names = self.run(plans.references(self.total, recomputed))
+        return comparing([self.store.arrays(name) for name in names])
 
     def quality(
         self, what: Configuration, progress: Progress | None = None, size: SampleSize | None = None
@@ -104,9 +115,9 @@ class Measurements:
             return None
         raise LookupError(str(job))
 
-    def _found(self, key: Mapping[str, object]) -> Measurement | None:
+    def _found(self, key: Mapping[str, object], with_arrays: bool = False) -> Measurement | None:
         """What was timed beside others is no measurement of this process."""
-        found = self.store.get(key)
+        found = self.store.get(key, with_arrays)
         return None if found is not None and found.record.get("timing") == "concurrent" else found
 
     def _kept(self, evaluated: Evaluated) -> Evaluated:

@@ -11,7 +11,9 @@ import numpy as np
 from ..configuration import Configuration
 from ..engine.decoding import Progress
 from ..engine.methods import sampled_losses
-from ..policy import strict_policy
+from ..errors import UsageError
+from ..policy import EvictionPolicy, strict_policy
+from .divergence import MOST_POSITIONS
 from .evaluation import Quality, fast_record
 from .jobs import Done, Job, Plan
 from .keys import Keys
@@ -44,6 +46,27 @@ def strict_configuration(total: int) -> Configuration:
     return Configuration("ring", strict_policy(total))
 
 
+def strict(total: int) -> Plan[Evaluated]:
+    """The reference's quality, with the distributions that others are compared with."""
+    (done,) = yield [_reference(total)]
+    return _of_quality(done)
+
+
+def compared(what: Configuration, total: int) -> Plan[Evaluated]:
+    """Protocol `fast`, with how far its predictions are from those of the reference at that total; not of a method that
+    is sampled."""
+    (done,) = yield [(yield from _compared(what, total))]
+    return _of_quality(done)
+
+
+def references(total: int, recomputed: int = 0) -> Plan[tuple[str, ...]]:
+    """The entries with the distributions that policies are compared with: the reference's, and those of so many batches
+    of re-computation's sample, as far as the store has them."""
+    what = Configuration("recompute", EvictionPolicy(n_sink=0, window_size=total))
+    reference, *parts = yield [_reference(total), *(batch(what, number) for number in range(recomputed))]
+    return (reference.entry, *(part.entry for part in parts if part.measurement.has_arrays))
+
+
 def quality(
     what: Configuration, text: TokenStream, size: SampleSize | None = None, progress: Progress | None = None
 ) -> Plan[Evaluated]:
@@ -53,6 +76,27 @@ def quality(
         (done,) = yield [Job("quality", what)]
         return _of_quality(done)
     return joined(what, (yield from sample(what, text, size or FixedSize(), progress)))
+
+
+def _compared(what: Configuration, total: int | None, recomputed: int = 0) -> Plan[Job]:
+    """The job of its quality, once that is measured which it is compared with."""
+    if total is None:
+        return Job("quality", what)
+    if not recomputed and _is_reference(what, total):
+        return _reference(total)
+    return Job("quality", what, against=(yield from references(total, recomputed)))
+
+
+def _reference(total: int) -> Job:
+    return Job("quality", strict_configuration(total), keeps=True)
+
+
+def _is_reference(what: Configuration, total: int) -> bool:
+    """Whether it predicts what the reference does, whatever implements it."""
+    try:
+        return what.quantization is None and what.effective == strict_policy(total)
+    except UsageError:  # its method can do nothing with the policy
+        return False
 
 
 def hits(what: Configuration) -> Plan[Measurement]:
@@ -69,7 +113,7 @@ def sample(
     parts: list[Done] = []
     is_stored = True
     for number in range(batches_of(what, text)):
-        job = Job("quality", what, batch=number)
+        job = batch(what, number)
         if is_stored:
             (part,) = yield [replace(job, peek=True)]
             is_stored = part is not None
@@ -87,10 +131,23 @@ def sample(
     return parts
 
 
+def batch(what: Configuration, number: int) -> Job:
+    """A part of its sample; the first are where policies are compared with it."""
+    return Job("quality", what, batch=number, keeps=number < MOST_POSITIONS // BATCH)
+
+
 def batches_of(what: Configuration, text: TokenStream) -> int:
     """How many batches its whole sample has."""
     n_losses = len(text.tokens) - 1
     return 1 if n_losses <= what.policy.kept else -(-n_losses // BATCH)
+
+
+def comparable_batches(tokens: int, total: int, text: TokenStream) -> int:
+    """How many batches that policies can be compared with are in a sample of so many tokens, of re-computation by
+    windows of `total`."""
+    if len(text.tokens) - 1 <= total:
+        return 1
+    return min(-(-min(tokens, len(text.tokens) - 1) // BATCH), MOST_POSITIONS // BATCH)
 
 
 def joined(what: Configuration, parts: Sequence[Done]) -> Evaluated:
@@ -125,14 +182,19 @@ def fast(
     run: int = 0,
     size: SampleSize | None = None,
     progress: Progress | None = None,
+    total: int | None = None,
+    recomputed: int = 0,
 ) -> Plan[Evaluated]:
-    """Quality and speed by protocol `fast`; the speed is taken once per run."""
-    if sampled_losses(what.method) is None:
-        of_quality, speed = yield [Job("quality", what), Job("speed", what, run=run)]
-        return with_speed(_of_quality(of_quality), speed)
-    known = yield from quality(what, text, size, progress)
-    (speed,) = yield [Job("speed", what, run=run)]
-    return with_speed(known, speed)
+    """Quality and speed by protocol `fast`; the speed is taken once per run. total: of the reference that its
+    predictions are compared with, where they are; not of a method that is sampled. recomputed: and with those of
+    re-computation at so many batches of its sample."""
+    timing = Job("speed", what, run=run)
+    if sampled_losses(what.method) is not None:
+        known = yield from quality(what, text, size, progress)
+        (speed,) = yield [timing]
+        return with_speed(known, speed)
+    of_quality, speed = yield [(yield from _compared(what, total, recomputed)), timing]
+    return with_speed(_of_quality(of_quality), speed)
 
 
 def with_speed(known: Evaluated, speed: Done) -> Evaluated:
@@ -154,10 +216,13 @@ def whole(
     run: int = 0,
     size: SampleSize | None = None,
     progress: Progress | None = None,
+    total: int | None = None,
+    recomputed: int = 0,
 ) -> Plan[Evaluated]:
-    """Quality and speed by any protocol; they come from the same run in all but `fast`."""
+    """Quality and speed by any protocol; they come from the same run in all but `fast`. total, recomputed: see
+    there."""
     if protocol == "fast":
-        return (yield from fast(what, text, run, size, progress))
+        return (yield from fast(what, text, run, size, progress, total, recomputed))
     (done,) = yield [Job("whole", what, protocol, run)]
     return _evaluated([done], _named(done, "quality_entry", "speed_entry"))
 

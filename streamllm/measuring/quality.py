@@ -116,13 +116,7 @@ class QualityComparison:
         In each draw a block of text weighs the same for all, so that differences between policies are paired. Their
         distribution is the multivariate t that has the intervals of `vs_strict`, column by column."""
         means = [self._over_reference(table) for table in tables]
-        count = min((mean.occupied for mean in means), default=1)
-        random = np.random.default_rng(self._seed)
-        weights = random.normal(size=(self._draws, self._block[-1] + 1))
-        if count > 1:
-            weights *= np.sqrt(count / random.chisquare(count - 1, size=(self._draws, 1)))
-        columns = [mean.value + weights @ mean.errors for mean in means]
-        return np.stack(columns, axis=-1) if columns else np.empty((self._draws, 0))
+        return _draws(means, int(self._block[-1]) + 1, self._draws, self._seed)
 
     def _over_reference(self, losses: np.ndarray) -> _Mean:
         differences, tokens = _paired(losses, self._reference)
@@ -171,6 +165,68 @@ def median_interval(values: np.ndarray) -> Estimate:
         below += math.comb(n, k) * 0.5**n
     edge = max(k - 1, 0)
     return Estimate(float(np.median(ordered)), float(ordered[edge]), float(ordered[n - 1 - edge]))
+
+
+def mean_at(values: np.ndarray, positions: np.ndarray, n: int) -> Estimate:
+    """The mean of `values` (k,), known at ascending positions of a text's n."""
+    return _at(values, positions, n).interval()
+
+
+def share_at(values: np.ndarray, positions: np.ndarray, n: int) -> Estimate:
+    """The share of `values` (k,) that are true, known at ascending positions of a text's n. The interval is no narrower
+    than Wilson's, of as many tokens that have nothing to do with one another: all of 64 are not all of the text."""
+    of_blocks, k = mean_at(values.astype(float), positions, n), len(values)
+    share, spread = of_blocks.value, _Z**2 / k
+    middle = (share + spread / 2) / (1 + spread)
+    half = math.sqrt(share * (1 - share) * spread + spread**2 / 4) / (1 + spread)
+    low, high = min(of_blocks.low, middle - half), max(of_blocks.high, middle + half)
+    return Estimate(share, min(max(low, 0.0), share), max(min(high, 1.0), share))
+
+
+def quantile_at(level: float, values: np.ndarray, positions: np.ndarray, n: int, name: str) -> dict[str, float]:
+    """That quantile of `values` (k,), known at ascending positions of a text's n, as a part of a flat record: with the
+    distribution-free interval between order statistics, by as many values as those would be, had they nothing to do
+    with one another, that make the share above it as uncertain as blocks say. Without an interval where they are too
+    few for one: none of 300 is above the 99th percentile of what they come from in one case of 20."""
+    ordered, k, value = np.sort(values), len(values), float(np.quantile(values, level))
+    rare = 1 - level
+    variance = _at((values > value).astype(float), positions, n).standard_error() ** 2
+    enough = k if variance <= rare * level / k else max(math.floor(rare * level / variance), 1)
+    below = np.cumsum(_binomial(enough, rare))  # of so many values above the quantile or fewer: how probable
+    fewest, most = np.searchsorted(below, 0.025, side="right"), np.searchsorted(below, 0.975) + 1
+    if not fewest or most > enough:
+        return {name: value}
+    high, low = max(math.floor(fewest * k / enough), 1), min(math.ceil(most * k / enough), k)
+    return Estimate(value, float(ordered[k - low]), float(ordered[k - high])).flat(name)
+
+
+def mean_draws(tables: Sequence[np.ndarray], n: int, draws: int, seed: int = 0) -> np.ndarray:
+    """(draws, tables): what the means of quantities may be in truth, paired as those of `QualityComparison.draws`.
+    tables: (k, 2) each: position in a text of n tokens, value."""
+    means = [_at(table[:, 1], table[:, 0].astype(int), n) for table in tables]
+    return _draws(means, int(_blocks(n)[-1]) + 1, draws, seed)
+
+
+def _draws(means: Sequence[_Mean], blocks: int, draws: int, seed: int) -> np.ndarray:
+    count = min((mean.occupied for mean in means), default=1)
+    random = np.random.default_rng(seed)
+    weights = random.normal(size=(draws, blocks))
+    if count > 1:
+        weights *= np.sqrt(count / random.chisquare(count - 1, size=(draws, 1)))
+    columns = [mean.value + weights @ mean.errors for mean in means]
+    return np.stack(columns, axis=-1) if columns else np.empty((draws, 0))
+
+
+def _binomial(n: int, p: float) -> np.ndarray:
+    """(n + 1,): the probabilities of 0 .. n of n."""
+    counts = np.arange(1, n + 1)
+    logs = np.concatenate(([0.0], np.cumsum(np.log(n + 1 - counts) - np.log(counts))))
+    return np.exp(logs + np.arange(n + 1) * math.log(p) + np.arange(n, -1, -1) * math.log1p(-p))
+
+
+def _at(values: np.ndarray, positions: np.ndarray, n: int) -> _Mean:
+    block = _blocks(n)
+    return _mean(values, block[positions], block[-1] + 1)
 
 
 def _paired(losses: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -1,7 +1,8 @@
 """The measurement store: every finished measurement, under a name that says everything that determined it.
 
 It is at once the cache that stops duplicates, the baseline that is run once and reused, and what survives a killed
-sweep. Entries are JSON files written atomically; a measurement's array lies beside it as .npy and is written first.
+sweep. Entries are JSON files written atomically; a measurement's losses lie beside it as .npy, its other arrays, which
+may be large, as .npz: both are written first.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import io
 import json
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -53,6 +55,7 @@ MEASURING_CODE = (
     "measuring.bench",
     "measuring.chunked",
     "measuring.conditions",
+    "measuring.divergence",
     "measuring.evaluation",
     "measuring.hits",
     "measuring.jobs",
@@ -74,6 +77,10 @@ reference's method, and methods that others are made of. A test holds them to th
 is its version; nor the words that a configuration is shown in (`results.schema`)."""
 
 
+Arrays = Mapping[str, np.ndarray]
+"""A measurement's arrays besides its losses, by name."""
+
+
 class StoreError(UsageError):
     """The store could not be written; the message names the folder, the reason and what to do."""
 
@@ -85,23 +92,33 @@ class Measurement:
 
     record: dict[str, Any]
     losses: np.ndarray | None = None
+    arrays: Arrays | None = None
+    """Others; not of what the store found, which reads them by themselves."""
+    has_arrays: bool = False
+    """Whether the store has them."""
+
+    def without_arrays(self) -> Measurement:
+        """As the store would find it."""
+        return self if self.arrays is None else replace(self, arrays=None, has_arrays=True)
 
 
 class MeasurementStore:
     def __init__(self, root: Path) -> None:
         self.root = root
 
-    def get(self, key: Mapping[str, object]) -> Measurement | None:
-        """The measurement of that key; a damaged entry is kept aside as `.damaged` and counts as missing."""
+    def get(self, key: Mapping[str, object], with_arrays: bool = False) -> Measurement | None:
+        """The measurement of that key, its `arrays` unread; a damaged entry is kept aside as `.damaged` and counts as
+        missing. with_arrays: so does one that has none, or whose arrays somebody has removed."""
         path = self._path(key)
         try:
             entry = json.loads(path.read_bytes())
+            has_arrays = "arrays_digest" in entry and path.with_suffix(".npz").exists()
             losses = path.with_suffix(".npy").read_bytes() if entry["has_losses"] else b""
             if entry["digest"] != _digest(entry["record"], losses):
                 raise ValueError("not what was written")
-            return Measurement(
-                entry["record"], np.load(io.BytesIO(losses), allow_pickle=False) if entry["has_losses"] else None
-            )
+            table = np.load(io.BytesIO(losses), allow_pickle=False) if entry["has_losses"] else None
+            found = Measurement(entry["record"], table, has_arrays=has_arrays)
+            return found if has_arrays or not with_arrays else None
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -112,19 +129,26 @@ class MeasurementStore:
     def put(self, key: Mapping[str, object], measurement: Measurement) -> None:
         """Raises StoreError, and leaves nothing half-written behind."""
         path = self._path(key)
-        losses = b""
+        losses = arrays = b""
         if measurement.losses is not None:
             buffer = io.BytesIO()
             np.save(buffer, measurement.losses, allow_pickle=False)
             losses = buffer.getvalue()
+        if measurement.arrays is not None:
+            buffer = io.BytesIO()
+            np.savez(buffer, allow_pickle=False, **measurement.arrays)
+            arrays = buffer.getvalue()
         entry = {
             "key": key,
             "record": measurement.record,
             "has_losses": measurement.losses is not None,
             "digest": _digest(measurement.record, losses),
+            **({"arrays_digest": hashlib.sha256(arrays).hexdigest()} if arrays else {}),
         }
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if arrays:
+                write_atomically(path.with_suffix(".npz"), arrays)
             if losses:
                 write_atomically(path.with_suffix(".npy"), losses)
             write_atomically(path, json.dumps(entry, indent=1).encode())
@@ -155,6 +179,25 @@ class MeasurementStore:
             raise OSError(f"{path}: damaged") from error
         return table
 
+    def arrays(self, name: str) -> dict[str, np.ndarray]:
+        """The other arrays of the entry of that name. Raises StoreError if they are gone, or are not what was written:
+        they are then kept aside, and count as missing."""
+        path = self.losses_file(name).with_suffix(".npz")
+        try:
+            content = path.read_bytes()
+            entry = json.loads(path.with_suffix(".json").read_bytes())
+            if entry["arrays_digest"] != hashlib.sha256(content).hexdigest():
+                raise ValueError("not what was written")
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+                return dict(arrays)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, BadZipFile) as error:
+            with suppress(OSError):
+                path.rename(path.with_suffix(".npz.damaged"))
+            raise StoreError(
+                f"{path}: damaged, or removed while it was needed; give the same command again, it is then measured "
+                f"anew"
+            ) from error
+
     def _path(self, key: Mapping[str, object]) -> Path:
         return self.losses_file(entry_name(key)).with_suffix(".json")
 
@@ -167,8 +210,13 @@ def entry_name(key: Mapping[str, object]) -> str:
 def code_digest(*methods: str) -> str:
     """Names the code that determines a number, that of the given methods included: results of different code are
     different measurements. Comments, docstrings and layout are no code."""
+    return digest_of_modules(*sorted({*MEASURING_CODE, *map(module_of, methods)}))
+
+
+def digest_of_modules(*modules: str) -> str:
+    """As `code_digest`, of these."""
     digest = hashlib.sha256()
-    for module in sorted({*MEASURING_CODE, *map(module_of, methods)}):
+    for module in modules:
         digest.update(f"{module}\n{_code(_source(module).read_text(encoding='utf-8'))}\n".encode())
     return digest.hexdigest()[:16]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .schema import FIELDS, OBJECTIVES, POLICY_KNOBS, Row, is_date
+from .schema import FIELDS, POLICY_KNOBS, Row, can_be_objective, is_date, is_score
 
 _ROUND_TIMES = ("measured_tpot_ms", "reference_tpot_ms", "pairs", "timed_at", "load")
 """Keys that the times in a round have at least."""
@@ -54,14 +54,18 @@ def checked_settings(values: object) -> dict[str, Any]:
     words = dict.fromkeys(("study", "summary", "model", "quantization", "commit"), str)
     found = _object(values, "a sweep's settings", **words, cap=int, objectives=dict, seed=int)
     objectives = found["objectives"]
-    if len(objectives) < 2 or any(name not in OBJECTIVES for name in objectives):
+    if len(objectives) < 2 or not all(map(can_be_objective, objectives)):
         raise ValueError(f"objectives {[*objectives]}: no objectives of a sweep")
     if any(direction not in ("minimize", "maximize") for direction in objectives.values()):
         raise ValueError(f"objectives {objectives}: must be minimize or maximize")
     space = _object(found.get("space", {"name": ""}), "a space", name=str)
     for limit in _object({"constraints": []} | space, "a space", constraints=list)["constraints"]:
         limit = _object(limit, "a constraint", metric=str, relation=str, limit=(int, float))
-        if len(limit) != 3 or limit["relation"] not in ("<=", ">=") or limit["metric"] not in FIELDS:
+        if (
+            len(limit) != 3
+            or limit["relation"] not in ("<=", ">=")
+            or not (limit["metric"] in FIELDS or is_score(limit["metric"]))
+        ):
             raise ValueError(f"constraint {limit}: none of a sweep's")
     others = {"study_id": "", "sampler": "", "versions": {}, "source": {}} | found
     _object(others, "a sweep's settings", study_id=str, sampler=str, versions=dict, source=dict)

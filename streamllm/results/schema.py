@@ -218,6 +218,28 @@ class Row(Mapping[str, Any]):
         "PPL increase %", decimals=1, interval=True, label="perplexity increase over re-computation, %",
         objective="minimize", told="ppl_vs_strict_percent", final=True,
     )  # fmt: skip
+    kl: float | None = _measure(
+        "KL", "nats", 4, interval=True, label="KL from strict StreamingLLM, nats", objective="minimize", viewed=True,
+        about="KL(strict StreamingLLM || policy), the mean over fixed positions",
+    )  # fmt: skip
+    kl_p99: float | None = _measure("KL p99", "nats", 3, interval=True, objective="minimize",
+                                    label="KL from strict StreamingLLM, 99th percentile, nats")  # fmt: skip
+    same_top_percent: float | None = _measure("same top", "%", 1, interval=True, objective="maximize",
+                                              label="same most probable token as strict StreamingLLM, %")  # fmt: skip
+    dp_rms_percent: float | None = _measure("RMS Δp", "%", 2, interval=True, objective="minimize",
+                                            label="RMS change of the true token's probability, %")  # fmt: skip
+    kl_positions: int | None = _fact(about="at which predictions were compared with strict StreamingLLM's")
+    kl_vs_recompute: float | None = _measure(
+        "KL vs re-computation", "nats", 4, interval=True, label="KL from re-computation, nats", objective="minimize",
+        about="KL(re-computation || policy), the mean over positions of its sample",
+    )  # fmt: skip
+    kl_vs_recompute_p99: float | None = _measure("KL vs re-computation p99", "nats", 3, interval=True)
+    same_top_vs_recompute_percent: float | None = _measure(
+        "same top as re-computation", "%", 1, interval=True, objective="maximize",
+        label="same most probable token as re-computation, %",
+    )  # fmt: skip
+    dp_rms_vs_recompute_percent: float | None = _measure("RMS Δp vs re-computation", "%", 2, interval=True)
+    kl_vs_recompute_positions: int | None = _fact(about="at which predictions were compared with re-computation's")
     evaluated_tokens: int | None = _measure("evaluated", "tokens", None)
     sampled_tokens: int | None = _fact(about="tokens that a sampled method was evaluated at")
     quality_sec: float | None = _measure("evaluating", "s", 1, about="that the losses took")
@@ -249,7 +271,7 @@ class Row(Mapping[str, Any]):
     commit: str | None = _fact(mlflow="tag")
 
     ends: dict[str, object] = dataclasses.field(default_factory=dict)
-    """`NAME_low`, `NAME_high`, and of several runs `NAME_std`."""
+    """`NAME_low`, `NAME_high`, and of several runs `NAME_std`; and scores of tasks, by their own names (`is_score`)."""
 
     def __getitem__(self, key: str) -> Any:
         value = getattr(self, key) if key in FIELDS else self.ends.get(key)
@@ -340,16 +362,57 @@ def _named(field: Field, name: str) -> Field:
 AnyRow = Mapping[str, Any]
 """A row, or one with what a table adds to it."""
 
-FIELDS: dict[str, Field] = {
-    field.name: _named(field.metadata["field"], field.name)
-    for field in dataclasses.fields(Row)
-    if "field" in field.metadata
-}
+
+class _Fields(dict[str, Field]):
+    """Those that every row may have; that of a task's score, of which there are any number, is made when it is asked
+    for."""
+
+    def __missing__(self, name: str) -> Field:
+        if not is_score(name):
+            raise KeyError(name)
+        header = name.removeprefix(SCORE).replace("/", " ")
+        direction: Direction = "minimize" if any(word in name for word in _LESS) else "maximize"
+        return Field(name=name, header=header, label=header, decimals=3, objective=direction, mlflow="metric")
+
+
+SCORE = "task/"
+"""What the name of a task's score begins with: `task/NAME/METRIC`, of a filtered one `task/NAME/METRIC/FILTER`."""
+STDERR = "_stderr"
+"""What its standard error's name ends in."""
+_LESS = ("perplexity", "bits_per_byte", "brier", "/ter", "/wer", "loss")
+"""Parts of the names of the harness' metrics of which less is better."""
+
+
+def is_score(name: str) -> bool:
+    """Whether it names a task's score, not its standard error."""
+    return name.startswith(SCORE) and name.count("/") in (2, 3) and not name.endswith(STDERR)
+
+
+FIELDS: dict[str, Field] = _Fields(
+    {
+        field.name: _named(field.metadata["field"], field.name)
+        for field in dataclasses.fields(Row)
+        if "field" in field.metadata
+    }
+)
 KNOBS = tuple(field for field in FIELDS.values() if field.knob)
 POLICY_KNOBS = tuple(field for field in KNOBS if field.symbol)
 """The numbers of tokens of an `EvictionPolicy`, which rows have; they may not say its `positions`: `positions_of`."""
-OBJECTIVES: dict[str, Direction] = {field.name: field.objective for field in FIELDS.values() if field.objective}
-"""Measures that a sweep can optimise, and which way; constraints are on the same measures."""
+
+
+class _Objectives(dict[str, Direction]):
+    def __missing__(self, name: str) -> Direction:
+        direction = FIELDS[name].objective
+        if direction is None:
+            raise KeyError(name)
+        return direction
+
+
+OBJECTIVES: dict[str, Direction] = _Objectives(
+    {field.name: field.objective for field in FIELDS.values() if field.objective}
+)
+"""Measures that a sweep can optimise, and which way; constraints are on the same measures. Scores of tasks, which are
+not among the names here, are too."""
 _TYPES = {field.name: str(field.type).removesuffix(" | None") for field in dataclasses.fields(Row)}
 ENDS = ("_low", "_high", "_std")
 
@@ -362,6 +425,10 @@ def told_name(objective: str) -> str:
 def positions_of(row: AnyRow) -> str:
     """Those of rows from before they could be chosen are the usual ones."""
     return str(row.get("positions", FIELDS["positions"].usual))
+
+
+def can_be_objective(name: str) -> bool:
+    return name in OBJECTIVES or is_score(name)
 
 
 def knobs_in_short(row: AnyRow, symbols: bool = False) -> str:
@@ -396,7 +463,9 @@ def _sorted(values: Mapping[str, object]) -> tuple[dict[str, object], dict[str, 
 
 
 def _is_key(key: str) -> bool:
-    return key in FIELDS or any(key.endswith(end) and key.removesuffix(end) in FIELDS for end in ENDS)
+    if key in FIELDS or is_score(key.removesuffix(STDERR)):
+        return True
+    return any(key.endswith(end) and key.removesuffix(end) in FIELDS for end in ENDS)
 
 
 _POSITIVE = ("time_ratio", "tpot_ms", "measured_tpot_ms", "reference_tpot_ms", "speedup", "perplexity")
@@ -409,7 +478,7 @@ _LARGEST = 1 << 62
 def _check_of(key: str) -> Callable[[object], bool]:
     """Tells whether a row can have a value there; NaN and infinity are what a failed measurement may come to."""
     name = next((key.removesuffix(end) for end in ENDS if key not in FIELDS and key.endswith(end)), key)
-    kind = "float" if name != key else _TYPES[key]
+    kind = "float" if name != key or key.startswith(SCORE) else _TYPES[key]
     if name in _DATES:
         return is_date
     if kind == "float":

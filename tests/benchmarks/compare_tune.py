@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from orchestrator.workers.messages import Assignment, WorkerDescription, WorkerS
 from orchestrator.workers.pool import WorkerPool
 from orchestrator.workers.worker import Worker
 from search_spaces import load_space
-from streamllm.measuring.store import Measurement, MeasurementStore
+from streamllm.measuring.store import Arrays, Measurement, MeasurementStore
 from streamllm.measuring.text import TokenStream
 from streamllm.results.study import BASELINE, STRICT
 from streamllm.results.study_folder import StudyFolder
@@ -59,7 +60,7 @@ class Idle(Worker):
         warnings = self._claim("")
         return description() | self.place() | {"warnings": warnings, "cores": self.cores}
 
-    def measure(self, assignment: Assignment, text: TokenStream) -> Measurement:
+    def measure(self, assignment: Assignment, text: TokenStream, against: Sequence[Arrays] = ()) -> Measurement:
         policy = asdict(assignment.job.what.policy)
         speed, loss = objectives(**{name: policy[name] for name in INTEGERS})
         found = measured(assignment.job, text)

@@ -23,7 +23,7 @@ import tempfile
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,7 @@ from orchestrator.workers.pool import Finished
 from search_spaces import SearchSpace, load_space
 from streamllm.measuring.quality import perplexity
 from streamllm.measuring.sample import sample_batches
-from streamllm.measuring.store import Measurement, MeasurementStore
+from streamllm.measuring.store import Arrays, Measurement, MeasurementStore
 from streamllm.measuring.text import TokenStream
 from streamllm.results.study import BASELINE, STRICT
 from streamllm.results.study_folder import StudyFolder
@@ -89,6 +89,9 @@ class SimulatedPool:
             self._later(self._random.uniform(5, 15), worker, None)
 
     def share(self, text: TokenStream) -> None:
+        pass
+
+    def lend(self, names: Sequence[str], arrays: Callable[[str], Arrays]) -> None:
         pass
 
     def submit(self, worker: int, assignment: Assignment) -> None:

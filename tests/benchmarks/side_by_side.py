@@ -14,7 +14,7 @@ import json
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +33,7 @@ from orchestrator.workers.kinds import Kinds
 from orchestrator.workers.messages import Assignment, Variant
 from orchestrator.workers.pool import Finished
 from search_spaces import load_space
-from streamllm.measuring.store import Measurement, MeasurementStore
+from streamllm.measuring.store import Arrays, Measurement, MeasurementStore
 from streamllm.measuring.text import TokenStream
 from streamllm.results.schema import Row
 from streamllm.results.study_folder import StudyFolder
@@ -98,6 +98,9 @@ class SimulatedPool:
             self._later(LOADING_SEC * self._random.lognormal(0, 0.1), worker, None)
 
     def share(self, text: TokenStream) -> None:
+        pass
+
+    def lend(self, names: Sequence[str], arrays: Callable[[str], Arrays]) -> None:
         pass
 
     def submit(self, worker: int, assignment: Assignment) -> None:

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from orchestrator.tracking import mlflow_runs as tracking
+from orchestrator.tracking.row_in_mlflow import METRICS, PARAMS, TAGS
 from streamllm.measuring.quality import median_interval
 from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
 from streamllm.results.schema import Row
@@ -49,9 +50,9 @@ class TimedClient:
 def made_up_row(trial: int, entry: str) -> Row:
     with_interval = ("time_ratio", "measured_tpot_ms", "speedup", "perplexity")
     with_interval += ("ppl_vs_strict_percent", "ppl_increase_percent")
-    metrics = dict.fromkeys(tracking._METRICS, 1.0 + trial)
+    metrics = dict.fromkeys(METRICS, 1.0 + trial)
     metrics |= {f"{name}_{end}": 1.0 + trial for name in with_interval for end in ("low", "high")}
-    words = dict.fromkeys(tracking._TAGS, "word") | dict.fromkeys(tracking._PARAMS, "4")
+    words = dict.fromkeys(TAGS, "word") | dict.fromkeys(PARAMS, "4")
     about = {"trial": trial, "state": "complete", "finished_at": time.time(), "quality_entry": entry}
     return Row.of(words | metrics | about)
 
@@ -89,6 +90,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     projection.open()
     client = TimedClient(projection._client)
     projection._client = client
+    projection._begin_to_write()
     for trial in range(arguments.runs):
         started = time.perf_counter()
         projection.log(made_up_row(trial, entry_name(key)))

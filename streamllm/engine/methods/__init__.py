@@ -18,15 +18,18 @@ from ...policy import EvictionPolicy
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
     from ...configuration import Configuration
     from ..backends import Backend
     from ..decoding import Decoder, Progress
     from ..model import LoadedModel
 
-    SampledLosses = Callable[[LoadedModel, np.ndarray, int, Sequence[int], Backend, Progress | None], np.ndarray]
-    """(model, tokens (n), window, ascending positions, backend, progress) -> losses (float64 nats) of the tokens after
-    the windows that end at those positions."""
+    See = Callable[[int, Tensor], None]
+    """Is shown the logits (k, vocabulary) after tokens p, p + 1, ..., p + k - 1 of a text: p, and they."""
+    SampledLosses = Callable[[LoadedModel, np.ndarray, int, Sequence[int], Backend, Progress | None, See], np.ndarray]
+    """(model, tokens (n), window, ascending positions, backend, progress, see) -> losses (float64 nats) of the tokens
+    after the windows that end at those positions."""
 
 _FOLDER = Path(__file__).parent
 _FILES = {path.stem: path.relative_to(_FOLDER) for path in _FOLDER.rglob("[a-z]*.py")}
@@ -76,6 +79,11 @@ def make_decoder(loaded: LoadedModel, what: Configuration) -> Decoder:
 def sampled_losses(method: str) -> SampledLosses | None:
     """The method's `losses_at`; None if the block-parallel evaluator gives its quality."""
     return method_named(method).losses_at
+
+
+def is_evaluated(method: str) -> bool:
+    """Whether the block-parallel evaluator gives the method's logits; else they come from decoding."""
+    return sampled_losses(method) is None and "fast" in method_named(method).protocols
 
 
 def check_execution(method: str, execution: str) -> None:

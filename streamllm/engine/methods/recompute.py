@@ -6,7 +6,7 @@ quality that streaming is measured against.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -67,9 +67,11 @@ def losses_at(
     positions: Sequence[int],
     backend: Backend,
     progress: Progress | None = None,
+    see: Callable[[int, Tensor], None] = lambda *_: None,
     batch: int = 8,
 ) -> np.ndarray:
-    """Losses (float64 nats) of tokens[p + 1], after the window that ends at p, for each p of ascending `positions`."""
+    """Losses (float64 nats) of tokens[p + 1], after the window that ends at p, for each p of ascending `positions`.
+    see: is shown each p, and the logits (1, vocabulary) there."""
     stream = torch.from_numpy(tokens).to(loaded.device)
     places = torch.tensor(positions, device=loaded.device)
     state = WholeWindow(backend)
@@ -80,6 +82,8 @@ def losses_at(
             head = stream[None, : int(short[-1]) + 1]
             logits = loaded.forward(head, torch.arange(head.shape[1], device=loaded.device), state).logits[0]
             losses.append(negative_log_likelihood(logits[short], stream[short + 1]))
+            for place in short.tolist():
+                see(place, logits[place, None])
             if progress is not None:
                 progress(len(short), len(positions))
         offsets = torch.arange(1 - window, 1, device=loaded.device)
@@ -87,6 +91,8 @@ def losses_at(
             ends = full[start : start + batch]
             logits = _last_logits(loaded, stream[ends[:, None] + offsets], state)
             losses.append(negative_log_likelihood(logits, stream[ends + 1]))
+            for place, row in zip(ends.tolist(), logits, strict=True):
+                see(place, row[None])
             if progress is not None:
                 progress(sum(map(len, losses)), len(positions))
     return torch.cat(losses).cpu().numpy()
