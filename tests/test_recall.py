@@ -185,6 +185,12 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert len(table) == 5 * sum(task["questions"] for task in record["policies"][0]["tasks"].values())
     assert (tmp_path / "out" / "recall.png").read_bytes().startswith(b"\x89PNG")
 
+    kept = ["recall", "--length", "700", "--total-kv", "64", "--positions", "compact", "keep", "--task", "last"]
+    assert program.main([*kept, *output, "--json"]) == 0
+    both = json.loads(capsys.readouterr().out)["policies"]
+    assert [policy["positions"] for policy in both] == ["compact", "keep"] and "positions=keep" in both[1]["name"]
+    assert both[0]["tasks"]["last"]["answer_loss"] != both[1]["tasks"]["last"]["answer_loss"]
+
     tokenizer, loaded = load_tokenizer("testbed"), load_model("testbed")
     asked = asked_stream("keys", 700, tokenizer)
     policy = EvictionPolicy(n_sink=2, window_size=62, compress_every=16)

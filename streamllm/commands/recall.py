@@ -7,6 +7,7 @@ python -m streamllm recall                                    the embedded model
 python -m streamllm recall --model smollm2 --total-kv 256 512 1024 2048
 python -m streamllm recall --model smollm2 --total-kv 512 --n-sink 4 64 256 --task first
 python -m streamllm recall --model smollm2 --total-kv 512 --compress-every 1 256 --dense --task passkey lines
+python -m streamllm recall --model smollm2 --total-kv 512 --positions compact keep
 """
 
 import argparse
@@ -14,7 +15,7 @@ import itertools
 import json
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ..configuration import Configuration
 from ..errors import UsageError
 from ..evaluating import measurements_beside
-from ..policy import EvictionPolicy, peak_kv, strict_policy, with_derived_window
+from ..policy import POSITIONS, EvictionPolicy, peak_kv, strict_policy, with_derived_window
 from ..results.schema import FIELDS, POLICY_KNOBS, knobs_in_short
 from ..tasks.texts import TASKS
 from ..terminal.arguments import (
@@ -66,6 +67,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=knob.short.upper() or "N",
             help=f"{knob.about} ({usual})",
         )
+    positions = FIELDS["positions"]
+    policies.add_argument("--positions", nargs="+", choices=POSITIONS, help=f"{positions.about} ({positions.usual})")
     policies.add_argument("--dense", action="store_true", help="beside them, nothing evicted")
     add_text_arguments(parser.add_argument_group("the text whose perplexity is taken, as long as a stream"))
     how = parser.add_argument_group("how it is measured")
@@ -125,7 +128,7 @@ def asked_policies(arguments: argparse.Namespace, totals: list[int]) -> list[Evi
         raise UsageError(
             f"window_size {arguments.window_size[0]}, total_kv {arguments.total_kv[0]}: give one of the two"
         )
-    names = [knob.name for knob in POLICY_KNOBS if knob.name != "window_size"]
+    names = [knob.name for knob in POLICY_KNOBS if knob.name != "window_size"] + ["positions"]
     values = [getattr(arguments, name) or [FIELDS[name].usual] for name in names]
     found = []
     for total, *knobs in itertools.product(arguments.window_size or totals, *values):
@@ -160,7 +163,7 @@ def _measured(
     losses = _losses(policy, loaded, text, store)
     pruned = []
     if prunes_apart(policy, len(losses)):
-        reference = strict_policy(policy.kept)
+        reference = replace(strict_policy(policy.kept), positions=policy.positions)
         pruned = after_prunes(losses, _losses(reference, loaded, text, store), policy)
     return {
         "name": name,
