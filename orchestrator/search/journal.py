@@ -47,7 +47,13 @@ class JournalFile(JournalFileBackend):  # type: ignore[misc]
         if self._held is not None:
             self._held += logs
         else:
+            self._append(logs)
+
+    def _append(self, logs: list[dict[str, object]]) -> None:
+        try:
             super().append_logs(logs)
+        except RuntimeError as error:  # its lock is gone, as with all of the folder
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -55,7 +61,7 @@ class JournalFile(JournalFileBackend):  # type: ignore[misc]
         try:
             yield
             held, self._held = self._held, None
-            super().append_logs(held)
+            self._append(held)
         finally:
             self._held = None
 

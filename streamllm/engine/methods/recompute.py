@@ -82,7 +82,7 @@ def losses_at(
             head = stream[None, : int(short[-1]) + 1]
             logits = loaded.forward(head, torch.arange(head.shape[1], device=loaded.device), state).logits[0]
             losses.append(negative_log_likelihood(logits[short], stream[short + 1]))
-            for place in short.tolist():
+            for place in positions[: len(short)]:
                 see(place, logits[place, None])
             if progress is not None:
                 progress(len(short), len(positions))
@@ -91,7 +91,7 @@ def losses_at(
             ends = full[start : start + batch]
             logits = _last_logits(loaded, stream[ends[:, None] + offsets], state)
             losses.append(negative_log_likelihood(logits, stream[ends + 1]))
-            for place, row in zip(ends.tolist(), logits, strict=True):
+            for place, row in zip(positions[len(short) + start :], logits, strict=False):
                 see(place, row[None])
             if progress is not None:
                 progress(sum(map(len, losses)), len(positions))
