@@ -24,7 +24,7 @@ from streamllm.policy import EvictionPolicy
 PACKAGE = Path(store.__file__).parent.parent
 ROOTS = {"measuring.bench", "measuring.plans", "engine.loading", "engine.methods.ring"}
 """What measures, what is asked for, what loads, and the method of the reference that everything is timed beside."""
-WORDS = {"results", "results.schema"}
+WORDS = {"results", "results.field", "results.schema"}
 """How a configuration is shown."""
 POLICY = EvictionPolicy(n_sink=4, window_size=20)
 

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from ..errors import UsageError
 from ..files import Json
-
-Direction = Literal["minimize", "maximize"]
+from .field import Direction, Field, fact, measure, tokens, word
 
 
 class NewerFormatError(UsageError):
@@ -29,73 +28,6 @@ FORMAT = 4
 `measuring_sec` was called `runtime_sec`."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Field:
-    """Everything known of a knob, a measure or a fact, whoever shows it."""
-
-    name: str = ""
-    """Key of a row; of most exports too."""
-    parameter: str = ""
-    """A knob's name in spaces and on command lines."""
-    header: str = ""
-    """Header of a column."""
-    unit: str = ""
-    """Empty where the header says it, or there is none."""
-    label: str = ""
-    """Label of an axis."""
-    short: str = ""
-    """Where there is no room for the header."""
-    symbol: str = ""
-    """As the papers write it."""
-    decimals: int | None = None
-    """Where no interval says how many; None for words and whole numbers."""
-    interval: bool = False
-    """Whether rows may have `NAME_low` and `NAME_high`, a 95% interval."""
-    words: bool = False
-    knob: bool = False
-    least: int | None = None
-    """Least value of a knob that is a whole number."""
-    usual: str | int | None = None
-    """A knob's value where nobody says."""
-    objective: Direction | None = None
-    """Which way a sweep may optimise it; constraints are on the same measures."""
-    told: str = ""
-    """The value a search is told in its place: one that is known at once, and does not move when the reference's own
-    time or the baseline's quality becomes better known. It is in the same order."""
-    mlflow: Literal["param", "metric", "tag"] | None = None
-    tag: str = ""
-    """Its name in MLflow, where that is another."""
-    final: bool = False
-    """Whether it hangs on all trials, or on what was confirmed: MLflow's is brought up to date when a sweep ends."""
-    of_study: bool = False
-    """Whether trials of studies alone have it."""
-    viewed: bool = False
-    """Whether MLflow's table of runs shows it."""
-    about: str = ""
-    """A line of help."""
-
-
-def _fact(header: str = "", **more: Any) -> Any:
-    """A fact that a row states about itself, in words or a number."""
-    return dataclasses.field(default=None, metadata={"field": Field(header=header, **more)})
-
-
-def _word(header: str, usual: str, **more: Any) -> Any:
-    return _fact(header, words=True, knob=True, usual=usual, label=header, mlflow="tag", **more)
-
-
-def _tokens(header: str, symbol: str, least: int, usual: int | None, label: str, about: str, **more: Any) -> Any:
-    """A knob that is a number of tokens."""
-    return _fact(
-        header, symbol=symbol, unit="tokens", label=label, knob=True, least=least, usual=usual, about=about,
-        **{"short": symbol, "mlflow": "param", "viewed": True} | more,
-    )  # fmt: skip
-
-
-def _measure(header: str, unit: str = "", decimals: int | None = 2, **more: Any) -> Any:
-    return _fact(header, unit=unit, decimals=decimals, mlflow="metric", **more)
-
-
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Row(Mapping[str, Any]):
     """One measured configuration, flat, as a line of `trials.jsonl` or an object of an evaluation's JSON has it.
@@ -103,25 +35,25 @@ class Row(Mapping[str, Any]):
     What it lacks is None as an attribute, and missing as a key. Ends of intervals are keys alone."""
 
     # Facts about what was measured.
-    trial: int | str | None = _fact("#", mlflow="tag")
-    state: str | None = _fact("state", words=True, mlflow="tag", about="complete or failed")
-    cell: str | None = _fact("cell", words=True, mlflow="tag", about="of a matrix: the name of its file")
-    model: str | None = _fact("model", words=True, mlflow="tag")
-    model_digest: str | None = _fact()
-    weights: str | None = _fact(about="how a GGUF file had quantised them")
-    dataset: str | None = _fact("data set", words=True, mlflow="tag", viewed=True)
-    text_digest: str | None = _fact()
-    n_tokens: int | None = _fact("text", unit="tokens")
-    bos: bool | None = _fact(about="whether a BOS is the text's first token")
-    protocol: str | None = _fact("protocol", words=True, mlflow="tag")
-    dtype: str | None = _fact("dtype", words=True, mlflow="tag")
-    version: str | None = _fact(about="of streamllm")
+    trial: int | str | None = fact("#", mlflow="tag")
+    state: str | None = fact("state", words=True, mlflow="tag", about="complete or failed")
+    cell: str | None = fact("cell", words=True, mlflow="tag", about="of a matrix: the name of its file")
+    model: str | None = fact("model", words=True, mlflow="tag")
+    model_digest: str | None = fact()
+    weights: str | None = fact(about="how a GGUF file had quantised them")
+    dataset: str | None = fact("data set", words=True, mlflow="tag", viewed=True)
+    text_digest: str | None = fact()
+    n_tokens: int | None = fact("text", unit="tokens")
+    bos: bool | None = fact(about="whether a BOS is the text's first token")
+    protocol: str | None = fact("protocol", words=True, mlflow="tag")
+    dtype: str | None = fact("dtype", words=True, mlflow="tag")
+    version: str | None = fact(about="of streamllm")
 
     # Knobs.
-    method: str | None = _word("method", "ours", viewed=True)
-    backend: str | None = _fact("backend", words=True, label="backend", mlflow="tag", tag="backend.used", viewed=True,
+    method: str | None = word("method", "ours", viewed=True)
+    backend: str | None = fact("backend", words=True, label="backend", mlflow="tag", tag="backend.used", viewed=True,
                                 about="the attention kernel that ran")  # fmt: skip
-    backend_requested: str | None = _fact(
+    backend_requested: str | None = fact(
         "backend asked for",
         words=True,
         mlflow="tag",
@@ -130,145 +62,145 @@ class Row(Mapping[str, Any]):
         parameter="attn_backend",
         usual="auto",
     )
-    execution: str | None = _word("execution", "eager")
-    quantization: str | None = _word("quantization", "none")
-    total_kv: int | None = _tokens("total KV", "", 1, None, "total KV S + W + σ, tokens", "sinks, window, slack",
+    execution: str | None = word("execution", "eager")
+    quantization: str | None = word("quantization", "none")
+    total_kv: int | None = tokens("total KV", "", 1, None, "total KV S + W + σ, tokens", "sinks, window, slack",
                                    mlflow=None, viewed=False)  # fmt: skip
-    n_sink: int | None = _tokens("sinks", "S", 0, 4, "sinks S, tokens", "first tokens never evicted")
-    window_size: int | None = _tokens("window", "W", 1, None, "window W, tokens", "recent tokens kept by a prune")
-    compress_every: int | None = _tokens("prune every", "R", 0, 1, "pruned every R tokens",
+    n_sink: int | None = tokens("sinks", "S", 0, 4, "sinks S, tokens", "first tokens never evicted")
+    window_size: int | None = tokens("window", "W", 1, None, "window W, tokens", "recent tokens kept by a prune")
+    compress_every: int | None = tokens("prune every", "R", 0, 1, "pruned every R tokens",
                                          "prune only when R divides the token count; 0: never")  # fmt: skip
-    cache_slack: int | None = _tokens("slack", "σ", 0, 0, "slack σ, tokens", "prune only above S + W + slack tokens",
+    cache_slack: int | None = tokens("slack", "σ", 0, 0, "slack σ, tokens", "prune only above S + W + slack tokens",
                                       short="slack")  # fmt: skip
-    max_drop: int | None = _tokens("max drop", "δ", 0, 0, "max drop δ, tokens (0: no limit)",
+    max_drop: int | None = tokens("max drop", "δ", 0, 0, "max drop δ, tokens (0: no limit)",
                                    "evict at most so many tokens at a time; 0: no limit", short="drop")  # fmt: skip
-    positions: str | None = _word(
+    positions: str | None = word(
         "positions",
         "compact",
         about="compact: a prune numbers what is left anew, without gaps; keep: it leaves positions",
     )
-    refresh_budget: int | None = _fact(about="tokens that method refresh puts back")
-    refresh_position: str | None = _fact()
-    overlap: int | None = _fact()
-    same_policy_as: str | None = _fact()
+    refresh_budget: int | None = fact(about="tokens that method refresh puts back")
+    refresh_position: str | None = fact()
+    overlap: int | None = fact()
+    same_policy_as: str | None = fact()
 
     # Where.
-    device: str | None = _fact("device", words=True, mlflow="tag", viewed=True)
-    threads: int | None = _fact("threads", about="of a CPU")
-    cpu_capability: str | None = _fact(about="torch's CPU kernels")
-    software: str | None = _fact("software", words=True, about="versions that a time depends on")
-    worker: int | None = _fact()
-    foreign_processes: str | None = _fact(
+    device: str | None = fact("device", words=True, mlflow="tag", viewed=True)
+    threads: int | None = fact("threads", about="of a CPU")
+    cpu_capability: str | None = fact(about="torch's CPU kernels")
+    software: str | None = fact("software", words=True, about="versions that a time depends on")
+    worker: int | None = fact()
+    foreign_processes: str | None = fact(
         words=True, mlflow="tag", about="others on the accelerator, just after the timing"
     )
 
     # Speed.
-    tpot_ms: float | None = _measure("ms/token", interval=True, final=True, label="time per output token, ms",
+    tpot_ms: float | None = measure("ms/token", interval=True, final=True, label="time per output token, ms",
                                      objective="minimize", told="time_ratio", viewed=True)  # fmt: skip
-    speedup: float | None = _measure("speedup", "×", 1, interval=True, final=True, viewed=True,
+    speedup: float | None = measure("speedup", "×", 1, interval=True, final=True, viewed=True,
                                      label="speedup over re-computation, ×", objective="maximize")  # fmt: skip
-    time_ratio: float | None = _measure("time / strict's", interval=True, final=True, decimals=3,
+    time_ratio: float | None = measure("time / strict's", interval=True, final=True, decimals=3,
                                         about="time per token over strict StreamingLLM's, timed in turn")  # fmt: skip
-    measured_tpot_ms: float | None = _measure(
+    measured_tpot_ms: float | None = measure(
         "measured ms/token", interval=True, final=True, about="by the clock, in that minute"
     )
-    reference_tpot_ms: float | None = _measure("strict's ms/token", final=True, about="by the clock, in that minute")
-    decode_toks_per_sec: float | None = _measure(
+    reference_tpot_ms: float | None = measure("strict's ms/token", final=True, about="by the clock, in that minute")
+    decode_toks_per_sec: float | None = measure(
         "decoding", "tokens/s", 1, final=True, label="decoding, tokens per second"
     )
-    runtime_sec: float | None = _measure(
+    runtime_sec: float | None = measure(
         "runtime", "s", label="runtime over the whole text, s", about="of decoding the text, or of a chunk"
     )
-    measuring_sec: float | None = _measure("measuring", "s", 1, about="that protocol fast took, all in all")
-    runtime_change_percent: float | None = _measure("runtime change %", "", 1)
-    decode_sec: float | None = _measure("total time", "s")
-    prefill_sec: float | None = _measure("prefill", "s", 3)
-    first_token_latency_sec: float | None = _measure("first token", "s", 3, label="first token latency, s")
-    avg_attn_ms: float | None = _measure("attention", "ms/token", label="attention per token, ms")
-    bytes_per_token: int | None = _fact(about="read for a token: weights and cache")
-    bandwidth_utilization: float | None = _measure("share of bandwidth", decimals=2)
-    load: float | None = _measure(
+    measuring_sec: float | None = measure("measuring", "s", 1, about="that protocol fast took, all in all")
+    runtime_change_percent: float | None = measure("runtime change %", "", 1)
+    decode_sec: float | None = measure("total time", "s")
+    prefill_sec: float | None = measure("prefill", "s", 3)
+    first_token_latency_sec: float | None = measure("first token", "s", 3, label="first token latency, s")
+    avg_attn_ms: float | None = measure("attention", "ms/token", label="attention per token, ms")
+    bytes_per_token: int | None = fact(about="read for a token: weights and cache")
+    bandwidth_utilization: float | None = measure("share of bandwidth", decimals=2)
+    load: float | None = measure(
         "load", decimals=1, about="processes that ran or waited for a core, in the minute before"
     )
-    pairs: int | None = _fact(about="segments that were timed in turn with the reference's")
-    timed_at: float | None = _fact(about="seconds since 1970")
-    timing: str | None = _fact(
+    pairs: int | None = fact(about="segments that were timed in turn with the reference's")
+    timed_at: float | None = fact(about="seconds since 1970")
+    timing: str | None = fact(
         "timed", words=True, mlflow="tag", about="exclusive: no other of its node was timed meanwhile; or concurrent"
     )
-    tokens_per_segment: int | None = _fact()
-    warmup_tokens: int | None = _fact()
-    speed_sec: float | None = _measure("timing", "s", 1, about="that the timing took")
-    speed_entry: str | None = _fact(about="name of the store's entry with the times; of several runs, each")
-    reference_total: int | None = _fact(about="total KV of strict StreamingLLM beside it")
-    reference_digest: str | None = _fact(about="its weights, where they are others")
+    tokens_per_segment: int | None = fact()
+    warmup_tokens: int | None = fact()
+    speed_sec: float | None = measure("timing", "s", 1, about="that the timing took")
+    speed_entry: str | None = fact(about="name of the store's entry with the times; of several runs, each")
+    reference_total: int | None = fact(about="total KV of strict StreamingLLM beside it")
+    reference_digest: str | None = fact(about="its weights, where they are others")
 
     # Confirmed.
-    rounds: int | None = _measure("rounds", decimals=None, final=True, of_study=True, viewed=True)
-    front_probability: float | None = _measure("P(front)", short="P", final=True, of_study=True, viewed=True)
-    round_lines: Sequence[int] | None = _fact(about="lines of rounds.jsonl that count")
-    not_told_from: Sequence[int] | None = _fact(about="trials that it is better than in no objective for certain")
+    rounds: int | None = measure("rounds", decimals=None, final=True, of_study=True, viewed=True)
+    front_probability: float | None = measure("P(front)", short="P", final=True, of_study=True, viewed=True)
+    round_lines: Sequence[int] | None = fact(about="lines of rounds.jsonl that count")
+    not_told_from: Sequence[int] | None = fact(about="trials that it is better than in no objective for certain")
 
     # Quality.
-    perplexity: float | None = _measure("PPL", label="perplexity", objective="minimize", viewed=True)
-    ppl_vs_strict_percent: float | None = _measure(
+    perplexity: float | None = measure("PPL", label="perplexity", objective="minimize", viewed=True)
+    ppl_vs_strict_percent: float | None = measure(
         "PPL vs strict %", decimals=1, interval=True, label="perplexity increase over strict StreamingLLM, %",
         objective="minimize", viewed=True,
     )  # fmt: skip
-    ppl_increase_percent: float | None = _measure(
+    ppl_increase_percent: float | None = measure(
         "PPL increase %", decimals=1, interval=True, label="perplexity increase over re-computation, %",
         objective="minimize", told="ppl_vs_strict_percent", final=True,
     )  # fmt: skip
-    kl: float | None = _measure(
+    kl: float | None = measure(
         "KL", "nats", 4, interval=True, label="KL from strict StreamingLLM, nats", objective="minimize", viewed=True,
         about="KL(strict StreamingLLM || policy), the mean over fixed positions",
     )  # fmt: skip
-    kl_p99: float | None = _measure("KL p99", "nats", 3, interval=True, objective="minimize",
+    kl_p99: float | None = measure("KL p99", "nats", 3, interval=True, objective="minimize",
                                     label="KL from strict StreamingLLM, 99th percentile, nats")  # fmt: skip
-    same_top_percent: float | None = _measure("same top", "%", 1, interval=True, objective="maximize",
+    same_top_percent: float | None = measure("same top", "%", 1, interval=True, objective="maximize",
                                               label="same most probable token as strict StreamingLLM, %")  # fmt: skip
-    dp_rms_percent: float | None = _measure("RMS Δp", "%", 2, interval=True, objective="minimize",
+    dp_rms_percent: float | None = measure("RMS Δp", "%", 2, interval=True, objective="minimize",
                                             label="RMS change of the true token's probability, %")  # fmt: skip
-    kl_positions: int | None = _fact(about="at which predictions were compared with strict StreamingLLM's")
-    kl_vs_recompute: float | None = _measure(
+    kl_positions: int | None = fact(about="at which predictions were compared with strict StreamingLLM's")
+    kl_vs_recompute: float | None = measure(
         "KL vs re-computation", "nats", 4, interval=True, label="KL from re-computation, nats", objective="minimize",
         about="KL(re-computation || policy), the mean over positions of its sample",
     )  # fmt: skip
-    kl_vs_recompute_p99: float | None = _measure("KL vs re-computation p99", "nats", 3, interval=True)
-    same_top_vs_recompute_percent: float | None = _measure(
+    kl_vs_recompute_p99: float | None = measure("KL vs re-computation p99", "nats", 3, interval=True)
+    same_top_vs_recompute_percent: float | None = measure(
         "same top as re-computation", "%", 1, interval=True, objective="maximize",
         label="same most probable token as re-computation, %",
     )  # fmt: skip
-    dp_rms_vs_recompute_percent: float | None = _measure("RMS Δp vs re-computation", "%", 2, interval=True)
-    kl_vs_recompute_positions: int | None = _fact(about="at which predictions were compared with re-computation's")
-    evaluated_tokens: int | None = _measure("evaluated", "tokens", None)
-    sampled_tokens: int | None = _fact(about="tokens that a sampled method was evaluated at")
-    quality_sec: float | None = _measure("evaluating", "s", 1, about="that the losses took")
-    quality_entry: str | None = _fact(about="name of the store's entry with the losses")
-    chunks: int | None = _fact()
-    prefill_tokens: int | None = _fact()
-    continuation_tokens: int | None = _fact()
+    dp_rms_vs_recompute_percent: float | None = measure("RMS Δp vs re-computation", "%", 2, interval=True)
+    kl_vs_recompute_positions: int | None = fact(about="at which predictions were compared with re-computation's")
+    evaluated_tokens: int | None = measure("evaluated", "tokens", None)
+    sampled_tokens: int | None = fact(about="tokens that a sampled method was evaluated at")
+    quality_sec: float | None = measure("evaluating", "s", 1, about="that the losses took")
+    quality_entry: str | None = fact(about="name of the store's entry with the losses")
+    chunks: int | None = fact()
+    prefill_tokens: int | None = fact()
+    continuation_tokens: int | None = fact()
 
     # Memory.
-    peak_kv: int | None = _measure("peak KV", "tokens", None, short="KV", label="largest number of keys attended to",
+    peak_kv: int | None = measure("peak KV", "tokens", None, short="KV", label="largest number of keys attended to",
                                    objective="minimize", viewed=True)  # fmt: skip
-    peak_memory_mb: float | None = _measure("peak memory", "MiB", 0, label="peak memory, MiB", objective="minimize")
-    kv_bytes_per_token: int | None = _measure(
+    peak_memory_mb: float | None = measure("peak memory", "MiB", 0, label="peak memory, MiB", objective="minimize")
+    kv_bytes_per_token: int | None = measure(
         "KV per token", "bytes", None, label="keys and values of a token in all layers, bytes"
     )
-    peak_kv_mib: float | None = _measure(
+    peak_kv_mib: float | None = measure(
         "KV cache", "MiB", label="keys and values attended to at most, MiB", objective="minimize",
         about="in bytes, models and dtypes compare",
     )  # fmt: skip
 
     # The outcome of the measurement.
-    feasible: bool | None = _fact(mlflow="tag", viewed=True)
-    violated: str | None = _fact("violated", words=True)
-    reason: str | None = _fact("reason", words=True, mlflow="tag", viewed=True)
-    warning: str | None = _fact("warning", words=True, mlflow="tag")
-    reused: bool | None = _fact(about="whether all of it was in the store")
-    runs: int | None = _fact(about="that were averaged")
-    finished_at: float | None = _fact(about="seconds since 1970")
-    commit: str | None = _fact(mlflow="tag")
+    feasible: bool | None = fact(mlflow="tag", viewed=True)
+    violated: str | None = fact("violated", words=True)
+    reason: str | None = fact("reason", words=True, mlflow="tag", viewed=True)
+    warning: str | None = fact("warning", words=True, mlflow="tag")
+    reused: bool | None = fact(about="whether all of it was in the store")
+    runs: int | None = fact(about="that were averaged")
+    finished_at: float | None = fact(about="seconds since 1970")
+    commit: str | None = fact(mlflow="tag")
 
     ends: dict[str, object] = dataclasses.field(default_factory=dict)
     """`NAME_low`, `NAME_high`, and of several runs `NAME_std`; and scores of tasks, by their own names (`is_score`)."""
