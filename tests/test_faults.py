@@ -218,7 +218,7 @@ def test_memory_of_the_accelerator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append(True))
     for error, becomes in ((torch.OutOfMemoryError, MemoryError), (torch.AcceleratorError, WorkerUnusableError)):
 
-        def fail(assignment, error=error):
+        def fail(assignment, against, error=error):
             raise error("tried to allocate")
 
         monkeypatch.setattr(worker, "_measure", fail)
