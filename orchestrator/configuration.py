@@ -325,14 +325,14 @@ def _differences(before: Mapping[str, object], now: Mapping[str, object]) -> lis
         was = before.get(name)
         if isinstance(value, dict) and isinstance(was, dict):
             inner = [key for key in value if was.get(key) != value[key]]
-            changed += [f"{name}.{key}: {was.get(key)!r} then, {value[key]!r} now" for key in inner]
+            changed += [f"{name}.{key}: {shown(was.get(key), 200)} then, {shown(value[key], 200)} now" for key in inner]
         elif was != value:
             changed.append(f"{name}: {_shown(name, was)} then, {_shown(name, value)} now")
     return changed
 
 
 def _shown(name: str, value: object) -> str:
-    return f"{value:.12}..." if name.endswith("digest") and value and isinstance(value, str) else repr(value)
+    return f"{value:.12}..." if name.endswith("digest") and value and isinstance(value, str) else shown(value, 200)
 
 
 def versions() -> dict[str, str]:

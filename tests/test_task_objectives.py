@@ -153,13 +153,13 @@ def test_a_score_is_shown_with_its_standard_error():
 
 def test_confirming_draws_scores_by_their_standard_errors():
     rows = [Row.of(ROW), Row.of(ROW | {SCORE: 0.5})]
-    draws = _objective_draws(SCORE, "maximize", rows, np.zeros((20_000, 2)), None, None)
+    draws = _objective_draws(SCORE, "maximize", rows, np.zeros((20_000, 2)), None, None, None)
     np.testing.assert_allclose(draws.mean(axis=0), [-0.75, -0.5], atol=0.002)
     np.testing.assert_allclose(draws.std(axis=0), 0.04321, rtol=0.03)
 
 
 def test_mlflow_has_scores_as_metrics():
-    from orchestrator.tracking.mlflow_runs import metrics_of
+    from orchestrator.tracking.row_in_mlflow import metrics_of
 
     assert metrics_of(Row.of(ROW)) == {"tpot_ms": 2.0, SCORE: 0.75, f"{SCORE}_stderr": 0.04321}
 

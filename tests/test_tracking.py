@@ -200,6 +200,7 @@ def test_mlflows_own_view_shows_what_matters_at_once(study):
     logged.add("attributes.`Dataset`")
     assert view["selectedColumns"] == view["columnOrder"] and set(view["selectedColumns"]) - logged == {
         "metrics.`peak_kv`",
+        "metrics.`kl`",
         "metrics.`rounds`",
         "metrics.`front_probability`",
     }, "of columns that are never logged"

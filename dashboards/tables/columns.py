@@ -94,7 +94,6 @@ _WHERE_THERE = {
     "study",
     "recommended",
     "ppl_vs_strict_percent",
-    "kl",
     "front_probability",
     "place",
     "dominated_by",
@@ -105,6 +104,7 @@ _WHERE_THERE = {
 
 _ASKED_FOR = {
     "peak_memory_mb",
+    "kl",
     "kl_p99",
     "same_top_percent",
     "dp_rms_percent",

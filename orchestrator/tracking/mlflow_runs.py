@@ -254,6 +254,8 @@ class Projection:
         """Marks the front, logs what was confirmed, attaches the report to the parent, and ends all runs."""
         with self._advising():
             self._close(results, report)
+        assert self._writers is not None
+        self._writers.close()
 
     def _close(self, results: StudyResults, report: Report) -> None:
         status, ended_at = results.files.read_outcome()

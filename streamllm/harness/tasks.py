@@ -102,6 +102,8 @@ class PreparedTask:
         """The harness' results, with `seconds` and the number of `requests`."""
         started = time.perf_counter()
         _seed(self.options.seeds)
+        # Its pool for standard errors would fork this process, with all of its threads and signal handlers: Ray's hang.
+        os.environ.setdefault("DISABLE_MULTIPROC", "1")
         with quiet():
             results = evaluator.evaluate(
                 model, self.found, limit=self.options.limit, bootstrap_iters=_BOOTSTRAPS, log_samples=False

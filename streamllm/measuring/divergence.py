@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -100,15 +100,12 @@ class Divergences:
         """With 95% intervals: of the text's `n_losses` predictions, and of text of its kind."""
         known = self.positions, n_losses
         mean, same, square = mean_at(self.kl, *known), share_at(self.same, *known), mean_at(self.dp**2, *known)
-        ends = (square.value, square.low, square.high)
-        rms = dict(zip(("", "_low", "_high"), (100 * math.sqrt(max(end, 0.0)) for end in ends), strict=True))
         of = self.reference
         return {
-            **mean.flat(f"kl{of}"),
-            f"kl{of}_low": max(mean.low, 0.0),
+            **replace(mean, low=np.maximum(mean.low, 0.0)).flat(f"kl{of}"),
             **quantile_at(_TAIL, self.kl, *known, name=f"kl{of}_p99"),
             **{f"same_top{of}_percent{end}": 100 * value for end, value in same.flat("").items()},
-            **{f"dp_rms{of}_percent{end}": value for end, value in rms.items()},
+            **{f"dp_rms{of}_percent{end}": 100 * math.sqrt(max(x, 0.0)) for end, x in square.flat("").items()},
             f"kl{of}_positions": len(self.positions),
         }
 

@@ -187,10 +187,12 @@ def quantile_at(level: float, values: np.ndarray, positions: np.ndarray, n: int,
     """That quantile of `values` (k,), known at ascending positions of a text's n, as a part of a flat record: with the
     distribution-free interval between order statistics, by as many values as those would be, had they nothing to do
     with one another, that make the share above it as uncertain as blocks say. Without an interval where they are too
-    few for one: none of 300 is above the 99th percentile of what they come from in one case of 20."""
+    few for one, or in one block: none of 300 is above the 99th percentile of what they come from in one case of 20."""
     ordered, k, value = np.sort(values), len(values), float(np.quantile(values, level))
-    rare = 1 - level
-    variance = _at((values > value).astype(float), positions, n).standard_error() ** 2
+    rare, above = 1 - level, _at((values > value).astype(float), positions, n)
+    if above.occupied == 1:
+        return {name: value}
+    variance = above.standard_error() ** 2
     enough = k if variance <= rare * level / k else max(math.floor(rare * level / variance), 1)
     below = np.cumsum(_binomial(enough, rare))  # of so many values above the quantile or fewer: how probable
     fewest, most = np.searchsorted(below, 0.025, side="right"), np.searchsorted(below, 0.975) + 1
