@@ -248,7 +248,7 @@ def test_tables_have_a_column_where_they_are_kept():
 def test_far_sinks_are_warned_of_in_words():
     loaded = tiny_model("GPTNeoX", torch.float32, max_position_embeddings=64)
 
-    def warning(policy, count=150):
+    def warning(policy, count=300):
         stream = TokenStream(random_tokens(count), "random", "")
         return measure_quality(loaded, Configuration("ring", policy), stream).warning
 
