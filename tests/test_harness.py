@@ -27,6 +27,12 @@ NAMES = ("choice", "rolling", "completion", "cloze")
 POLICY = EvictionPolicy(n_sink=4, window_size=20, compress_every=4)
 
 
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """The harness' own pool would fork it, and hang in what Ray has left there for signals."""
+    monkeypatch.setenv("DISABLE_MULTIPROC", "1")
+
+
 @pytest.fixture(scope="module")
 def loaded():
     return load_model("testbed", "float32")
