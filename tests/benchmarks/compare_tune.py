@@ -14,7 +14,7 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Idle(Worker):
         if assignment.job.is_timed:
             return Measurement(found.record | {"time_ratio": speed})
         assert found.losses is not None
-        return Measurement(found.record, found.losses + np.array([0.0, loss]))
+        return replace(found, losses=found.losses + np.array([0.0, loss]))
 
 
 class Times:
