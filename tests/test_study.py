@@ -1,9 +1,13 @@
+import os
+import shutil
+
 import optuna
 import pytest
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from orchestrator.options import SAMPLERS
+from orchestrator.search.journal import JournalFile
 from orchestrator.search.study import Study
 from search_spaces import load_space
 from streamllm.results.front import pareto_front
@@ -257,3 +261,14 @@ def test_milliseconds_are_told_as_ratios_and_limited_by_the_reference_as_it_is_k
     assert [trial.values[0] for trial in as_optuna_reads_it(tmp_path).trials] == [2.0, 2.0]
     assert as_optuna_reads_it(tmp_path).metric_names == ["time_ratio", "ppl_vs_strict_percent"]
     assert not any("tpot_ms" in row for row in kept), "what those are in is known when all are measured"
+
+
+def test_a_journal_whose_folder_goes_while_it_is_written_says_so_as_a_file(tmp_path, monkeypatch):
+    """Not that Optuna "did not possess lock"."""
+    (tmp_path / "s").mkdir()
+    file = JournalFile(str(tmp_path / "s/journal.log"))
+    file.append_logs([{"one": 1}])
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda number: shutil.rmtree(tmp_path / "s") or real(number))
+    with pytest.raises(FileNotFoundError), file.together():
+        file.append_logs([{"two": 2}])

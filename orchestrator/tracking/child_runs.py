@@ -136,7 +136,8 @@ class WriterProcess:
     def __init__(self, to: Destination) -> None:
         program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
         self._process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        self._ask(asdict(to))
+        self._to = to
+        self._is_told = False
 
     def write(self, run: str | None, row: AnyRow, timed: AnyRow, digest: str) -> str:
         return str(self._ask({"write": [run, dict(row), dict(timed), digest]}))
@@ -150,8 +151,10 @@ class WriterProcess:
 
     def _ask(self, what: Mapping[str, Any]) -> str | None:
         assert self._process.stdin is not None and self._process.stdout is not None
+        lines = [what] if self._is_told else [asdict(self._to), what]
+        self._is_told = True
         try:
-            self._process.stdin.write(json.dumps(what).encode() + b"\n")
+            self._process.stdin.writelines(json.dumps(line).encode() + b"\n" for line in lines)
             self._process.stdin.flush()
             answer = json.loads(self._process.stdout.readline())
         except (OSError, ValueError) as error:
@@ -162,18 +165,17 @@ class WriterProcess:
 
 
 def serve() -> None:
-    """What such a process runs: each line that it reads is something to write, and is answered by a line."""
+    """What such a process runs: after a line that says where to, each that it reads is something to write, and is
+    answered by a line."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever MLflow prints is no answer
+    to = Destination(**json.loads(sys.stdin.readline()))
     writer: RunWriter | None = None
     for line in sys.stdin:
         try:
             asked = json.loads(line)
-            if writer is None:
-                to = Destination(**asked)
-                writer = RunWriter(mlflow_client(to.uri), to)
-                _answer(answers, run=None)
-            elif "write" in asked:
+            writer = writer or RunWriter(mlflow_client(to.uri), to)
+            if "write" in asked:
                 run, row, timed, digest = asked["write"]
                 _answer(answers, run=writer.write(run, Row.of(row), Row.of(timed), digest))
             else:
