@@ -164,7 +164,7 @@ class Copy:
 
     def _changed(self) -> Iterator[tuple[str, tuple[tuple[int, int], bytes]]]:
         """Files that are not as they were sent, rows before the journal, which is to know no less than they."""
-        paths = [path for path in self.folder.path.rglob("*") if path.is_file() and path != self.folder.lock]
+        paths = [path for path in self.folder.path.rglob("*") if path.is_file() and path not in self.folder.locks]
         for path in sorted(paths, key=lambda path: path.name in _KNOWN_BY):
             name = path.relative_to(self.folder.path).as_posix()
             with suppress(FileNotFoundError):

@@ -81,8 +81,6 @@ def _sweep(
     copy: str | None,
 ) -> int:
     """`until`: when all should be finished, by the monotonic clock; `tracking_uri`: of MLflow; `copy`: a URL."""
-    from streamllm.measuring.store import MeasurementStore
-
     from .conclusion import conclude
     from .screen.display import Display
     from .search.study import Study
@@ -95,8 +93,7 @@ def _sweep(
     study = Study(what.study, configuration.journal, what.space, what.cap, what.seed, sampler)
     study.keep(configuration.to_dict(study_id))
     trials = TrialsFile(folder, study.rows)
-    store = MeasurementStore(configuration.store)
-    projection = Projection(configuration.to_dict(study_id), store, tracking_uri)
+    projection = Projection(configuration.folder, configuration.to_dict(study_id), tracking_uri)
     tracker = Tracker(projection, trials)
     display = Display(configuration.trials, study.rows, what.space.objectives, tracker, until=until)
     _introduce(configuration, study, display)

@@ -49,7 +49,6 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     from rich.progress import track
 
     from streamllm.measuring.reference_time import ReferencePool
-    from streamllm.measuring.store import MeasurementStore
     from streamllm.results.checks import measured_row
     from streamllm.results.study import load_study
     from streamllm.results.study_folder import rows_and_damage
@@ -62,7 +61,7 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     rows, _ = rows_and_damage(
         results.files.trials, measured_row
     )  # as the sweep logs them: what was confirmed comes with the close
-    projection = Projection(results.configuration, MeasurementStore(results.files.store), tracking_uri)
+    projection = Projection(results.files, results.configuration, tracking_uri)
     try:
         projection.open(lambda reason: print(reason, file=sys.stderr))
         logged = projection.log_all(rows, ReferencePool(rows))

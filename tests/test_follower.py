@@ -12,7 +12,6 @@ from orchestrator.tracking.follower import Tracker
 from orchestrator.tracking.mlflow_runs import Projection, Report
 from orchestrator.tracking.writers import Pace
 from orchestrator.trials_file import TrialsFile
-from streamllm.measuring.store import MeasurementStore
 from streamllm.results.study import load_study
 from streamllm.results.study_folder import StudyFolder
 
@@ -42,7 +41,7 @@ def following(study, monkeypatch):
 
     def follow(writers=1):
         trials = TrialsFile(StudyFolder(study), [])
-        projection = Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"))
+        projection = Projection(StudyFolder(study), CONFIGURATION)
         projection._pace = Pace(writers, in_processes=True)
         made.append(Tracker(projection, trials))
         return trials, made[-1]

@@ -108,7 +108,7 @@ def test_the_first_ctrl_c_does_not_reach_what_follows(tmp_path):
         "from orchestrator.trials_file import TrialsFile\n"
         "from streamllm.results.study_folder import StudyFolder\n"
         "if __name__ == '__main__':\n"
-        "    tracker = Tracker(Projection({}, None), TrialsFile(StudyFolder(Path.cwd()), []))\n"
+        "    tracker = Tracker(Projection(StudyFolder(Path.cwd()), {}), TrialsFile(StudyFolder(Path.cwd()), []))\n"
         "    print(Path(f'/proc/{tracker._process.pid}/status').read_text())\n"
         "    tracker._process.kill()\n"
     )

@@ -10,9 +10,11 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from queue import SimpleQueue
 
 import numpy as np
 import pytest
@@ -23,8 +25,8 @@ from orchestrator.conclusion import report_of, write_outputs
 from orchestrator.tracking import mlflow_runs as tracking
 from orchestrator.tracking.child_runs import Destination, WriterProcess
 from orchestrator.tracking.client import WriterError
-from orchestrator.tracking.database_lock import opening
 from orchestrator.tracking.follower import Tracker
+from orchestrator.tracking.locks import opening, writing
 from orchestrator.tracking.mlflow_runs import Projection, Report
 from orchestrator.tracking.writers import Pace
 from orchestrator.trials_file import TrialsFile
@@ -332,10 +334,11 @@ def test_several_at_a_time_log_what_one_does(study, empty_mlflow, monkeypatch):
 
 
 def test_another_process_writes_as_this_one_and_says_what_it_cannot(study):
-    projection = Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"), store())
+    projection = Projection(StudyFolder(study), CONFIGURATION, store())
     projection.open()
     parent, experiment = projection._runs[""], projection._experiment
-    other = WriterProcess(Destination(store(), experiment, parent, str(study.parent / ".store"), {"study": "s"}))
+    to = Destination(store(), experiment, parent, str(study.parent / ".store"), {"study": "s"})
+    other = WriterProcess(to, projection._lock.fileno())
     run = other.write(None, row(7), row(7, tpot_ms=2.5), "d")
     found = MlflowClient(store()).get_run(run)
     assert (found.info.status, found.data.metrics["tpot_ms"], found.data.tags["mlflow.parentRunId"]) == (
@@ -350,11 +353,34 @@ def test_another_process_writes_as_this_one_and_says_what_it_cannot(study):
     assert not died.value.is_refusal
 
 
+def test_who_is_killed_is_followed_when_what_wrote_for_it_has_ended_which_is_soon(study):
+    """Else what it has just begun would be begun again by who goes on from there."""
+    lock = writing(study / "mlflow.lock", pytest.fail)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        to = Destination(f"http://127.0.0.1:{silent.getsockname()[1]}", "1", "p", "nowhere", {})
+        other = WriterProcess(to, lock.fileno())
+        with ThreadPoolExecutor() as pool:
+            asked = pool.submit(other.write, None, row(7), row(7), "d")
+            connection, _ = silent.accept()  # it waits for an answer, half a minute
+            lock.close()
+            said = SimpleQueue()
+            next_one = pool.submit(writing, study / "mlflow.lock", said.put)
+            assert "another process that writes this study's runs" in said.get(timeout=60)
+            assert not next_one.done()
+            closed_at = time.monotonic()
+            other._process.stdin.close()
+            next_one.result(60).close()
+            assert time.monotonic() - closed_at < 20
+            with pytest.raises(WriterError, match="has died"):
+                asked.result(60)
+            connection.close()
+
+
 def test_a_sweeps_milliseconds_are_there_before_it_ends_and_move_by_more_than_a_thousandth_or_not(study):
     """A run is not logged again for what another trial did to the median of the reference's times."""
     rows = [row(n, 2.0, reference_tpot_ms=reference) for n, reference in enumerate((2.0, 2.1, 2.101, 2.102))]
     write_rows(study / "trials.jsonl", rows)
-    projection = Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"), store())
+    projection = Projection(StudyFolder(study), CONFIGURATION, store())
     projection.open()
     assert [one["trial"] for one in projection.log_all(rows)] == [0, 1, 2, 3]
     assert search("metrics.tpot_ms > 1.9") == ["0", "1", "2", "3"]
@@ -469,7 +495,7 @@ def test_two_at_once_on_a_fresh_database(study):
 def test_whoever_opens_the_database_is_waited_for_until_it_dies(tmp_path):
     uri = f"sqlite:///{tmp_path}/mlflow.db"
     program = (
-        "import sys, time; from orchestrator.tracking.database_lock import opening\n"
+        "import sys, time; from orchestrator.tracking.locks import opening\n"
         "with opening(sys.argv[1], print): print('mine', flush=True); time.sleep(600)"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
@@ -544,7 +570,7 @@ def test_a_database_that_is_none(study, capsys):
 
 def test_what_follows_a_sweep_says_what_to_do_too(study, request):
     Path("mlflow.db").write_text("no database " * 1000)
-    tracker = Tracker(Projection(CONFIGURATION, MeasurementStore("sweeps/.store")), TrialsFile(StudyFolder(study), []))
+    tracker = Tracker(Projection(StudyFolder(study), CONFIGURATION), TrialsFile(StudyFolder(study), []))
     request.addfinalizer(tracker._process.kill)
     wait_until(lambda: tracker.problem is not None)
     path = Path("mlflow.db").absolute()
@@ -696,7 +722,7 @@ def test_a_server_that_is_down_comes_is_slow_dies_and_is_back(study, tmp_path, c
     request.addfinalizer(proxy.close)
     (study / "trials.jsonl").unlink()
     trials = TrialsFile(StudyFolder(study), [])
-    projection = Projection(CONFIGURATION, MeasurementStore(study.parent / ".store"), proxy.uri)
+    projection = Projection(StudyFolder(study), CONFIGURATION, proxy.uri)
     tracker = Tracker(projection, trials, longest_pause_sec=1.0)
 
     def finish_trial(row):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamllm.errors import UsageError
-from streamllm.measuring.store import MeasurementStore
 from streamllm.results.schema import Row
 from streamllm.results.study_folder import StudyFolder
 from streamllm.terminal.printing import say
@@ -44,7 +43,7 @@ class MatrixStudy:
         self.folder.write_configuration(settings)
         rows = [self.row(planned, documents[planned.file]) for planned in plan.cells if planned.file in documents]
         self._trials = TrialsFile(self.folder, rows)
-        self._tracker: Tracker = Tracker(Projection(settings, MeasurementStore(plan.store), tracking_uri), self._trials)
+        self._tracker: Tracker = Tracker(Projection(self.folder, settings, tracking_uri), self._trials)
 
     def finished(self, planned: Planned, document: Document) -> None:
         row = self.row(planned, document)

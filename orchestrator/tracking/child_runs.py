@@ -12,9 +12,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from queue import SimpleQueue
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from streamllm.measuring.store import MeasurementStore
@@ -133,9 +135,12 @@ class RunWriter:
 class WriterProcess:
     """Writes in another process, which ends with this one, however this one ends: its standard input does."""
 
-    def __init__(self, to: Destination) -> None:
+    def __init__(self, to: Destination, lock: int) -> None:
+        """lock: an open file, which is kept open as long as it may write."""
         program = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import serve; serve()"
-        self._process = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, pass_fds=(lock,)
+        )
         self._to = to
         self._is_told = False
 
@@ -166,12 +171,22 @@ class WriterProcess:
 
 def serve() -> None:
     """What such a process runs: after a line that says where to, each that it reads is something to write, and is
-    answered by a line."""
+    answered by a line. It ends as soon as there is nobody to answer, whatever it is writing: another may wait to go on
+    from there."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever MLflow prints is no answer
     to = Destination(**json.loads(sys.stdin.readline()))
-    writer: RunWriter | None = None
+    asked: SimpleQueue[str] = SimpleQueue()
+    threading.Thread(target=_write_all, args=(asked, answers, to), daemon=True).start()
     for line in sys.stdin:
+        asked.put(line)
+    os._exit(0)
+
+
+def _write_all(lines: SimpleQueue[str], answers: IO[str], to: Destination) -> None:
+    writer: RunWriter | None = None
+    while True:
+        line = lines.get()
         try:
             asked = json.loads(line)
             writer = writer or RunWriter(mlflow_client(to.uri), to)
@@ -184,7 +199,6 @@ def serve() -> None:
         except Exception as error:  # MLflow raises anything
             with_remedy(error, to.uri, to.experiment)
             _answer(answers, error=one_line(error), is_refusal=is_refusal(error))
-    os._exit(0)  # taking down MLflow's hundreds of modules in order takes a second
 
 
 def _answer(answers: IO[str], **what: object) -> None:

@@ -14,10 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from streamllm.measuring.reference_time import ReferencePool
-from streamllm.measuring.store import MeasurementStore
 from streamllm.results.mlflow_address import (
     runs_page,
     shown_at,
@@ -25,10 +24,11 @@ from streamllm.results.mlflow_address import (
 )
 from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow, Row, told_name
 from streamllm.results.study import STRICT, VIEW, StudyResults, view_of
+from streamllm.results.study_folder import StudyFolder
 
 from .child_runs import DIGEST, PARENT, Destination, RunWriter, Writer
 from .client import find_experiment, is_refusal, mlflow_client, one_line
-from .database_lock import opening
+from .locks import opening, writing
 from .remedies import ExperimentDeletedError, with_remedy
 from .row_in_mlflow import PARAMS, digest_of, is_number
 from .writers import Writers, pace_for
@@ -87,15 +87,14 @@ class Projection:
 
     Raises whatever MLflow raises, which may be anything; after that, `open` finds out anew what is there."""
 
-    def __init__(
-        self, configuration: Mapping[str, Any], store: MeasurementStore, tracking_uri: str | None = None
-    ) -> None:
+    def __init__(self, folder: StudyFolder, configuration: Mapping[str, Any], tracking_uri: str | None = None) -> None:
         """configuration: what `sweep.json` says."""
+        self._folder = folder
         self._configuration = configuration
-        self._store = store
         self._uri = store_uri(tracking_uri)
         self._pace = pace_for(self._uri)
         self._writers: Writers | None = None
+        self._lock: IO[str] | None = None
         self._experiment = ""
         self._references = ReferencePool()
         self._logged: list[str] = []
@@ -130,8 +129,10 @@ class Projection:
             raise
 
     def open(self, waiting: Callable[[str], None] = lambda _: None) -> None:
-        """Finds the study's runs, and creates the parent if there is none. `waiting` is told if others who open the
-        database are waited for."""
+        """Finds the study's runs, and creates the parent if there is none. `waiting` is told if others are waited for,
+        who open the database or write the study's runs."""
+        if self._lock is None:
+            self._lock = writing(self._folder.mlflow_lock, waiting)
         with self._advising():
             with opening(self._uri, waiting):
                 self._client = mlflow_client(self._uri)
@@ -145,8 +146,9 @@ class Projection:
         if self._writers is not None:
             self._writers.close()
         tags = self._common() | {"quantization": self._configuration["quantization"]}
-        to = Destination(self._uri, self._experiment, self._runs[""], str(self._store.root), tags)
-        self._writers = Writers(RunWriter(self._client, to), to, self._pace)
+        to = Destination(self._uri, self._experiment, self._runs[""], str(self._folder.store), tags)
+        assert self._lock is not None
+        self._writers = Writers(RunWriter(self._client, to), to, self._pace, self._lock.fileno())
 
     def _find_experiment(self) -> Experiment:
         """Created if there is none. Raises ExperimentDeletedError."""
@@ -254,8 +256,10 @@ class Projection:
         """Marks the front, logs what was confirmed, attaches the report to the parent, and ends all runs."""
         with self._advising():
             self._close(results, report)
-        assert self._writers is not None
+        assert self._writers is not None and self._lock is not None
         self._writers.close()
+        self._lock.close()
+        self._lock = None
 
     def _close(self, results: StudyResults, report: Report) -> None:
         status, ended_at = results.files.read_outcome()

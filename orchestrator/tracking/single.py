@@ -19,7 +19,7 @@ from streamllm.terminal.tracking import Result
 from ..configuration import commit
 from .child_runs import PARENT
 from .client import find_experiment, mlflow_client, one_line
-from .database_lock import opening
+from .locks import opening
 from .mlflow_runs import NOTE, shortened
 from .remedies import ExperimentDeletedError, with_remedy
 from .row_in_mlflow import dataset_of, is_number, params_of, tags_of

@@ -46,9 +46,11 @@ def pace_for(uri: str) -> Pace:
 class Writers:
     """Who write: one in this process, and as many others as are needed at a time."""
 
-    def __init__(self, here: RunWriter, to: Destination, pace: Pace) -> None:
+    def __init__(self, here: RunWriter, to: Destination, pace: Pace, lock: int) -> None:
+        """lock: the file by which others know that the study's runs are being written."""
         self._here = here
         self._to = to
+        self._lock = lock
         self._pace = pace
         self._free: deque[Writer] = deque([here])
         self._processes: list[WriterProcess] = []
@@ -80,7 +82,7 @@ class Writers:
         self._free.append(writer)  # not one that has failed: nobody writes after that before all is opened anew
 
     def _started(self) -> WriterProcess:
-        process = WriterProcess(self._to)
+        process = WriterProcess(self._to, self._lock)
         self._processes.append(process)
         return process
 

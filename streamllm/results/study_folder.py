@@ -116,6 +116,16 @@ class StudyFolder:
         return self.path / "driver.lock"
 
     @property
+    def mlflow_lock(self) -> Path:
+        """Held by all who write the study's runs to MLflow."""
+        return self.path / "mlflow.lock"
+
+    @property
+    def locks(self) -> tuple[Path, ...]:
+        """What says nothing of the study."""
+        return self.lock, self.mlflow_lock
+
+    @property
     def store(self) -> Path:
         """Shared by all studies next to this one: what one has measured, none measures again."""
         return self.path.parent / ".store"

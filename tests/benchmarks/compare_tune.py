@@ -87,16 +87,17 @@ def pace(finished: list[float], end: float) -> dict[str, float]:
     return {"search": 1e3 * (finished[-1] - finished[0]) / more, "with MLflow": 1e3 * (end - finished[0]) / more}
 
 
-def ours(folder: Path, trials: int, workers: int) -> dict[str, float]:
-    folder.mkdir()
+def ours(place: Path, trials: int, workers: int) -> dict[str, float]:
+    folder = place / "study"
+    folder.mkdir(parents=True)
     (folder / "space.yaml").write_text(f"cap: {CAP}\nparameters: {json.dumps(INTEGERS)}\n")
     space = load_space(str(folder / "space.yaml"))
     study, times = Study("ours", folder / "journal.log", space, CAP, seed=0), Times()
-    settings = made_up_settings(folder.name, space)
+    settings = made_up_settings(place.name, space)
     (folder / "sweep.json").write_text(json.dumps(settings))
     rows = TrialsFile(StudyFolder(folder), [])
-    store = MeasurementStore(folder / "store")
-    tracker = Tracker(Projection(settings, store), rows)
+    store = MeasurementStore(StudyFolder(folder).store)
+    tracker = Tracker(Projection(StudyFolder(folder), settings), rows)
     pool = WorkerPool(WorkerSetup("", VARIANT), WorkerSettings(count=workers), worker_class=Idle)
     try:
         Driver(study, Scheduler(pool, store, VARIANT), TEXT, VARIANT, trials, [times, rows, tracker]).run()

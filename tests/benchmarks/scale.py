@@ -192,7 +192,7 @@ class Marks:
 def follower(folder: Path, trials: TrialsFile, space: SearchSpace, uri: str) -> Tracker:
     settings = made_up_settings(uuid.uuid4().hex, space)
     (folder / "sweep.json").write_text(json.dumps(settings))
-    return Tracker(Projection(settings, MeasurementStore(folder / "store"), uri), trials)
+    return Tracker(Projection(StudyFolder(folder), settings, uri), trials)
 
 
 def drain(folder: Path, tracker: Tracker, sweep_sec: float) -> dict[str, Any]:
@@ -238,11 +238,12 @@ def run(
     mlflow: str | None = None,
     pace: float | None = None,
 ) -> dict[str, Any]:
+    folder.mkdir()
     (folder / "space.yaml").write_text(SPACE)
     space = load_space(str(folder / "space.yaml"))
     more = {} if sampler is None else {"sampler": sampler}
     study = Study("scale", folder / "journal.log", space, CAP, seed, **more)
-    pool, store = SimulatedPool(workers, seed, pace), MeasurementStore(folder / "store")
+    pool, store = SimulatedPool(workers, seed, pace), MeasurementStore(StudyFolder(folder).store)
     watch = Stopwatch()
     store.get = watch.timed("store", store.get)  # type: ignore[method-assign]
     store.put = watch.timed("store", store.put)  # type: ignore[method-assign]
@@ -310,7 +311,7 @@ def main() -> None:
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):  # a database's runs have their files there
         result = run(
-            Path(folder),
+            Path(folder, "study"),
             arguments.workers,
             arguments.trials,
             arguments.seed,

@@ -24,6 +24,7 @@ from orchestrator.tracking.row_in_mlflow import METRICS, PARAMS, TAGS
 from streamllm.measuring.quality import median_interval
 from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
 from streamllm.results.schema import Row
+from streamllm.results.study_folder import StudyFolder
 
 from .reporting import machine
 
@@ -65,7 +66,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        result = measure(arguments, Path(folder))
+        result = measure(arguments, Path(folder, "study"))
     for name, value in result["milliseconds"].items():
         print(f"{name:15} {value['median']:7.1f} ms [{value['low']:.1f}, {value['high']:.1f}]")
     print(
@@ -78,15 +79,16 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    folder.mkdir()
     os.environ["MLFLOW_EXPERIMENT_NAME"] = f"streamllm-sweep-benchmark-{uuid.uuid4().hex[:8]}"
     configuration: dict[str, Any] = dict.fromkeys(
         ("study", "commit", "model", "dtype", "quantization", "cap", "seed"), "benchmark"
     )
     configuration |= {"study_id": uuid.uuid4().hex, "space": {"name": "none"}, "objectives": {"tpot_ms": "minimize"}}
-    store, key = MeasurementStore(folder / "store"), {"kind": "benchmark"}
+    store, key = MeasurementStore(StudyFolder(folder).store), {"kind": "benchmark"}
     store.put(key, Measurement({}, np.random.default_rng(0).random((arguments.tokens, 2))))
     uri = arguments.tracking_uri or f"sqlite:///{folder}/mlflow.db"
-    projection = tracking.Projection(configuration, store, uri)
+    projection = tracking.Projection(StudyFolder(folder), configuration, uri)
     projection.open()
     client = TimedClient(projection._client)
     projection._client = client
