@@ -16,8 +16,10 @@ from .child_runs import Destination, RunWriter, Writer, WriterProcess
 
 _SEVERAL = 4
 """As many as `mlflow server` has processes."""
-_WORTH_A_PROCESS = 25
+_WORTH_A_PROCESS = 100
 """Runs that have to wait, before another process is started for them: its start takes as long as they."""
+
+_CONCURRENT = ("postgresql", "mysql", "mssql")
 
 Item = TypeVar("Item")
 
@@ -34,13 +36,12 @@ class Pace:
 
 
 def pace_for(uri: str) -> Pace:
-    """SQLite has one writer at a time, but its turn is short beside the Python around it. What Databricks lets one do
-    in a second is little; folders of old versions are best left alone."""
+    """SQLite lets one write at a time, for most of what a run takes: with two, none was logged sooner. What Databricks
+    lets one do in a second is little; folders of old versions are best left alone."""
     if is_server(uri):
         return Pace(_SEVERAL)
     scheme = uri.partition(":")[0].partition("+")[0]
-    most = {"sqlite": 2, "postgresql": _SEVERAL, "mysql": _SEVERAL, "mssql": _SEVERAL}.get(scheme, 1)
-    return Pace(most, in_processes=True, worth=_WORTH_A_PROCESS) if most > 1 else Pace()
+    return Pace(_SEVERAL, in_processes=True, worth=_WORTH_A_PROCESS) if scheme in _CONCURRENT else Pace()
 
 
 class Writers:
