@@ -15,9 +15,9 @@ from streamllm.results.schema import OBJECTIVES, Row, told_name
 from streamllm.results.study import BASELINE, STRICT
 
 from .scheduler import Scheduler
-from .search.rows import failed_row, fixed_configuration, fixed_row, increases, trial_row
+from .search.rows import failed_row, fixed_configuration, fixed_row, increases, quality_row, trial_row
 from .search.sampling import BaselineSample
-from .search.study import OpenTrial, Study
+from .search.study import Look, OpenTrial, Study
 from .search.tasks import with_tasks
 from .unwritable import writing
 from .waiting import JobError
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
     from streamllm.measuring.quality import QualityComparison
     from streamllm.measuring.text import TokenStream
 
+HARDLY = 0.05
+"""The probability below which a search stops that is to find all that matters."""
 _CANDIDATES = 5
 """Taken to be confirmed, when time is set aside for it."""
 _OF_BASELINE = {"speedup", "ppl_increase_percent"}
@@ -59,11 +61,13 @@ class Driver:
         confirm: int = 0,
         baseline_tokens: int | None = None,
         tasks: Sequence[TaskAsked] = (),
+        complete_to: float | None = None,
     ) -> None:
         """variant: the model of all that a space does not quantize by itself, and of the reference; `until`: when all
         should be finished, by the monotonic clock; `confirm`: rounds that will come after the search, and need their
         time. `baseline_tokens`: see `BaselineSample.wanted`; tasks: that trials and the reference are put
-        to. Raises UsageError for a study of another text."""
+        to; complete_to: nothing more is asked for when what is left would hardly add so large a share of the
+        hypervolume. Raises UsageError for a study of another text."""
         self.study = study
         self.scheduler = scheduler
         self.observers = observers
@@ -79,6 +83,8 @@ class Driver:
         self._until = until
         self._confirm = confirm
         self._exhausted = False
+        self._complete_to = complete_to
+        self._is_complete = False
         self._open = 0
         """Trials, and batches of the baseline's sample, that are being measured."""
         self._grows = True
@@ -131,9 +137,13 @@ class Driver:
         if self._more():
             if grows and self._sample.is_due():
                 return self._grow()
-            if (trial := self._ask()) is not None:
+            what = self._ask()
+            if isinstance(what, Look):
+                self._look(what)
+                return True
+            if what is not None:
                 self._budget -= 1
-                self._start(trial)
+                self._start(what)
                 return True
             self._exhausted = True
         return grows and self._sample.is_short() and self._grow()
@@ -143,18 +153,41 @@ class Driver:
         self._open += 1
         self.scheduler.start(plan, self.subject, partial(self._measured, trial), partial(self._died, trial.number))
 
-    def _with_tasks(self, what: Configuration) -> Plan[Evaluated]:
-        """Quality, speed and the scores of tasks. Its predictions are compared with the reference's and, where the
-        search goes by that, with the baseline's, at as many tokens as every sample has."""
+    def _look(self, look: Look) -> None:
         from streamllm.measuring import plans
 
-        space, cap = self.study.space, self.study.cap
-        tokens = 0
-        if _OF_RECOMPUTATION & {*space.objectives, *_limited(space)}:
-            tokens = self._sample.least or len(self._text.tokens)
-        batches = plans.comparable_batches(tokens, cap, self._text) if tokens else 0
-        fast = plans.fast(what, self._text, total=cap, recomputed=batches)
-        return with_tasks(fast, what, self._tasks, space.scores)
+        plan = plans.fast_quality(look.configuration, self._text, self.study.cap, self._batches)
+        self._open += 1
+        self.scheduler.start(plan, self.subject, partial(self._looked, look))
+
+    def _looked(self, look: Look, result: Evaluated | JobError) -> None:
+        """What fails will be said when it is timed."""
+        self._open -= 1
+        if isinstance(result, JobError):
+            self.study.looked(look, Row())
+            return
+        self._sample.spent(result.seconds, on_it=False)
+        assert self.comparison is not None
+        known = quality_row(look.configuration, result, self.comparison, beside_baseline=BASELINE in self.fixed)
+        self.study.looked(look, known)
+
+    def _with_tasks(self, what: Configuration) -> Plan[Evaluated]:
+        """Quality, speed and the scores of tasks."""
+        from streamllm.measuring import plans
+
+        fast = plans.fast(what, self._text, total=self.study.cap, recomputed=self._batches)
+        return with_tasks(fast, what, self._tasks, self.study.space.scores)
+
+    @property
+    def _batches(self) -> int:
+        """Of re-computation's sample, that predictions are compared with where the search goes by that: as many as
+        every sample has."""
+        from streamllm.measuring import plans
+
+        if not _OF_RECOMPUTATION & {*self.study.space.objectives, *_limited(self.study.space)}:
+            return 0
+        tokens = self._sample.least or len(self._text.tokens)
+        return plans.comparable_batches(tokens, self.study.cap, self._text)
 
     def _baseline(self) -> Plan[Evaluated]:
         """With a sample of a batch; where trials wait for it, with all the tokens that are needed."""
@@ -192,7 +225,7 @@ class Driver:
 
     def _more(self) -> bool:
         """Whether there is anything new to ask for, be there workers just now or not."""
-        return self._budget > 0 and not self._exhausted and self._has_time()
+        return self._budget > 0 and not self._exhausted and not self._is_complete and self._has_time()
 
     def _has_time(self) -> bool:
         """For one trial more on every worker, and for confirming what is on the front by then."""
@@ -268,14 +301,19 @@ class Driver:
         with writing():
             return self.study.died(number)
 
-    def _ask(self) -> OpenTrial | None:
+    def _ask(self) -> OpenTrial | Look | None:
+        """A quality alone is of use when it is known what it is compared with."""
+        is_comparable = self.comparison is not None and (BASELINE in self.fixed or not self._awaits_baseline)
         with writing():
-            return self.study.ask()
+            return self.study.ask(may_look=is_comparable)
 
     def _tell(self, trial: OpenTrial, row: Row) -> None:
         with writing():
             judged = self.study.tell(trial.number, row)
         self._announce(judged)
+        if self._complete_to is not None and not self._is_complete:
+            chance = self.study.chance_of(self._complete_to)
+            self._is_complete = chance is not None and chance < HARDLY
 
     def _announce(self, row: Row) -> None:
         with writing():

@@ -80,6 +80,17 @@ def _beside(row: Row, evaluated: Evaluated, baseline: Row | None, comparison: Qu
     return beside | (sampled(losses, comparison, n_losses) if len(losses) < n_losses else {})
 
 
+def quality_row(
+    what: Configuration, evaluated: Evaluated, comparison: QualityComparison, *, beside_baseline: bool
+) -> Row:
+    """What is known of a configuration that was not timed."""
+    row = row_of(what, "fast", evaluated)
+    beside = comparison.vs_strict(evaluated.losses).flat("ppl_vs_strict_percent")
+    if beside_baseline:
+        beside |= comparison.increase(evaluated.losses).flat("ppl_increase_percent")
+    return row | beside
+
+
 def failed_row(trial: OpenTrial, reason: str) -> Row:
     what = trial.configuration
     values = {

@@ -5,10 +5,12 @@ What a suggestion costs therefore does not grow with the number of trials; the s
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
@@ -19,7 +21,10 @@ from search_spaces import SearchSpace, Value
 from streamllm.results.front import pareto_front
 from streamllm.results.schema import OBJECTIVES, Row, told_name
 
-from ..options import AUTO_TPE_TRIALS, SAMPLERS
+from ..options import AUTO_FRONT_TRIALS, SAMPLERS
+
+if TYPE_CHECKING:
+    from .front_sampler import FrontSampler
 
 _POPULATION = 50
 _HISTORY = 200
@@ -30,6 +35,8 @@ class Suggestion:
     params: dict[str, Value]
     trial: Trial | None = None
     """In the sampler's memory, where it is to know what is being measured."""
+    only_quality: bool = False
+    """It is not to be timed yet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +63,39 @@ SamplerMaker = Callable[[Start], BaseSampler]
 """The type of function that an entry of `options.SAMPLERS` names."""
 
 
-def auto(start: Start) -> BaseSampler:
-    return tpe(start) if start.suggested < AUTO_TPE_TRIALS else nsga2(start)
+class Sampler(Protocol):
+    """Says which configuration of a space to try next."""
+
+    kind: str
+
+    def suggest(self, in_flight: int, *, may_look: bool = False) -> Suggestion:
+        """The next configuration, beside so many that are being measured; it may have been suggested before. may_look:
+        whether a quality alone may be wanted."""
+        ...
+
+    def learn(self, suggestion: Suggestion, result: Result | None) -> None:
+        """Takes in how a suggestion went (None: no result), or what was measured in its stead."""
+        ...
+
+    def looked(self, params: dict[str, Value], row: Row) -> None:
+        """Takes in a quality that was wanted; nothing, if it could not be measured."""
+        ...
+
+    def chance_of(self, share: float) -> float | None:
+        """How probable it is that measuring all the rest would add that share of the hypervolume, or more; None if
+        nobody knows."""
+        ...
+
+
+def sampler_of(kind: str, space: SearchSpace, cap: int, seed: int, past: Sequence[Result] = ()) -> Sampler:
+    """One of `options.SAMPLERS` over a space. past: everything finished so far, oldest first, what failed too."""
+    if kind not in ("front", "auto"):
+        return OptunaSampler(kind, space, seed, _complete(past))
+    return FrontThenOptuna(kind, space, cap, seed, past)
+
+
+def _complete(past: Iterable[Result]) -> list[Result]:
+    return [result for result in past if result.row["state"] == "complete"]
 
 
 def tpe(start: Start) -> BaseSampler:
@@ -76,8 +114,55 @@ def qmc(start: Start) -> BaseSampler:
     return optuna.samplers.QMCSampler(seed=start.seed, scramble=True)
 
 
-class Sampler:
-    """One of `options.SAMPLERS` but grid over a space; `past` is everything finished so far, oldest first."""
+class FrontThenOptuna:
+    """`front`, over what it looks at of a space; of `auto`, for its first trials. What comes then is NSGA-II's, who
+    remembers them."""
+
+    def __init__(self, kind: str, space: SearchSpace, cap: int, seed: int, past: Sequence[Result]) -> None:
+        from .front_sampler import FrontSampler
+
+        self.kind = kind
+        self._most = AUTO_FRONT_TRIALS if kind == "auto" else math.inf
+        self._asked = len(past)
+        self._later = OptunaSampler("nsga2", space, seed, _complete(past))
+        self._front: FrontSampler | None = None
+        if self._asked < self._most:
+            self._front = FrontSampler(space, cap, seed + len(past))
+            for result in past:
+                self._take(result.params, result)
+
+    def suggest(self, in_flight: int, *, may_look: bool = False) -> Suggestion:
+        choice = None if self._front is None else self._front.next(may_look=may_look)
+        if choice is None:
+            return self._later.suggest(in_flight)
+        if not choice.only_quality:
+            self._asked += 1
+            if self._asked >= self._most:
+                self._front = None
+        return Suggestion(choice.params, only_quality=choice.only_quality)
+
+    def learn(self, suggestion: Suggestion, result: Result | None) -> None:
+        self._take(suggestion.params, result)
+        self._later.learn(suggestion, result)
+
+    def looked(self, params: dict[str, Value], row: Row) -> None:
+        if self._front is not None:
+            self._front.known(params, row, only_quality=True)
+
+    def chance_of(self, share: float) -> float | None:
+        return None if self._front is None else self._front.chance_of(share)
+
+    def _take(self, params: dict[str, Value], result: Result | None) -> None:
+        if self._front is None:
+            return
+        if result is None or result.row["state"] != "complete":
+            self._front.failed(params)
+        else:
+            self._front.known(result.params, result.row, only_quality=False)
+
+
+class OptunaSampler:
+    """One of `options.SAMPLERS` but grid over a space; `past` is everything complete so far, oldest first."""
 
     def __init__(self, kind: str, space: SearchSpace, seed: int, past: Sequence[Result] = ()) -> None:
         self.kind = kind
@@ -93,13 +178,11 @@ class Sampler:
         if self._maker is not None:
             self._start(self._maker.get())
 
-    def suggest(self, in_flight: int) -> Suggestion:
-        """The next configuration to try, beside so many that are being measured; it may have been suggested before."""
+    def suggest(self, in_flight: int, *, may_look: bool = False) -> Suggestion:
         if self._maker is None:
             return Suggestion(self.space.draw(self._any))
         self._in_flight = in_flight
-        switches = self.kind == "auto" and self._suggested == AUTO_TPE_TRIALS
-        if switches or len(self._recent) >= 2 * self._history:
+        if len(self._recent) >= 2 * self._history:
             self._start(self._maker.get())
         self._suggested += 1
         with warnings.catch_warnings():
@@ -111,8 +194,13 @@ class Sampler:
         self._generation = dict(self._study.tell(trial, state=TrialState.FAIL).system_attrs)
         return Suggestion(params)
 
+    def looked(self, params: dict[str, Value], row: Row) -> None:
+        pass  # it never wants to
+
+    def chance_of(self, share: float) -> float | None:
+        return None
+
     def learn(self, suggestion: Suggestion, result: Result | None) -> None:
-        """Takes in how a suggestion went (None: no result), or what was measured in its stead."""
         trial = suggestion.trial
         if trial is not None and trial.study is self._study:
             self._study.tell(trial, state=TrialState.FAIL)

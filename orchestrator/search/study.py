@@ -26,7 +26,7 @@ from streamllm.results.study_folder import SETTINGS
 
 from .journal import DEATHS, ROW, SKIPPED, Journal, trial_of
 from .points import configuration_of
-from .samplers import Result, Sampler, Suggestion
+from .samplers import Result, Suggestion, sampler_of
 
 _NEIGHBOURS = 8
 """Neighbours tried at each distance, in place of a configuration that was tried already."""
@@ -37,6 +37,14 @@ class OpenTrial:
     """A trial that was asked for and not told yet."""
 
     number: int
+    params: dict[str, Value]
+    configuration: Configuration
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A configuration whose quality is to be known before it is decided what to time."""
+
     params: dict[str, Value]
     configuration: Configuration
 
@@ -69,7 +77,7 @@ class Study:
         self._points = space.points()
         self._open: dict[int, tuple[Trial, OpenTrial, Suggestion]] = {}
         past = [self._result(space.complete(t.params), rows[t.number]) for t in settled if t.number in rows]
-        self._sampler = Sampler(sampler, space, seed, [result for result in past if result.row["state"] == "complete"])
+        self._sampler = sampler_of(sampler, space, cap, seed, past)
 
     def keep(self, settings: dict[str, object]) -> None:
         """Keeps a copy of what `sweep.json` says, from which that file can be made again."""
@@ -81,26 +89,41 @@ class Study:
         """Threads of a worker on a CPU, when the study began; 0 if not known yet, or if it runs on accelerators."""
         return next((row["threads"] for row in self.rows if row.get("threads")), 0)
 
-    def ask(self) -> OpenTrial | None:
-        """A configuration that no trial had yet, interrupted and known ones first; None when none is left."""
+    def ask(self, *, may_look: bool = False) -> OpenTrial | Look | None:
+        """A configuration that no trial had yet, interrupted and known ones first; None when none is left. may_look:
+        whether a quality alone may be asked for, which is no trial."""
         while self._interrupted:
             frozen = self._interrupted.popleft()
             trial = self._reopened(frozen)
             if open_trial := self._hand_out(trial, Suggestion(self.space.complete(frozen.params))):
                 return open_trial
         while len(self._seen) < self._size:
-            if open_trial := self._hand_out(None, self._next()):
+            suggestion = self._next(may_look)
+            if suggestion.only_quality:
+                return Look(suggestion.params, configuration_of(suggestion.params, self.space, self.cap))
+            if open_trial := self._hand_out(None, suggestion):
                 return open_trial
         return None
 
-    def _next(self) -> Suggestion:
+    def chance_of(self, share: float) -> float | None:
+        """How probable it is that the configurations that were not timed would add that share of the hypervolume, or
+        more; None if the sampler cannot tell."""
+        return self._sampler.chance_of(share)
+
+    def looked(self, look: Look, row: Row) -> None:
+        """What was measured of it; nothing, if that failed."""
+        self._sampler.looked(look.params, row)
+
+    def _next(self, may_look: bool) -> Suggestion:
         while self._known:
             params = dict(self._known.popleft())
             if self._identity(params) not in self._seen:
                 return Suggestion(params)
         if self._sampler.kind == "grid":
             return Suggestion(self._first_unseen())
-        suggestion = self._sampler.suggest(len(self._open))
+        suggestion = self._sampler.suggest(len(self._open), may_look=may_look)
+        if suggestion.only_quality:
+            return suggestion
         if self._identity(suggestion.params) in self._seen:
             suggestion = replace(suggestion, params=self._unseen_near(suggestion.params))
         return suggestion

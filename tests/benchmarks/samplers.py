@@ -1,6 +1,7 @@
 """Samplers compared on a space of which every point was measured (samplers.yaml, results/samplers-space-cpu.json): the
-share of the whole space's hypervolume that is found, against trials, with several trials in flight. With --pace, what
-ask and tell cost as the trials of one study grow in number, the journal on disk.
+share of the whole space's hypervolume that is found, against timings and against the seconds that so many workers would
+have needed, the quality of a policy measured once. With --pace, what ask and tell cost as the trials of one study grow
+in number, the journal on disk.
 
 python -m tests.benchmarks.samplers [--seeds 5] [--trials 128] [--pace 10000] [--json FILE]
 """
@@ -8,19 +9,22 @@ python -m tests.benchmarks.samplers [--seeds 5] [--trials 128] [--pace 10000] [-
 from __future__ import annotations
 
 import argparse
+import heapq
 import json
+import math
 import random
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from orchestrator.options import SAMPLERS
-from orchestrator.search.study import OpenTrial, Study
-from search_spaces import SearchSpace, load_space
+from orchestrator.search.front_sampler import of_policy
+from orchestrator.search.study import Look, OpenTrial, Study
+from search_spaces import SearchSpace, Value, load_space
 from streamllm.results.front import hypervolume
 from streamllm.results.schema import FIELDS, OBJECTIVES, told_name
 from streamllm.results.schema import Row as TrialRow
@@ -29,8 +33,12 @@ HERE = Path(__file__).parent
 SPACE = HERE / "samplers.yaml"
 TABLE = HERE / "results" / "samplers-space-cpu.json"
 STRICT = {"method": "ring", "n_sink": 4, "compress_every": 1, "cache_slack": 0, "max_drop": 0}
-AFTER = (8, 16, 32, 48, 64, 96, 128, 192, 256)
-"""Trials after which the hypervolume is taken."""
+AFTER = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
+"""Timings after which the share of the hypervolume is taken."""
+SHARES = (0.9, 0.99)
+"""Of which it is taken when they are reached."""
+QUALITY_SEC, SPEED_SEC = 3.2, 7.0
+"""What a policy's quality and a configuration's speed take: medians of the README's own sweep, on two cores."""
 PACED = """
 parameters:
   method: [ring, ours, mit]
@@ -68,9 +76,16 @@ class MeasuredSpace:
         self._all = self._volume([row | {"state": "complete"} for row in rows])
 
     def row(self, trial: OpenTrial) -> TrialRow:
-        measured = self._rows[tuple(trial.params[name] for name in self._names)]
+        measured = self._measured(trial.params)
         names = (*self._directions, "reference_tpot_ms")
         return TrialRow(trial=trial.number, state="complete") | {name: measured[name] for name in names}
+
+    def quality(self, look: Look) -> TrialRow:
+        measured = self._measured(look.params)
+        return TrialRow.of({name: measured[name] for name in self._directions if of_policy(name)})
+
+    def _measured(self, params: Mapping[str, Value]) -> Row:
+        return self._rows[tuple(params[name] for name in self._names)]
 
     def share(self, rows: Sequence[Row]) -> float:
         """Of the hypervolume that the whole space has, from the median of every objective: to be better is no feat."""
@@ -84,48 +99,83 @@ def search(
     study: Study,
     answer: Callable[[OpenTrial], Row],
     trials: int,
-    in_flight: int,
+    workers: int,
     seed: int,
-    told: Callable[[int], None],
+    told: Callable[[int, float], None],
+    quality: Callable[[Look], TrialRow] | None = None,
 ) -> None:
-    """Asks and tells with so many in flight, which finish in a random order; `told` sees the number finished."""
-    order, running, asked = random.Random(seed), [], 0
-    for finished in range(1, trials + 1):
-        while len(running) < in_flight and asked < trials and (trial := study.ask()) is not None:
-            running.append(trial)
-            asked += 1
-        trial = running.pop(order.randrange(len(running)))
-        study.tell(trial.number, answer(trial))
-        told(finished)
+    """Asks and tells as so many workers would who measure side by side, each as long as it takes (`QUALITY_SEC`,
+    `SPEED_SEC`, a fifth more or less); `told` sees the number finished, and the seconds since the start. quality: of
+    what is looked at; without it, nothing is."""
+    chance, known = random.Random(seed), set()
+    running: list[tuple[float, int, OpenTrial | Look]] = []
+    asked = finished = 0
+    now = 0.0
+    while finished < trials:
+        while len(running) < workers and asked < trials:
+            what = study.ask(may_look=quality is not None)
+            if what is None:
+                break
+            policy = what.configuration.effective.canonical
+            seconds = QUALITY_SEC * (policy not in known)
+            known.add(policy)
+            if isinstance(what, OpenTrial):
+                seconds += SPEED_SEC
+                asked += 1
+            heapq.heappush(running, (now + seconds * chance.uniform(0.8, 1.2), chance.getrandbits(40), what))
+        if not running:
+            return
+        now, _, what = heapq.heappop(running)
+        if isinstance(what, Look):
+            assert quality is not None
+            study.looked(what, quality(what))
+        else:
+            study.tell(what.number, answer(what))
+            finished += 1
+            told(finished, now)
 
 
-def curve(measured: MeasuredSpace, sampler: str, seed: int, in_flight: int, trials: int) -> dict[int, float]:
-    shares: dict[int, float] = {}
+def curve(measured: MeasuredSpace, sampler: str, seed: int, workers: int, trials: int) -> list[tuple[float, float]]:
+    """After each trial: seconds, and the share of the hypervolume."""
+    found: list[tuple[float, float]] = []
     with tempfile.TemporaryDirectory() as folder:
         study = Study("s", Path(folder) / "journal.log", measured.space, measured.space.cap, seed, sampler)
 
-        def told(finished: int) -> None:
-            if finished in AFTER:
-                shares[finished] = measured.share(study.rows)
+        def told(finished: int, seconds: float) -> None:
+            found.append((seconds, measured.share(study.rows)))
 
-        search(study, measured.row, trials, in_flight, seed, told)
-    return shares
+        search(study, measured.row, trials, workers, seed, told, measured.quality)
+    return found
 
 
 def compare(samplers: Sequence[str], seeds: int, trials: int) -> list[Row]:
     measured, rows = MeasuredSpace(), []
-    for in_flight, sampler in product((2, 8), samplers):
+    for workers, sampler in product((1, 2, 8), samplers):
         started = time.perf_counter()
-        curves = [curve(measured, sampler, seed, in_flight, trials) for seed in range(seeds)]
-        seconds = (time.perf_counter() - started) / seeds / trials
-        row: Row = {"sampler": sampler, "in flight": in_flight, "ms per trial": 1e3 * seconds}
-        for after in curves[0]:
-            values = sorted(one[after] for one in curves)
-            row[str(after)] = {"median": median(values), "low": values[0], "high": values[-1], "all": values}
+        curves = [curve(measured, sampler, seed, workers, trials) for seed in range(seeds)]
+        spent = (time.perf_counter() - started) / seeds / trials
+        row: Row = {"sampler": sampler, "workers": workers, "ms per trial": 1e3 * spent}
+        for after in (after for after in AFTER if after <= trials):
+            row[str(after)] = spread([one[after - 1][1] for one in curves])
+        for share in SHARES:
+            row[f"{share:.0%} after"] = {
+                "timings": spread([_reached(one, share, lambda place, _: place + 1) for one in curves]),
+                "seconds": spread([_reached(one, share, lambda _, seconds: seconds) for one in curves]),
+            }
         rows.append(row)
-        shown = "  ".join(f"{after}: {100 * row[str(after)]['median']:.1f}%" for after in curves[0])
-        print(f"{sampler:7} {in_flight} in flight  {row['ms per trial']:6.1f} ms/trial  {shown}", flush=True)
+        shown = "  ".join(f"{after}: {row[str(after)]['median']:.0%}" for after in AFTER if after <= trials)
+        times = "  ".join(f"{share:.0%}: {row[f'{share:.0%} after']['seconds']['median']:.0f} s" for share in SHARES)
+        print(f"{sampler:7} {workers} workers  {row['ms per trial']:6.1f} ms/trial  {shown}   {times}", flush=True)
     return rows
+
+
+def spread(values: Sequence[float]) -> Row:
+    ordered = sorted(values)
+    return {"median": median(ordered), "low": ordered[0], "high": ordered[-1], "all": list(values)}
+
+
+def _reached(curve: Sequence[tuple[float, float]], share: float, what: Callable[[int, float], float]) -> float:
+    return next((what(place, seconds) for place, (seconds, there) in enumerate(curve) if there >= share), math.inf)
 
 
 def pace(sampler: str, trials: int, in_flight: int = 64, parts: int = 10) -> Row:
@@ -152,7 +202,7 @@ def pace(sampler: str, trials: int, in_flight: int = 64, parts: int = 10) -> Row
         space: SearchSpace = load_space(str(file))
         marks = [(time.perf_counter(), time.process_time())]
 
-        def told(finished: int) -> None:
+        def told(finished: int, _: float) -> None:
             if finished % (trials // parts) == 0:
                 marks.append((time.perf_counter(), time.process_time()))
                 wall, process = (1e3 * (marks[-1][i] - marks[-2][i]) / (trials // parts) for i in (0, 1))
@@ -178,7 +228,7 @@ def pace(sampler: str, trials: int, in_flight: int = 64, parts: int = 10) -> Row
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--samplers", default="tpe,nsga2,gp,qmc,random,grid", help="those to compare")
+    parser.add_argument("--samplers", default="front,tpe,nsga2,gp,qmc,random,grid", help="those to compare")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--trials", type=int, default=128)
     parser.add_argument("--pace", type=int, metavar="N", help="time ask and tell up to N trials instead")

@@ -1,0 +1,296 @@
+"""The sampler made for this search: it times what is expected to move the front most.
+
+Two things set speed-quality trade-offs apart from what general samplers are made for. Quality is exact, depends on the
+policy alone and costs a fraction of a timing; so it is looked up before a timing is spent, and what cannot win by it is
+never timed. And a time per token follows from little: method, kernel, how often is pruned, how many keys are attended
+to. So a Gaussian process knows most of a space after few timings, and how surely it does (`surrogate`).
+
+What comes next is what has the largest expected gain of hypervolume (Emmerich, Giannakoglou and Naujoks 2006) under
+both uncertainties; if that hangs on a quality that is not known, the quality comes first.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import NormalDist
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from search_spaces import SearchSpace, Value
+from streamllm.configuration import Configuration
+from streamllm.engine.methods import sampled_losses
+from streamllm.errors import UsageError
+from streamllm.results.schema import OBJECTIVES, AnyRow, is_score, number, told_name
+
+from .gain import Gain
+from .points import configuration_of
+from .surrogate import Quantity, features
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_MOST = 20_000
+"""Points that are looked at; of a larger space, so many drawn at random."""
+_DRAWS = 32
+"""Of a point's unknown values, to average over."""
+_WORLDS = 100
+_CONTENDERS = 400
+"""Points that may add something, for all of which it is drawn at once what they do."""
+_FIRST = 3
+"""Timings, far apart, before anything is expected."""
+_TIMED = ("time_ratio", "speedup", "peak_memory_mb")
+"""Measures that a configuration has to be timed for; others are of its policy, but for scores of tasks."""
+
+
+def of_policy(metric: str) -> bool:
+    """Whether all configurations of a policy share it, so that it is known without a timing."""
+    return metric not in _TIMED and not is_score(metric)
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What to measure next."""
+
+    params: dict[str, Value]
+    only_quality: bool
+    gain: float
+    """Expected, as a share of the hypervolume that is there."""
+
+
+class Candidates:
+    """The points of a space that can be measured, and which of them share a policy."""
+
+    def __init__(self, space: SearchSpace, cap: int, seed: int) -> None:
+        self.params: list[dict[str, Value]] = []
+        self.configurations: list[Configuration] = []
+        self._places: dict[tuple[Value, ...], int] = {}
+        for params in _points(space, seed):
+            if (name := self._identity(params)) in self._places:
+                continue
+            try:
+                what = configuration_of(params, space, cap)
+            except UsageError:
+                continue
+            self._places[name] = len(self.params)
+            self.params.append(params)
+            self.configurations.append(what)
+        first: dict[object, int] = {}
+        self.policy = np.array([first.setdefault(_quality_key(w), len(first)) for w in self.configurations], dtype=int)
+        """(n,): the number of each point's policy."""
+        self.representatives = [int(np.argmax(self.policy == number)) for number in range(len(first))]
+
+    def place(self, params: Mapping[str, Value]) -> int | None:
+        return self._places.get(self._identity(params))
+
+    @cached_property
+    def features(self) -> np.ndarray:
+        return features(self.configurations)
+
+    @cached_property
+    def policy_features(self) -> np.ndarray:
+        return features([self.configurations[place] for place in self.representatives], of_quality=True)
+
+    @staticmethod
+    def _identity(params: Mapping[str, Value]) -> tuple[Value, ...]:
+        return tuple(params[name] for name in sorted(params))
+
+
+class FrontSampler:
+    def __init__(self, space: SearchSpace, cap: int, seed: int) -> None:
+        self.candidates = Candidates(space, cap, seed)
+        self._constraints = space.constraints
+        self._signs = {told_name(name): 1.0 if OBJECTIVES[name] == "minimize" else -1.0 for name in space.objectives}
+        self._random = np.random.default_rng(seed)
+        metrics = dict.fromkeys([*self._signs, *(constraint.metric for constraint in space.constraints)])
+        self._quantities = {
+            name: Quantity(
+                self.candidates.policy_features if of_policy(name) else self.candidates.features,
+                is_ratio=name in _TIMED,
+                is_exact=of_policy(name),
+            )
+            for name in metrics
+        }
+        self._pending: dict[int, bool] = {}
+        """Places of what is being measured; whether for its quality alone."""
+        self._timed: set[int] = set()
+        self._unknowable: set[int] = set()
+        """Policies whose quality could not be measured."""
+
+    # -- what is known
+
+    def known(self, params: Mapping[str, Value], row: AnyRow, *, only_quality: bool) -> None:
+        """Takes in a finished trial, or a quality."""
+        place = self.candidates.place(params)
+        if place is None:
+            return
+        self._pending.pop(place, None)
+        if not only_quality:
+            self._timed.add(place)
+        elif not row:
+            self._unknowable.add(int(self.candidates.policy[place]))
+        for name, quantity in self._quantities.items():
+            value = number(row, name)
+            if value is not None and (of_policy(name) or not only_quality):
+                unit = int(self.candidates.policy[place]) if of_policy(name) else place
+                quantity.measured(unit, value, _relative_noise(row, name, value))
+
+    def failed(self, params: Mapping[str, Value]) -> None:
+        """It is not asked for again."""
+        if (place := self.candidates.place(params)) is not None:
+            self._pending.pop(place, None)
+            self._timed.add(place)
+
+    # -- what comes next
+
+    def next(self, *, may_look: bool = True) -> Choice | None:
+        """may_look: whether a quality alone can be measured now. None if everything has been, or is being, timed."""
+        free = self._free()
+        if not len(free):
+            return None
+        if len(self._timed) + len(self._pending) < _FIRST:
+            return self._chosen(self._far_from_all(free), False, 1.0)
+        gains = self._gains()
+        order = free[np.argsort(-gains[free], kind="stable")]
+        known = self._known_policies()
+        looked_at = {int(self.candidates.policy[place]) for place, only in self._pending.items() if only}
+        for place in order:
+            policy = int(self.candidates.policy[place])
+            if policy in known or not may_look:
+                return self._chosen(int(place), False, float(gains[place]))
+            if policy not in looked_at:
+                return self._chosen(int(place), True, float(gains[place]))
+        return self._chosen(int(order[0]), False, float(gains[order[0]]))
+
+    def chance_of(self, share: float) -> float:
+        """How probable it is that timing all the rest would add this share of the hypervolume, or more, to what the
+        timed ones have. 1 before anything is expected."""
+        timed, free = sorted(self._timed), self._free()
+        if len(timed) < _FIRST:
+            return 1.0
+        if not len(free):
+            return 0.0
+        gains = self._gains()
+        contenders = [int(place) for place in free[np.argsort(-gains[free])][:_CONTENDERS] if gains[place] > 0]
+        if not contenders:
+            return 0.0
+        places = [*timed, *contenders]
+        values = {name: self._together(name, quantity, places) for name, quantity in self._quantities.items()}
+        points = self._objectives(values)  # (n, k, m)
+        reference = self._reference(points.mean(axis=1))
+        return float(np.mean([_adds(points[:, world], len(timed), reference) >= share for world in range(_WORLDS)]))
+
+    def _together(self, name: str, quantity: Quantity, places: list[int]) -> np.ndarray:
+        """(len(places), k)"""
+        units = self.candidates.policy[places] if of_policy(name) else np.array(places)
+        once, where = np.unique(units, return_inverse=True)
+        return quantity.drawn_together(once.tolist(), self._random.standard_normal((len(once), _WORLDS)))[where]
+
+    def _chosen(self, place: int, only_quality: bool, gain: float) -> Choice:
+        self._pending[place] = only_quality
+        return Choice(self.candidates.params[place], only_quality, gain)
+
+    def _free(self) -> np.ndarray:
+        """Places that are not timed, nor being timed."""
+        taken = self._timed | {place for place, only in self._pending.items() if not only}
+        return np.array([place for place in range(len(self.candidates.params)) if place not in taken], dtype=int)
+
+    def _known_policies(self) -> set[int]:
+        of_policies = [quantity for name, quantity in self._quantities.items() if of_policy(name)]
+        if not of_policies:
+            return set(range(len(self.candidates.representatives)))
+        return set.intersection(*(set(quantity.known) for quantity in of_policies)) | self._unknowable
+
+    def _far_from_all(self, free: np.ndarray) -> int:
+        features = self.candidates.features
+        features = features / np.maximum(np.ptp(features, axis=0), 1e-9)
+        taken = [*self._timed, *self._pending]
+        if not taken:
+            return int(self._random.choice(free))
+        distances = ((features[free, None] - features[None, taken]) ** 2).sum(axis=-1).min(axis=1)
+        return int(free[np.argmax(distances + 1e-9 * self._random.random(len(free)))])
+
+    def _gains(self) -> np.ndarray:
+        """(n,): the expected gain of timing each point, as a share of the hypervolume there is. What is being timed
+        counts as what is expected of it."""
+        likely = self._objectives({name: self._of_all(name, q.middle()) for name, q in self._quantities.items()})
+        reference = self._reference(likely)
+        timed = [*self._timed, *(place for place, only in self._pending.items() if not only)]
+        front = likely[timed]
+        if not np.all(np.isfinite(reference)):
+            return -self._excess()
+        gain = Gain(front[np.all(np.isfinite(front), axis=1)], reference)
+        points = self._objectives(self._drawn())  # (n, k, m)
+        n, k, m = points.shape
+        worth = np.nonzero(np.all(points.min(axis=1) < reference, axis=1))[0]
+        values = np.zeros(n)
+        values[worth] = gain.of(points[worth].reshape(-1, m)).reshape(-1, k).mean(axis=1)
+        there = Gain(np.empty((0, m)), reference).of(front[np.all(np.isfinite(front), axis=1)]).max(initial=0.0)
+        return values / (there or 1.0)
+
+    @staticmethod
+    def _reference(points: np.ndarray) -> np.ndarray:
+        """The middle of what there is: to be better than bad is no feat. (n, m) -> (m,)"""
+        feasible = points[np.all(np.isfinite(points), axis=1)]
+        return np.median(feasible, axis=0) if len(feasible) else np.full(points.shape[1], np.inf)
+
+    def _excess(self) -> np.ndarray:
+        """(n,): by how much each point is likely to violate constraints, in all."""
+        total = np.zeros(len(self.candidates.params))
+        for constraint in self._constraints:
+            quantity = self._quantities[constraint.metric]
+            excess = self._of_all(constraint.metric, quantity.middle()) - constraint.limit
+            excess = np.maximum(excess if constraint.relation == "<=" else -excess, 0.0)
+            total += excess / (excess.max(initial=0.0) or 1.0)
+        return total
+
+    def _drawn(self) -> dict[str, np.ndarray]:
+        """metric -> (n, k): values that each point may have, in the k-th of as many worlds; each metric by itself."""
+        quantiles = np.array([NormalDist().inv_cdf((draw + 0.5) / _DRAWS) for draw in range(_DRAWS)])
+        return {
+            name: self._of_all(name, q.drawn(np.broadcast_to(self._random.permutation(quantiles), (len(q), _DRAWS))))
+            for name, q in self._quantities.items()
+        }
+
+    def _of_all(self, name: str, values: np.ndarray) -> np.ndarray:
+        """Of points, from those of policies."""
+        return values[self.candidates.policy] if of_policy(name) else values
+
+    def _objectives(self, values: Mapping[str, np.ndarray]) -> np.ndarray:
+        """(..., m): to be minimised; infinite where a constraint is violated."""
+        together = np.stack([sign * values[name] for name, sign in self._signs.items()], axis=-1)
+        for constraint in self._constraints:
+            excess = values[constraint.metric] - constraint.limit
+            together[(excess if constraint.relation == "<=" else -excess) > 0] = np.inf
+        return together
+
+
+def _points(space: SearchSpace, seed: int) -> Iterable[dict[str, Value]]:
+    if space.size <= _MOST:
+        return space.points()
+    chance = random.Random(seed)
+    return [space.draw(lambda _, choices: chance.choice(choices)) for _ in range(_MOST)]
+
+
+def _adds(points: np.ndarray, timed: int, reference: np.ndarray) -> float:
+    """The share of the hypervolume of the first so many points that the others add."""
+    import moocore
+
+    inside = np.all(points < reference, axis=1)
+    before = moocore.hypervolume(points[:timed][inside[:timed]], ref=reference) if inside[:timed].any() else 0.0
+    after = moocore.hypervolume(points[inside], ref=reference) if inside.any() else 0.0
+    return float(after / before - 1.0) if before else float("inf") if after else 0.0
+
+
+def _quality_key(what: Configuration) -> object:
+    method = "" if sampled_losses(what.method) is None else what.method
+    return what.effective.canonical, what.quantization, method
+
+
+def _relative_noise(row: AnyRow, name: str, value: float) -> float:
+    """Standard deviation, from the interval of 95%."""
+    low, high = number(row, f"{name}_low"), number(row, f"{name}_high")
+    return 0.0 if low is None or high is None else (high - low) / 3.92 / abs(value or 1.0)

@@ -1,0 +1,188 @@
+"""What is expected of configurations that were not measured, and how surely: Gaussian processes over features that say
+what a configuration does, not what it is called."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from streamllm.configuration import Configuration
+from streamllm.policy import EvictionPolicy, Schedule
+
+_CYCLES = 4
+_ENOUGH = 4
+"""Measurements, before a kernel is chosen by them."""
+_LEAST_NOISE = 1e-3
+"""Standard deviation of a measurement in the model's units, whatever its interval says."""
+
+
+@cache
+def work_of(policy: EvictionPolicy) -> tuple[float, float, float]:
+    """Of a full cache, on average: keys that a query attends to, tokens after which something is evicted, tokens that
+    are evicted at once where something is."""
+    schedule = Schedule(policy)
+    schedule.held = policy.kept
+    span = _CYCLES * max(policy.compress_every, policy.cache_slack, 1)
+    for _ in range(span):
+        schedule.after_token()
+    keys = prunes = dropped = 0
+    for _ in range(span):
+        keys += schedule.held + 1
+        drop = schedule.after_token()
+        prunes += drop > 0
+        dropped += drop
+    return keys / span, prunes / span, dropped / max(prunes, 1)
+
+
+def features(configurations: Sequence[Configuration], *, of_quality: bool = False) -> np.ndarray:
+    """(n, d): numbers of policies on a scale where equal steps matter alike, and a column for each name of a method,
+    backend, execution or quantization that not all share; of_quality: without those that no prediction depends on."""
+    numbers = np.array([_numbers(what.effective) for what in configurations])
+    names = [(what.quantization, what.method, what.backend, what.execution) for what in configurations]
+    columns = [numbers]
+    for kind in range(1 if of_quality else 4):
+        known = sorted({str(one[kind]) for one in names})
+        if len(known) > 1:
+            columns.append(np.array([[str(one[kind]) == name for name in known] for one in names], dtype=float))
+    together = np.concatenate(columns, axis=1)
+    return together[:, np.ptp(together, axis=0) > 0]
+
+
+def _numbers(policy: EvictionPolicy) -> tuple[float, ...]:
+    keys, prunes, at_once = work_of(policy)
+    return (
+        math.log2(1 + policy.n_sink),
+        math.log2(policy.compress_every or 2**16),
+        math.log2(1 + policy.cache_slack),
+        math.log2(1 + policy.max_drop),
+        math.log2(keys),
+        math.log2(1 + at_once),
+        2 * prunes,
+        float(policy.keeps_positions),
+    )
+
+
+class Quantity:
+    """A number that every unit (a configuration, or a policy) has: what was measured of it, and what is expected of the
+    others, by a Gaussian process (Rasmussen and Williams 2006, algorithm 2.1; scikit-learn's) of the number on a scale
+    where it varies evenly."""
+
+    def __init__(self, features: np.ndarray, *, is_ratio: bool, is_exact: bool) -> None:
+        """features: (n, d) of all units. is_ratio: it is positive, and ratios matter; else small differences matter
+        most where it is small. is_exact: what was measured is true."""
+        self._features = (features - features.mean(axis=0)) / np.maximum(features.std(axis=0), 1e-9)
+        self._is_ratio = is_ratio
+        self._is_exact = is_exact
+        self._measured: dict[int, tuple[float, float]] = {}
+        self._kernel: object | None = None
+        self._fitted_at = 0
+        self._process: Any = None
+        self._spread = 1.0
+        self._expected: tuple[np.ndarray, np.ndarray] | None = None
+        self._middle, self._scale = 0.0, 1.0
+
+    @property
+    def known(self) -> list[int]:
+        return list(self._measured)
+
+    def __len__(self) -> int:
+        return len(self._features)
+
+    def measured(self, unit: int, value: float, noise: float = 0.0) -> None:
+        """noise: relative standard deviation, of a ratio."""
+        if self._is_ratio and value <= 0:
+            return
+        self._measured[unit] = value, noise
+        self._expected = None
+
+    def drawn(self, deviates: np.ndarray) -> np.ndarray:
+        """deviates: (n, k), normal, of each unit. Returns values that it may have."""
+        mean, deviation = self.expected()
+        return self._unwarped(mean[:, None] + deviation[:, None] * deviates)
+
+    def drawn_together(self, units: Sequence[int], deviates: np.ndarray) -> np.ndarray:
+        """deviates: (len(units), k), normal and independent. Returns values that these may have at once: what is alike
+        errs alike."""
+        mean, deviation = self.expected()
+        mean, chosen = mean[units], list(units)
+        if self._process is None:
+            return self._unwarped(mean[:, None] + deviation[chosen, None] * deviates)
+        _, covariance = self._process.predict(self._features[chosen], return_cov=True)
+        covariance = covariance * self._spread**2
+        known = [place for place, unit in enumerate(chosen) if self._is_exact and unit in self._measured]
+        covariance[known, :] = covariance[:, known] = 0.0
+        noise = self._process.kernel_.k2.noise_level * self._spread**2
+        free = [place for place in range(len(chosen)) if place not in set(known)]
+        errors = np.zeros_like(deviates)
+        block = covariance[np.ix_(free, free)] - noise * np.eye(len(free))
+        values, vectors = np.linalg.eigh(block)
+        errors[free] = vectors @ (np.sqrt(np.maximum(values, 0.0))[:, None] * deviates[free])
+        return self._unwarped(mean[:, None] + errors)
+
+    def middle(self) -> np.ndarray:
+        """(n,): values, the most likely where they are not known."""
+        return self._unwarped(self.expected()[0])
+
+    def expected(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each unit, on the even scale."""
+        if self._expected is None:
+            self._expected = self._fit()
+        return self._expected
+
+    def _fit(self) -> tuple[np.ndarray, np.ndarray]:
+        n = len(self._features)
+        units = self.known
+        raw = np.array([self._measured[unit][0] for unit in units])
+        if not self._is_ratio and len(raw):
+            self._middle = float(np.median(raw))
+            self._scale = max(float(np.median(np.abs(raw - self._middle))), 1e-9)
+        values = self._warped(raw)
+        if not len(values):
+            return np.zeros(n), np.ones(n)
+        middle, spread = float(values.mean()), float(values.std()) or 1.0
+        noise = np.array([self._measured[unit][1] for unit in units]) / spread
+        process = self._conditioned(self._features[units], (values - middle) / spread, np.maximum(noise, _LEAST_NOISE))
+        mean, deviation = process.predict(self._features, return_std=True)
+        deviation = np.sqrt(np.maximum(deviation**2 - process.kernel_.k2.noise_level, 1e-12))  # of the truth
+        self._process, self._spread = process, spread * _overconfidence(process)
+        mean, deviation = middle + spread * mean, self._spread * deviation
+        if self._is_exact:
+            mean[units], deviation[units] = values, 0.0
+        return mean, deviation
+
+    def _conditioned(self, x: np.ndarray, y: np.ndarray, noise: np.ndarray) -> Any:
+        """Its kernel is chosen anew as there is a tenth more to go by."""
+        from sklearn.gaussian_process import GaussianProcessRegressor
+        from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
+
+        kernel = self._kernel or (
+            ConstantKernel(1.0, (0.05, 20.0)) * Matern(np.full(x.shape[1], 2.0), (0.3, 10.0), nu=2.5)
+            + WhiteKernel(1e-3, (1e-6, 0.3))
+        )
+        is_due = len(y) >= _ENOUGH and len(y) >= 1.1 * self._fitted_at
+        process = GaussianProcessRegressor(kernel, alpha=noise**2, optimizer="fmin_l_bfgs_b" if is_due else None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of bounds that are reached, and of what does not converge
+            process.fit(x, y)
+        if is_due:
+            self._kernel, self._fitted_at = process.kernel_, len(y)
+        return process
+
+    def _warped(self, values: np.ndarray) -> np.ndarray:
+        return np.log(values) if self._is_ratio else np.arcsinh((values - self._middle) / self._scale)
+
+    def _unwarped(self, values: np.ndarray) -> np.ndarray:
+        return np.exp(values) if self._is_ratio else self._middle + self._scale * np.sinh(values)
+
+
+def _overconfidence(process: Any) -> float:
+    """By how much the measurements are further from what the others predict of them than the process thinks, at least
+    1 (Rasmussen and Williams 2006, section 5.4.2: predictions of each without it, in closed form)."""
+    inverse = np.linalg.inv(process.L_ @ process.L_.T)
+    errors = process.alpha_ / np.sqrt(np.diag(inverse))
+    return max(1.0, float(np.sqrt(np.mean(errors**2))))
