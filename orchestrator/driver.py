@@ -161,9 +161,9 @@ class Driver:
         self.scheduler.start(plan, self.subject, partial(self._looked, look))
 
     def _looked(self, look: Look, result: Evaluated | JobError) -> None:
-        """What fails will be said when it is timed."""
         self._open -= 1
         if isinstance(result, JobError):
+            self.note(f"warning: nothing with the policy {look.configuration.policy} is tried: {result}")
             self.study.looked(look, Row())
             return
         self._sample.spent(result.seconds, on_it=False)

@@ -32,11 +32,12 @@ class Log:
 
 @pytest.fixture
 def drive(tmp_path):
-    """Runs trials of a study, in a pool; `space`: more of its file; more: of the driver."""
+    """Runs trials of a study, in a pool; `space`: more of its file; more: of the driver. The sampler looks at nothing
+    that it does not try, unless another is named."""
 
-    def drive(pool, trials, space="", notes=None, **more):
+    def drive(pool, trials, space="", notes=None, sampler="tpe", **more):
         (tmp_path / "space.yaml").write_text(SPACE + space)
-        study = Study("s", tmp_path / "journal.log", load_space(str(tmp_path / "space.yaml")), 32, seed=1)
+        study = Study("s", tmp_path / "journal.log", load_space(str(tmp_path / "space.yaml")), 32, 1, sampler)
         log, notes = Log(), [] if notes is None else notes
         of = scheduler(pool, tmp_path, study.rows, notes.append)
         log.driver = Driver(study, of, TEXT, VARIANT, trials, [log], notes.append, **more)

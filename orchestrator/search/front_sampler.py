@@ -117,13 +117,13 @@ class FrontSampler:
         self._pending: dict[int, bool] = {}
         """Places of what is being measured; whether for its quality alone."""
         self._timed: set[int] = set()
-        self._unknowable: set[int] = set()
-        """Policies whose quality could not be measured."""
+        """Places that are done with."""
 
     # -- what is known
 
     def known(self, params: Mapping[str, Value], row: AnyRow, *, only_quality: bool) -> None:
-        """Takes in a finished trial, or a quality."""
+        """Takes in a finished trial, or a quality; where that could not be measured, nothing of its policy is asked for
+        again."""
         place = self.candidates.place(params)
         if place is None:
             return
@@ -131,7 +131,7 @@ class FrontSampler:
         if not only_quality:
             self._timed.add(place)
         elif not row:
-            self._unknowable.add(int(self.candidates.policy[place]))
+            self._timed.update(np.nonzero(self.candidates.policy == self.candidates.policy[place])[0].tolist())
         for name, quantity in self._quantities.items():
             value = number(row, name)
             if value is not None and (of_policy(name) or not only_quality):
@@ -202,7 +202,7 @@ class FrontSampler:
         of_policies = [quantity for name, quantity in self._quantities.items() if of_policy(name)]
         if not of_policies:
             return set(range(len(self.candidates.representatives)))
-        return set.intersection(*(set(quantity.known) for quantity in of_policies)) | self._unknowable
+        return set.intersection(*(set(quantity.known) for quantity in of_policies))
 
     def _far_from_all(self, free: np.ndarray) -> int:
         features = self.candidates.features
@@ -227,6 +227,8 @@ class FrontSampler:
         n, k, m = points.shape
         worth = np.nonzero(np.all(points.min(axis=1) < reference, axis=1))[0]
         values = np.zeros(n)
+        if not len(worth):
+            return values
         values[worth] = gain.of(points[worth].reshape(-1, m)).reshape(-1, k).mean(axis=1)
         there = Gain(np.empty((0, m)), reference).of(front[np.all(np.isfinite(front), axis=1)]).max(initial=0.0)
         return values / (there or 1.0)
