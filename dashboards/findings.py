@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from streamllm.results.schema import AnyRow, positions_of
-from streamllm.results.study import StudyResults
+from streamllm.results.study import HARDLY, StudyResults
 
 from .recommendation import COSTS, cost_of, least_cost, recommended
 from .tables.columns import interval_decimals
@@ -32,7 +32,7 @@ def findings(study: StudyResults, front: Sequence[AnyRow]) -> Findings:
     chosen = found.row
     return Findings(
         _asked(study),
-        _found(front) if front else ("No configuration is on the front: none was measured and feasible.",),
+        _found(study, front),
         chosen,
         found.why if chosen is None else f"Recommended: {configuration_words(chosen)}. {found.why}",
         _certainty(study, chosen),
@@ -64,7 +64,13 @@ def _asked(study: StudyResults) -> str:
     )
 
 
-def _found(points: Sequence[AnyRow]) -> tuple[str, ...]:
+def _found(study: StudyResults, points: Sequence[AnyRow]) -> tuple[str, ...]:
+    if not points:
+        return ("No configuration is on the front: none was measured and feasible.",)
+    return (*_best(points), *_left(study))
+
+
+def _best(points: Sequence[AnyRow]) -> tuple[str, ...]:
     if not all("speedup" in point and "ppl_increase_percent" in point for point in points):
         return (f"{len(points)} configurations are on the front: no other beats one of them in every objective.",)
     fastest = max(points, key=lambda row: row["speedup"])
@@ -76,6 +82,27 @@ def _found(points: Sequence[AnyRow]) -> tuple[str, ...]:
     if not free:
         said.append("No configuration on the front is free: each costs some quality, by more than its interval.")
     return tuple(said)
+
+
+def _left(study: StudyResults) -> tuple[str, ...]:
+    """What the search has not found yet, as far as its sampler knows."""
+    known = study.configuration.get("completeness")
+    if known is None:
+        return ()
+    share, chance, rest = f"{100 * known['share']:g}%", known["chance"], known["points"] - known["timed"]
+    if not rest:
+        return (f"All {known['points']} configurations of the space were tried.",)
+    tried = f"after {known['timed']} of {known['points']:,} configurations"
+    if chance < HARDLY:
+        return (
+            f"The front is complete to {share}, {tried}: the others would add so much to its hypervolume, the area "
+            f"that it dominates, with a probability of {100 * chance:.0f}%.",
+        )
+    return (
+        f"The front may not be complete, {tried}: the others would add {share} or more to its hypervolume, the area "
+        f"that it dominates, with a probability of {100 * chance:.0f}%. The same command with more --trials, or with "
+        f"--until {known['share']:g}, goes on.",
+    )
 
 
 def _speed(row: AnyRow) -> str:

@@ -52,6 +52,7 @@ _ROUNDS = 3
 """Of confirming a search."""
 _OF_SEARCHES = (
     "trials",
+    "until",
     "time_budget",
     "sampler",
     "baseline_tokens",
@@ -83,6 +84,13 @@ def parser() -> argparse.ArgumentParser:
     how = parser.add_argument_group("how")
     how.add_argument(
         "--trials", type=int, metavar="N", help="configurations to measure in all (16; what fits in a time budget)"
+    )
+    how.add_argument(
+        "--until",
+        type=float,
+        metavar="SHARE",
+        help="stop when timing all the rest would add that share to the front's hypervolume, such as 0.01, with a "
+        "probability below 5%% (never; --trials and --time-budget still hold)",
     )
     how.add_argument(
         "--time-budget",
@@ -198,6 +206,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
     space = space.with_backends(backends) if backends else space
     search = SearchSettings(
         trials=arguments.trials,
+        until=arguments.until,
         time_budget=None if arguments.time_budget is None else seconds(arguments.time_budget),
         sampler=arguments.sampler,
         baseline_tokens=sample_size(arguments.baseline_tokens),

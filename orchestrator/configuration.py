@@ -23,7 +23,7 @@ from streamllm.results.damaged import keep_aside
 from streamllm.results.schema import OBJECTIVES
 from streamllm.results.study_folder import StudyFolder
 
-from .options import SAMPLERS, TIMINGS
+from .options import MODELLED, SAMPLERS, TIMINGS
 from .search.points import check_cap, check_methods, check_possible
 from .search.tasks import tasks_of
 from .study_name import check_study_name
@@ -112,7 +112,9 @@ class SearchSettings:
     """How a study is searched. This and all that follows may change when it goes on."""
 
     trials: int | None = None
-    """Configurations in all; None: 16, or those that fit in the time budget."""
+    """Configurations in all; None: 16, or those that fit in the time budget, or as many as `until` takes."""
+    until: float | None = None
+    """Share of the front's hypervolume: the search ends when what was not timed would hardly add so much."""
     time_budget: float | None = None
     """Seconds after which all should be finished."""
     sampler: str = "auto"
@@ -125,6 +127,12 @@ class SearchSettings:
         _check_seconds(time_budget=self.time_budget)
         if self.sampler not in SAMPLERS:
             raise UsageError(f"sampler {self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
+        if self.until is not None and not 0 < self.until < 1:
+            raise UsageError(f"until {self.until}: must be a share above 0 and below 1, such as 0.01")
+        if self.until is not None and self.sampler not in MODELLED:
+            raise UsageError(
+                f"until {self.until} with sampler {self.sampler!r}: only {' and '.join(MODELLED)} can tell what is left"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +183,8 @@ class SweepConfiguration:
     @property
     def trials(self) -> int:
         """How many configurations are measured in all, at most."""
-        return self.search.trials or (_TRIALS if self.search.time_budget is None else self.identity.space.size)
+        limited = self.search.time_budget is not None or self.search.until is not None
+        return self.search.trials or (self.identity.space.size if limited else _TRIALS)
 
     @property
     def folder(self) -> StudyFolder:
@@ -203,6 +212,7 @@ class SweepConfiguration:
         return self.identity.to_dict() | {
             "output": str(self.output),
             "trials": self.trials,
+            "until": search.until,
             "time_budget": search.time_budget,
             "sampler": search.sampler,
             "baseline_tokens": search.baseline_tokens,

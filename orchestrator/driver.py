@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Protocol
 from search_spaces import SearchSpace
 from streamllm.errors import UsageError
 from streamllm.results.schema import OBJECTIVES, Row, told_name
-from streamllm.results.study import BASELINE, STRICT
+from streamllm.results.study import BASELINE, HARDLY, STRICT
+from streamllm.results.study_folder import Completeness
 
 from .scheduler import Scheduler
 from .search.rows import failed_row, fixed_configuration, fixed_row, increases, quality_row, trial_row
@@ -32,8 +33,8 @@ if TYPE_CHECKING:
     from streamllm.measuring.quality import QualityComparison
     from streamllm.measuring.text import TokenStream
 
-HARDLY = 0.05
-"""The probability below which a search stops that is to find all that matters."""
+_MATTERS = 0.01
+"""A share of the hypervolume that is worth more timings, where nobody says."""
 _CANDIDATES = 5
 """Taken to be confirmed, when time is set aside for it."""
 _OF_BASELINE = {"speedup", "ppl_increase_percent"}
@@ -125,6 +126,14 @@ class Driver:
             return []
         strict = fixed_row(STRICT, self.study.cap, self.fixed[STRICT], None, self.comparison)
         return increases([strict, *self.study.rows], self.comparison, losses_of)
+
+    def completeness(self) -> Completeness | None:
+        """How probable it is that there is more to find; None if the sampler cannot tell."""
+        share = self._complete_to or _MATTERS
+        chance = self.study.chance_of(share)
+        if chance is None:
+            return None
+        return {"share": share, "chance": chance, "timed": len(self.study.rows), "points": self.study.space.size}
 
     def _fill(self) -> None:
         """Starts trials, and batches of the baseline's sample, as long as some worker has nothing to do."""

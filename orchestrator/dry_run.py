@@ -29,6 +29,8 @@ def describe(configuration: SweepConfiguration) -> str:
     what, search = configuration.identity, configuration.search
     space, cap, source = what.space, what.cap, what.source
     limits = f"up to {configuration.trials} trials"
+    if search.until is not None:
+        limits += f", until what is left would hardly add {search.until:.2%} to the front's hypervolume"
     if search.time_budget is not None:
         limits += f", finished after about {search.time_budget:g} s"
     shortened = f"; the space says {space.cap}" if cap < space.cap else ""

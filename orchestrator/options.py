@@ -24,6 +24,8 @@ SAMPLERS: dict[str, Lazy[SamplerMaker] | None] = {
 TIMINGS = ("auto", "exclusive", "concurrent")
 """Whether accelerators of one node are timed one at a time or side by side; `auto`: as they are found to disturb one
 another."""
+MODELLED = ("auto", "front")
+"""Those that know what to expect of all that they have not measured."""
 AUTO_FRONT_TRIALS = 200
 """By then `front` has found what there is in the spaces that were measured (tests/benchmarks/samplers.py), and an ask
 costs it more with every trial; nsga2's costs are flat."""

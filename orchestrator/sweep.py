@@ -165,8 +165,11 @@ def _measure(
             confirm=rounds,
             baseline_tokens=search.baseline_tokens,
             tasks=what.tasks,
+            complete_to=search.until,
         )
         driver.run()
+        with writing():
+            _keep_completeness(configuration.folder, driver)
         if rounds:
             with writing():
                 _confirm(configuration, driver, kinds, display, until)
@@ -187,6 +190,12 @@ def _measure(
             pool.shutdown()
     found = driver.increases(store.losses) if driver is not None else ()
     return _Measured(code if is_written else code or 1, is_written, found)
+
+
+def _keep_completeness(folder: StudyFolder, driver: Driver) -> None:
+    """Adds to `sweep.json` what is left to find, where the sampler knows."""
+    if (found := driver.completeness()) is not None:
+        folder.write_configuration(folder.read_configuration() | {"completeness": found})
 
 
 def _takes(folder: StudyFolder, status: str, note: Callable[[str], None]) -> bool:

@@ -281,3 +281,36 @@ def test_a_full_disk_under_the_study_ends_the_sweep_in_one_line_and_it_goes_on_l
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     study, _ = drive(PretendPool(1), 6)
     assert len({(row["n_sink"], row["compress_every"]) for row in study.rows}) == 6
+
+
+def test_looks_are_no_trials_cost_a_quality_once_and_are_done_beside_others(drive, tmp_path):
+    pool = PretendPool(2)
+    study, log = drive(pool, 3, sampler="front")
+    assert [row["trial"] for row in log.rows if isinstance(row["trial"], int)] == [0, 1, 2] and len(study.rows) == 3
+    names = [job for job in pool.submitted if job.kind == "quality" and job.what.method != "recompute"]
+    assert len(names) == len({job.what.policy for job in names}), "none twice"
+    assert len([job for job in pool.submitted if job.kind == "speed"]) == 3 + 2, "and the reference's, the baseline's"
+    again = PretendPool(2)
+    drive(again, 3, sampler="front")
+    assert not again.submitted
+
+
+def test_a_look_that_fails_is_said_and_nothing_of_its_policy_is_tried(drive):
+    def answer(worker, job):
+        if job.kind == "quality" and job.what.policy.n_sink == 1:
+            return Finished(worker, error="it is not finite")
+        return measured(job)
+
+    notes = []
+    study, _ = drive(PretendPool(1, answer), 6, notes=notes, sampler="front")
+    tried = [row for row in study.rows if row["state"] == "complete"]
+    assert len(tried) == 4 and all(row["n_sink"] != 1 for row in tried)
+    warned = [note for note in notes if "is tried: it is not finite" in note]
+    assert len(warned) + sum(row["state"] == "failed" for row in study.rows) >= 2
+
+
+def test_a_search_that_is_to_find_all_that_matters_stops_when_hardly_anything_is_left(drive):
+    study, _ = drive(PretendPool(1), 6, sampler="front", complete_to=0.01)
+    assert len(study.rows) < 6 and study.chance_of(0.01) < 0.05
+    best = min(study.rows, key=lambda row: row["time_ratio"])
+    assert best["n_sink"] == 0

@@ -21,7 +21,7 @@ from search_spaces import SearchSpace, Value
 from streamllm.results.front import pareto_front
 from streamllm.results.schema import OBJECTIVES, Row, told_name
 
-from ..options import AUTO_FRONT_TRIALS, SAMPLERS
+from ..options import AUTO_FRONT_TRIALS, MODELLED, SAMPLERS
 
 if TYPE_CHECKING:
     from .front_sampler import FrontSampler
@@ -89,7 +89,7 @@ class Sampler(Protocol):
 
 def sampler_of(kind: str, space: SearchSpace, cap: int, seed: int, past: Sequence[Result] = ()) -> Sampler:
     """One of `options.SAMPLERS` over a space. past: everything finished so far, oldest first, what failed too."""
-    if kind not in ("front", "auto"):
+    if kind not in MODELLED:
         return OptunaSampler(kind, space, seed, _complete(past))
     return FrontThenOptuna(kind, space, cap, seed, past)
 

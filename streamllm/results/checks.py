@@ -69,6 +69,9 @@ def checked_settings(values: object) -> dict[str, Any]:
             raise ValueError(f"constraint {limit}: none of a sweep's")
     others = {"study_id": "", "sampler": "", "versions": {}, "source": {}} | found
     _object(others, "a sweep's settings", study_id=str, sampler=str, versions=dict, source=dict)
+    if "completeness" in found:
+        numbers = dict.fromkeys(("share", "chance"), (int, float))
+        _object(found["completeness"], "a completeness", **numbers, timed=int, points=int)
     if not isinstance(found.get("max_ppl_increase"), int | float | None):
         raise ValueError(f"max_ppl_increase {found['max_ppl_increase']!r}: no number")
     return found

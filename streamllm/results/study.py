@@ -26,6 +26,8 @@ VIEW = "mlflow.sharedViewState."
 STRICT, BASELINE = "strict", "baseline"
 """Names for what trials are compared with, in place of a trial's number."""
 FIXED = (STRICT, BASELINE)
+HARDLY = 0.05
+"""The probability below which what a search has not found does not matter."""
 
 
 def view_of(study: str) -> str:

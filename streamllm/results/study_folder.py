@@ -44,6 +44,18 @@ class Limit(TypedDict):
     limit: float
 
 
+class Completeness(TypedDict):
+    """What a search that ended leaves to be found."""
+
+    share: float
+    """Of the front's hypervolume."""
+    chance: float
+    """That the configurations that were not timed would add so much, or more."""
+    timed: int
+    points: int
+    """Configurations of the space."""
+
+
 class StudySettings(TypedDict):
     """The keys of `sweep.json` that tables, figures and the report read; older studies lack some."""
 
@@ -62,6 +74,7 @@ class StudySettings(TypedDict):
     sampler: NotRequired[str]
     max_ppl_increase: NotRequired[float | None]
     versions: NotRequired[dict[str, str]]
+    completeness: NotRequired[Completeness]
 
 
 @dataclass(frozen=True, slots=True)
