@@ -1,12 +1,14 @@
 """The sampler that times what may move the front, and knows qualities without timing."""
 
+from dataclasses import replace
+
 import moocore
 import numpy as np
 import pytest
 
 from orchestrator.search.front_sampler import FrontSampler, of_policy
 from orchestrator.search.gain import Gain
-from orchestrator.search.surrogate import Quantity, work_of
+from orchestrator.search.surrogate import Quantity, plainest, work_of
 from search_spaces import load_space
 from streamllm.policy import EvictionPolicy, strict_policy
 from streamllm.results.schema import Row
@@ -85,6 +87,18 @@ def test_what_a_policy_does_is_counted():
     assert (keys, prunes, at_once) == (256 + 32.5, 1 / 64, 64.0)
     slowly = work_of(EvictionPolicy(n_sink=4, window_size=252, compress_every=64, max_drop=8))
     assert slowly[1] * slowly[2] == 1 and 7 < slowly[2] <= 8 and slowly[1] > prunes
+
+
+def test_a_limit_that_holds_nothing_back_is_none(space):
+    strict = strict_policy(256)
+    assert plainest(replace(strict, max_drop=8)) == plainest(replace(strict, max_drop=1)) == strict
+    assert plainest(replace(strict, compress_every=64, max_drop=32)).max_drop == 32
+    assert plainest(replace(strict, compress_every=64, max_drop=64)).max_drop == 0
+    assert plainest(replace(strict, cache_slack=16, window_size=236, max_drop=8)).max_drop == 8
+    twice = space("  max_drop: [0, 8, 100]\n")
+    sampler = FrontSampler(twice, twice.cap, 0)
+    timed, _ = searched(sampler, 1000)
+    assert len(timed) == 96 + 3 * 4 * 6, "8 holds back where 16 or more are evicted at once, 100 nowhere"
 
 
 def test_qualities_are_of_policies_and_times_are_not():

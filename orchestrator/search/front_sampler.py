@@ -28,7 +28,7 @@ from streamllm.results.schema import OBJECTIVES, AnyRow, is_score, number, told_
 
 from .gain import Gain
 from .points import configuration_of
-from .surrogate import Quantity, features
+from .surrogate import Quantity, features, plainest
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -62,12 +62,14 @@ class Choice:
 
 
 class Candidates:
-    """The points of a space that can be measured, and which of them share a policy."""
+    """The points of a space that can be measured, of those that do the same only the first; and which of them share a
+    policy."""
 
     def __init__(self, space: SearchSpace, cap: int, seed: int) -> None:
         self.params: list[dict[str, Value]] = []
         self.configurations: list[Configuration] = []
         self._places: dict[tuple[Value, ...], int] = {}
+        alike: dict[object, int] = {}
         for params in _points(space, seed):
             if (name := self._identity(params)) in self._places:
                 continue
@@ -75,7 +77,10 @@ class Candidates:
                 what = configuration_of(params, space, cap)
             except UsageError:
                 continue
-            self._places[name] = len(self.params)
+            work = what.method, what.backend, what.execution, what.quantization, plainest(what.effective)
+            self._places[name] = alike.setdefault(work, len(self.params))
+            if self._places[name] < len(self.params):
+                continue
             self.params.append(params)
             self.configurations.append(what)
         first: dict[object, int] = {}
@@ -289,7 +294,7 @@ def _adds(points: np.ndarray, timed: int, reference: np.ndarray) -> float:
 
 def _quality_key(what: Configuration) -> object:
     method = "" if sampled_losses(what.method) is None else what.method
-    return what.effective.canonical, what.quantization, method
+    return plainest(what.effective), what.quantization, method
 
 
 def _relative_noise(row: AnyRow, name: str, value: float) -> float:

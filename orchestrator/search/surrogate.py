@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -39,10 +40,16 @@ def work_of(policy: EvictionPolicy) -> tuple[float, float, float]:
     return keys / span, prunes / span, dropped / max(prunes, 1)
 
 
+def plainest(policy: EvictionPolicy) -> EvictionPolicy:
+    """The same evictions by fewer knobs: without a `max_drop` that never holds anything back."""
+    _, _, at_once = work_of(replace(policy, max_drop=0))
+    return replace(policy.canonical, max_drop=0) if policy.max_drop >= at_once else policy.canonical
+
+
 def features(configurations: Sequence[Configuration], *, of_quality: bool = False) -> np.ndarray:
     """(n, d): numbers of policies on a scale where equal steps matter alike, and a column for each name of a method,
     backend, execution or quantization that not all share; of_quality: without those that no prediction depends on."""
-    numbers = np.array([_numbers(what.effective) for what in configurations])
+    numbers = np.array([_numbers(plainest(what.effective)) for what in configurations])
     names = [(what.quantization, what.method, what.backend, what.execution) for what in configurations]
     columns = [numbers]
     for kind in range(1 if of_quality else 4):
