@@ -22,18 +22,29 @@ _LEAST_NOISE = 1e-3
 """Standard deviation of a measurement in the model's units, whatever its interval says."""
 
 
-@cache
 def work_of(policy: EvictionPolicy) -> tuple[float, float, float]:
     """Of a full cache, on average: keys that a query attends to, tokens after which something is evicted, tokens that
     are evicted at once where something is."""
-    schedule = Schedule(policy)
-    schedule.held = policy.kept
-    span = _CYCLES * max(policy.compress_every, policy.cache_slack, 1)
+    more, prunes, at_once = _cycle(policy.compress_every, policy.cache_slack, policy.max_drop)
+    return policy.kept + more, prunes, at_once
+
+
+@cache
+def _cycle(compress_every: int, cache_slack: int, max_drop: int) -> tuple[float, float, float]:
+    """The same, with the keys beyond sinks and window: it does not depend on those."""
+    if not compress_every:
+        return 0.0, 0.0, 0.0
+    schedule = Schedule(
+        EvictionPolicy(
+            n_sink=0, window_size=1, compress_every=compress_every, cache_slack=cache_slack, max_drop=max_drop
+        )
+    )
+    span = _CYCLES * max(compress_every, cache_slack)
     for _ in range(span):
         schedule.after_token()
     keys = prunes = dropped = 0
     for _ in range(span):
-        keys += schedule.held + 1
+        keys += schedule.held
         drop = schedule.after_token()
         prunes += drop > 0
         dropped += drop

@@ -1,9 +1,9 @@
-"""Samplers compared on a space of which every point was measured (samplers.yaml, results/samplers-space-cpu.json): the
-share of the whole space's hypervolume that is found, against timings and against the seconds that so many workers would
-have needed, the quality of a policy measured once. With --pace, what ask and tell cost as the trials of one study grow
-in number, the journal on disk.
+"""Samplers compared on a space of which every point was measured (`space_table`): the share of the whole space's
+hypervolume that is found, against timings and against the seconds that so many workers would have needed, the quality
+of a policy measured once; and how often it was right that hardly anything was left (`--until`). With --pace, what ask
+and tell cost as the trials of one study grow in number, the journal on disk.
 
-python -m tests.benchmarks.samplers [--seeds 5] [--trials 128] [--pace 10000] [--json FILE]
+python -m tests.benchmarks.samplers [--table FILE] [--seeds 15] [--trials 128] [--pace 10000] [--json FILE]
 """
 
 from __future__ import annotations
@@ -28,11 +28,12 @@ from search_spaces import SearchSpace, Value, load_space
 from streamllm.results.front import hypervolume
 from streamllm.results.schema import FIELDS, OBJECTIVES, told_name
 from streamllm.results.schema import Row as TrialRow
+from streamllm.results.study import HARDLY
+
+from .reporting import machine
 
 HERE = Path(__file__).parent
-SPACE = HERE / "samplers.yaml"
-TABLE = HERE / "results" / "samplers-space-cpu.json"
-STRICT = {"method": "ring", "n_sink": 4, "compress_every": 1, "cache_slack": 0, "max_drop": 0}
+TABLE = HERE / "results" / "space-testbed-cpu.json"
 AFTER = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Timings after which the share of the hypervolume is taken."""
 SHARES = (0.9, 0.99)
@@ -53,46 +54,42 @@ constraints: [ppl_increase_percent <= 3]
 Row = dict[str, Any]
 
 
-def beside_strict(rows: Sequence[Row]) -> list[Row]:
-    """The table has milliseconds alone, of a time when nothing was timed beside a reference: `time_ratio` is their
-    quotient with the table's own row of strict StreamingLLM by the ring. One constant for all changes no order, and no
-    share of a hypervolume."""
-    (strict,) = (row for row in rows if all(row[name] == STRICT[name] for name in STRICT))
-    ms = strict["tpot_ms"]
-    return [row | {"time_ratio": row["tpot_ms"] / ms, "reference_tpot_ms": ms} for row in rows]
-
-
 class MeasuredSpace:
-    """Answers trials from the table."""
+    """Answers trials from the table, with its qualities, and with times that are off by some noise as timings are."""
 
-    def __init__(self) -> None:
-        self.space = load_space(str(SPACE))
-        rows = beside_strict(json.loads(TABLE.read_text())["rows"])
-        names = [name for name, choices in self.space.parameters.items() if len(choices) > 1]
-        self._rows = {tuple(row[name] for name in names): row for row in rows}
-        self._names = names
+    def __init__(self, table: Path, noise: float) -> None:
+        found = json.loads(table.read_text())
+        self.space = load_space(str(HERE / found["space"]))
+        self._names = [name for name, choices in self.space.parameters.items() if len(choices) > 1]
+        self._rows = {tuple(row[name] for name in self._names): row for row in found["rows"]}
         self._directions = {told_name(name): OBJECTIVES[name] for name in self.space.objectives}
-        self._middle = {name: median(row[name] for row in rows) for name in self._directions}
-        self._all = self._volume([row | {"state": "complete"} for row in rows])
+        self._middle = {name: median(row[name] for row in found["rows"]) for name in self._directions}
+        self._all = self._volume(found["rows"])
+        self._noise = noise
 
-    def row(self, trial: OpenTrial) -> TrialRow:
-        measured = self._measured(trial.params)
-        names = (*self._directions, "reference_tpot_ms")
-        return TrialRow(trial=trial.number, state="complete") | {name: measured[name] for name in names}
+    def row(self, trial: OpenTrial, chance: random.Random) -> TrialRow:
+        measured = self.truth(trial.params)
+        time = measured["time_ratio"] * math.exp(chance.gauss(0.0, self._noise))
+        ends = {
+            f"time_ratio_{end}": time * math.exp(sign * 1.96 * self._noise) for end, sign in (("low", -1), ("high", 1))
+        }
+        about = {"trial": trial.number, "state": "complete", "reference_tpot_ms": 1.0}
+        return TrialRow.of(measured | about | {"time_ratio": time} | ends)
 
     def quality(self, look: Look) -> TrialRow:
-        measured = self._measured(look.params)
+        measured = self.truth(look.params)
         return TrialRow.of({name: measured[name] for name in self._directions if of_policy(name)})
 
-    def _measured(self, params: Mapping[str, Value]) -> Row:
-        return self._rows[tuple(params[name] for name in self._names)]
+    def truth(self, params: Mapping[str, Value]) -> Row:
+        measured = self._rows[tuple(params[name] for name in self._names)]
+        return {name: measured[name] for name in self._directions}
 
     def share(self, rows: Sequence[Row]) -> float:
         """Of the hypervolume that the whole space has, from the median of every objective: to be better is no feat."""
         return self._volume(rows) / self._all
 
     def _volume(self, rows: Sequence[Row]) -> float:
-        return hypervolume(rows, self._directions, self._middle)
+        return hypervolume([row | {"state": "complete"} for row in rows], self._directions, self._middle)
 
 
 def search(
@@ -101,12 +98,12 @@ def search(
     trials: int,
     workers: int,
     seed: int,
-    told: Callable[[int, float], None],
+    told: Callable[[int, float], bool | None],
     quality: Callable[[Look], TrialRow] | None = None,
 ) -> None:
     """Asks and tells as so many workers would who measure side by side, each as long as it takes (`QUALITY_SEC`,
-    `SPEED_SEC`, a fifth more or less); `told` sees the number finished, and the seconds since the start. quality: of
-    what is looked at; without it, nothing is."""
+    `SPEED_SEC`, a fifth more or less). told: sees the number finished and the seconds since the start, and says whether
+    that is enough. quality: of what is looked at; without it, nothing is."""
     chance, known = random.Random(seed), set()
     running: list[tuple[float, int, OpenTrial | Look]] = []
     asked = finished = 0
@@ -132,24 +129,50 @@ def search(
         else:
             study.tell(what.number, answer(what))
             finished += 1
-            told(finished, now)
+            if told(finished, now):
+                return
 
 
 def curve(measured: MeasuredSpace, sampler: str, seed: int, workers: int, trials: int) -> list[tuple[float, float]]:
-    """After each trial: seconds, and the share of the hypervolume."""
+    """After each trial: seconds, and the share of the hypervolume that is found."""
     found: list[tuple[float, float]] = []
+    truths: list[Row] = []
+    chance = random.Random(seed)
     with tempfile.TemporaryDirectory() as folder:
         study = Study("s", Path(folder) / "journal.log", measured.space, measured.space.cap, seed, sampler)
 
-        def told(finished: int, seconds: float) -> None:
-            found.append((seconds, measured.share(study.rows)))
+        def answer(trial: OpenTrial) -> TrialRow:
+            truths.append(measured.truth(trial.params))
+            return measured.row(trial, chance)
 
-        search(study, measured.row, trials, workers, seed, told, measured.quality)
+        def told(finished: int, seconds: float) -> None:
+            found.append((seconds, measured.share(truths)))
+
+        search(study, answer, trials, workers, seed, told, measured.quality)
     return found
 
 
-def compare(samplers: Sequence[str], seeds: int, trials: int) -> list[Row]:
-    measured, rows = MeasuredSpace(), []
+def stops(measured: MeasuredSpace, share: float, seed: int) -> Row:
+    """When `front` would stop, and what then was left."""
+    truths: list[Row] = []
+    chance = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        study = Study("s", Path(folder) / "journal.log", measured.space, measured.space.cap, seed, "front")
+
+        def answer(trial: OpenTrial) -> TrialRow:
+            truths.append(measured.truth(trial.params))
+            return measured.row(trial, chance)
+
+        def told(finished: int, seconds: float) -> bool:
+            found = study.chance_of(share)
+            return found is not None and found < HARDLY
+
+        search(study, answer, measured.space.size, 1, seed, told, measured.quality)
+    return {"timings": len(truths), "left": 1 / measured.share(truths) - 1}
+
+
+def compare(measured: MeasuredSpace, samplers: Sequence[str], seeds: int, trials: int) -> list[Row]:
+    rows = []
     for workers, sampler in product((1, 2, 8), samplers):
         started = time.perf_counter()
         curves = [curve(measured, sampler, seed, workers, trials) for seed in range(seeds)]
@@ -229,7 +252,10 @@ def pace(sampler: str, trials: int, in_flight: int = 64, parts: int = 10) -> Row
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--samplers", default="front,tpe,nsga2,gp,qmc,random,grid", help="those to compare")
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--table", type=Path, default=TABLE, metavar="FILE", help=f"(results/{TABLE.name})")
+    parser.add_argument("--noise", type=float, default=0.02, metavar="SHARE", help="of a timing (0.02)")
+    parser.add_argument("--until", type=float, metavar="SHARE", help="see when and how rightly front stops instead")
+    parser.add_argument("--seeds", type=int, default=15)
     parser.add_argument("--trials", type=int, default=128)
     parser.add_argument("--pace", type=int, metavar="N", help="time ask and tell up to N trials instead")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there too")
@@ -238,12 +264,24 @@ def main() -> None:
     if unknown := set(samplers) - set(SAMPLERS):
         parser.error(f"samplers {', '.join(unknown)}: must be of {', '.join(SAMPLERS)}")
     if arguments.pace:
-        rows = [pace(sampler, arguments.pace) for sampler in samplers]
+        what, rows = "ask and tell", [pace(sampler, arguments.pace) for sampler in samplers]
+    elif arguments.until:
+        measured = MeasuredSpace(arguments.table, arguments.noise)
+        what, rows = "when front stops", [stops(measured, arguments.until, seed) for seed in range(arguments.seeds)]
+        right = sum(row["left"] < arguments.until for row in rows)
+        timings, left = (spread([row[name] for row in rows]) for name in ("timings", "left"))
+        print(
+            f"less than {arguments.until:.1%} left in {right} of {len(rows)}: {left['median']:.2%} "
+            f"[{left['low']:.2%}, {left['high']:.2%}] after {timings['median']:.0f} [{timings['low']}, "
+            f"{timings['high']}] of {measured.space.size} timings"
+        )
     else:
-        rows = compare(samplers, arguments.seeds, arguments.trials)
+        what = "share of the hypervolume after so many trials"
+        measured = MeasuredSpace(arguments.table, arguments.noise)
+        rows = compare(measured, samplers, arguments.seeds, arguments.trials)
     if arguments.json is not None:
-        what = "ask and tell" if arguments.pace else "share of the hypervolume after so many trials"
-        arguments.json.write_text(json.dumps({"benchmark": f"samplers: {what}", "rows": rows}, indent=1) + "\n")
+        about = {"benchmark": f"samplers: {what}", "table": arguments.table.name, "noise": arguments.noise}
+        arguments.json.write_text(json.dumps(machine() | about | {"rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
