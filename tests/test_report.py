@@ -138,6 +138,20 @@ def test_the_summary_says_what_was_found(tmp_path):
     assert "not confirmed" in " ".join(found.certainty)
 
 
+@pytest.mark.parametrize(
+    ("chance", "timed", "said"),
+    [
+        (0.02, 4, "The front is complete to 1%, after 4 of 4,032 configurations: .* with a probability of 2%"),
+        (0.6, 4, "may not be complete, .* add 1% or more .* probability of 60%.* with --until 0.01, goes on"),
+        (0.0, 4032, "All 4032 configurations of the space were tried"),
+    ],
+)
+def test_how_complete_the_front_is_is_said(tmp_path, chance, timed, said):
+    left = {"share": 0.01, "chance": chance, "timed": timed, "points": 4032}
+    results = study(tmp_path, completeness=left)
+    assert re.search(said, findings(results, results.front).found[-1])
+
+
 def test_a_free_fastest_is_said_once_and_less_perplexity_is_called_so(tmp_path):
     found = findings(results := study(tmp_path, [BASELINE, row(0, 4.0, -2.0)]), results.front)
     assert found.found == (
