@@ -20,7 +20,7 @@ from streamllm.engine.loading import prepare
 from streamllm.engine.methods import make_decoder
 from streamllm.engine.model import LoadedModel
 from streamllm.engine.probing import probe_backend
-from streamllm.policy import EvictionPolicy
+from streamllm.policy import EvictionPolicy, Positions
 
 from .scale import Result, Scale
 
@@ -54,8 +54,8 @@ def losses(scale: Scale) -> Result:
             loaded = small_model(kv_heads, dtype, scale.device)
             exact = float64_on_cpu(loaded)
             tokens = np.random.default_rng(0).integers(VOCABULARY, size=128)
-            for every in (1, 8):
-                policy = EvictionPolicy(n_sink=4, window_size=44, compress_every=every)
+            for every, positions in WITH_POSITIONS:
+                policy = EvictionPolicy(n_sink=4, window_size=44, compress_every=every, positions=positions)
                 expected = block_parallel_losses(exact, tokens, policy)
                 for name, found in _all_ways(loaded, policy, tokens):
                     error = abs(found - expected)
@@ -65,6 +65,7 @@ def losses(scale: Scale) -> Result:
                             "heads": f"8/{kv_heads}x64",
                             "dtype": _name(dtype),
                             "R": every,
+                            "positions": positions,
                             "way": name,
                             "largest": float(error.max()),
                             "mean": float(error.mean()),
@@ -86,6 +87,8 @@ def _all_ways(loaded: LoadedModel, policy: EvictionPolicy, tokens: np.ndarray) -
 
 
 METHODS = ("mit", "ours", "ring")
+WITH_POSITIONS: tuple[tuple[int, Positions], ...] = ((1, "compact"), (8, "compact"), (8, "keep"))
+"""R, and where survivors of a prune stand."""
 
 
 def loop(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> np.ndarray:

@@ -18,7 +18,7 @@ from streamllm.engine.model import LoadedModel
 from streamllm.policy import EvictionPolicy
 from tests.benchmarks.drift import NaivelyRerotatedCache, key_error, naive_losses
 
-from .correctness import METHODS, VOCABULARY, loop, small_model
+from .correctness import METHODS, VOCABULARY, WITH_POSITIONS, loop, small_model
 from .scale import Result, Scale
 
 
@@ -29,8 +29,8 @@ def executions(scale: Scale) -> Result:
     for kv_heads in (8, 2):
         for dtype, limit in ((torch.float32, 1e-3), (torch.bfloat16, 0.05)):
             loaded = small_model(kv_heads, dtype, scale.device)
-            for every in (1, 8):
-                policy = EvictionPolicy(n_sink=4, window_size=44, compress_every=every)
+            for every, positions in WITH_POSITIONS:
+                policy = EvictionPolicy(n_sink=4, window_size=44, compress_every=every, positions=positions)
                 tokens = np.random.default_rng(0).integers(VOCABULARY, size=4 * 60)
                 expected = loop(loaded, Configuration("ring", policy), tokens)
                 for way in ways:
@@ -44,6 +44,7 @@ def executions(scale: Scale) -> Result:
                             "heads": f"8/{kv_heads}x64",
                             "dtype": str(dtype).removeprefix("torch."),
                             "R": every,
+                            "positions": positions,
                             "execution": way,
                             "largest": float(error.max()),
                             "mean": float(error.mean()),
@@ -61,10 +62,11 @@ def synchronisation(scale: Scale) -> Result:
     for kv_heads in (8, 2):
         loaded = small_model(kv_heads, torch.bfloat16, scale.device)
         for method in METHODS:
-            for every in (1, 8):
-                policy = EvictionPolicy(n_sink=4, window_size=44, compress_every=every)
+            for every, positions in WITH_POSITIONS:
+                policy = EvictionPolicy(n_sink=4, window_size=44, compress_every=every, positions=positions)
                 for execution in ("eager", "cudagraph") if method == "ring" else ("eager",):
-                    row = {"heads": f"8/{kv_heads}x64", "method": method, "R": every, "execution": execution}
+                    row = {"heads": f"8/{kv_heads}x64", "method": method, "R": every, "positions": positions}
+                    row["execution"] = execution
                     rows.append(row | {"raised": _first_wait(loaded, method, policy, execution)})
     return {"ok": not any(row["raised"] for row in rows), "rows": rows}
 
