@@ -18,6 +18,7 @@ from streamllm.terminal.program import command, program
 
 from .drawing.ablations import KNOBS, ablation
 from .drawing.comparisons import BASELINE_LABEL, backends, comparison, runtime
+from .drawing.expectations import expectations
 from .drawing.importance import importance
 from .drawing.kv_length import kv_length
 from .drawing.style import BLUE, GREY, LABELS, VERMILLION, NoDataError, interval_errors, new_figure, save, style
@@ -99,6 +100,7 @@ def pareto_figure(study: StudyResults, path: Path) -> Path:
 STUDY_FIGURES: dict[str, Callable[[StudyResults], Figure]] = {
     "pareto": pareto,
     "importance": importance,
+    "expectations": expectations,
     "kv_length": kv_length,
 }
 """Figures of one study, by file name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 import time
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING
 from search_spaces import is_matrix
 from streamllm.environment import read_env_file
 from streamllm.errors import UsageError
-from streamllm.files import remove_torn
+from streamllm.files import remove_torn, write_atomically
 from streamllm.results.study_folder import StudyFolder, write_rows
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command
@@ -169,7 +170,7 @@ def _measure(
         )
         driver.run()
         with writing():
-            _keep_completeness(configuration.folder, driver)
+            _keep_what_is_left(configuration.folder, driver)
         if rounds:
             with writing():
                 _confirm(configuration, driver, kinds, display, until)
@@ -192,10 +193,12 @@ def _measure(
     return _Measured(code if is_written else code or 1, is_written, found)
 
 
-def _keep_completeness(folder: StudyFolder, driver: Driver) -> None:
-    """Adds to `sweep.json` what is left to find, where the sampler knows."""
+def _keep_what_is_left(folder: StudyFolder, driver: Driver) -> None:
+    """What is left to find, where the sampler knows: adds to `sweep.json` how much, and writes `expected.jsonl`."""
     if (found := driver.completeness()) is not None:
         folder.write_configuration(folder.read_configuration() | {"completeness": found})
+    if rows := driver.study.expectations():
+        write_atomically(folder.expected, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def _takes(folder: StudyFolder, status: str, note: Callable[[str], None]) -> bool:

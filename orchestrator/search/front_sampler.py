@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from statistics import NormalDist
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,6 +37,9 @@ _MOST = 20_000
 """Points that are looked at; of a larger space, so many drawn at random."""
 _DRAWS = 32
 """Of a point's unknown values, to average over."""
+_TOLD = 200
+"""Configurations that were not timed, of which it is said what is expected."""
+_EXPECTED = ("expected", "expected_low", "expected_high")
 _WORLDS = 100
 _CONTENDERS = 400
 """Points that may add something, for all of which it is drawn at once what they do."""
@@ -169,6 +172,31 @@ class FrontSampler:
             if policy not in looked_at:
                 return self._chosen(int(place), True, float(gains[place]))
         return self._chosen(int(order[0]), False, float(gains[order[0]]))
+
+    def expectations(self) -> list[dict[str, Any]]:
+        """Of what was measured, and of the rest that may add most to the front, a row each: its knobs, every objective
+        with the ends of 95% as far as they are not known for sure, the expected `gain`; and of what was timed, what was
+        to be expected of it by all else (`expected`, by the first objective that takes a timing)."""
+        if len(self._timed) < _FIRST:
+            return []
+        gains = self._gains()
+        free = self._free()
+        best = free[np.argsort(-gains[free], kind="stable")][:_TOLD].tolist()
+        values = {name: self._quantities[name].interval() for name in self._signs}
+        first = next((name for name in self._signs if not of_policy(name)), None)
+        expected = {} if first is None else self._quantities[first].left_out()
+        rows = []
+        for place in [*sorted(self._timed), *best]:
+            row = {name: value for name, value in self.candidates.params[place].items() if name != "total_kv"}
+            row |= {"timed": place in self._timed, "gain": 0.0 if place in self._timed else float(gains[place])}
+            for name, ends in values.items():
+                unit = self.candidates.policy[place] if of_policy(name) else place
+                row |= dict(zip((name, f"{name}_low", f"{name}_high"), (float(end[unit]) for end in ends), strict=True))
+            if place in expected and first is not None:
+                measured = self._quantities[first].measurement(place)
+                row |= {"measured": measured, **dict(zip(_EXPECTED, expected[place], strict=True))}
+            rows.append(row)
+        return rows
 
     def chance_of(self, share: float) -> float:
         """How probable it is that timing all the rest would add this share of the hypervolume, or more, to what the

@@ -10,7 +10,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
@@ -86,6 +86,10 @@ class Sampler(Protocol):
         nobody knows."""
         ...
 
+    def expectations(self) -> list[dict[str, Any]]:
+        """`FrontSampler.expectations`; none of those who expect nothing."""
+        ...
+
 
 def sampler_of(kind: str, space: SearchSpace, cap: int, seed: int, past: Sequence[Result] = ()) -> Sampler:
     """One of `options.SAMPLERS` over a space. past: everything finished so far, oldest first, what failed too."""
@@ -152,6 +156,9 @@ class FrontThenOptuna:
     def chance_of(self, share: float) -> float | None:
         return None if self._front is None else self._front.chance_of(share)
 
+    def expectations(self) -> list[dict[str, Any]]:
+        return [] if self._front is None else self._front.expectations()
+
     def _take(self, params: dict[str, Value], result: Result | None) -> None:
         if self._front is None:
             return
@@ -199,6 +206,9 @@ class OptunaSampler:
 
     def chance_of(self, share: float) -> float | None:
         return None
+
+    def expectations(self) -> list[dict[str, Any]]:
+        return []
 
     def learn(self, suggestion: Suggestion, result: Result | None) -> None:
         trial = suggestion.trial

@@ -13,6 +13,7 @@ import warnings
 from collections import deque
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -109,6 +110,10 @@ class Study:
         """How probable it is that the configurations that were not timed would add that share of the hypervolume, or
         more; None if the sampler cannot tell."""
         return self._sampler.chance_of(share)
+
+    def expectations(self) -> list[dict[str, Any]]:
+        """What the sampler expects of what was measured, and of the best of the rest."""
+        return self._sampler.expectations()
 
     def looked(self, look: Look, row: Row) -> None:
         """What was measured of it; nothing, if that failed."""

@@ -100,7 +100,7 @@ class Quantity:
         self._kernel: object | None = None
         self._fitted_at = 0
         self._process: Any = None
-        self._spread = 1.0
+        self._spread = self._scatter = 1.0
         self._expected: tuple[np.ndarray, np.ndarray] | None = None
         self._middle, self._scale = 0.0, 1.0
 
@@ -110,6 +110,9 @@ class Quantity:
 
     def __len__(self) -> int:
         return len(self._features)
+
+    def measurement(self, unit: int) -> float:
+        return self._measured[unit][0]
 
     def measured(self, unit: int, value: float, noise: float = 0.0) -> None:
         """noise: relative standard deviation, of a ratio."""
@@ -142,6 +145,24 @@ class Quantity:
         errors[free] = vectors @ (np.sqrt(np.maximum(values, 0.0))[:, None] * deviates[free])
         return self._unwarped(mean[:, None] + errors)
 
+    def interval(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(n,) each: the most likely value, and the ends of 95%."""
+        mean, deviation = self.expected()
+        return self._unwarped(mean), self._unwarped(mean - 1.96 * deviation), self._unwarped(mean + 1.96 * deviation)
+
+    def left_out(self) -> dict[int, tuple[float, float, float]]:
+        """Of each unit that was measured, what the others let expect of its measurement: value and ends of 95%."""
+        self.expected()
+        if self._process is None:
+            return {}
+        inverse = np.linalg.inv(self._process.L_ @ self._process.L_.T)
+        variance = 1.0 / np.diag(inverse)
+        values = self._warped(np.array([value for value, _ in self._measured.values()]))
+        mean = values - self._scatter * self._process.alpha_ * variance
+        deviation = self._spread * np.sqrt(variance)
+        ends = (self._unwarped(mean + z * deviation) for z in (0.0, -1.96, 1.96))
+        return dict(zip(self.known, zip(*(end.tolist() for end in ends), strict=True), strict=True))
+
     def middle(self) -> np.ndarray:
         """(n,): values, the most likely where they are not known."""
         return self._unwarped(self.expected()[0])
@@ -167,7 +188,7 @@ class Quantity:
         process = self._conditioned(self._features[units], (values - middle) / spread, np.maximum(noise, _LEAST_NOISE))
         mean, deviation = process.predict(self._features, return_std=True)
         deviation = np.sqrt(np.maximum(deviation**2 - process.kernel_.k2.noise_level, 1e-12))  # of the truth
-        self._process, self._spread = process, spread * _overconfidence(process)
+        self._process, self._scatter, self._spread = process, spread, spread * _overconfidence(process)
         mean, deviation = middle + spread * mean, self._spread * deviation
         if self._is_exact:
             mean[units], deviation[units] = values, 0.0

@@ -3,6 +3,7 @@ NewerFormatError, with the reason."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .schema import FIELDS, POLICY_KNOBS, Row, can_be_objective, is_date, is_score
@@ -42,6 +43,16 @@ def checked_round(values: object) -> dict[str, Any]:
         for ratio in ratios:
             Row.checked({"time_ratio": ratio})
     return one
+
+
+def checked_expectation(values: object) -> dict[str, Any]:
+    """A line of `expected.jsonl`. Raises ValueError."""
+    row = _object(values, "an expectation", gain=(int, float))
+    if not isinstance(row.get("timed"), bool):
+        raise ValueError(f"timed {row.get('timed')!r:.40}: must be true or false")
+    if any(isinstance(value, float) and not math.isfinite(value) for value in row.values()):
+        raise ValueError("an expectation that is no number")
+    return row
 
 
 def checked_front(values: object) -> list[int]:

@@ -4,7 +4,7 @@
 MLflow: `trials.jsonl` has a row per finished trial, `increases.jsonl` what they cost beside the baseline, which becomes
 better known while the sweep runs, `timing.json` whether accelerators disturb one another, `rounds.jsonl` the rounds of
 confirming, `confirmed.jsonl` what they say of some trials, `fronts.jsonl` the front each time a sweep ended,
-`outcome.json` how the last one did.
+`expected.jsonl` what its sampler expected of all else, `outcome.json` how the last one did.
 """
 
 from __future__ import annotations
@@ -98,6 +98,10 @@ class StudyFolder:
         return self.path / "rounds.jsonl"
 
     @property
+    def expected(self) -> Path:
+        return self.path / "expected.jsonl"
+
+    @property
     def fronts(self) -> Path:
         return self.path / "fronts.jsonl"
 
@@ -186,7 +190,7 @@ class StudyFolder:
     def forget_the_end(self) -> None:
         """A sweep goes on: how it ended, and what was confirmed, holds no more. What is damaged of the files that are
         added to is taken away. Raises UsageError."""
-        for path in (self.outcome, self.confirmed):
+        for path in (self.outcome, self.confirmed, self.expected):
             if path.is_file() or path.is_symlink():
                 path.unlink()
             elif path.exists():

@@ -1,0 +1,79 @@
+"""What the search's model of times and qualities expected: whether it was right, and what is left to gain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from streamllm.results.checks import checked_expectation
+from streamllm.results.damaged import read_lines
+from streamllm.results.schema import AnyRow, number, told_name
+from streamllm.results.study import StudyResults
+
+from .style import BLUE, GREY, LABELS, VERMILLION, NoDataError, interval_errors, new_figure
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_FEWEST = 6
+"""Measurements, for a comparison with what was expected of them."""
+_COMPARED = ("measured", "expected", "expected_low", "expected_high")
+_MAY_ADD = 1e-3
+"""Share of the hypervolume, for a configuration to be drawn as one that may add something."""
+
+
+def expectations(study: StudyResults) -> Figure:
+    """Left, what was measured against what all other measurements let expect of it; right, the plane of the first two
+    objectives, with what was timed and what is expected of the rest. Raises NoDataError for searches without a model,
+    and of too few trials."""
+    found, _ = read_lines(study.files.expected, checked_expectation)
+    x, y = (told_name(name) for name in list(study.objectives)[:2])
+    rows = [row for row in found.values() if number(row, x) is not None and number(row, y) is not None]
+    timed = [row for row in rows if row["timed"] and all(number(row, name) is not None for name in _COMPARED)]
+    if len(timed) < _FEWEST:
+        raise NoDataError(f"no model of the search, or fewer than {_FEWEST} trials")
+    figure = new_figure(11, 4.5)
+    left, right = figure.subplots(1, 2)
+    _calibration(left, timed)
+    _left_to_gain(right, rows, x, y)
+    return figure
+
+
+def _calibration(axes: Axes, timed: Sequence[AnyRow]) -> None:
+    expected, measured = ([row[name] for row in timed] for name in ("expected", "measured"))
+    inside = sum(row["expected_low"] <= row["measured"] <= row["expected_high"] for row in timed)
+    ends = interval_errors(timed, "expected")
+    axes.errorbar(measured, expected, yerr=ends, fmt="o", color=BLUE, ecolor=GREY, markersize=4, elinewidth=0.8)
+    line = [min(measured), max(measured)]
+    axes.plot(line, line, color=VERMILLION, linewidth=1, zorder=0)
+    axes.set_xlabel("measured: time per token over the reference's")
+    axes.set_ylabel("expected, by all other measurements")
+    axes.set_title(f"{inside} of {len(timed)} within their interval of 95%")
+
+
+def _left_to_gain(axes: Axes, rows: Sequence[AnyRow], x: str, y: str) -> None:
+    rest = [row for row in rows if not row["timed"]]
+    groups = (
+        ("timed", [row for row in rows if row["timed"]], BLUE, "D"),
+        ("may add to the front", [row for row in rest if row["gain"] > _MAY_ADD], VERMILLION, "o"),
+        ("will hardly", [row for row in rest if row["gain"] <= _MAY_ADD], GREY, "."),
+    )
+    for label, some, color, marker in groups:
+        if some:
+            with_ends = color != GREY
+            axes.errorbar(
+                [row[x] for row in some],
+                [row[y] for row in some],
+                xerr=interval_errors(some, x) if with_ends else None,
+                yerr=interval_errors(some, y) if with_ends else None,
+                fmt=marker,
+                color=color,
+                markersize=4,
+                elinewidth=0.6,
+                label=f"{label}: {len(some)}",
+            )
+    axes.set_xlabel("time per token over the reference's" if x == "time_ratio" else LABELS[x])
+    axes.set_ylabel(LABELS[y])
+    axes.legend(fontsize=8)
+    axes.set_title(f"of the rest, the {len(rest)} that may add most")
