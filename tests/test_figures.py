@@ -4,6 +4,7 @@ import pytest
 
 from dashboards.drawing import ablations, comparisons
 from dashboards.drawing.comparisons import Series, comparable, comparison
+from dashboards.drawing.expectations import expectations
 from dashboards.drawing.importance import importance, main_effects
 from dashboards.drawing.kv_length import keys_attended, kv_length
 from dashboards.drawing.style import NoDataError, style
@@ -184,6 +185,29 @@ def heights_across(axes):
     return {bars.get_label(): [bar.get_width() for bar in bars] for bars in axes.containers}
 
 
+def test_expectations_beside_measurements_and_what_is_left(tmp_path):
+    def expectation(ratio, cost, **more):
+        ends = {"time_ratio_low": ratio - 0.1, "time_ratio_high": ratio + 0.1}
+        return {"timed": False, "gain": 0.0, "time_ratio": ratio, "ppl_vs_strict_percent": cost, **ends, **more}
+
+    def timed(measured, expected):
+        about = {"expected": expected, "expected_low": expected - 0.1, "expected_high": expected + 0.1}
+        return expectation(measured, 1.0, timed=True, measured=measured, **about)
+
+    rows = [timed(1.0 + 0.1 * n, 1.0 + 0.1 * n + 0.15 * (n == 3)) for n in range(6)]
+    rows += [expectation(0.9, 2.0, gain=0.02), expectation(2.0, 9.0), expectation(1.5, 9.0)]
+    rows += [{"gain": 0.0}, {"timed": 1}]
+    study = load(tmp_path)
+    study.files.expected.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    left, right = expectations(study).axes
+    assert left.get_title() == "5 of 6 within their interval of 95%"
+    assert right.get_legend_handles_labels()[1] == ["timed: 6", "may add to the front: 1", "will hardly: 2"]
+    assert right.get_xlim()[0] < 0.9 < 1.5 < 2.0 and right.get_ylim()[1] < 9.0, "it shows where the front is"
+    study.files.expected.write_text("".join(json.dumps(one) + "\n" for one in rows[:5]))
+    with pytest.raises(NoDataError, match="fewer than 6 trials"):
+        expectations(study)
+
+
 def test_kv_length_is_that_of_the_policy(tmp_path):
     policy = EvictionPolicy(n_sink=4, window_size=20, compress_every=8, cache_slack=3, max_drop=2)
     tokens, keys = keys_attended(policy, 60)
@@ -209,7 +233,7 @@ def test_what_there_is_data_for_is_written_and_the_rest_named(tmp_path, monkeypa
     assert main(["s", "results", "--output", "figures", "--format", "png"]) == 0
     output = capsys.readouterr()
     missing = {"importance", "ablation_window_size", "ablation_cache_slack", "ablation_max_drop", "ablation_n_sink"}
-    missing |= {"ablation_compress_every"}
+    missing |= {"ablation_compress_every", "expectations"}
     written = {path.name for path in (tmp_path / "figures").iterdir()}
     assert written == {f"{name}.png" for name in {*STUDY_FIGURES, *ROW_FIGURES} - missing}
     assert {line.split(":")[0] for line in output.out.splitlines() if "left out" in line} == {

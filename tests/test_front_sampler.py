@@ -1,5 +1,6 @@
 """The sampler that times what may move the front, and knows qualities without timing."""
 
+import math
 from dataclasses import replace
 
 import moocore
@@ -185,6 +186,34 @@ def test_several_at_a_time_are_different_and_what_is_measured_counts_as_expected
     searched(sampler, 8)
     at_once = [sampler.next(may_look=False).params for _ in range(8)]
     assert len({tuple(params.values()) for params in at_once}) == 8
+
+
+def test_what_is_expected_of_what_was_timed_by_the_rest_and_of_the_rest(space):
+    space = space()
+    sampler = FrontSampler(space, space.cap, 0)
+    assert sampler.expectations() == []
+    searched(sampler, 12)
+    rows = sampler.expectations()
+    measured_ones = [one for one in rows if one["timed"]]
+    assert len(rows) == 96 and len(measured_ones) == 12
+    for one in measured_ones:
+        truth = measured(one)
+        assert one["measured"] == truth["time_ratio"]
+        assert one["ppl_vs_strict_percent"] == pytest.approx(truth["ppl_vs_strict_percent"])
+        assert one["expected"] != one["measured"] and one["expected_low"] < one["expected"] < one["expected_high"]
+    inside = sum(one["expected_low"] <= one["measured"] <= one["expected_high"] for one in measured_ones)
+    assert inside >= 10, "of 12, by intervals of 95%"
+    rest = [one["gain"] for one in rows if not one["timed"]]
+    assert rest == sorted(rest, reverse=True) and {"method", "n_sink", "attn_backend"} <= rows[-1].keys()
+
+    left_out = FrontSampler(space, space.cap, 0)._quantities["time_ratio"]
+    known = sampler._quantities["time_ratio"]
+    left_out._kernel = known._kernel
+    first, *others = known.known
+    for unit in others:
+        left_out.measured(unit, known.measurement(unit))
+    left_out._fitted_at = math.inf
+    assert left_out.interval()[0][first] == pytest.approx(known.left_out()[first][0], rel=0.05)
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from streamllm.results.checks import checked_expectation
 from streamllm.results.damaged import read_lines
+from streamllm.results.front import pareto_front
 from streamllm.results.schema import AnyRow, number, told_name
 from streamllm.results.study import StudyResults
 
@@ -28,7 +29,8 @@ def expectations(study: StudyResults) -> Figure:
     objectives, with what was timed and what is expected of the rest. Raises NoDataError for searches without a model,
     and of too few trials."""
     found, _ = read_lines(study.files.expected, checked_expectation)
-    x, y = (told_name(name) for name in list(study.objectives)[:2])
+    directions = {told_name(name): direction for name, direction in list(study.objectives.items())[:2]}
+    x, y = directions
     rows = [row for row in found.values() if number(row, x) is not None and number(row, y) is not None]
     timed = [row for row in rows if row["timed"] and all(number(row, name) is not None for name in _COMPARED)]
     if len(timed) < _FEWEST:
@@ -36,7 +38,7 @@ def expectations(study: StudyResults) -> Figure:
     figure = new_figure(11, 4.5)
     left, right = figure.subplots(1, 2)
     _calibration(left, timed)
-    _left_to_gain(right, rows, x, y)
+    _left_to_gain(right, rows, directions)
     return figure
 
 
@@ -52,7 +54,8 @@ def _calibration(axes: Axes, timed: Sequence[AnyRow]) -> None:
     axes.set_title(f"{inside} of {len(timed)} within their interval of 95%")
 
 
-def _left_to_gain(axes: Axes, rows: Sequence[AnyRow], x: str, y: str) -> None:
+def _left_to_gain(axes: Axes, rows: Sequence[AnyRow], directions: dict[str, str]) -> None:
+    x, y = directions
     rest = [row for row in rows if not row["timed"]]
     groups = (
         ("timed", [row for row in rows if row["timed"]], BLUE, "D"),
@@ -73,7 +76,17 @@ def _left_to_gain(axes: Axes, rows: Sequence[AnyRow], x: str, y: str) -> None:
                 elinewidth=0.6,
                 label=f"{label}: {len(some)}",
             )
+    front = pareto_front([dict(row) | {"state": "complete"} for row in groups[0][1]], directions)
+    _look_at(axes, [*front, *groups[1][1]], x, y)
     axes.set_xlabel("time per token over the reference's" if x == "time_ratio" else LABELS[x])
     axes.set_ylabel(LABELS[y])
     axes.legend(fontsize=8)
     axes.set_title(f"of the rest, the {len(rest)} that may add most")
+
+
+def _look_at(axes: Axes, rows: Sequence[AnyRow], x: str, y: str) -> None:
+    """The part of the plane where these rows are, and as much again around it."""
+    for name, limit in ((x, axes.set_xlim), (y, axes.set_ylim)):
+        values = [row[name] for row in rows]
+        margin = (max(values) - min(values)) / 2 or 0.1 * abs(values[0]) or 0.1
+        limit(min(values) - margin, max(values) + margin)
