@@ -162,8 +162,10 @@ def test_constraints_and_three_objectives(space):
 
 def test_where_nothing_is_feasible_it_goes_where_less_is_violated(space):
     space = space("constraints: [ppl_vs_strict_percent <= 0.01]\n")
-    timed, _ = searched(FrontSampler(space, space.cap, 0), 8)
+    sampler = FrontSampler(space, space.cap, 0)
+    timed, _ = searched(sampler, 8)
     assert all(params["n_sink"] == 16 and params["compress_every"] == 1 for params in timed[-2:])
+    assert sampler.chance_of(0.01) == 1.0
 
 
 def test_what_fails_is_not_asked_for_again_nor_anything_of_a_policy_whose_quality_fails(space):
@@ -172,6 +174,7 @@ def test_what_fails_is_not_asked_for_again_nor_anything_of_a_policy_whose_qualit
     searched(sampler, 6)
     failed = sampler.next(may_look=False).params
     sampler.failed(failed)
+    assert not any(one["timed"] and failed.items() <= one.items() for one in sampler.expectations())
     while not (look := sampler.next()).only_quality:
         sampler.known(look.params, row(look.params), only_quality=False)
     sampler.known(look.params, Row(), only_quality=True)

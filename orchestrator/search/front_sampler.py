@@ -60,8 +60,6 @@ class Choice:
 
     params: dict[str, Value]
     only_quality: bool
-    gain: float
-    """Expected, as a share of the hypervolume that is there."""
 
 
 class Candidates:
@@ -125,7 +123,9 @@ class FrontSampler:
         self._pending: dict[int, bool] = {}
         """Places of what is being measured; whether for its quality alone."""
         self._timed: set[int] = set()
-        """Places that are done with."""
+        """Places of what was."""
+        self._given_up: set[int] = set()
+        """Places of what cannot be."""
 
     # -- what is known
 
@@ -139,7 +139,7 @@ class FrontSampler:
         if not only_quality:
             self._timed.add(place)
         elif not row:
-            self._timed.update(np.nonzero(self.candidates.policy == self.candidates.policy[place])[0].tolist())
+            self._given_up.update(np.nonzero(self.candidates.policy == self.candidates.policy[place])[0].tolist())
         for name, quantity in self._quantities.items():
             value = number(row, name)
             if value is not None and (of_policy(name) or not only_quality):
@@ -150,7 +150,7 @@ class FrontSampler:
         """It is not asked for again."""
         if (place := self.candidates.place(params)) is not None:
             self._pending.pop(place, None)
-            self._timed.add(place)
+            self._given_up.add(place)
 
     # -- what comes next
 
@@ -160,7 +160,7 @@ class FrontSampler:
         if not len(free):
             return None
         if len(self._timed) + len(self._pending) < _FIRST:
-            return self._chosen(self._far_from_all(free), False, 1.0)
+            return self._chosen(self._far_from_all(free), only_quality=False)
         gains = self._gains()
         order = free[np.argsort(-gains[free], kind="stable")]
         known = self._known_policies()
@@ -168,10 +168,10 @@ class FrontSampler:
         for place in order:
             policy = int(self.candidates.policy[place])
             if policy in known or not may_look:
-                return self._chosen(int(place), False, float(gains[place]))
+                return self._chosen(int(place), only_quality=False)
             if policy not in looked_at:
-                return self._chosen(int(place), True, float(gains[place]))
-        return self._chosen(int(order[0]), False, float(gains[order[0]]))
+                return self._chosen(int(place), only_quality=True)
+        return self._chosen(int(order[0]), only_quality=False)
 
     def expectations(self) -> list[dict[str, Any]]:
         """Of what was measured, and of the rest that may add most to the front, a row each: its knobs, every objective
@@ -209,12 +209,15 @@ class FrontSampler:
         gains = self._gains()
         contenders = [int(place) for place in free[np.argsort(-gains[free])][:_CONTENDERS] if gains[place] > 0]
         if not contenders:
-            return 0.0
+            return 1.0 if gains.min() < 0 else 0.0  # nothing that can be had is feasible, as far as is known
         places = [*timed, *contenders]
         values = {name: self._together(name, quantity, places) for name, quantity in self._quantities.items()}
         points = self._objectives(values)  # (n, k, m)
         reference = self._reference(points.mean(axis=1))
-        return float(np.mean([_adds(points[:, world], len(timed), reference) >= share for world in range(_WORLDS)]))
+        if not np.all(np.isfinite(reference)):
+            return 1.0
+        volumes = [[_volume(points[:end, world], reference) for end in (len(timed), None)] for world in range(_WORLDS)]
+        return float(np.mean([after > 0 and after - before >= share * before for before, after in volumes]))
 
     def _together(self, name: str, quantity: Quantity, places: list[int]) -> np.ndarray:
         """(len(places), k)"""
@@ -222,13 +225,13 @@ class FrontSampler:
         once, where = np.unique(units, return_inverse=True)
         return quantity.drawn_together(once.tolist(), self._random.standard_normal((len(once), _WORLDS)))[where]
 
-    def _chosen(self, place: int, only_quality: bool, gain: float) -> Choice:
+    def _chosen(self, place: int, *, only_quality: bool) -> Choice:
         self._pending[place] = only_quality
-        return Choice(self.candidates.params[place], only_quality, gain)
+        return Choice(self.candidates.params[place], only_quality)
 
     def _free(self) -> np.ndarray:
-        """Places that are not timed, nor being timed."""
-        taken = self._timed | {place for place, only in self._pending.items() if not only}
+        """Places that are not timed, nor being timed, and can be."""
+        taken = self._timed | self._given_up | {place for place, only in self._pending.items() if not only}
         return np.array([place for place in range(len(self.candidates.params)) if place not in taken], dtype=int)
 
     def _known_policies(self) -> set[int]:
@@ -251,11 +254,10 @@ class FrontSampler:
         counts as what is expected of it."""
         likely = self._objectives({name: self._of_all(name, q.middle()) for name, q in self._quantities.items()})
         reference = self._reference(likely)
-        timed = [*self._timed, *(place for place, only in self._pending.items() if not only)]
-        front = likely[timed]
         if not np.all(np.isfinite(reference)):
             return -self._excess()
-        gain = Gain(front[np.all(np.isfinite(front), axis=1)], reference)
+        timed = likely[[*self._timed, *(place for place, only in self._pending.items() if not only)]]
+        gain = Gain(timed, reference)
         points = self._objectives(self._drawn())  # (n, k, m)
         n, k, m = points.shape
         worth = np.nonzero(np.all(points.min(axis=1) < reference, axis=1))[0]
@@ -263,8 +265,7 @@ class FrontSampler:
         if not len(worth):
             return values
         values[worth] = gain.of(points[worth].reshape(-1, m)).reshape(-1, k).mean(axis=1)
-        there = Gain(np.empty((0, m)), reference).of(front[np.all(np.isfinite(front), axis=1)]).max(initial=0.0)
-        return values / (there or 1.0)
+        return values / (_volume(timed, reference) or 1.0)
 
     @staticmethod
     def _reference(points: np.ndarray) -> np.ndarray:
@@ -310,14 +311,12 @@ def _points(space: SearchSpace, seed: int) -> Iterable[dict[str, Value]]:
     return [space.draw(lambda _, choices: chance.choice(choices)) for _ in range(_MOST)]
 
 
-def _adds(points: np.ndarray, timed: int, reference: np.ndarray) -> float:
-    """The share of the hypervolume of the first so many points that the others add."""
+def _volume(points: np.ndarray, reference: np.ndarray) -> float:
+    """The hypervolume of (n, m) points."""
     import moocore
 
-    inside = np.all(points < reference, axis=1)
-    before = moocore.hypervolume(points[:timed][inside[:timed]], ref=reference) if inside[:timed].any() else 0.0
-    after = moocore.hypervolume(points[inside], ref=reference) if inside.any() else 0.0
-    return float(after / before - 1.0) if before else float("inf") if after else 0.0
+    inside = points[np.all(points < reference, axis=1)]
+    return float(moocore.hypervolume(inside, ref=reference)) if len(inside) else 0.0
 
 
 def _quality_key(what: Configuration) -> object:
