@@ -101,7 +101,8 @@ def parser() -> argparse.ArgumentParser:
         "--sampler",
         choices=SAMPLERS,
         default="auto",
-        help="what suggests configurations; may change when a study goes on (auto: by how many trials there are)",
+        help="what suggests configurations; may change when a study goes on (auto: by how many trials there are, front "
+        "where --until is given)",
     )
     how.add_argument(
         "--workers",
@@ -208,7 +209,7 @@ def resolve(arguments: argparse.Namespace) -> SweepConfiguration:
         trials=arguments.trials,
         until=arguments.until,
         time_budget=None if arguments.time_budget is None else seconds(arguments.time_budget),
-        sampler=arguments.sampler,
+        sampler="front" if arguments.until is not None and arguments.sampler == "auto" else arguments.sampler,
         baseline_tokens=sample_size(arguments.baseline_tokens),
     )
     workers = _worker_settings(arguments)

@@ -23,7 +23,7 @@ from streamllm.results.damaged import keep_aside
 from streamllm.results.schema import OBJECTIVES
 from streamllm.results.study_folder import StudyFolder
 
-from .options import MODELLED, SAMPLERS, TIMINGS
+from .options import SAMPLERS, TIMINGS
 from .search.points import check_cap, check_methods, check_possible
 from .search.tasks import tasks_of
 from .study_name import check_study_name
@@ -129,10 +129,8 @@ class SearchSettings:
             raise UsageError(f"sampler {self.sampler!r}: must be one of {', '.join(SAMPLERS)}")
         if self.until is not None and not 0 < self.until < 1:
             raise UsageError(f"until {self.until}: must be a share above 0 and below 1, such as 0.01")
-        if self.until is not None and self.sampler not in MODELLED:
-            raise UsageError(
-                f"until {self.until} with sampler {self.sampler!r}: only {' and '.join(MODELLED)} can tell what is left"
-            )
+        if self.until is not None and self.sampler != "front":
+            raise UsageError(f"until {self.until} with sampler {self.sampler!r}: only front can tell what is left")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

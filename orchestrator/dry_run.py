@@ -17,7 +17,7 @@ from streamllm.terminal.progress import spoken, working
 
 from .configuration import Identity, SweepConfiguration, WorkerSettings
 from .estimate import estimate
-from .options import AUTO_FRONT_TRIALS
+from .options import AUTO_TPE_TRIALS
 from .search.points import configuration_of
 from .workers.cluster import resources_here
 from .workers.room import Room
@@ -34,7 +34,7 @@ def describe(configuration: SweepConfiguration) -> str:
     if search.time_budget is not None:
         limits += f", finished after about {search.time_budget:g} s"
     shortened = f"; the space says {space.cap}" if cap < space.cap else ""
-    auto = f" (front for {AUTO_FRONT_TRIALS} trials, then nsga2)" if search.sampler == "auto" else ""
+    auto = f" (tpe for {AUTO_TPE_TRIALS} trials, then nsga2)" if search.sampler == "auto" else ""
     layout = _layout(configuration.workers)
     sections: dict[str, list[str]] = {
         "study": [f"{what.study}, {'goes on' if exists else 'new'}", str(configuration.output)],
@@ -135,6 +135,8 @@ def _cost(configuration: SweepConfiguration, layout: WorkerLayout) -> str:
     with working("running a few layers, for the cost"):
         pace = measure_pace(configuration_of(what.model), dtype, what.cap)
     found = estimate(pace, tokens, configuration, layout.count, rows)
+    if configuration.search.until is not None and configuration.search.trials is None and budget is None:
+        return f"at most, if every configuration had to be timed, {found}"
     if budget is None or found.seconds < budget:
         return str(found)
     fitting = max(int((budget - found.seconds) / found.trial) + found.trials, 0)

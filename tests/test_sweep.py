@@ -191,7 +191,7 @@ def test_a_sweep_from_end_to_end(folder, cluster):
         (("--until", "1.5"), "until 1.5: must be a share above 0 and below 1, such as 0.01"),
         (
             ("--until", "0.01", "--sampler", "tpe"),
-            "until 0.01 with sampler 'tpe': only auto and front can tell what is left",
+            "until 0.01 with sampler 'tpe': only front can tell what is left",
         ),
         (("--workers", "-1"), "workers -1: must be a whole number >= 0"),
         (("--cpus-per-worker", "-1"), "cpus_per_worker -1"),

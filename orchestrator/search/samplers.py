@@ -5,7 +5,6 @@ What a suggestion costs therefore does not grow with the number of trials; the s
 
 from __future__ import annotations
 
-import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -21,10 +20,10 @@ from search_spaces import SearchSpace, Value
 from streamllm.results.front import pareto_front
 from streamllm.results.schema import OBJECTIVES, Row, told_name
 
-from ..options import AUTO_FRONT_TRIALS, MODELLED, SAMPLERS
+from ..options import AUTO_TPE_TRIALS, SAMPLERS
 
 if TYPE_CHECKING:
-    from .front_sampler import FrontSampler
+    pass
 
 _POPULATION = 50
 _HISTORY = 200
@@ -91,11 +90,15 @@ class Sampler(Protocol):
         ...
 
 
+def auto(start: Start) -> BaseSampler:
+    return tpe(start) if start.suggested < AUTO_TPE_TRIALS else nsga2(start)
+
+
 def sampler_of(kind: str, space: SearchSpace, cap: int, seed: int, past: Sequence[Result] = ()) -> Sampler:
     """One of `options.SAMPLERS` over a space. past: everything finished so far, oldest first, what failed too."""
-    if kind not in MODELLED:
-        return OptunaSampler(kind, space, seed, _complete(past))
-    return FrontThenOptuna(kind, space, cap, seed, past)
+    if kind == "front":
+        return FrontThenOthers(space, cap, seed, past)
+    return OptunaSampler(kind, space, seed, _complete(past))
 
 
 def _complete(past: Iterable[Result]) -> list[Result]:
@@ -118,50 +121,39 @@ def qmc(start: Start) -> BaseSampler:
     return optuna.samplers.QMCSampler(seed=start.seed, scramble=True)
 
 
-class FrontThenOptuna:
-    """`front`, over what it looks at of a space; of `auto`, for its first trials. What comes then is NSGA-II's, who
-    remembers them."""
+class FrontThenOthers:
+    """`front`, and what it does not look at of a space in no order: configurations that do the same as others, whose
+    policy could not be measured, or that were not drawn of a very large space."""
 
-    def __init__(self, kind: str, space: SearchSpace, cap: int, seed: int, past: Sequence[Result]) -> None:
+    kind = "front"
+
+    def __init__(self, space: SearchSpace, cap: int, seed: int, past: Sequence[Result]) -> None:
         from .front_sampler import FrontSampler
 
-        self.kind = kind
-        self._most = AUTO_FRONT_TRIALS if kind == "auto" else math.inf
-        self._asked = len(past)
-        self._later = OptunaSampler("nsga2", space, seed, _complete(past))
-        self._front: FrontSampler | None = None
-        if self._asked < self._most:
-            self._front = FrontSampler(space, cap, seed + len(past))
-            for result in past:
-                self._take(result.params, result)
+        self._others = OptunaSampler("random", space, seed, _complete(past))
+        self._front = FrontSampler(space, cap, seed + len(past))
+        for result in past:
+            self._take(result.params, result)
 
     def suggest(self, in_flight: int, *, may_look: bool = False) -> Suggestion:
-        choice = None if self._front is None else self._front.next(may_look=may_look)
+        choice = self._front.next(may_look=may_look)
         if choice is None:
-            return self._later.suggest(in_flight)
-        if not choice.only_quality:
-            self._asked += 1
-            if self._asked >= self._most:
-                self._front = None
+            return self._others.suggest(in_flight)
         return Suggestion(choice.params, only_quality=choice.only_quality)
 
     def learn(self, suggestion: Suggestion, result: Result | None) -> None:
         self._take(suggestion.params, result)
-        self._later.learn(suggestion, result)
 
     def looked(self, params: dict[str, Value], row: Row) -> None:
-        if self._front is not None:
-            self._front.known(params, row, only_quality=True)
+        self._front.known(params, row, only_quality=True)
 
     def chance_of(self, share: float) -> float | None:
-        return None if self._front is None else self._front.chance_of(share)
+        return self._front.chance_of(share)
 
     def expectations(self) -> list[dict[str, Any]]:
-        return [] if self._front is None else self._front.expectations()
+        return self._front.expectations()
 
     def _take(self, params: dict[str, Value], result: Result | None) -> None:
-        if self._front is None:
-            return
         if result is None or result.row["state"] != "complete":
             self._front.failed(params)
         else:
@@ -189,7 +181,8 @@ class OptunaSampler:
         if self._maker is None:
             return Suggestion(self.space.draw(self._any))
         self._in_flight = in_flight
-        if len(self._recent) >= 2 * self._history:
+        switches = self.kind == "auto" and self._suggested == AUTO_TPE_TRIALS
+        if switches or len(self._recent) >= 2 * self._history:
             self._start(self._maker.get())
         self._suggested += 1
         with warnings.catch_warnings():

@@ -40,6 +40,8 @@ SHARES = (0.9, 0.99)
 """Of which it is taken when they are reached."""
 QUALITY_SEC, SPEED_SEC = 3.2, 7.0
 """What a policy's quality and a configuration's speed take: medians of the README's own sweep, on two cores."""
+_ALIKE = 5
+"""Configurations at least, over which a tree averages."""
 PACED = """
 parameters:
   method: [ring, ours, mit]
@@ -55,17 +57,37 @@ Row = dict[str, Any]
 
 
 class MeasuredSpace:
-    """Answers trials from the table, with its qualities, and with times that are off by some noise as timings are."""
+    """Answers trials from the table, with its qualities, and with times that are off by some noise as timings are.
+
+    The true times are the table's without its own noise: each is what a forest of trees, which knows nothing of how a
+    cache works, makes of those that differ little."""
 
     def __init__(self, table: Path, noise: float) -> None:
         found = json.loads(table.read_text())
         self.space = load_space(str(HERE / found["space"]))
         self._names = [name for name, choices in self.space.parameters.items() if len(choices) > 1]
-        self._rows = {tuple(row[name] for name in self._names): row for row in found["rows"]}
+        rows = [
+            row | {"time_ratio": time} for row, time in zip(found["rows"], self._smooth(found["rows"]), strict=True)
+        ]
+        self._rows = {tuple(row[name] for name in self._names): row for row in rows}
         self._directions = {told_name(name): OBJECTIVES[name] for name in self.space.objectives}
-        self._middle = {name: median(row[name] for row in found["rows"]) for name in self._directions}
-        self._all = self._volume(found["rows"])
+        self._middle = {name: median(row[name] for row in rows) for name in self._directions}
+        self._all = self._volume(rows)
         self._noise = noise
+
+    def _smooth(self, rows: Sequence[Row]) -> list[float]:
+        from sklearn.ensemble import ExtraTreesRegressor
+
+        choices = {name: self.space.parameters[name] for name in self._names}
+        words = {name for name in choices if isinstance(choices[name][0], str)}
+        columns = [
+            [float(row[name] == choice) for name in words for choice in choices[name]]
+            + [float(choices[name].index(row[name])) for name in choices if name not in words]
+            for row in rows
+        ]
+        times = [math.log(row["time_ratio"]) for row in rows]
+        forest = ExtraTreesRegressor(300, min_samples_leaf=_ALIKE, random_state=0).fit(columns, times)
+        return [math.exp(time) for time in forest.predict(columns)]
 
     def row(self, trial: OpenTrial, chance: random.Random) -> TrialRow:
         measured = self.truth(trial.params)
