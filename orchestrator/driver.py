@@ -179,6 +179,7 @@ class Driver:
         assert self.comparison is not None
         known = quality_row(look.configuration, result, self.comparison, beside_baseline=BASELINE in self.fixed)
         self.study.looked(look, known)
+        self._see_what_is_left()
 
     def _with_tasks(self, what: Configuration) -> Plan[Evaluated]:
         """Quality, speed and the scores of tasks."""
@@ -320,6 +321,9 @@ class Driver:
         with writing():
             judged = self.study.tell(trial.number, row)
         self._announce(judged)
+        self._see_what_is_left()
+
+    def _see_what_is_left(self) -> None:
         if self._complete_to is not None and not self._is_complete:
             chance = self.study.chance_of(self._complete_to)
             self._is_complete = chance is not None and chance < HARDLY

@@ -9,7 +9,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, IntDistribution
@@ -21,9 +21,6 @@ from streamllm.results.front import pareto_front
 from streamllm.results.schema import OBJECTIVES, Row, told_name
 
 from ..options import AUTO_TPE_TRIALS, SAMPLERS
-
-if TYPE_CHECKING:
-    pass
 
 _POPULATION = 50
 _HISTORY = 200
@@ -90,19 +87,15 @@ class Sampler(Protocol):
         ...
 
 
-def auto(start: Start) -> BaseSampler:
-    return tpe(start) if start.suggested < AUTO_TPE_TRIALS else nsga2(start)
-
-
 def sampler_of(kind: str, space: SearchSpace, cap: int, seed: int, past: Sequence[Result] = ()) -> Sampler:
     """One of `options.SAMPLERS` over a space. past: everything finished so far, oldest first, what failed too."""
     if kind == "front":
         return FrontThenOthers(space, cap, seed, past)
-    return OptunaSampler(kind, space, seed, _complete(past))
+    return OptunaSampler(kind, space, seed, [result for result in past if result.row["state"] == "complete"])
 
 
-def _complete(past: Iterable[Result]) -> list[Result]:
-    return [result for result in past if result.row["state"] == "complete"]
+def auto(start: Start) -> BaseSampler:
+    return tpe(start) if start.suggested < AUTO_TPE_TRIALS else nsga2(start)
 
 
 def tpe(start: Start) -> BaseSampler:
@@ -130,7 +123,7 @@ class FrontThenOthers:
     def __init__(self, space: SearchSpace, cap: int, seed: int, past: Sequence[Result]) -> None:
         from .front_sampler import FrontSampler
 
-        self._others = OptunaSampler("random", space, seed, _complete(past))
+        self._others = OptunaSampler("random", space, seed)
         self._front = FrontSampler(space, cap, seed + len(past))
         for result in past:
             self._take(result.params, result)
