@@ -43,7 +43,9 @@ _EXPECTED = ("expected", "expected_low", "expected_high")
 _WORLDS = 100
 _CONTENDERS = 400
 """Points that may add something, for all of which it is drawn at once what they do."""
-_FIRST = 3
+_FIRST_LOOKS = 8
+"""Qualities, of policies far apart, before anything is timed."""
+_FIRST = 4
 """Timings, far apart, before anything is expected."""
 _TIMED = ("time_ratio", "speedup", "peak_memory_mb")
 """Measures that a configuration has to be timed for; others are of its policy, but for scores of tasks."""
@@ -159,8 +161,10 @@ class FrontSampler:
         free = self._free()
         if not len(free):
             return None
+        if may_look and (place := self._first_look()) is not None:
+            return self._chosen(place, only_quality=True)
         if len(self._timed) + len(self._pending) < _FIRST:
-            return self._chosen(self._far_from_all(free), only_quality=False)
+            return self._chosen(self._far_from_all(self._promising(free)), only_quality=False)
         gains = self._gains()
         order = free[np.argsort(-gains[free], kind="stable")]
         known = self._known_policies()
@@ -240,12 +244,29 @@ class FrontSampler:
             return set(range(len(self.candidates.representatives)))
         return set.intersection(*(set(quantity.known) for quantity in of_policies))
 
+    def _first_look(self) -> int | None:
+        """A point of a policy far from those whose quality is known, or will be; None when those are enough."""
+        places = [*self._pending, *self._timed, *self._given_up]
+        known = self._known_policies() | {int(self.candidates.policy[place]) for place in places}
+        unknown = np.array([policy for policy in range(len(self.candidates.representatives)) if policy not in known])
+        if len(known) >= _FIRST_LOOKS or not len(unknown):
+            return None
+        return self.candidates.representatives[self._farthest(self.candidates.policy_features, unknown, sorted(known))]
+
+    def _promising(self, free: np.ndarray) -> np.ndarray:
+        """Those that are no worse than the middle, by all that is known without a timing; or all."""
+        likely = self._objectives({name: self._of_all(name, q.middle()) for name, q in self._quantities.items()})
+        columns = [place for place, name in enumerate(self._signs) if of_policy(name)]
+        kept = free[np.all(likely[free][:, columns] <= np.median(likely[:, columns], axis=0), axis=1)]
+        return kept if len(kept) else free
+
     def _far_from_all(self, free: np.ndarray) -> int:
-        features = self.candidates.features
-        features = features / np.maximum(np.ptp(features, axis=0), 1e-9)
-        taken = [*self._timed, *self._pending]
+        return self._farthest(self.candidates.features, free, [*self._timed, *self._pending])
+
+    def _farthest(self, features: np.ndarray, free: np.ndarray, taken: list[int]) -> int:
         if not taken:
             return int(self._random.choice(free))
+        features = features / np.maximum(np.ptp(features, axis=0), 1e-9)
         distances = ((features[free, None] - features[None, taken]) ** 2).sum(axis=-1).min(axis=1)
         return int(free[np.argmax(distances + 1e-9 * self._random.random(len(free)))])
 

@@ -15,6 +15,7 @@ import numpy as np
 from streamllm.configuration import Configuration
 from streamllm.policy import EvictionPolicy, Schedule
 
+_METHOD = 1
 _CYCLES = 4
 _ENOUGH = 4
 """Measurements, before a kernel is chosen by them."""
@@ -62,11 +63,15 @@ def features(configurations: Sequence[Configuration], *, of_quality: bool = Fals
     backend, execution or quantization that not all share; of_quality: without those that no prediction depends on."""
     numbers = np.array([_numbers(plainest(what.effective)) for what in configurations])
     names = [(what.quantization, what.method, what.backend, what.execution) for what in configurations]
+    prunes = np.array([2 * work_of(what.effective)[1] for what in configurations])
     columns = [numbers]
     for kind in range(1 if of_quality else 4):
         known = sorted({str(one[kind]) for one in names})
         if len(known) > 1:
-            columns.append(np.array([[str(one[kind]) == name for name in known] for one in names], dtype=float))
+            which = np.array([[str(one[kind]) == name for name in known] for one in names], dtype=float)
+            columns.append(which)
+            if kind == _METHOD:  # what a prune costs is each method's own
+                columns.append(which * prunes[:, None])
     together = np.concatenate(columns, axis=1)
     return together[:, np.ptp(together, axis=0) > 0]
 
@@ -200,7 +205,7 @@ class Quantity:
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
 
         kernel = self._kernel or (
-            ConstantKernel(1.0, (0.05, 20.0)) * Matern(np.full(x.shape[1], 2.0), (0.3, 10.0), nu=2.5)
+            ConstantKernel(1.0, (0.05, 20.0)) * Matern(np.full(x.shape[1], 2.0), (0.3, 3.0), nu=2.5)
             + WhiteKernel(1e-3, (1e-6, 0.3))
         )
         is_due = len(y) >= _ENOUGH and len(y) >= 1.1 * self._fitted_at
