@@ -201,7 +201,7 @@ def test_expectations_beside_measurements_and_what_is_left(tmp_path):
     study.files.expected.write_text("".join(json.dumps(one) + "\n" for one in rows))
     left, right = expectations(study).axes
     assert left.get_title() == "5 of 6 within their interval of 95%"
-    assert right.get_legend_handles_labels()[1] == ["timed: 6", "may add to the front: 1", "will hardly: 2"]
+    assert right.get_legend_handles_labels()[1] == ["rest: 2", "may add most: 1", "timed: 6"]
     assert right.get_xlim()[0] < 0.9 < 1.5 < 2.0 and right.get_ylim()[1] < 9.0, "it shows where the front is"
     study.files.expected.write_text("".join(json.dumps(one) + "\n" for one in rows[:5]))
     with pytest.raises(NoDataError, match="fewer than 6 trials"):

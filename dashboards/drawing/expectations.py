@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 _FEWEST = 6
 """Measurements, for a comparison with what was expected of them."""
 _COMPARED = ("measured", "expected", "expected_low", "expected_high")
+_WITH_INTERVALS = 12
+"""Configurations that were not timed; of more, intervals would cover everything."""
 _MAY_ADD = 1e-3
 """Share of the hypervolume, for a configuration to be drawn as one that may add something."""
 
@@ -56,13 +58,15 @@ def _calibration(axes: Axes, timed: Sequence[AnyRow]) -> None:
 
 def _left_to_gain(axes: Axes, rows: Sequence[AnyRow], directions: dict[str, str]) -> None:
     x, y = directions
-    rest = [row for row in rows if not row["timed"]]
-    groups = (
-        ("timed", [row for row in rows if row["timed"]], BLUE, "D"),
-        ("may add to the front", [row for row in rest if row["gain"] > _MAY_ADD], VERMILLION, "o"),
-        ("will hardly", [row for row in rest if row["gain"] <= _MAY_ADD], GREY, "."),
-    )
-    for label, some, color, marker in groups:
+    timed = [row for row in rows if row["timed"]]
+    rest = sorted((row for row in rows if not row["timed"]), key=lambda row: -row["gain"])
+    best = [row for row in rest[:_WITH_INTERVALS] if row["gain"] > _MAY_ADD]
+    others = rest[len(best) :]
+    for label, some, color, marker in (
+        ("rest", others, GREY, "."),
+        ("may add most", best, VERMILLION, "o"),
+        ("timed", timed, BLUE, "D"),
+    ):
         if some:
             with_ends = color != GREY
             axes.errorbar(
@@ -76,8 +80,8 @@ def _left_to_gain(axes: Axes, rows: Sequence[AnyRow], directions: dict[str, str]
                 elinewidth=0.6,
                 label=f"{label}: {len(some)}",
             )
-    front = pareto_front([dict(row) | {"state": "complete"} for row in groups[0][1]], directions)
-    _look_at(axes, [*front, *groups[1][1]], x, y)
+    front = pareto_front([dict(row) | {"state": "complete"} for row in timed], directions)
+    _look_at(axes, [*front, *best], x, y)
     axes.set_xlabel("time per token over the reference's" if x == "time_ratio" else LABELS[x])
     axes.set_ylabel(LABELS[y])
     axes.legend(fontsize=8)
