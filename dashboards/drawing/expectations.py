@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from streamllm.results.checks import checked_expectation
 from streamllm.results.damaged import read_lines
 from streamllm.results.front import pareto_front
-from streamllm.results.schema import AnyRow, number, told_name
+from streamllm.results.schema import FIELDS, AnyRow, is_score, number, told_name
 from streamllm.results.study import StudyResults
 
 from .style import BLUE, GREY, LABELS, VERMILLION, NoDataError, interval_errors, new_figure
@@ -51,7 +51,7 @@ def _calibration(axes: Axes, timed: Sequence[AnyRow]) -> None:
     axes.errorbar(measured, expected, yerr=ends, fmt="o", color=BLUE, ecolor=GREY, markersize=4, elinewidth=0.8)
     line = [min(measured), max(measured)]
     axes.plot(line, line, color=VERMILLION, linewidth=1, zorder=0)
-    axes.set_xlabel("measured: time per token over the reference's")
+    axes.set_xlabel(f"measured: {_label(str(timed[0].get('of', 'time_ratio')))}")
     axes.set_ylabel("expected, by all other measurements")
     axes.set_title(f"{inside} of {len(timed)} within their interval of 95%")
 
@@ -82,10 +82,16 @@ def _left_to_gain(axes: Axes, rows: Sequence[AnyRow], directions: dict[str, str]
             )
     front = pareto_front([dict(row) | {"state": "complete"} for row in timed], directions)
     _look_at(axes, [*front, *best], x, y)
-    axes.set_xlabel("time per token over the reference's" if x == "time_ratio" else LABELS[x])
-    axes.set_ylabel(LABELS[y])
+    axes.set_xlabel(_label(x))
+    axes.set_ylabel(_label(y))
     axes.legend(fontsize=8)
     axes.set_title(f"of the rest, the {len(rest)} that may add most")
+
+
+def _label(name: str) -> str:
+    if name == "time_ratio":
+        return "time per token over the reference's"
+    return LABELS[name] if name in FIELDS or is_score(name) else name
 
 
 def _look_at(axes: Axes, rows: Sequence[AnyRow], x: str, y: str) -> None:

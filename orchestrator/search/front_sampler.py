@@ -180,7 +180,7 @@ class FrontSampler:
     def expectations(self) -> list[dict[str, Any]]:
         """Of what was measured, and of the rest that may add most to the front, a row each: its knobs, every objective
         with the ends of 95% as far as they are not known for sure, the expected `gain`; and of what was timed, what was
-        to be expected of it by all else (`expected`, by the first objective that takes a timing)."""
+        to be expected of it by all else (`expected`, `of` the first objective that takes a timing)."""
         if len(self._timed) < _FIRST:
             return []
         gains = self._gains()
@@ -198,7 +198,7 @@ class FrontSampler:
                 row |= dict(zip((name, f"{name}_low", f"{name}_high"), (float(end[unit]) for end in ends), strict=True))
             if place in expected and first is not None:
                 measured = self._quantities[first].measurement(place)
-                row |= {"measured": measured, **dict(zip(_EXPECTED, expected[place], strict=True))}
+                row |= {"of": first, "measured": measured, **dict(zip(_EXPECTED, expected[place], strict=True))}
             rows.append(row)
         return rows
 

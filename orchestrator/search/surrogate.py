@@ -15,7 +15,8 @@ import numpy as np
 from streamllm.configuration import Configuration
 from streamllm.policy import EvictionPolicy, Schedule
 
-_METHOD = 1
+_METHOD, _PRUNES = 1, 6
+"""Places of a name, and of a number."""
 _CYCLES = 4
 _ENOUGH = 4
 """Measurements, before a kernel is chosen by them."""
@@ -63,7 +64,6 @@ def features(configurations: Sequence[Configuration], *, of_quality: bool = Fals
     backend, execution or quantization that not all share; of_quality: without those that no prediction depends on."""
     numbers = np.array([_numbers(plainest(what.effective)) for what in configurations])
     names = [(what.quantization, what.method, what.backend, what.execution) for what in configurations]
-    prunes = np.array([2 * work_of(what.effective)[1] for what in configurations])
     columns = [numbers]
     for kind in range(1 if of_quality else 4):
         known = sorted({str(one[kind]) for one in names})
@@ -71,7 +71,7 @@ def features(configurations: Sequence[Configuration], *, of_quality: bool = Fals
             which = np.array([[str(one[kind]) == name for name in known] for one in names], dtype=float)
             columns.append(which)
             if kind == _METHOD:  # what a prune costs is each method's own
-                columns.append(which * prunes[:, None])
+                columns.append(which * numbers[:, [_PRUNES]])
     together = np.concatenate(columns, axis=1)
     return together[:, np.ptp(together, axis=0) > 0]
 
@@ -140,10 +140,8 @@ class Quantity:
             return self._unwarped(mean[:, None] + deviation[chosen, None] * deviates)
         _, covariance = self._process.predict(self._features[chosen], return_cov=True)
         covariance = covariance * self._spread**2
-        known = [place for place, unit in enumerate(chosen) if self._is_exact and unit in self._measured]
-        covariance[known, :] = covariance[:, known] = 0.0
         noise = self._process.kernel_.k2.noise_level * self._spread**2
-        free = [place for place in range(len(chosen)) if place not in set(known)]
+        free = [place for place, unit in enumerate(chosen) if not (self._is_exact and unit in self._measured)]
         errors = np.zeros_like(deviates)
         block = covariance[np.ix_(free, free)] - noise * np.eye(len(free))
         values, vectors = np.linalg.eigh(block)
@@ -160,8 +158,7 @@ class Quantity:
         self.expected()
         if self._process is None:
             return {}
-        inverse = np.linalg.inv(self._process.L_ @ self._process.L_.T)
-        variance = 1.0 / np.diag(inverse)
+        variance = _left_out_variance(self._process)
         values = self._warped(np.array([value for value, _ in self._measured.values()]))
         mean = values - self._scatter * self._process.alpha_ * variance
         deviation = self._spread * np.sqrt(variance)
@@ -227,6 +224,10 @@ class Quantity:
 def _overconfidence(process: Any) -> float:
     """By how much the measurements are further from what the others predict of them than the process thinks, at least
     1 (Rasmussen and Williams 2006, section 5.4.2: predictions of each without it, in closed form)."""
-    inverse = np.linalg.inv(process.L_ @ process.L_.T)
-    errors = process.alpha_ / np.sqrt(np.diag(inverse))
+    errors = process.alpha_ * np.sqrt(_left_out_variance(process))
     return max(1.0, float(np.sqrt(np.mean(errors**2))))
+
+
+def _left_out_variance(process: Any) -> np.ndarray:
+    """(n,): of what the others let expect of each measurement, that one's noise included."""
+    return 1.0 / np.diag(np.linalg.inv(process.L_ @ process.L_.T))

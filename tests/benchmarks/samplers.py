@@ -79,7 +79,7 @@ class MeasuredSpace:
         from sklearn.ensemble import ExtraTreesRegressor
 
         choices = {name: self.space.parameters[name] for name in self._names}
-        words = {name for name in choices if isinstance(choices[name][0], str)}
+        words = [name for name in choices if isinstance(choices[name][0], str)]
         columns = [
             [float(row[name] == choice) for name in words for choice in choices[name]]
             + [float(choices[name].index(row[name])) for name in choices if name not in words]

@@ -75,11 +75,7 @@ def ratios(
 
 def measure(arguments: argparse.Namespace, space: SearchSpace, table: Table) -> None:
     loaded = load_model(arguments.model, arguments.dtype)
-    source = (
-        TextSource(text=arguments.text, max_eval_tokens=arguments.tokens)
-        if arguments.text
-        else TextSource(max_eval_tokens=arguments.tokens)
-    )
+    source = TextSource(text=arguments.text, max_eval_tokens=arguments.tokens)
     tokens = load_tokens(source, load_tokenizer(arguments.model), sys.maxsize).tokens
     whats = {json.dumps(params): configuration_of(params, space, table["cap"]) for params in space.points()}
     started = time.time()
@@ -120,7 +116,7 @@ def main() -> None:
     parser.add_argument("out", type=Path, help="raw measurements; beside it NAME-rows.json, what samplers read")
     parser.add_argument("--model", default="testbed")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--text", help="a file (the model's own)")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="(the model's own)")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--pairs", type=int, default=4, help="of segments, a round (4)")
