@@ -149,10 +149,10 @@ class Reference:
 
     @classmethod
     @torch.inference_mode()
-    def start(cls, loaded: LoadedModel, total: int, tokens: np.ndarray) -> Reference:
+    def start(cls, loaded: LoadedModel, total: int, tokens: np.ndarray, execution: str = "eager") -> Reference:
         """Holds S + W = `total` tokens."""
         policy = strict_policy(total)
-        decoder = TimedDecoder(loaded, Configuration("ring", policy), tokens)
+        decoder = TimedDecoder(loaded, Configuration("ring", policy, execution=execution), tokens)
         with no_garbage_collection(), decoder.backend.active():
             decoder.prefill()
             decoder.warm_up()

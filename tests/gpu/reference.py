@@ -1,0 +1,53 @@
+"""Which reference: a captured step, or an eager one, which waits for Python. The same is timed beside both in several
+processes: the better reference is the one whose ratios differ less from process to process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from streamllm.configuration import Configuration
+from streamllm.measuring.timing import Reference, compile_step, no_garbage_collection, time_beside
+from streamllm.policy import EvictionPolicy
+from tests.benchmarks.reporting import warm
+
+from .scale import Result, Scale
+
+PROCESSES = 3
+TIMED = ("ours", "eager"), ("ring", "cudagraph"), ("ring", "compile")
+
+
+@torch.inference_mode()
+def beside_both(scale: Scale) -> Result:
+    if scale.device.type != "cuda":
+        return {"ok": None, "rows": [], "skipped": "needs a CUDA device"}
+    loaded, tokens = scale.model(), scale.tokens(4096)
+    policy = EvictionPolicy(n_sink=4, window_size=scale.total - 4)
+    references = {way: Reference.start(loaded, scale.total, tokens, way) for way in ("eager", "cudagraph")}
+    rows: list[dict[str, Any]] = []
+    for method, execution in TIMED:
+        what = Configuration(method, policy, execution=execution)
+        compile_step(loaded, what, tokens)
+        with no_garbage_collection():
+            decoder = warm(loaded, what)
+        for way, reference in references.items():
+            times = time_beside(decoder, reference)
+            rows.append(
+                {
+                    "variant": f"{method} {execution}",
+                    "reference": way,
+                    "ratio": times.ratio.value,
+                    "low": times.ratio.low,
+                    "high": times.ratio.high,
+                    "pairs": len(times.ms),
+                    "reference ms": times.reference.value,
+                }
+            )
+    return {"ok": None, "rows": rows}
+
+
+CHECKS: dict[str, tuple[Callable[[Scale], Result], float]] = {
+    f"process {number}": (beside_both, 150) for number in range(1, PROCESSES + 1)
+}
