@@ -1,5 +1,7 @@
 import math
 from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ from streamllm.configuration import Configuration
 from streamllm.engine import execution
 from streamllm.measuring import bench, pairing, timing
 from streamllm.measuring.bench import Bench, Leases
+from streamllm.measuring.evaluation import times_summary
 from streamllm.measuring.jobs import Job
 from streamllm.measuring.pairing import between_references, in_turn, take_pairs
 from streamllm.measuring.reference_time import ReferencePool, speedup, with_times
@@ -150,3 +153,36 @@ def test_compiling_keeps_nobody_from_timing(golden_model, golden_tokens, monkeyp
     Bench(golden_model("llama-tiny"), stream, 32, leases).measure(Job("speed", what))
     assert compiled == [["computing"]] and timed == [["timing"]] and not held
     execution._compiled.cache_clear()
+
+
+def test_on_a_cuda_device_the_reference_is_captured_where_it_can_be(golden_model, golden_tokens, monkeypatch):
+    loaded = golden_model("llama-tiny")
+    begun, by = [], timing.Reference.by
+
+    def captured(model, total, tokens, execution):
+        begun.append(execution)
+        if len(begun) == 1:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore")
+        if len(begun) == 3:
+            raise torch.OutOfMemoryError("out of memory")
+        return by(loaded, total, tokens, "eager")
+
+    monkeypatch.setattr(timing.Reference, "by", captured)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"))
+    with pytest.warns(UserWarning, match=r"eager reference: .*\(operation not permitted when stream is capturing\)"):
+        reference = timing.Reference.start(on_gpu, 32, golden_tokens)
+    assert begun == ["cudagraph", "eager"]
+    with pytest.raises(torch.OutOfMemoryError):
+        timing.Reference.start(on_gpu, 32, golden_tokens)
+    timing.Reference.start(loaded, 32, golden_tokens)
+    assert begun[3:] == ["eager"], "there are no graphs on a CPU"
+    on_gpu = replace(reference, execution="cudagraph")
+    times = timing.measure_times(loaded, Configuration("ring", strict_policy(32)), golden_tokens, on_gpu)
+    assert times_summary(times)["reference_execution"] == "cudagraph"
+
+
+def test_times_beside_eager_and_captured_references_are_of_two_kinds():
+    rows = with_times([row(2.0, 20.0), row(8.0, 5.0, reference_execution="cudagraph"), row(2.0, 22.0)])
+    assert [one["tpot_ms"] for one in rows] == [42.0, 40.0, 42.0]
+    eager, captured = map(str, ReferencePool(rows).times())
+    assert captured == "5 ms on cpu, 1 thread, cudagraph" and "cudagraph" not in eager

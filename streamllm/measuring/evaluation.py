@@ -106,6 +106,7 @@ def times_summary(times: PairedTimes) -> dict[str, Any]:
         "pairs": len(times.ms),
         "timed_at": times.timed_at,
         "load": times.load,
+        **({} if times.reference_execution == "eager" else {"reference_execution": times.reference_execution}),
     }
 
 
@@ -186,7 +187,7 @@ def evaluate_decode_loop(
     quality = Quality(run.losses, np.arange(n_losses), run.peak_kv, run.runtime_sec, warning)
     ms = 1e3 * np.diff([run.elapsed[mark] for mark in marks]) / np.diff(marks)
     return quality, quality.summary() | {
-        **times_summary(between_references(ms.tolist(), reference_ms, at, load)),
+        **times_summary(between_references(ms.tolist(), reference_ms, at, load, reference.execution)),
         "prefill_sec": run.elapsed[marks[0]],
         "first_token_latency_sec": run.elapsed[1],
         "avg_attn_ms": attn_ms,
@@ -229,7 +230,7 @@ def evaluate_chunked(
     quality = Quality(run.losses, run.positions, run.peak_kv, seconds, warning, chunk=run.continuation_tokens)
     ms = 1e3 * run.continuation_sec / run.continuation_tokens
     return quality, quality.summary() | {
-        **times_summary(between_references(ms.tolist(), reference_ms, at, load)),
+        **times_summary(between_references(ms.tolist(), reference_ms, at, load, reference.execution)),
         "prefill_sec": float(np.median(run.prefill_sec)),
         "first_token_latency_sec": float(np.median(run.prefill_sec)),
         "avg_attn_ms": run.avg_attn_ms,

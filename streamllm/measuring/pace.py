@@ -69,7 +69,7 @@ def _fastest(loaded: LoadedModel, total: int) -> np.ndarray:
     while len(runs) < 2 or (len(runs) < _RUNS and time.perf_counter() - started < _ENOUGH_SEC):
         runs.append(_block_times(loaded, tokens))
     key_sec, block_sec = np.polyfit(_BLOCK * np.arange(_BLOCKS), np.min(runs, axis=0), 1)
-    reference = Reference.start(loaded, total, tokens)
+    reference = Reference.by(loaded, total, tokens, "eager")
     token_sec = min(reference.segment() for _ in range(_RUNS)) / 1e3
     return np.array([block_sec, max(key_sec, 0.0), token_sec])
 

@@ -39,6 +39,7 @@ class PairedTimes:
     """Seconds since 1970, at the start."""
     load: float
     """Processes that ran or waited for a core, on average over the minute before (`os.getloadavg`)."""
+    reference_execution: str = "eager"
 
     @property
     def ratios(self) -> np.ndarray:
@@ -60,7 +61,9 @@ def in_turn(timed: Sequence[Callable[[], float]]) -> Iterator[tuple[float, ...]]
         places.reverse()
 
 
-def take_pairs(segment: Callable[[], float], reference: Callable[[], float]) -> PairedTimes:
+def take_pairs(
+    segment: Callable[[], float], reference: Callable[[], float], reference_execution: str = "eager"
+) -> PairedTimes:
     """Times both in turn until the ratio's interval is narrow, or time is up. Each returns milliseconds per token."""
     at, load = time.time(), load_average()
     started = time.perf_counter()
@@ -70,7 +73,7 @@ def take_pairs(segment: Callable[[], float], reference: Callable[[], float]) -> 
         if _enough(pairs, time.perf_counter() - started):
             break
     own, theirs = zip(*pairs, strict=True)
-    return PairedTimes(own, theirs, at, load)
+    return PairedTimes(own, theirs, at, load, reference_execution)
 
 
 def seconds_of_pairs(segment_sec: float) -> float:
@@ -81,9 +84,12 @@ def seconds_of_pairs(segment_sec: float) -> float:
     return min(LEAST_PAIRS * pair, max(FEWEST_PAIRS * pair, _TOO_LONG_SEC))
 
 
-def between_references(ms: Sequence[float], reference_ms: Sequence[float], at: float, load: float) -> PairedTimes:
+def between_references(
+    ms: Sequence[float], reference_ms: Sequence[float], at: float, load: float, reference_execution: str = "eager"
+) -> PairedTimes:
     """Pairs of n segments with the mean of the n + 1 reference segments before and after each."""
-    return PairedTimes(ms, [(before + after) / 2 for before, after in pairwise(reference_ms)], at, load)
+    around = [(before + after) / 2 for before, after in pairwise(reference_ms)]
+    return PairedTimes(ms, around, at, load, reference_execution)
 
 
 def load_average() -> float:

@@ -19,7 +19,7 @@ Kind = tuple[Any, ...]
 
 WORKER = ("device", "threads", "software")
 """The properties that tell the kinds of workers apart: times of different kinds do not compare."""
-_KIND = ("model", "model_digest", "dtype", "quantization", "reference_total", *WORKER)
+_KIND = ("model", "model_digest", "dtype", "quantization", "reference_total", "reference_execution", *WORKER)
 """Everything that the reference's time depends on."""
 
 
@@ -37,6 +37,8 @@ class ReferenceTime:
     timings: int
     software: str | None = None
     """Versions that the times depend on, where the rows say them."""
+    execution: str | None = None
+    """How its steps were run, where that is not eagerly."""
     told: bool = False
     """Whether another time is told from it by nothing else."""
 
@@ -47,7 +49,8 @@ class ReferenceTime:
             f", {self.low:.3g} to {self.high:.3g} in nine of ten of {self.timings} timings" if self.timings > 1 else ""
         )
         versions = f", {self.software or 'versions not known'}" if self.told else ""
-        return f"{self.ms:.3g} ms on {self.device}{threads}{versions}{spread}"
+        execution = f", {self.execution}" if self.execution else ""
+        return f"{self.ms:.3g} ms on {self.device}{threads}{execution}{versions}{spread}"
 
 
 def kind(row: AnyRow) -> Kind:
@@ -76,13 +79,14 @@ class ReferencePool:
             return None
         low, median, high = (_quantile(ordered, share) for share in (0.05, 0.5, 0.95))
         named = dict(zip(_KIND, of, strict=True))
-        return ReferenceTime(named["device"], named["threads"], median, low, high, len(ordered), named["software"])
+        who = named["device"], named["threads"]
+        return ReferenceTime(*who, median, low, high, len(ordered), named["software"], named["reference_execution"])
 
     def times(self) -> list[ReferenceTime]:
         """One time for each kind, the one with the most timings first."""
         found = [time for of in self._ordered if (time := self.time(of)) is not None]
-        alike = Counter((time.device, time.threads) for time in found)
-        found = [replace(time, told=alike[time.device, time.threads] > 1) for time in found]
+        alike = Counter((time.device, time.threads, time.execution) for time in found)
+        found = [replace(time, told=alike[time.device, time.threads, time.execution] > 1) for time in found]
         return sorted(found, key=lambda time: -time.timings)
 
     def with_time(self, row: Row) -> Row:

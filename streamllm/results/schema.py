@@ -133,6 +133,7 @@ class Row(Mapping[str, Any]):
     speed_entry: str | None = fact(about="name of the store's entry with the times; of several runs, each")
     reference_total: int | None = fact(about="total KV of strict StreamingLLM beside it")
     reference_digest: str | None = fact(about="its weights, where they are others")
+    reference_execution: str | None = fact(words=True, about="how its steps were run, where that is not eagerly")
 
     # Confirmed.
     rounds: int | None = measure("rounds", decimals=None, final=True, of_study=True, viewed=True)

@@ -3,6 +3,7 @@ processes: the better reference is the one whose ratios differ less from process
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from streamllm.measuring.timing import Reference, compile_step, no_garbage_colle
 from streamllm.policy import EvictionPolicy
 from tests.benchmarks.reporting import warm
 
+from .correctness import small_model
 from .scale import Result, Scale
 
 PROCESSES = 3
@@ -26,7 +28,7 @@ def beside_both(scale: Scale) -> Result:
         return {"ok": None, "rows": [], "skipped": "needs a CUDA device"}
     loaded, tokens = scale.model(), scale.tokens(4096)
     policy = EvictionPolicy(n_sink=4, window_size=scale.total - 4)
-    references = {way: Reference.start(loaded, scale.total, tokens, way) for way in ("eager", "cudagraph")}
+    references = {way: Reference.by(loaded, scale.total, tokens, way) for way in ("eager", "cudagraph")}
     rows: list[dict[str, Any]] = []
     for method, execution in TIMED:
         what = Configuration(method, policy, execution=execution)
@@ -49,6 +51,30 @@ def beside_both(scale: Scale) -> Result:
     return {"ok": None, "rows": rows}
 
 
+@torch.inference_mode()
+def not_captured(scale: Scale) -> Result:
+    """A model whose step waits for the device cannot be captured: its reference is eager, and all goes on."""
+    if scale.device.type != "cuda":
+        return {"ok": None, "rows": [], "skipped": "needs a CUDA device"}
+    loaded, tokens = small_model(2, torch.bfloat16, scale.device), scale.tokens(200)
+    policy = EvictionPolicy(n_sink=4, window_size=44)
+    handle = loaded.model.lm_head.register_forward_pre_hook(lambda _, inputs: inputs[0].sum().item() and None)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        reference = Reference.start(loaded, policy.kept, tokens)
+    handle.remove()
+    times = time_beside(warm(loaded, Configuration("ring", policy, execution="cudagraph")), reference)
+    captured = Reference.start(loaded, policy.kept, tokens)
+    row = {
+        "reference": reference.execution,
+        "said": "; ".join(str(warning.message) for warning in said)[:200],
+        "captured beside it": times.ratio.value,
+        "next reference": captured.execution,
+    }
+    return {"ok": reference.execution == "eager" and captured.execution == "cudagraph", "rows": [row]}
+
+
 CHECKS: dict[str, tuple[Callable[[Scale], Result], float]] = {
-    f"process {number}": (beside_both, 150) for number in range(1, PROCESSES + 1)
+    "not captured": (not_captured, 90),
+    **{f"process {number}": (beside_both, 150) for number in range(1, PROCESSES + 1)},
 }
