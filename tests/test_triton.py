@@ -157,6 +157,46 @@ def test_compiled_for_a_gpu(capability, dtype, group, size, tmp_path, monkeypatc
 @installed
 @not_interpreted
 @pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    ("dtype", "group", "size", "turned"),
+    [("bfloat16", 1, 80, 20), ("bfloat16", 4, 128, 128), ("float16", 1, 64, 0), ("float32", 4, 64, 64)],
+)
+def test_a_rings_step_compiled_for_a_gpu(capability, dtype, group, size, turned, tmp_path, monkeypatch):
+    from streamllm.engine.triton_attention import shapes
+    from streamllm.engine.triton_ring import MERGED_SPLITS, configuration, ring_step
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    config = configuration(group, getattr(torch, dtype))
+    short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[dtype]
+    binary = compiled(
+        ring_step,
+        {"num_warps": config.warps},
+        capability,
+        **dict.fromkeys(("query", "new_key", "new_value", "keys", "values", "merged"), f"*{short}"),
+        sinks=f"*{short}" if turned else None,
+        **dict.fromkeys(("cos", "sin"), "*fp32" if turned else None),
+        **dict.fromkeys(("position", "evicted"), "*i64"),
+        **dict.fromkeys(("outputs", "norms"), "*fp32"),
+        finished="*i32",
+        scale="fp32",
+        **dict.fromkeys(("n_sink", "window", "span", "query_stride", "key_stride", "value_stride"), "i32"),
+        turned=turned,
+        interleaved=False,
+        **shapes(group, size, config),
+        merged_splits=MERGED_SPLITS,
+    )
+    registers, spilled = resources(binary.asm["cubin"], tmp_path)
+    print(f"sm_{capability} {dtype} {group} x {size}: {registers} registers, {binary.metadata.shared} bytes shared")
+    assert spilled <= (16 if dtype == "float32" else 0)
+    assert registers * 32 * config.warps <= 65536 / (2 if dtype == "float32" else 3)
+    assert binary.metadata.shared <= (80 if dtype == "float32" else 40) * 1024
+    assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", binary.asm["ptx"]), "16 bytes a thread and load"
+    assert re.search(r"atom\S*gpu\S*acq_rel", binary.asm["ptx"]), "whoever merges sees what all others wrote"
+
+
+@installed
+@not_interpreted
+@pytest.mark.parametrize("capability", [80, 90])
 def test_the_merge_compiled_for_a_gpu(capability, tmp_path, monkeypatch):
     from streamllm.engine.triton_attention import MERGED_COLUMNS, MOST_SPLITS, merge_splits
 

@@ -88,7 +88,7 @@ def attention(
     if new == 1 and torch.compiler.is_compiling() and fuses(backend, query.device):
         return fused_attention(query, key, value, scaling, mask)
     if new == 1 and backend.library == "triton":
-        return _triton_attention(query, key, value, scaling, mask)
+        return _triton_attention(backend, query, key, value, scaling, mask)
     if causal and new > 1 and backend.library != "flash_attn" and (new != held or backend.library == "eager"):
         mask = torch.ones(new, held, dtype=torch.bool, device=query.device).tril(held - new)
     if backend.library == "eager":
@@ -120,7 +120,13 @@ def _flash_attention_2(query: Tensor, key: Tensor, value: Tensor, scaling: float
     return flash_attn_func(query, key, value, softmax_scale=scaling, causal=causal).transpose(1, 2)
 
 
-def _triton_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+def _triton_attention(
+    backend: Backend, query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None
+) -> Tensor:
+    if backend.name == "ring_triton" and mask is None and len(query) == 1:
+        from .triton_ring import attention_over
+
+        return attention_over(query, key, value, scaling)
     from .triton_attention import decode_attention
 
     return decode_attention(query, key, value, mask, scaling)

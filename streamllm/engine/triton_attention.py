@@ -21,12 +21,105 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 MOST_SPLITS = 128
 """The merge holds one row of each in registers."""
 MERGED_COLUMNS = 16
 _FEWEST_ROWS = 16
 """Rows that `tl.dot` needs: smaller groups of heads are padded to it."""
+
+
+@triton.jit
+def nothing_seen(group: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr, block: tl.constexpr):
+    """Of a softmax: the largest logit, the sum of its weights, and the weighted sum of values, before any key."""
+    # For one query every lane of a block is a softmax of its own over every block-th key: nothing is exchanged.
+    lanes: tl.constexpr = block if group == 1 else rows
+    top = tl.full([lanes], float("-inf"), tl.float32)
+    return top, tl.zeros([lanes], tl.float32), tl.zeros([lanes, columns], tl.float32)
+
+
+@triton.jit
+def see_block(queries, keys, values, seen, scale, top, total, output, group: tl.constexpr):
+    """The same three after a block of keys and values (block, columns), of which those `seen` count.
+
+    queries (columns) in float32 and scaled already, or (rows, columns) of a group."""
+    if group == 1:
+        logits = tl.sum(keys.to(tl.float32) * queries[None, :], 1)
+        logits = tl.where(seen, logits, float("-inf"))
+        higher = tl.maximum(top, logits)
+    else:
+        logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
+        logits = tl.where(seen[None, :], logits, float("-inf"))
+        higher = tl.maximum(top, tl.max(logits, 1))
+    shift = tl.where(higher == float("-inf"), 0.0, higher)  # -inf less -inf, where nothing was seen yet
+    kept = tl.exp2(top - shift)
+    if group == 1:
+        weights = tl.exp2(logits - shift)
+        total = total * kept + weights
+        output = output * kept[:, None] + weights[:, None] * values.to(tl.float32)
+    else:
+        weights = tl.exp2(logits - shift[:, None])
+        total = total * kept + tl.sum(weights, 1)
+        weighted = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
+        output = output * kept[:, None] + weighted
+    return higher, total, output
+
+
+@triton.jit
+def leave_split(
+    outputs,
+    norms,
+    top,
+    total,
+    output,
+    pair,
+    split,
+    splits,
+    group: tl.constexpr,
+    size: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """Writes a split's normalised output and the logarithm of its softmax's denominator."""
+    column = tl.arange(0, columns)
+    inside = column < size
+    if group == 1:
+        highest = tl.max(top, 0)
+        weights = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
+        sum_of_all = tl.sum(total * weights, 0)
+        merged = tl.sum(output * weights[:, None], 0) / tl.where(sum_of_all == 0.0, 1.0, sum_of_all)
+        place = pair * splits + split
+        tl.store(norms + place, highest + tl.log2(sum_of_all))
+        tl.store(outputs + place.to(tl.int64) * size + column, merged, mask=inside)
+    else:
+        heads = tl.arange(0, rows)
+        output = output / tl.where(total == 0.0, 1.0, total)[:, None]
+        places = (pair * group + heads) * splits + split
+        tl.store(norms + places, top + tl.log2(total), mask=heads < group)
+        wanted = (heads < group)[:, None] & inside[None, :]
+        tl.store(outputs + places.to(tl.int64)[:, None] * size + column[None, :], output, mask=wanted)
+
+
+@triton.jit
+def read_queries(
+    query,
+    pair,
+    head_stride,
+    scale,
+    group: tl.constexpr,
+    size: tl.constexpr,
+    rows: tl.constexpr,
+    columns: tl.constexpr,
+):
+    """A KV head's queries, as `see_block` wants them."""
+    column = tl.arange(0, columns)
+    inside = column < size
+    if group == 1:
+        return tl.load(query + pair * head_stride + column, mask=inside, other=0.0).to(tl.float32) * scale
+    else:
+        heads = tl.arange(0, rows)
+        offsets = (pair * group + heads[:, None]) * head_stride + column[None, :]
+        return tl.load(query + offsets, mask=(heads < group)[:, None] & inside[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["held", "span", "kv_heads"])
@@ -62,10 +155,8 @@ def attend_split(
     """
     split = tl.program_id(0)
     pair = tl.program_id(1)
-    splits = tl.num_programs(0)
     first = split * span
     tokens = tl.arange(0, block)
-    heads = tl.arange(0, rows)
     column = tl.arange(0, columns)
     inside = column < size
     # 64 bits for what may be far away; inside a block 32 will do.
@@ -75,21 +166,8 @@ def attend_split(
     value += batch * value_batch + head * value_head + first.to(tl.int64) * value_token
     key_offsets = tokens[:, None] * key_token + column[None, :]
     value_offsets = tokens[:, None] * value_token + column[None, :]
-
-    if group == 1:
-        # Every lane of a block is a softmax of its own over every block-th key: nothing is exchanged in the loop.
-        one_query = tl.load(query + pair * size + column, mask=inside, other=0.0).to(tl.float32) * scale
-        top = tl.full([block], float("-inf"), tl.float32)
-        total = tl.zeros([block], tl.float32)
-        output = tl.zeros([block, columns], tl.float32)
-    else:
-        wanted = (heads < group)[:, None] & inside[None, :]
-        offsets = (pair * group + heads[:, None]) * size + column[None, :]
-        queries = tl.load(query + offsets, mask=wanted, other=0.0)
-        top = tl.full([rows], float("-inf"), tl.float32)
-        total = tl.zeros([rows], tl.float32)
-        output = tl.zeros([rows, columns], tl.float32)
-
+    queries = read_queries(query, pair, size, scale, group, size, rows, columns)
+    top, total, output = nothing_seen(group, rows, columns, block)
     for start in tl.range(0, tl.minimum(span, held - first), block, num_stages=stages):
         at = first + start + tokens
         seen = at < held
@@ -98,42 +176,10 @@ def attend_split(
         values = tl.load(value + value_offsets, mask=there, other=0.0)
         if mask is not None:
             seen = seen & (tl.load(mask + at, mask=seen, other=0) != 0)
-        if group == 1:
-            logits = tl.sum(keys.to(tl.float32) * one_query[None, :], 1)
-            logits = tl.where(seen, logits, float("-inf"))
-            higher = tl.maximum(top, logits)
-        else:
-            logits = tl.dot(queries, tl.trans(keys), input_precision="ieee") * scale
-            logits = tl.where(seen[None, :], logits, float("-inf"))
-            higher = tl.maximum(top, tl.max(logits, 1))
-        shift = tl.where(higher == float("-inf"), 0.0, higher)  # -inf less -inf, where nothing was seen yet
-        kept = tl.exp2(top - shift)
-        top = higher
-        if group == 1:
-            weights = tl.exp2(logits - shift)
-            total = total * kept + weights
-            output = output * kept[:, None] + weights[:, None] * values.to(tl.float32)
-        else:
-            weights = tl.exp2(logits - shift[:, None])
-            total = total * kept + tl.sum(weights, 1)
-            weighted = tl.dot(weights.to(values.dtype), values, input_precision="ieee")
-            output = output * kept[:, None] + weighted
+        top, total, output = see_block(queries, keys, values, seen, scale, top, total, output, group)
         key += block * key_token
         value += block * value_token
-
-    if group == 1:
-        highest = tl.max(top, 0)
-        weights = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
-        sum_of_all = tl.sum(total * weights, 0)
-        merged = tl.sum(output * weights[:, None], 0) / tl.where(sum_of_all == 0.0, 1.0, sum_of_all)
-        place = pair * splits + split
-        tl.store(norms + place, highest + tl.log2(sum_of_all))
-        tl.store(outputs + place.to(tl.int64) * size + column, merged, mask=inside)
-    else:
-        output = output / tl.where(total == 0.0, 1.0, total)[:, None]
-        places = (pair * group + heads) * splits + split
-        tl.store(norms + places, top + tl.log2(total), mask=heads < group)
-        tl.store(outputs + places.to(tl.int64)[:, None] * size + column[None, :], output, mask=wanted)
+    leave_split(outputs, norms, top, total, output, pair, split, tl.num_programs(0), group, size, rows, columns)
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -177,7 +223,7 @@ def configuration(group: int, dtype: torch.dtype) -> Configuration:
 
 
 @cache
-def _multiprocessors(device: torch.device) -> int:
+def multiprocessors(device: torch.device) -> int:
     if device.type == "cpu":
         return 2  # interpreted: every program takes a while
     return torch.cuda.get_device_properties(device).multi_processor_count
@@ -203,6 +249,16 @@ def split_count(pairs: int, held: int, wanted: int, block: int) -> tuple[int, in
     return triton.cdiv(held, span), span
 
 
+def refuse(query: Tensor) -> None:
+    """Raises RuntimeError for a query (..., size) that the kernels cannot take."""
+    if query.device.type == "cpu" and not INTERPRETED:
+        raise RuntimeError("Triton compiles for GPUs; on a CPU, TRITON_INTERPRET=1 runs its kernels for tests")
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        raise RuntimeError(f"the Triton kernel computes in float32: not for {query.dtype}")
+    if query.shape[-1] % MERGED_COLUMNS:
+        raise RuntimeError(f"the Triton kernel needs heads of a multiple of {MERGED_COLUMNS}, not of {query.shape[-1]}")
+
+
 def flash_decoding(
     query: Tensor,
     key: Tensor,
@@ -218,18 +274,13 @@ def flash_decoding(
     """
     batch, heads, _, size = query.shape
     kv_heads, held = key.shape[1], key.shape[2]
-    if query.device.type == "cpu" and not INTERPRETED:
-        raise RuntimeError("Triton compiles for GPUs; on a CPU, TRITON_INTERPRET=1 runs its kernels for tests")
-    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise RuntimeError(f"the Triton kernel computes in float32: not for {query.dtype}")
-    if size % MERGED_COLUMNS:
-        raise RuntimeError(f"the Triton kernel needs heads of a multiple of {MERGED_COLUMNS}, not of {size}")
+    refuse(query)
     query = query.contiguous()
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     mask = None if mask is None else mask.contiguous()
     group, pairs = heads // kv_heads, batch * kv_heads
     config = config or configuration(group, query.dtype)
-    splits, span = split_count(pairs, held, config.programs * _multiprocessors(query.device), config.block)
+    splits, span = split_count(pairs, held, config.programs * multiprocessors(query.device), config.block)
     outputs = torch.empty(batch * heads, splits, size, dtype=torch.float32, device=query.device)
     norms = torch.empty(batch * heads, splits, dtype=torch.float32, device=query.device)
     merged = torch.empty_like(query)
@@ -241,7 +292,7 @@ def flash_decoding(
             mask,
             outputs,
             norms,
-            scaling * _LOG2_E,
+            scaling * LOG2_E,
             held,
             span,
             kv_heads,

@@ -45,6 +45,9 @@ class RingCache(KVCache):
         self.new_sinks = 0
         """How many of the new tokens are sinks."""
         self.masked = True
+        self.fused = False
+        """Whether a layer's part of the step is one launch of our own (`triton_ring`), from taking the token in on."""
+        self.finished = torch.zeros(0, dtype=torch.int32)
 
     def begin(self, held: int, count: int) -> None:
         super().begin(held, count)
@@ -54,15 +57,19 @@ class RingCache(KVCache):
         self.evicted.fill_(self.evicted_so_far)
         self.new_sinks = max(min(self.slots.n_sink - held, count), 0)
         self.masked = count > 1 or not (self.always_full and held + 1 == self.slots.count)
+        self.fused = self.backend.name == "ring_triton" and count == 1 and not self.new_sinks
 
     def position_ids(self, count: int) -> Tensor:
+        if self.turns_sinks and not self.new_sinks:
+            self.sink_angles = self.rotary.turn(self.evicted)
+        if self.fused:
+            return self.position
         positions = self.position + torch.arange(count, device=self.device)
         self.value_slots = self.slots.of_each(positions)
         self.key_slots = self.value_slots
         if self.turns_sinks and not self.new_sinks:
             sinks = torch.arange(self.slots.n_sink, device=self.device)
             self.key_slots = torch.cat((sinks, self.value_slots))
-            self.sink_angles = self.rotary.turn(self.evicted)
         self.visible = self._visible(positions) if self.masked else None
         return positions
 
@@ -93,6 +100,8 @@ class RingCache(KVCache):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         if layer == len(self.keys):
             self._allocate(key, value)
+        if self.fused:
+            return self._in_one_launch(layer, query, key, value, scaling)
         if self.turns_sinks and self.new_sinks:
             first = self.length
             self.sink_keys[layer][:, :, first : first + self.new_sinks] = key[:, :, : self.new_sinks]
@@ -102,7 +111,17 @@ class RingCache(KVCache):
         values = self.values[layer].index_copy_(2, self.value_slots, value)
         return attention(self.backend, query, keys, values, scaling, mask=self.visible)
 
+    def _in_one_launch(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        from ..triton_ring import ring_attention
+
+        turning = (self.sink_keys[layer], *self.sink_angles) if self.turns_sinks else (None, None, None)
+        held = self.keys[layer], self.values[layer]
+        how = scaling, self.slots.n_sink, self.rotary.interleaved
+        return ring_attention(query, key, value, *held, *turning, self.position, self.evicted, self.finished, *how)
+
     def _allocate(self, key: Tensor, value: Tensor) -> None:
+        if not self.keys:
+            self.finished = torch.zeros(key.shape[1], dtype=torch.int32, device=self.device)
         self.keys.append(key.new_zeros(1, key.shape[1], self.slots.count, key.shape[3]))
         self.values.append(value.new_zeros(1, value.shape[1], self.slots.count, value.shape[3]))
         if self.turns_sinks:
