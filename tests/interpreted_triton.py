@@ -1,6 +1,6 @@
 """What tests/test_triton.py asks of Triton's interpreter, as a program: it has to be chosen before Triton is imported.
 
-TRITON_INTERPRET=1 python -m tests.interpreted_triton GROUP -> {case: outcome} as JSON on the last line.
+TRITON_INTERPRET=1 python -m tests.interpreted_triton GROUP [BACKEND] -> {case: outcome} as JSON on the last line.
 """
 
 import itertools
@@ -17,6 +17,7 @@ from streamllm.engine.decoding import negative_log_likelihood
 from streamllm.engine.loading import load_model
 from streamllm.engine.methods import make_decoder
 from streamllm.engine.probing import probe_backend
+from streamllm.engine.slots import RingSlots
 from streamllm.policy import EvictionPolicy
 
 from .conftest import FAMILIES, GOLDEN
@@ -74,11 +75,11 @@ def error(found, query, key, value, scaling, mask):
 
 
 def kernel():
-    from streamllm.engine.triton_attention import flash_decoding, split_count
+    from streamllm.engine.triton_attention import Cut, flash_decoding, split_count
 
     found = {}
     for heads, kv_heads, size, held, kind, dtype in kernel_cases():
-        config = Configuration(64 if held > 64 else 32, 4, 1, max(2, 2 * kv_heads))  # two multiprocessors: four splits
+        config = Cut(64 if held > 64 else 32, 4, 1, max(2, 2 * kv_heads))  # two multiprocessors: four splits
         splits, span = split_count(kv_heads, held, 2 * config.programs, config.block)
         assert splits == (1 if held <= 32 else 2 if held == 64 else 4 if held == 2048 else 3)
         query, key, value = inputs(heads, kv_heads, size, held, getattr(torch, dtype))
@@ -146,8 +147,96 @@ def operator():
     }
 
 
+RINGS = (  # heads, KV heads, size, sinks, window, of each head's components turned, neighbours with one another, dtype
+    (4, 4, 16, 4, 60, 16, False, "float32"),
+    (4, 4, 80, 4, 60, 20, False, "float32"),
+    (8, 2, 64, 4, 124, 64, False, "float32"),
+    (8, 2, 64, 4, 124, 64, True, "float16"),
+    (4, 4, 32, 0, 40, 0, False, "float32"),
+    (4, 4, 16, 3, 300, 0, False, "float32"),
+    (4, 4, 16, 40, 300, 8, True, "float32"),
+)
+
+
+def ring():
+    """A step of the ring: just full, gone around, lazily pruned with little left, hardly begun."""
+    found = {}
+    for heads, kv_heads, size, n_sink, window, turned, interleaved, dtype in RINGS:
+        full = n_sink + window
+        for position, evicted in (
+            (full - 1, 0),
+            (full + 17, 18),
+            (full + 2 * window + 5, 3 * window - 7),
+            (n_sink + 2, 0),
+        ):
+            of = f"{heads}/{kv_heads} x {size}, {n_sink} + {window}, {turned} turned"
+            name = f"{of}, at {position} less {evicted}, {dtype}"
+            shape = heads, kv_heads, size, n_sink, window, getattr(torch, dtype)
+            found[name] = ring_error(shape, turned, interleaved, position, evicted)
+    return found
+
+
+def ring_error(shape, turned, interleaved, position, evicted):
+    from streamllm.engine.triton_attention import Cut
+    from streamllm.engine.triton_ring import attend_in_ring
+
+    heads, kv_heads, size, n_sink, window, dtype = shape
+    generator = torch.Generator().manual_seed(position)
+    wanted = (heads, 1), (kv_heads, 1), (kv_heads, 1), (kv_heads, n_sink + window), (kv_heads, n_sink + window)
+    query, key, value, keys, values = (torch.randn(1, *s, size, generator=generator).to(dtype) for s in wanted)
+    expected_keys, expected_values = keys.clone(), values.clone()
+    slots = RingSlots(n_sink, n_sink + window)
+    slot = slots.of(position)
+    expected_keys[:, :, slot], expected_values[:, :, slot] = key[:, :, 0], value[:, :, 0]
+    turning = None, None, None
+    if turned:
+        sinks = torch.randn(1, kv_heads, n_sink, size, generator=generator).to(dtype)
+        angles = torch.rand(1, turned // 2, generator=generator)
+        angles = angles.repeat_interleave(2, -1) if interleaved else torch.cat((angles, angles), -1)
+        turning = sinks, angles.cos(), angles.sin()
+        expected_keys[:, :, :n_sink] = turned_on(sinks, *turning[1:], interleaved)
+    age_of_oldest = slots.newest(torch.tensor(position)) >= n_sink + evicted
+    visible = torch.cat((torch.ones(n_sink, dtype=torch.bool), age_of_oldest))[None]
+    state = torch.tensor([position]), torch.tensor([evicted]), torch.zeros(kv_heads, dtype=torch.int32)
+    output = attend_in_ring(
+        query, key, value, keys, values, *turning, *state, 0.3, n_sink, interleaved, Cut(32, 4, 1, 4)
+    )
+    assert not state[2].any(), "the next step counts from 0"
+    assert (values == expected_values).all() and (keys[:, :, n_sink:] == expected_keys[:, :, n_sink:]).all()
+    return error(output, query, expected_keys, expected_values, 0.3, visible)
+
+
+def turned_on(sinks, cos, sin, interleaved):
+    """As `Rotary.rotate`."""
+    size = cos.shape[-1]
+    turning, fixed = sinks[..., :size].float(), sinks[..., size:]
+    first, second = turning.chunk(2, -1)
+    quarter = torch.cat((-second, first), -1)
+    if interleaved:
+        quarter = torch.stack((-turning[..., 1::2], turning[..., ::2]), -1).flatten(-2)
+    return torch.cat(((turning * cos + quarter * sin).to(sinks.dtype), fixed), -1)
+
+
 @torch.no_grad()
-def golden():
+def ways():
+    """The largest difference of logits from those by torch: steps of a ring with kept positions, lazily pruned, without
+    sinks, eager and compiled."""
+    tokens, found = torch.tensor(json.loads((GOLDEN / "tokens.json").read_text())), {}
+    loaded = load_model(str(GOLDEN / "llama-tiny"), "float32")
+    for more in ({"positions": "keep"}, {"compress_every": 8}, {"n_sink": 0}):
+        policy = EvictionPolicy(**{"n_sink": 4, "window_size": 44} | more)
+        logits = {}
+        for way in (("math", "eager"), ("ring_triton", "eager"), ("ring_triton", "compile")):
+            decoder = make_decoder(loaded, Configuration("ring", policy, *way))
+            decoder.feed(tokens[:40])
+            logits[way] = torch.cat([decoder.feed(token) for token in tokens[40:70].split(1)])
+        for way in list(logits)[1:]:
+            found[f"{policy} {way[1]}"] = (logits[way] - logits["math", "eager"]).abs().max().item()
+    return found
+
+
+@torch.no_grad()
+def golden(backend):
     """The largest difference from the losses of the original implementation, in a ring that has wrapped around."""
     tokens, found = torch.tensor(json.loads((GOLDEN / "tokens.json").read_text())), {}
     for family in FAMILIES:
@@ -160,9 +249,9 @@ def golden():
             decoder.feed(tokens[:FED])
             for i in range(FED, WRAPPED):
                 decoder.feed(tokens[i : i + 1])
-            decoder.cache.backend = BACKENDS["triton"]
+            decoder.cache.backend = BACKENDS[backend]
             losses = []
-            with recorded_kernel(BACKENDS["triton"]) as recorder:
+            with recorded_kernel(BACKENDS[backend]) as recorder:
                 for i in range(WRAPPED, WRAPPED + STEPS):
                     losses += negative_log_likelihood(decoder.feed(tokens[i : i + 1]), tokens[i + 1 : i + 2]).tolist()
             difference = np.abs(np.array(losses) - entry["losses"][WRAPPED : WRAPPED + STEPS]).max()
@@ -172,4 +261,5 @@ def golden():
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    print(json.dumps({"kernel": kernel, "layouts": layouts, "operator": operator, "golden": golden}[sys.argv[1]]()))
+    groups = {one.__name__: one for one in (kernel, layouts, operator, ring, ways, golden)}
+    print(json.dumps(groups[sys.argv[1]](*sys.argv[2:])))

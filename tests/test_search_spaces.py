@@ -54,7 +54,7 @@ def test_without_cuda_the_default_space_is_what_it_always_was(devices):
 def test_on_cuda_the_default_space_has_the_fastest_ring_from_the_start():
     space = load_space("default", {"cuda"})
     assert space.size == 4032 // 3 * 5 // 2 * 3
-    assert space.parameters["attn_backend"] == ("flash", "math", "triton")
+    assert space.parameters["attn_backend"] == ("flash", "math", "ring_triton")
     assert space.parameters["execution"] == ("eager", "compile", "cudagraph")
     rings = [params["execution"] for params in space.known if params["method"] == "ring"]
     assert rings == ["eager", "compile", "cudagraph"]

@@ -66,12 +66,12 @@ def probe_backend(
 
 
 def replayed(backend: Backend, loaded: LoadedModel, held: int) -> Backend:
-    """The backend that `auto` stands for in a step that is captured as a graph: our own kernel, where it runs. There
-    its launches cost nothing (from Python, 150 us each). On an H100 it reads keys faster than flash, and takes a mask,
-    under which torch's kernels but cuDNN's, which plans for every length, are several times slower."""
+    """The backend that `auto` stands for in a ring's step that is captured as a graph: our own kernel, where it runs.
+    There its launches cost nothing (from Python, 150 us each). On an H100 a captured step takes 14% less time with it
+    than with `triton`, a compiled one 4%."""
     if backend.name != "auto" or loaded.device.type != "cuda" or find_spec("triton") is None:
         return backend
-    ours = BACKENDS["triton"]
+    ours = BACKENDS["ring_triton"]
     return ours if _probed(ours, loaded.device, loaded.dtype, loaded.head_size, *_heads(loaded), held) else backend
 
 

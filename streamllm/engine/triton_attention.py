@@ -202,7 +202,7 @@ INTERPRETED = not isinstance(attend_split, triton.JITFunction)
 """Whether TRITON_INTERPRET=1 was set when this was imported: the kernels then run on CPU tensors, in numpy."""
 
 
-class Configuration(NamedTuple):
+class Cut(NamedTuple):
     """How the work is cut; what it computes does not depend on it."""
 
     block: int
@@ -214,12 +214,12 @@ class Configuration(NamedTuple):
     """Wanted per multiprocessor."""
 
 
-def configuration(group: int, dtype: torch.dtype) -> Configuration:
+def usual_cut(group: int, dtype: torch.dtype) -> Cut:
     """For so many query heads per KV head: in half precision the fastest of those tried on an H100 at 2,048 and 8,192
     keys, or within 1% of it; groups in float32 go without tensor cores, and by the registers that they take."""
     if group == 1:
-        return Configuration(16, 2, 3, 4)
-    return Configuration(64, 8, 2, 4) if dtype == torch.float32 else Configuration(32, 2, 2, 4)
+        return Cut(16, 2, 3, 4)
+    return Cut(64, 8, 2, 4) if dtype == torch.float32 else Cut(32, 2, 2, 4)
 
 
 @cache
@@ -229,15 +229,15 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def shapes(group: int, size: int, config: Configuration) -> dict[str, int]:
+def shapes(group: int, size: int, cut: Cut) -> dict[str, int]:
     """The values that `attend_split` is compiled for, besides types."""
     return {
         "group": group,
         "size": size,
         "rows": max(_FEWEST_ROWS, triton.next_power_of_2(group)),
         "columns": triton.next_power_of_2(size),
-        "block": config.block,
-        "stages": config.stages,
+        "block": cut.block,
+        "stages": cut.stages,
     }
 
 
@@ -265,7 +265,7 @@ def flash_decoding(
     value: Tensor,
     mask: Tensor | None,
     scaling: float,
-    config: Configuration | None = None,
+    cut: Cut | None = None,
 ) -> Tensor:
     """softmax(query key^T scaling) value in float32, the weights in the values' dtype where a group shares a KV head.
 
@@ -279,8 +279,8 @@ def flash_decoding(
     key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value))
     mask = None if mask is None else mask.contiguous()
     group, pairs = heads // kv_heads, batch * kv_heads
-    config = config or configuration(group, query.dtype)
-    splits, span = split_count(pairs, held, config.programs * multiprocessors(query.device), config.block)
+    cut = cut or usual_cut(group, query.dtype)
+    splits, span = split_count(pairs, held, cut.programs * multiprocessors(query.device), cut.block)
     outputs = torch.empty(batch * heads, splits, size, dtype=torch.float32, device=query.device)
     norms = torch.empty(batch * heads, splits, dtype=torch.float32, device=query.device)
     merged = torch.empty_like(query)
@@ -298,8 +298,8 @@ def flash_decoding(
             kv_heads,
             *key.stride()[:3],
             *value.stride()[:3],
-            **shapes(group, size, config),
-            num_warps=config.warps,
+            **shapes(group, size, cut),
+            num_warps=cut.warps,
         )
         merge_splits[(batch * heads, size // MERGED_COLUMNS)](
             outputs,

@@ -15,7 +15,7 @@ from streamllm.measuring.timing import Reference, compile_step, no_garbage_colle
 from streamllm.policy import EvictionPolicy
 from tests.benchmarks.reporting import warm
 
-from .correctness import small_model
+from .correctness import VOCABULARY, small_model
 from .scale import Result, Scale
 
 PROCESSES = 3
@@ -56,7 +56,7 @@ def not_captured(scale: Scale) -> Result:
     """A model whose step waits for the device cannot be captured: its reference is eager, and all goes on."""
     if scale.device.type != "cuda":
         return {"ok": None, "rows": [], "skipped": "needs a CUDA device"}
-    loaded, tokens = small_model(2, torch.bfloat16, scale.device), scale.tokens(200)
+    loaded, tokens = small_model(2, torch.bfloat16, scale.device), scale.tokens(200) % VOCABULARY
     policy = EvictionPolicy(n_sink=4, window_size=44)
     handle = loaded.model.lm_head.register_forward_pre_hook(lambda _, inputs: inputs[0].sum().item() and None)
     with warnings.catch_warnings(record=True) as said:

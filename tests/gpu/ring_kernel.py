@@ -122,12 +122,12 @@ def layer(scale: Scale) -> Result:
     """Microseconds a layer, of graphs over more rings than the L2 cache holds; the split's sizes varied one by one."""
     if scale.device.type != "cuda":
         return {"ok": None, "rows": [], "skipped": "needs a CUDA device"}
-    from streamllm.engine.triton_attention import configuration
+    from streamllm.engine.triton_ring import ring_cut
 
     bandwidth, rows = copy_bandwidth(scale.device), []
     for shape in SHAPES:
         rings = [Ring(shape, scale.device) for _ in range(math.ceil(FLUSHED / shape.bytes))]
-        config = configuration(shape.heads // shape.kv_heads, torch.bfloat16)
+        config = ring_cut(shape.heads // shape.kv_heads, torch.bfloat16)
         configs = [config, *(_others(config) if shape.held == 2048 else ())]
         difference = (rings[0].by_torch(None).float() - rings[0].in_one_launch().float()).abs().max().item()
         ways: dict[str, Callable[[Ring], Tensor]] = {"torch, triton": lambda ring: ring.by_torch(None)}
@@ -151,7 +151,7 @@ def layer(scale: Scale) -> Result:
 
 
 def _others(config: Any) -> Iterator[Any]:
-    """The configuration with one of its sizes changed."""
+    """The cut with one of its sizes changed."""
     for name, values in {
         "block": (16, 32, 64, 128),
         "warps": (1, 2, 4),

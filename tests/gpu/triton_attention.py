@@ -268,12 +268,12 @@ def time_kernels(report: Report, device: torch.device, shape: Shape) -> None:
 
 def configurations(device: torch.device) -> list[Any]:
     """Larger blocks of fewer warps do not fit into registers."""
-    from streamllm.engine.triton_attention import Configuration
+    from streamllm.engine.triton_attention import Cut
 
     if device.type == "cpu":
-        return [Configuration(32, 4, 1, 4)]
+        return [Cut(32, 4, 1, 4)]
     cuts = itertools.product((16, 32, 64, 128), (2, 4, 8), (1, 2, 3), (2, 4, 8, 16))
-    return [Configuration(*cut) for cut in cuts if 4 <= cut[0] / cut[1] <= 16]
+    return [Cut(*cut) for cut in cuts if 4 <= cut[0] / cut[1] <= 16]
 
 
 def build_beforehand(device: torch.device, jobs: Iterable[tuple[Shape, torch.dtype, Any]]) -> dict[str, Any]:
