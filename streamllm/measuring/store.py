@@ -47,6 +47,7 @@ MEASURING_CODE = (
     "engine.rotary",
     "engine.slots",
     "engine.triton_attention",
+    "engine.triton_ring",
     "engine.weight_files",
     "environment",
     "errors",
