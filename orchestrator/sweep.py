@@ -194,9 +194,11 @@ def _measure(
 
 
 def _keep_what_is_left(folder: StudyFolder, driver: Driver) -> None:
-    """What is left to find, where the sampler knows: adds to `sweep.json` how much, and writes `expected.jsonl`."""
+    """What is left to find, and what decides it, where the sampler knows: adds to `sweep.json` how much, and writes
+    `expected.jsonl`."""
     if (found := driver.completeness()) is not None:
-        folder.write_configuration(folder.read_configuration() | {"completeness": found})
+        known = {"completeness": found, "effects": driver.study.effects()}
+        folder.write_configuration({**folder.read_configuration(), **known})
     if rows := driver.study.expectations():
         write_atomically(folder.expected, "".join(json.dumps(row) + "\n" for row in rows))
 

@@ -10,6 +10,7 @@ from dashboards.drawing.kv_length import keys_attended, kv_length
 from dashboards.drawing.style import NoDataError, style
 from dashboards.figures import ROW_FIGURES, STUDY_FIGURES, main, pareto, write_figures
 from streamllm.policy import EvictionPolicy, peak_kv
+from streamllm.results.schema import told_name
 from streamllm.results.study import load_study
 
 from .made_studies import BASELINE, failed, row, write_study
@@ -179,6 +180,20 @@ def test_importance_of_knobs_whose_effects_are_known(tmp_path):
     assert bars["time per output token"][-1] == pytest.approx(100.0), "the most important on top"
     with pytest.raises(NoDataError):
         importance(load(tmp_path, rows[:3], "few"))
+
+
+def test_importance_over_the_whole_space_where_the_sampler_knows_it(tmp_path):
+    rows = [row(i, 1.0 + i % 2, 0.1 * i, method=("ours", "ring")[i % 2], compress_every=1 + i % 3) for i in range(24)]
+    study = load(tmp_path, rows)
+    by_knob = {"method": 0.7, "attn_backend": 0.1}
+    known = {told_name(name): by_knob for name in study.objectives}
+    study.configuration["effects"] = known
+    axes = importance(study).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["backend", "method"]
+    assert heights_across(axes)["time per output token"] == pytest.approx([10.0, 70.0])
+    assert "over the whole space" in axes.get_xlabel()
+    known.popitem()
+    assert "chance" in importance(study).axes[0].get_xlabel(), "where it knows one objective only, of the trials"
 
 
 def heights_across(axes):

@@ -241,3 +241,20 @@ def test_points_beyond_those_that_are_looked_at_are_no_error(space, monkeypatch)
     for params in space.points():
         sampler.known(params, row(params), only_quality=False)
     assert sampler.next() is None
+
+
+def test_what_decides_an_objective_over_the_whole_space_whichever_points_were_timed(space):
+    space = space()
+    sampler = FrontSampler(space, 256, 0)
+    searched(sampler, 8)
+    assert "time_ratio" not in sampler.effects(), "of so few timings nobody knows"
+    searched(sampler, 32)
+    points = list(space.points())
+    times = np.log([measured(params)["time_ratio"] for params in points])
+    found = sampler.effects()
+    assert set(found["time_ratio"]) == {"method", "n_sink", "compress_every", "cache_slack"}
+    for knob in ("method", "n_sink", "compress_every", "cache_slack"):
+        means = [times[[p[knob] == choice for p in points]].mean() for choice in space.parameters[knob]]
+        assert found["time_ratio"][knob] == pytest.approx(np.var(means) / np.var(times), abs=0.15), knob
+    assert found["ppl_vs_strict_percent"]["method"] == pytest.approx(0.0, abs=1e-9), "a quality is of its policy"
+    assert max(found["ppl_vs_strict_percent"], key=found["ppl_vs_strict_percent"].get) == "n_sink"

@@ -10,7 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from streamllm.files import Scalar
-from streamllm.results.schema import AnyRow, number, positions_of
+from streamllm.results.schema import AnyRow, number, positions_of, told_name
 from streamllm.results.study import StudyResults
 
 from ..recommendation import COSTS
@@ -31,14 +31,33 @@ _KNOBS = (
     "positions",
     "total_kv",
 )
+_SHOWN = {"attn_backend": "backend"}
+"""Knobs of spaces, by the name of the measure that has them."""
+_OF_SPACE = (
+    "share of the variance between the knob's values, %\n"
+    "(Sobol's first-order index over the whole space, of what the search's model expects)"
+)
+_OF_TRIALS = (
+    "share of the variance of the logarithm between the knob's values, %\n"
+    "(epsilon squared, of the search's values; hollow: no more than chance brings in one of 20 cases)"
+)
 _FEWEST = 12
 """Trials: of fewer, chance alone explains as much as a knob."""
 
 
 def importance(study: StudyResults) -> Figure:
-    """Bars per knob and objective. Raises NoDataError for too few trials."""
+    """Bars per knob and objective: of the whole space, as far as the study's sampler can tell what it was not told;
+    else of the trials. Raises NoDataError for too few trials."""
     rows = [row for row in study.searched or study.trials if row["trial"] != "baseline"]
-    shares = {name: main_effects(rows, name) for name in study.objectives}
+    names = {name: told_name(name) for name in study.objectives}
+    known = study.configuration.get("effects", {})
+    is_expected = all(name in known for name in names.values())
+    if is_expected:
+        shares = {
+            name: {_SHOWN.get(knob, knob): share for knob, share in known[told].items()} for name, told in names.items()
+        }
+    else:
+        shares = {name: main_effects(rows, name) for name in names}
     shares = {name: by_knob for name, by_knob in shares.items() if by_knob}
     if not shares:
         raise NoDataError(f"fewer than {_FEWEST} complete trials, or no knob has several values")
@@ -51,7 +70,7 @@ def importance(study: StudyResults) -> Figure:
     for index, ((name, by_knob), color) in enumerate(zip(shares.items(), (BLUE, ORANGE, PURPLE), strict=False)):
         places = [place + 0.4 - height * (index + 0.5) for place in range(len(knobs))]
         values = [100 * by_knob.get(knob, 0) for knob in knobs]
-        chance = chance_effects(rows, name)
+        chance = {} if is_expected else chance_effects(rows, name)
         bars = axes.barh(
             places,
             values,
@@ -61,7 +80,7 @@ def importance(study: StudyResults) -> Figure:
             hatch="///" * (index % 2),
             edgecolor="white",
         )
-        untold = [by_knob.get(knob, 0) <= chance.get(knob, 0) for knob in knobs]
+        untold = [by_knob.get(knob, 0) <= chance.get(knob, 0) and not is_expected for knob in knobs]
         for bar, hollow in zip(bars, untold, strict=True):
             if hollow:
                 bar.set(facecolor="none", edgecolor=color)
@@ -73,10 +92,7 @@ def importance(study: StudyResults) -> Figure:
     axes.set_yticks(range(len(knobs)), [LABELS[knob].partition(",")[0] for knob in knobs])
     axes.set_xlim(0, 100)
     axes.grid(visible=False, axis="y")
-    axes.set_xlabel(
-        "share of the variance of the logarithm between the knob's values, %\n"
-        "(epsilon squared, of the search's values; hollow: no more than chance brings in one of 20 cases)"
-    )
+    axes.set_xlabel(_OF_SPACE if is_expected else _OF_TRIALS)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=3)
     return figure

@@ -47,6 +47,9 @@ _FIRST_LOOKS = 8
 """Qualities, of policies far apart, before anything is timed."""
 _FIRST = 4
 """Timings, far apart, before anything is expected."""
+_WELL_MEASURED, _WELL_EXPLAINED = 12, 0.5
+"""Measurements of an objective, and the share of their variance that the others let expect, before it is said what
+decides it."""
 _TIMED = ("time_ratio", "speedup", "peak_memory_mb")
 """Measures that a configuration has to be timed for; others are of its policy, but for scores of tasks."""
 
@@ -72,6 +75,8 @@ class Candidates:
         self.params: list[dict[str, Value]] = []
         self.configurations: list[Configuration] = []
         self._places: dict[tuple[Value, ...], int] = {}
+        self.points: list[tuple[dict[str, Value], int]] = []
+        """All of them, each with its place: that of the first one that does the same."""
         alike: dict[object, int] = {}
         for params in _points(space, seed):
             if (name := self._identity(params)) in self._places:
@@ -82,6 +87,7 @@ class Candidates:
                 continue
             work = what.method, what.backend, what.execution, what.quantization, plainest(what.effective)
             self._places[name] = alike.setdefault(work, len(self.params))
+            self.points.append((params, self._places[name]))
             if self._places[name] < len(self.params):
                 continue
             self.params.append(params)
@@ -201,6 +207,35 @@ class FrontSampler:
                 row |= {"of": first, "measured": measured, **dict(zip(_EXPECTED, expected[place], strict=True))}
             rows.append(row)
         return rows
+
+    def effects(self) -> dict[str, dict[str, float]]:
+        """Of each objective that is expected well: knob -> the share of its variance over the space that the knob
+        accounts for by itself (the first-order index of Sobol 1993; all configurations count alike, whichever were
+        measured), of the logarithm, where it is a factor."""
+        if len(self._timed) < _FIRST:
+            return {}
+        places = np.array([place for _, place in self.candidates.points])
+        found = {}
+        for name in self._signs:
+            quantity = self._quantities[name]
+            if len(quantity.known) < _WELL_MEASURED or quantity.explained() < _WELL_EXPLAINED:
+                continue
+            values = _factors(name, self._of_all(name, quantity.middle()))[places]
+            if (variance := float(values.var())) > 0:
+                found[name] = {knob: share / variance for knob, share in self._between(values).items()}
+        return found
+
+    def _between(self, values: np.ndarray) -> dict[str, float]:
+        """Of each knob with several choices, the variance of its choices' means; values: of all points."""
+        shares = {}
+        for knob in {knob: None for params, _ in self.candidates.points for knob in params}:
+            groups: dict[Value | None, list[int]] = {}
+            for index, (params, _) in enumerate(self.candidates.points):
+                groups.setdefault(params.get(knob), []).append(index)
+            if len(groups) > 1:
+                distances = [(len(group), values[group].mean() - values.mean()) for group in groups.values()]
+                shares[knob] = float(sum(n * distance**2 for n, distance in distances) / len(values))
+        return shares
 
     def chance_of(self, share: float) -> float:
         """How probable it is that timing all the rest would add this share of the hypervolume, or more, to what the
@@ -323,6 +358,13 @@ class FrontSampler:
             excess = values[constraint.metric] - constraint.limit
             together[(excess if constraint.relation == "<=" else -excess) > 0] = np.inf
         return together
+
+
+def _factors(name: str, values: np.ndarray) -> np.ndarray:
+    """Their logarithms, where an objective says how many times something is taken."""
+    if name in _TIMED:
+        return np.log(values)
+    return np.log1p(np.maximum(values, -99.0) / 100) if name.endswith("_percent") else values
 
 
 def _points(space: SearchSpace, seed: int) -> Iterable[dict[str, Value]]:

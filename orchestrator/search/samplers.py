@@ -86,6 +86,10 @@ class Sampler(Protocol):
         """`FrontSampler.expectations`; none of those who expect nothing."""
         ...
 
+    def effects(self) -> dict[str, dict[str, float]]:
+        """`FrontSampler.effects`; none of those who expect nothing."""
+        ...
+
 
 def sampler_of(kind: str, space: SearchSpace, cap: int, seed: int, past: Sequence[Result] = ()) -> Sampler:
     """One of `options.SAMPLERS` over a space. past: everything finished so far, oldest first, what failed too."""
@@ -146,6 +150,9 @@ class FrontThenOthers:
     def expectations(self) -> list[dict[str, Any]]:
         return self._front.expectations()
 
+    def effects(self) -> dict[str, dict[str, float]]:
+        return self._front.effects()
+
     def _take(self, params: dict[str, Value], result: Result | None) -> None:
         if result is None or result.row["state"] != "complete":
             self._front.failed(params)
@@ -195,6 +202,9 @@ class OptunaSampler:
 
     def expectations(self) -> list[dict[str, Any]]:
         return []
+
+    def effects(self) -> dict[str, dict[str, float]]:
+        return {}
 
     def learn(self, suggestion: Suggestion, result: Result | None) -> None:
         trial = suggestion.trial

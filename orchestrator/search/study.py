@@ -115,6 +115,10 @@ class Study:
         """What the sampler expects of what was measured, and of the best of the rest."""
         return self._sampler.expectations()
 
+    def effects(self) -> dict[str, dict[str, float]]:
+        """Objective -> knob -> what the knob by itself decides of it, where the sampler can tell."""
+        return self._sampler.effects()
+
     def looked(self, look: Look, row: Row) -> None:
         """What was measured of it; nothing, if that failed."""
         self._sampler.looked(look.params, row)

@@ -165,6 +165,15 @@ class Quantity:
         ends = (self._unwarped(mean + z * deviation) for z in (0.0, -1.96, 1.96))
         return dict(zip(self.known, zip(*(end.tolist() for end in ends), strict=True), strict=True))
 
+    def explained(self) -> float:
+        """The share of what was measured's variance, on the even scale, that the others let expect: 1 less the mean
+        squared error of each prediction without it over the variance; 0 before anything is expected."""
+        self.expected()
+        if self._process is None:
+            return 0.0
+        errors = self._process.alpha_ * _left_out_variance(self._process)
+        return max(0.0, 1.0 - float(np.mean(errors**2)))
+
     def middle(self) -> np.ndarray:
         """(n,): values, the most likely where they are not known."""
         return self._unwarped(self.expected()[0])

@@ -83,6 +83,9 @@ def checked_settings(values: object) -> dict[str, Any]:
     if "completeness" in found:
         numbers = dict.fromkeys(("share", "chance"), (int, float))
         _object(found["completeness"], "a completeness", **numbers, timed=int, points=int)
+    for of_knobs in _object(found.get("effects", {}), "effects of knobs").values():
+        shares = _object(of_knobs, "effects of knobs")
+        _object(shares, "effects of knobs", **dict.fromkeys(shares, (int, float)))
     if not isinstance(found.get("max_ppl_increase"), int | float | None):
         raise ValueError(f"max_ppl_increase {found['max_ppl_increase']!r}: no number")
     return found

@@ -75,6 +75,9 @@ class StudySettings(TypedDict):
     max_ppl_increase: NotRequired[float | None]
     versions: NotRequired[dict[str, str]]
     completeness: NotRequired[Completeness]
+    effects: NotRequired[dict[str, dict[str, float]]]
+    """Objective -> knob -> the share of its variance over the space that the knob accounts for by itself, as far as the
+    sampler knows."""
 
 
 @dataclass(frozen=True, slots=True)
