@@ -101,8 +101,8 @@ def parser() -> argparse.ArgumentParser:
         "--sampler",
         choices=SAMPLERS,
         default="auto",
-        help="what suggests configurations; may change when a study goes on (auto: by how many trials there are, front "
-        "where --until is given)",
+        help="what suggests configurations; may change when a study goes on (auto: front, after 150 trials nsga2 "
+        "where --until is not given)",
     )
     how.add_argument(
         "--workers",

@@ -17,7 +17,7 @@ from streamllm.terminal.progress import spoken, working
 
 from .configuration import Identity, SweepConfiguration, WorkerSettings
 from .estimate import estimate
-from .options import AUTO_TPE_TRIALS
+from .options import AUTO_FRONT_TRIALS
 from .search.points import configuration_of
 from .workers.cluster import resources_here
 from .workers.room import Room
@@ -34,7 +34,7 @@ def describe(configuration: SweepConfiguration) -> str:
     if search.time_budget is not None:
         limits += f", finished after about {search.time_budget:g} s"
     shortened = f"; the space says {space.cap}" if cap < space.cap else ""
-    auto = f" (tpe for {AUTO_TPE_TRIALS} trials, then nsga2)" if search.sampler == "auto" else ""
+    auto = f" (front for {AUTO_FRONT_TRIALS} trials, then nsga2)" if search.sampler == "auto" else ""
     layout = _layout(configuration.workers)
     sections: dict[str, list[str]] = {
         "study": [f"{what.study}, {'goes on' if exists else 'new'}", str(configuration.output)],

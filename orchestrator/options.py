@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from .search.samplers import SamplerMaker
 
 SAMPLERS: dict[str, Lazy[SamplerMaker] | None] = {
-    "auto": Lazy("orchestrator.search.samplers:auto"),
+    "auto": None,
     "front": None,
     "tpe": Lazy("orchestrator.search.samplers:tpe"),
     "nsga2": Lazy("orchestrator.search.samplers:nsga2"),
@@ -19,11 +19,12 @@ SAMPLERS: dict[str, Lazy[SamplerMaker] | None] = {
     "random": None,
     "grid": None,
 }
-"""Optuna's, but for `front`, which is made for this search (`search.front_sampler`), and two that remember nothing:
-`random` draws, `grid` takes the points of a space in their order."""
+"""Optuna's, but for `front`, which is made for this search (`search.front_sampler`), `auto`, which begins with it, and
+two that remember nothing: `random` draws, `grid` takes the points of a space in their order."""
 TIMINGS = ("auto", "exclusive", "concurrent")
 """Whether accelerators of one node are timed one at a time or side by side; `auto`: as they are found to disturb one
 another."""
-AUTO_TPE_TRIALS = 150
-"""`auto` is tpe for so many trials, then nsga2: an ask costs tpe tens of milliseconds and more with every trial; nsga2
-beats random from 32 trials on, at a flat cost (tests/benchmarks/samplers.py)."""
+AUTO_FRONT_TRIALS = 150
+"""`auto` is front for so many trials, by which it has found what there is in spaces that were measured, then nsga2: an
+ask costs front tens of milliseconds and more with every trial; nsga2 beats random from 32 trials on, at a flat cost
+(tests/benchmarks/samplers.py)."""

@@ -7,6 +7,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from orchestrator.options import SAMPLERS
+from orchestrator.search import samplers
 from orchestrator.search.journal import JournalFile
 from orchestrator.search.study import Study
 from search_spaces import load_space
@@ -272,3 +273,16 @@ def test_a_journal_whose_folder_goes_while_it_is_written_says_so_as_a_file(tmp_p
     monkeypatch.setattr(os, "fsync", lambda number: shutil.rmtree(tmp_path / "s") or real(number))
     with pytest.raises(FileNotFoundError), file.together():
         file.append_logs([{"two": 2}])
+
+
+def test_auto_is_front_at_first_and_nsga2_once_there_are_many_trials(open_conditional, monkeypatch):
+    monkeypatch.setattr(samplers, "AUTO_FRONT_TRIALS", 6)
+    study = open_conditional("auto")
+    for number, trial in zip(range(7), asked_of(study), strict=False):
+        assert (study.chance_of(0.01) is None) == (number >= 5), "who asked for the last knows no more"
+        study.tell(trial.number, row_of(trial))
+    again = open_conditional("auto")
+    assert again.chance_of(0.01) is None and again.expectations() == [] and again.effects() == {}
+    assert len(again._sampler._others._recent) == 7, "and its successor has learned from all"
+    assert again.ask() is not None
+    assert open_conditional("front").chance_of(0.01) is not None

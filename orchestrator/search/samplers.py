@@ -5,6 +5,7 @@ What a suggestion costs therefore does not grow with the number of trials; the s
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -20,7 +21,7 @@ from search_spaces import SearchSpace, Value
 from streamllm.results.front import pareto_front
 from streamllm.results.schema import OBJECTIVES, Row, told_name
 
-from ..options import AUTO_TPE_TRIALS, SAMPLERS
+from ..options import AUTO_FRONT_TRIALS, SAMPLERS
 
 _POPULATION = 50
 _HISTORY = 200
@@ -50,8 +51,6 @@ class Start:
     seed: int
     conditional: bool
     """Some parameters exist with some values of others only."""
-    suggested: int
-    """Configurations suggested so far."""
     in_flight: int
 
 
@@ -95,11 +94,13 @@ def sampler_of(kind: str, space: SearchSpace, cap: int, seed: int, past: Sequenc
     """One of `options.SAMPLERS` over a space. past: everything finished so far, oldest first, what failed too."""
     if kind == "front":
         return FrontThenOthers(space, cap, seed, past)
-    return OptunaSampler(kind, space, seed, [result for result in past if result.row["state"] == "complete"])
+    if kind == "auto":
+        return FrontThenOthers(space, cap, seed, past, "nsga2", AUTO_FRONT_TRIALS)
+    return OptunaSampler(kind, space, seed, _complete(past))
 
 
-def auto(start: Start) -> BaseSampler:
-    return tpe(start) if start.suggested < AUTO_TPE_TRIALS else nsga2(start)
+def _complete(past: Sequence[Result]) -> list[Result]:
+    return [result for result in past if result.row["state"] == "complete"]
 
 
 def tpe(start: Start) -> BaseSampler:
@@ -119,39 +120,58 @@ def qmc(start: Start) -> BaseSampler:
 
 
 class FrontThenOthers:
-    """`front`, and what it does not look at of a space in no order: configurations that do the same as others, whose
-    policy could not be measured, or that were not drawn of a very large space."""
+    """`front` for a number of trials; then another, and for what `front` does not look at: configurations that do the
+    same as others, whose policy could not be measured, or that were not drawn of a very large space."""
 
     kind = "front"
 
-    def __init__(self, space: SearchSpace, cap: int, seed: int, past: Sequence[Result]) -> None:
+    def __init__(
+        self,
+        space: SearchSpace,
+        cap: int,
+        seed: int,
+        past: Sequence[Result],
+        others: str = "random",
+        trials: float = math.inf,
+    ) -> None:
         from .front_sampler import FrontSampler
 
-        self._others = OptunaSampler("random", space, seed)
+        self._others = OptunaSampler(others, space, seed, _complete(past))
         self._front = FrontSampler(space, cap, seed + len(past))
-        for result in past:
+        self._trials = trials
+        self._suggested = len(past)
+        for result in past if self._knows else ():
             self._take(result.params, result)
 
+    @property
+    def _knows(self) -> bool:
+        """Whether `front` still says what comes next."""
+        return self._suggested < self._trials
+
     def suggest(self, in_flight: int, *, may_look: bool = False) -> Suggestion:
-        choice = self._front.next(may_look=may_look)
+        choice = self._front.next(may_look=may_look) if self._knows else None
         if choice is None:
+            self._suggested += 1
             return self._others.suggest(in_flight)
+        self._suggested += not choice.only_quality
         return Suggestion(choice.params, only_quality=choice.only_quality)
 
     def learn(self, suggestion: Suggestion, result: Result | None) -> None:
-        self._take(suggestion.params, result)
+        if self._knows:
+            self._take(suggestion.params, result)
+        self._others.learn(suggestion, result)
 
     def looked(self, params: dict[str, Value], row: Row) -> None:
         self._front.known(params, row, only_quality=True)
 
     def chance_of(self, share: float) -> float | None:
-        return self._front.chance_of(share)
+        return self._front.chance_of(share) if self._knows else None
 
     def expectations(self) -> list[dict[str, Any]]:
-        return self._front.expectations()
+        return self._front.expectations() if self._knows else []
 
     def effects(self) -> dict[str, dict[str, float]]:
-        return self._front.effects()
+        return self._front.effects() if self._knows else {}
 
     def _take(self, params: dict[str, Value], result: Result | None) -> None:
         if result is None or result.row["state"] != "complete":
@@ -169,7 +189,6 @@ class OptunaSampler:
         self._directions = {told_name(name): OBJECTIVES[name] for name in space.objectives}
         self._seed = seed + len(past)  # going on is no repetition
         self._random = random.Random(self._seed)
-        self._suggested = len(past)
         self._in_flight = 0
         self._recent = list(past)
         self._ordered = {name: sorted(choices) for name, choices in space.parameters.items() if _is_number(choices)}
@@ -181,10 +200,8 @@ class OptunaSampler:
         if self._maker is None:
             return Suggestion(self.space.draw(self._any))
         self._in_flight = in_flight
-        switches = self.kind == "auto" and self._suggested == AUTO_TPE_TRIALS
-        if switches or len(self._recent) >= 2 * self._history:
+        if len(self._recent) >= 2 * self._history:
             self._start(self._maker.get())
-        self._suggested += 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is experimental in Optuna
             trial = self._study.ask()
@@ -219,7 +236,7 @@ class OptunaSampler:
         self._seed += 1
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is experimental in Optuna
-            sampler = make(Start(self._seed, bool(self.space.when), self._suggested, self._in_flight))
+            sampler = make(Start(self._seed, bool(self.space.when), self._in_flight))
         self._study = optuna.create_study(sampler=sampler, directions=list(self._directions.values()))
         front = {id(row) for row in pareto_front([result.row for result in self._recent], self._directions)}
         old, latest = self._recent[: -self._history], self._recent[-self._history :]
