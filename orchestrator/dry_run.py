@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from search_spaces import SearchSpace, Value
@@ -17,7 +17,7 @@ from streamllm.terminal.progress import spoken, working
 
 from .configuration import Identity, SweepConfiguration, WorkerSettings
 from .estimate import estimate
-from .options import AUTO_FRONT_TRIALS
+from .options import AUTO_FRONT_TRIALS, USUAL_UNTIL_TIMINGS
 from .search.points import configuration_of
 from .workers.cluster import resources_here
 from .workers.room import Room
@@ -136,7 +136,8 @@ def _cost(configuration: SweepConfiguration, layout: WorkerLayout) -> str:
         pace = measure_pace(configuration_of(what.model), dtype, what.cap)
     found = estimate(pace, tokens, configuration, layout.count, rows)
     if configuration.search.until is not None and configuration.search.trials is None and budget is None:
-        return f"at most, if every configuration had to be timed, {found}"
+        usual = replace(found, trials=min(USUAL_UNTIL_TIMINGS, found.trials))
+        return f"{usual}, as {usual.trials} would be usual; if all had to be timed, {spoken(found.seconds)}"
     if budget is None or found.seconds < budget:
         return str(found)
     fitting = max(int((budget - found.seconds) / found.trial) + found.trials, 0)
