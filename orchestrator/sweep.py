@@ -174,6 +174,7 @@ def _measure(
         if rounds:
             with writing():
                 _confirm(configuration, driver, kinds, display, until)
+                _keep_what_is_left(configuration.folder, driver)
         status, code = "FINISHED", 0
     except UnwritableError as error:
         display.note(f"error: {error}")
@@ -278,6 +279,7 @@ def _confirm(configuration: SweepConfiguration, driver: Driver, kinds: Kinds, di
             lambda row: store.arrays(row["quality_entry"]),
         )
         write_rows(configuration.folder.confirmed, values)
+        driver.study.confirmed(values)
         results = load_study(str(folder.path))
         better = unconfirmed_better(results.trials, results.objectives)
         added = can_be([row for row in better if str(row["trial"]) not in failed])

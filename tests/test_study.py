@@ -286,3 +286,19 @@ def test_auto_is_front_at_first_and_nsga2_once_there_are_many_trials(open_condit
     assert len(again._sampler._others._recent) == 7, "and its successor has learned from all"
     assert again.ask() is not None
     assert open_conditional("front").chance_of(0.01) is not None
+
+
+def test_what_was_timed_again_is_what_the_sampler_goes_by(open_conditional):
+    study = open_conditional("front")
+    for _, trial in zip(range(8), asked_of(study), strict=False):
+        study.tell(trial.number, row_of(trial) | {"time_ratio": 2.0 + 0.1 * trial.number, "reference_tpot_ms": 1.0})
+    first = study.rows[0]
+
+    def of_first():
+        return next(line for line in study.expectations() if line.get("measured") == pytest.approx(first["time_ratio"]))
+
+    assert of_first()["of"] == "time_ratio"
+    study.confirmed([first | {"time_ratio": 3.5}, first | {"trial": "baseline"}])
+    assert 3.5 in [line.get("measured") for line in study.expectations()]
+    with pytest.raises(StopIteration):
+        of_first()

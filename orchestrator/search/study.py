@@ -11,6 +11,7 @@ import math
 import random
 import warnings
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,8 @@ class Study:
         self._known = deque(space.known)
         self._points = space.points()
         self._open: dict[int, tuple[Trial, OpenTrial, Suggestion]] = {}
-        past = [self._result(space.complete(t.params), rows[t.number]) for t in settled if t.number in rows]
+        self._params = {t.number: space.complete(t.params) for t in settled if t.number in rows}
+        past = [self._result(params, rows[number]) for number, params in self._params.items()]
         self._sampler = sampler_of(sampler, space, cap, seed, past)
 
     def keep(self, settings: dict[str, object]) -> None:
@@ -153,9 +155,16 @@ class Study:
             trial.set_user_attr(ROW, row.to_json())
             self._finish(trial, row)
         self.rows.append(row)
+        self._params[number] = open_trial.params
         complete = row["state"] == "complete"
         self._sampler.learn(suggestion, self._result(open_trial.params, row) if complete else None)
         return row
+
+    def confirmed(self, rows: Iterable[Row]) -> None:
+        """Takes in finished trials that were timed again: what is left to find follows from the better times."""
+        for row in rows:
+            if (params := self._params.get(row["trial"])) is not None:
+                self._sampler.learn(Suggestion(params), self._result(params, row))
 
     def _result(self, params: dict[str, Value], row: Row) -> Result:
         return Result(params, self._times.with_time(row))
