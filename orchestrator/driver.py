@@ -114,10 +114,23 @@ class Driver:
         strict = fixed_configuration(STRICT, self.study.cap)
         self.scheduler.start(self._with_tasks(strict), self.subject, partial(self._fixed, STRICT))
         self.scheduler.start(self._baseline(), self.subject, partial(self._fixed, BASELINE))
+        self._search()
+        self._announce_fixed(BASELINE)
+
+    def goes_on(self) -> bool:
+        """Searches on where trials that were timed again leave more to find than was asked for. Returns whether they
+        did."""
+        self._is_complete = False
+        self._see_what_is_left()
+        if self._complete_to is None or not self._more():
+            return False
+        self._search()
+        return True
+
+    def _search(self) -> None:
         while self.scheduler.is_working or self._more() or self._is_short():
             self.scheduler.step()
             self._fill()
-        self._announce_fixed(BASELINE)
 
     def increases(self, losses_of: Callable[[str], np.ndarray]) -> list[Row]:
         """The cost of the finished trials and the reference beside the baseline, as well as it is known by now. See

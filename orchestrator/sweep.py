@@ -171,10 +171,12 @@ def _measure(
         driver.run()
         with writing():
             _keep_what_is_left(configuration.folder, driver)
-        if rounds:
+        while rounds:
             with writing():
                 _confirm(configuration, driver, kinds, display, until)
                 _keep_what_is_left(configuration.folder, driver)
+            if not driver.goes_on():
+                break
         status, code = "FINISHED", 0
     except UnwritableError as error:
         display.note(f"error: {error}")

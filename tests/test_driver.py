@@ -314,3 +314,14 @@ def test_a_search_that_is_to_find_all_that_matters_stops_when_hardly_anything_is
     assert len(study.rows) < 6 and study.chance_of(0.01) < 0.05
     best = min(study.rows, key=lambda row: row["time_ratio"])
     assert best["n_sink"] == 0
+
+
+def test_the_search_goes_on_where_what_was_timed_again_leaves_more_to_find(drive, monkeypatch):
+    study, log = drive(PretendPool(1), 6, sampler="front", complete_to=0.01)
+    before = len(study.rows)
+    assert not log.driver.goes_on() and len(study.rows) == before < 6, "nothing has changed"
+    chances = iter([0.3, 0.01])
+    monkeypatch.setattr(study, "chance_of", lambda share: next(chances))
+    assert log.driver.goes_on() and len(study.rows) == before + 1, "by one, after which hardly anything is left"
+    unlimited, log = drive(PretendPool(1), 6, sampler="front")
+    assert not log.driver.goes_on()
