@@ -323,5 +323,5 @@ def test_the_search_goes_on_where_what_was_timed_again_leaves_more_to_find(drive
     chances = iter([0.3, 0.01])
     monkeypatch.setattr(study, "chance_of", lambda share: next(chances))
     assert log.driver.goes_on() and len(study.rows) == before + 1, "by one, after which hardly anything is left"
-    unlimited, log = drive(PretendPool(1), 6, sampler="front")
+    _, log = drive(PretendPool(1), 6, sampler="front")
     assert not log.driver.goes_on()
