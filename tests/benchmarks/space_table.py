@@ -3,6 +3,9 @@ once, by the block-parallel evaluator; the time of each configuration beside the
 takes all of them in another order. Goes on where it was stopped.
 
 python -m tests.benchmarks.space_table SPACE.yaml OUT.json [--model testbed] [--rounds 3] [--tokens 4096]
+python -m tests.benchmarks.space_table SPACE.yaml OUT.json --shape pythia-70m --qualities OTHER.json
+
+Random weights have no quality: with --shape, the policies' qualities are those of another table.
 """
 
 from __future__ import annotations
@@ -33,7 +36,7 @@ from streamllm.measuring.text import TextSource, load_tokens
 from streamllm.measuring.timing import Reference, TimedDecoder, no_garbage_collection
 from streamllm.policy import strict_policy
 
-from .reporting import machine
+from .reporting import SHAPES, machine, random_model
 
 Table = dict[str, Any]
 
@@ -74,12 +77,17 @@ def ratios(
 
 
 def measure(arguments: argparse.Namespace, space: SearchSpace, table: Table) -> None:
-    loaded = load_model(arguments.model, arguments.dtype)
-    source = TextSource(text=arguments.text, max_eval_tokens=arguments.tokens)
-    tokens = load_tokens(source, load_tokenizer(arguments.model), sys.maxsize).tokens
     whats = {json.dumps(params): configuration_of(params, space, table["cap"]) for params in space.points()}
     started = time.time()
-    qualities(table, loaded, tokens, whats)
+    if arguments.shape:
+        loaded = random_model(arguments.shape, arguments.dtype)
+        tokens = np.random.default_rng(0).integers(1000, size=arguments.tokens)
+        table["quality"] = json.loads(arguments.qualities.read_text())["quality"]
+    else:
+        loaded = load_model(arguments.model, arguments.dtype)
+        source = TextSource(text=arguments.text, max_eval_tokens=arguments.tokens)
+        tokens = load_tokens(source, load_tokenizer(arguments.model), sys.maxsize).tokens
+        qualities(table, loaded, tokens, whats)
     write_atomically(arguments.out, json.dumps(table))
     print(f"{len(table['quality'])} policies in {time.time() - started:.0f} s", flush=True)
     reference = Reference.start(loaded, table["cap"], tokens)
@@ -115,6 +123,8 @@ def main() -> None:
     parser.add_argument("space")
     parser.add_argument("out", type=Path, help="raw measurements; beside it NAME-rows.json, what samplers read")
     parser.add_argument("--model", default="testbed")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of that shape in place of the model")
+    parser.add_argument("--qualities", type=Path, metavar="FILE", help="raw measurements that have the policies'")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--text", type=Path, metavar="FILE", help="(the model's own)")
     parser.add_argument("--tokens", type=int, default=4096)
@@ -129,6 +139,8 @@ def main() -> None:
         if arguments.out.is_file()
         else {"space": arguments.space, "cap": space.cap, "quality": {}, "ratios": {}, "loads": []}
     )
+    if arguments.shape and arguments.qualities is None:
+        parser.error("--shape: needs --qualities")
     if not arguments.rows_only:
         measure(arguments, space, table)
     rows = rows_of(table)
@@ -137,7 +149,7 @@ def main() -> None:
         "what": "Every point of the space: ppl_vs_strict_percent by the block-parallel evaluator, once a policy; "
         "time_ratio the median over rounds of pairs of segments in turn with the reference, with its interval of 95%.",
         "space": Path(arguments.space).name,
-        "model": arguments.model,
+        "model": f"{arguments.shape}, qualities of {arguments.model}" if arguments.shape else arguments.model,
         "n_tokens": arguments.tokens,
         "pairs": int(np.median([len(found) for found in table["ratios"].values()])),
         "half_interval": round(width, 4),
