@@ -45,8 +45,8 @@ _CONTENDERS = 400
 """Points that may add something, for all of which it is drawn at once what they do."""
 _FIRST_LOOKS = 8
 """Qualities, of policies far apart, before anything is timed."""
-_FIRST = 4
-"""Timings, far apart, before anything is expected."""
+_FEWEST_FIRST, _MOST_FIRST = 4, 8
+"""Timings, far apart, before anything is expected: a tenth of the points, but so many."""
 _WELL_MEASURED, _WELL_EXPLAINED = 12, 0.5
 """Measurements of an objective, and the share of their variance that the others let expect, before it is said what
 decides it."""
@@ -117,6 +117,7 @@ class FrontSampler:
     def __init__(self, space: SearchSpace, cap: int, seed: int) -> None:
         self.candidates = Candidates(space, cap, seed)
         self._constraints = space.constraints
+        self._first = min(max(len(self.candidates.params) // 10, _FEWEST_FIRST), _MOST_FIRST)
         self._signs = {told_name(name): 1.0 if OBJECTIVES[name] == "minimize" else -1.0 for name in space.objectives}
         self._random = np.random.default_rng(seed)
         metrics = dict.fromkeys([*self._signs, *(constraint.metric for constraint in space.constraints)])
@@ -169,7 +170,7 @@ class FrontSampler:
             return None
         if may_look and (place := self._first_look()) is not None:
             return self._chosen(place, only_quality=True)
-        if len(self._timed) + len(self._pending) < _FIRST:
+        if len(self._timed) + len(self._pending) < self._first:
             return self._chosen(self._far_from_all(self._promising(free)), only_quality=False)
         gains = self._gains()
         order = free[np.argsort(-gains[free], kind="stable")]
@@ -187,7 +188,7 @@ class FrontSampler:
         """Of what was measured, and of the rest that may add most to the front, a row each: its knobs, every objective
         with the ends of 95% as far as they are not known for sure, the expected `gain`; and of what was timed, what was
         to be expected of it by all else (`expected`, `of` the first objective that takes a timing)."""
-        if len(self._timed) < _FIRST:
+        if len(self._timed) < self._first:
             return []
         gains = self._gains()
         free = self._free()
@@ -212,7 +213,7 @@ class FrontSampler:
         """Of each objective that is expected well: knob -> the share of its variance over the space that the knob
         accounts for by itself (the first-order index of Sobol 1993; all configurations count alike, whichever were
         measured), of the logarithm, where it is a factor."""
-        if len(self._timed) < _FIRST:
+        if len(self._timed) < self._first:
             return {}
         places = np.array([place for _, place in self.candidates.points])
         found = {}
@@ -241,7 +242,7 @@ class FrontSampler:
         """How probable it is that timing all the rest would add this share of the hypervolume, or more, to what the
         timed ones have. 1 before anything is expected."""
         timed, free = sorted(self._timed), self._free()
-        if len(timed) < _FIRST:
+        if len(timed) < self._first:
             return 1.0
         if not len(free):
             return 0.0
