@@ -307,22 +307,7 @@ def ring_attention(
 
 
 @ring_attention.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    sinks: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    position: Tensor,
-    evicted: Tensor,
-    finished: Tensor,
-    scaling: float,
-    n_sink: int,
-    interleaved: bool,
-) -> Tensor:
+def _(query: Tensor, *rest: object) -> Tensor:
     return torch.empty_like(query, memory_format=torch.contiguous_format)
 
 
