@@ -298,7 +298,7 @@ def test_what_was_timed_again_is_what_the_sampler_goes_by(open_conditional):
         return next(line for line in study.expectations() if line.get("measured") == pytest.approx(first["time_ratio"]))
 
     assert of_first()["of"] == "time_ratio"
-    study.confirmed([first | {"time_ratio": 3.5}, first | {"trial": "baseline"}])
+    study.confirmed([Row(trial=first["trial"], time_ratio=3.5), Row(trial="baseline", time_ratio=9.0)])
     assert 3.5 in [line.get("measured") for line in study.expectations()]
     with pytest.raises(StopIteration):
         of_first()

@@ -161,10 +161,13 @@ class Study:
         return row
 
     def confirmed(self, rows: Iterable[Row]) -> None:
-        """Takes in finished trials that were timed again: what is left to find follows from the better times."""
-        for row in rows:
-            if (params := self._params.get(row["trial"])) is not None:
-                self._sampler.learn(Suggestion(params), self._result(params, row))
+        """Takes in what is known better of finished trials that were timed again: what is left to find follows from
+        it."""
+        better = {row["trial"]: row for row in rows}
+        for row in self.rows:
+            if (known := better.get(row["trial"])) is not None:
+                params = self._params[int(row["trial"])]
+                self._sampler.learn(Suggestion(params), self._result(params, row | known))
 
     def _result(self, params: dict[str, Value], row: Row) -> Result:
         return Result(params, self._times.with_time(row))
