@@ -28,6 +28,6 @@ AUTO_FRONT_TRIALS = 150
 """`auto` is front for so many trials, by which it has found what there is in spaces that were measured, then nsga2: an
 ask costs front tens of milliseconds and more with every trial; nsga2 beats random from 32 trials on, at a flat cost
 (tests/benchmarks/samplers.py)."""
-USUAL_UNTIL_TIMINGS = 54
-"""Of `--until 0.01`: the median of fifteen searches of a measured space of 1,008 configurations, 45 to 62
+USUAL_UNTIL_TIMINGS = 52
+"""Of `--until 0.01`: the median of fifteen searches of a measured space of 1,008 configurations, 48 to 64
 (tests/benchmarks/samplers.py)."""
