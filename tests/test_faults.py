@@ -92,7 +92,8 @@ class Sweep:
 
     def run(self, worker_class=WithoutModel, count=2, observer=None, watcher=None, **options):
         """The study after it went on with such workers."""
-        study = Study("s", self.folder / "journal.log", self.space, CAP, seed=1)
+        # A sampler that looks at no quality that it does not try: what kills a worker kills it then too.
+        study = Study("s", self.folder / "journal.log", self.space, CAP, seed=1, sampler="tpe")
         pool = self.pool(count, worker_class, **options)
         watchers = [] if watcher is None else [watcher]
         try:
