@@ -144,7 +144,7 @@ def segment_tokens(pace: float, cycle: int, seconds: float = SEGMENT_SEC) -> int
 class Reference:
     """The reference that everything is timed beside: strict StreamingLLM by the ring, kept warm; one per device and
     total. On a CUDA device its step is captured: an eager one waits for Python, and takes half as long again from one
-    process to the next, where ratios to a captured one differ by a thousandth."""
+    process to the next, where a captured one's ratio to another differs by a thousandth."""
 
     decoder: TimedDecoder
     execution: str

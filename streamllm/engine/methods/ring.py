@@ -60,14 +60,15 @@ class RingCache(KVCache):
         self.fused = self.backend.name == "ring_triton" and count == 1 and not self.new_sinks
 
     def position_ids(self, count: int) -> Tensor:
-        if self.turns_sinks and not self.new_sinks:
+        turns = self.turns_sinks and not self.new_sinks
+        if turns:
             self.sink_angles = self.rotary.turn(self.evicted)
         if self.fused:
             return self.position
         positions = self.position + torch.arange(count, device=self.device)
         self.value_slots = self.slots.of_each(positions)
         self.key_slots = self.value_slots
-        if self.turns_sinks and not self.new_sinks:
+        if turns:
             sinks = torch.arange(self.slots.n_sink, device=self.device)
             self.key_slots = torch.cat((sinks, self.value_slots))
         self.visible = self._visible(positions) if self.masked else None
