@@ -131,7 +131,7 @@ def _certainty(study: StudyResults, chosen: AnyRow | None) -> tuple[str, ...]:
     elif chosen is not None:
         said.append(
             "Its speed was measured once, in the search, and not confirmed: a search picks lucky measurements. The "
-            "same sweep command with --confirm 3, the default, measures the front again."
+            "same sweep command with --confirm 4, the default, measures the front again."
         )
     if chosen is not None and chosen.get("warning"):
         said.append(f"A warning about the recommended point: {chosen['warning']}.")

@@ -233,9 +233,9 @@ def _measured(study: StudyResults) -> str:
     else:
         count = sum(bool(row.get("rounds")) for row in rows)
         said.append(
-            f"Confirming: after the search {count} candidates and the baseline were timed again in {rounds} rounds, "
-            f"each in turn on one worker. The front and its values are of these measurements, as a search picks "
-            f"lucky ones."
+            f"Confirming: after the search {count} candidates and the baseline were timed again in {rounds} rounds or "
+            f"fewer, each in turn on one worker; what is hardly on the front after two is in no more. The front and "
+            f"its values are of these measurements, as a search picks lucky ones."
         )
     said.append(
         "On the front are the feasible trials that no other one beats in every objective. Objectives: "

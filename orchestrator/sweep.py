@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from .driver import Driver, Observer
     from .screen.display import Display
     from .search.study import Study
-    from .workers.kinds import Kinds
     from .workers.messages import WorkerSetup
 
 
@@ -133,6 +131,7 @@ def _measure(
     """Searches and confirms, and writes how that ended."""
     from streamllm.measuring.store import MeasurementStore
 
+    from .confirming import confirm
     from .driver import Driver
     from .scheduler import Scheduler
     from .timing import Timing
@@ -173,7 +172,7 @@ def _measure(
             _keep_what_is_left(configuration.folder, driver)
         while rounds:
             with writing():
-                _confirm(configuration, driver, kinds, display, until)
+                confirm(configuration, driver, kinds, display, until)
                 _keep_what_is_left(configuration.folder, driver)
             if not driver.goes_on():
                 break
@@ -242,53 +241,6 @@ def _with_the_cores_of(study: Study, workers: WorkerSettings) -> WorkerSettings:
             f"leave it out, or give another --study"
         )
     return replace(workers, cpus=workers.cpus or study.threads)
-
-
-def _confirm(configuration: SweepConfiguration, driver: Driver, kinds: Kinds, display: Display, until: float) -> None:
-    """Times the front's candidates again and writes `confirmed.jsonl`. What then still looks better than the front
-    without having been confirmed is confirmed too."""
-    from streamllm.measuring.store import MeasurementStore
-    from streamllm.results.study import load_study
-
-    from .search.confirm import candidates, comparable, confirmed_rows, unconfirmed_better
-    from .search.rounds import read_rounds, take_rounds
-
-    folder, store, rounds = configuration.folder, MeasurementStore(configuration.store), configuration.confirm.rounds
-    results = load_study(str(folder.path))
-    earlier = {trial for one in read_rounds(folder) for trial in one.members}
-    can_be = partial(comparable, losses_of=lambda row: store.losses(row["quality_entry"]), note=display.note)
-    chosen = added = can_be(candidates(results.trials, results.objectives, earlier))
-    while added and results.baseline is not None and driver.comparison is not None:
-        display.confirming(len(chosen) + 1, rounds)
-        fixed = results.baseline
-        while not driver.scheduler.ready:  # the last trial may have taken the only one along
-            driver.scheduler.step()
-        kind = kinds.to_confirm(driver.scheduler.members())
-        taken = take_rounds(folder, driver.scheduler, driver.subject, [fixed, *chosen], rounds, until, kind)
-        failed = {trial: reason for one in taken for trial, reason in one.failed.items()}
-        for trial, reason in failed.items():
-            display.note(f"warning: trial {trial} cannot be confirmed: {reason}")
-        if str(fixed["trial"]) in failed:
-            return
-        rows = sorted((row for row in chosen if str(row["trial"]) not in failed), key=lambda row: int(row["trial"]))
-        values = confirmed_rows(
-            taken,
-            rows,
-            fixed,
-            driver.comparison,
-            lambda row: store.losses(row["quality_entry"]),
-            results.objectives,
-            lambda row: store.arrays(row["quality_entry"]),
-        )
-        write_rows(configuration.folder.confirmed, values)
-        driver.study.confirmed(values)
-        results = load_study(str(folder.path))
-        better = unconfirmed_better(results.trials, results.objectives)
-        added = can_be([row for row in better if str(row["trial"]) not in failed])
-        if added:
-            numbers = ", ".join(str(row["trial"]) for row in added)
-            display.note(f"confirmed too, as nothing confirmed is better: trial {numbers}")
-            chosen = [*chosen, *added]
 
 
 def _introduce(configuration: SweepConfiguration, study: Study, display: Display) -> None:

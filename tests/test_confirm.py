@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from orchestrator.search import rounds as rounds_module
-from orchestrator.search.confirm import candidates, confirmed_rows, unconfirmed_better
-from orchestrator.search.rounds import Round, read_rounds, take_rounds
+from orchestrator.search.confirm import candidates, confirmed_rows, next_rounds, unconfirmed_better
+from orchestrator.search.rounds import Round, read_rounds, rounds_so_far, take_rounds
 from orchestrator.workers.kinds import kind_of
 from orchestrator.workers.messages import SweepError
 from orchestrator.workers.pool import Finished
@@ -51,8 +51,8 @@ def rounds_of(ratios, spread=0.01):
     random = np.random.default_rng(0)
     return [
         Round({str(trial): (values[number] * np.exp(random.normal(0, spread, 12))).tolist() for trial, values in
-               ratios.items()}, dict.fromkeys(map(str, ratios), RAW), {}, "code")
-        for number in range(len(next(iter(ratios.values()))))
+               ratios.items() if len(values) > number}, dict.fromkeys(map(str, ratios), RAW), {}, "code", number + 1)
+        for number in range(max(map(len, ratios.values())))
     ]  # fmt: skip
 
 
@@ -86,7 +86,7 @@ def test_a_lucky_trial_is_found_out_and_a_good_one_stays():
     lucky, solid = row(0, 1.0, 1.0), row(1, 2.0, 1.0)
     found = confirmed([lucky, solid], {0: [3.0, 3.1, 2.9], 1: [2.0, 2.05, 1.95]}, {0: 0.01, 1: 0.01})
     baseline, first, second = found
-    assert (first["front_probability"], second["front_probability"]) == (0.0, 1.0)
+    assert first["front_probability"] < 0.01 and second["front_probability"] > 0.99
     assert first["time_ratio"] == pytest.approx(3.0, rel=0.01)
     assert first["time_ratio_low"] < 2.95 and first["time_ratio_high"] > 3.05
     assert second["speedup"] == pytest.approx(20.0, rel=0.01)
@@ -118,6 +118,48 @@ def test_quality_is_paired_by_token():
     objectives = {"peak_kv": "minimize", "speedup": "maximize"}
     _, *found = confirmed(rows, {1: [2.0] * 3, 2: [1.0] * 3}, {}, objectives)
     assert [one["front_probability"] for one in found] == [0.0, 1.0]
+
+
+def test_rounds_go_to_what_may_be_on_the_front():
+    rows = [row(trial, 1.0, 1.0) for trial in (1, 2, 3)]
+
+    def due(most, **rounds_and_probability):
+        known = {
+            name.removeprefix("trial"): {"rounds": rounds, "front_probability": probability}
+            for name, (rounds, probability) in rounds_and_probability.items()
+        }
+        chosen, count = next_rounds(rows, known, most)
+        return numbers(chosen), count
+
+    assert due(4) == ([1, 2, 3], 2)
+    assert due(1) == ([1, 2, 3], 1)
+    assert due(4, trial1=(1, 0.9), trial2=(1, 0.0), trial3=(1, 0.1)) == ([1, 2, 3], 1), "one round settles nothing"
+    assert due(4, trial1=(2, 0.9), trial2=(2, 0.04), trial3=(2, 0.1)) == ([1, 3], 2), "2 is hardly on the front"
+    assert due(4, trial1=(4, 0.9), trial2=(2, 0.04), trial3=(4, 0.1)) == ([], 0)
+    assert due(4, trial1=(4, 0.9), trial2=(2, 0.04)) == ([1, 3], 2), "a new one is timed beside those on the front"
+    assert due(4, trial1=(4, 0.9), trial2=(2, 0.3), trial3=(4, 0.1)) == ([1, 2, 3], 2), "2 has come to be unsure again"
+    assert next_rounds([], {}, 4) == ([], 0)
+
+
+def test_candidates_in_some_rounds_only_are_compared_within_the_rounds_they_share():
+    """The reference was slow in the third round: that 2 was not in it says nothing for 1."""
+    rows = [row(1, 2.0, 1.0), row(2, 2.0, 1.0), row(3, 2.0, 1.0)]
+    ratios = {1: [2.0, 2.02, 1.6, 2.0], 2: [1.9, 1.92], 3: [2.1, 2.12, 1.68, 2.1]}
+    baseline, first, second, third = confirmed(rows, ratios, {1: 0.01, 2: 0.01, 3: 0.01}, spread=0.002)
+    assert second["front_probability"] > 0.95, "though it is slower than 1 by their means"
+    assert first["time_ratio"] / second["time_ratio"] == pytest.approx(2.0 / 1.9, rel=0.01)
+    assert [one["rounds"] for one in (baseline, first, second, third)] == [3, 4, 2, 4]
+    assert second["round_lines"] == [1, 2]
+
+
+def test_what_scatters_the_baseline_is_no_measure_of_the_candidates():
+    rows, ratios = [row(1, 2.0, 1.0), row(2, 2.1, 1.0)], {1: [2.0, 2.01, 1.99], 2: [2.1, 2.11, 2.09]}
+    calm, *_, one = confirmed(rows, ratios, {1: 0.01, 2: 0.01})
+    wild, *_, same = confirmed(rows, ratios | {"baseline": [34.0, 40.0, 47.0]}, {1: 0.01, 2: 0.01})
+    assert [one["time_ratio_low"], one["time_ratio_high"]] == pytest.approx(
+        [same["time_ratio_low"], same["time_ratio_high"]], rel=0.01
+    )
+    assert wild["time_ratio_high"] > 1.1 * calm["time_ratio_high"]
 
 
 def test_what_looks_better_than_all_that_was_confirmed_is_found():
@@ -176,7 +218,7 @@ def test_machines_take_rounds_at_the_same_time(run):
 
 
 def test_rounds_end_when_the_next_would_not_be_finished_in_time(run, tmp_path, monkeypatch):
-    """A round takes ten seconds here: one in any case, and as many as fit."""
+    """A round takes ten seconds here: the study's first in any case, and as many as fit."""
     now = [100.0]
 
     def answer(worker, job):
@@ -189,10 +231,12 @@ def test_rounds_end_when_the_next_would_not_be_finished_in_time(run, tmp_path, m
         folder = tmp_path / str(count)
         folder.mkdir()
         assert len(run(PretendPool(1, answer), 4, until=until, folder=folder)) == count
+    now[0] = 100.0
+    assert not run(none := PretendPool(1, answer), 4, until=90.0, folder=folder) and not none.submitted
 
 
 def test_a_round_counts_whole_or_not_at_all(run, tmp_path):
-    """After a kill in the middle of the second round the first counts; when there is a new candidate, neither does."""
+    """After a kill in the middle of the second round the first counts."""
 
     def answer(worker, job):
         if (job.run, job.what.policy.n_sink) == (2, 2):
@@ -203,21 +247,21 @@ def test_a_round_counts_whole_or_not_at_all(run, tmp_path):
         run(PretendPool(1, answer))
     with (StudyFolder(tmp_path).rounds).open("a") as file:
         file.write('{"ratios": {"basel')
+    kind = kind_of(KIND)
+    assert [one.line for one in rounds_so_far(StudyFolder(tmp_path), kind)] == [1]
     again = PretendPool()
-    assert len(run(again)) == 2
+    assert [one.line for one in run(again, rounds=1)] == [2]
     assert [job.run for job in again.submitted] == [2, 2, 2]
-    assert run(nothing := PretendPool()) == read_rounds(StudyFolder(tmp_path)) and not nothing.submitted
-    assert len(run(fewer := PretendPool(), rows=ROWS[:2])) == 2 and not fewer.submitted
-    more = PretendPool()
-    assert len(run(more, rows=[*ROWS, row(3, 1.0, 1.0)])) == 2
-    assert len(more.submitted) == 8, "all candidates are in both rounds"
+    assert len(rounds_so_far(StudyFolder(tmp_path), kind)) == 2
+    assert not rounds_so_far(StudyFolder(tmp_path), kind_of(KIND | {"device": "another"}))
     stale = [
         json.loads(line) | {"code": "of another engine"}
         for line in (StudyFolder(tmp_path).rounds).read_text().splitlines()
     ]
     (StudyFolder(tmp_path).rounds).write_text("".join(json.dumps(one) + "\n" for one in stale))
+    assert not rounds_so_far(StudyFolder(tmp_path), kind)
     run(anew := PretendPool())
-    assert len(anew.submitted) == 6
+    assert [job.run for job in anew.submitted] == [1, 1, 1, 2, 2, 2]
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -268,7 +312,7 @@ def test_clocks_that_drift_make_no_false_certainty(drift):
                 pairs = [(ratio * drift(at) * random.lognormal(0, 0.03), drift(at) * random.lognormal(0, 0.03))
                          for _ in range(12)]  # fmt: skip
                 ratios[str(trial)] = [own / reference for own, reference in pairs]
-            rounds.append(Round(ratios, dict.fromkeys(ratios, RAW), {}, "code"))
+            rounds.append(Round(ratios, dict.fromkeys(ratios, RAW), {}, "code", number + 1))
         rows = [row(trial, 1.0, 100 * math.expm1(shifts[trial])) for trial in truth]
         _, *found = confirmed_rows(
             rounds, rows, BASELINE, COMPARISON, lambda row: losses(shifts[row["trial"]]), OBJECTIVES

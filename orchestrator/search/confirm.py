@@ -15,11 +15,14 @@ from streamllm.measuring.reference_time import WORKER
 from streamllm.measuring.store import Arrays, StoreError
 from streamllm.results.front import dominators, objective_values, pareto_front
 from streamllm.results.schema import STDERR, AnyRow, Row, is_score
+from streamllm.results.study import HARDLY
 
 from .rounds import Round
 
 OTHERS = 6
 """Candidates at most besides those on the front and those of earlier confirmations."""
+FEWEST = 2
+"""Rounds that all candidates are in; what after them is hardly on the front is in no more."""
 
 _PAIRED = {
     "tpot_ms": ("time_ratio", "minimize"),
@@ -69,6 +72,25 @@ def unconfirmed_better(rows: Sequence[AnyRow], objectives: Mapping[str, str]) ->
     ]
 
 
+def next_rounds(
+    rows: Sequence[AnyRow], known: Mapping[str, AnyRow], most: int, fewest: int = FEWEST
+) -> tuple[list[AnyRow], int]:
+    """Those of the candidates to be timed next, and in how many rounds; none where all are settled. known: what the
+    rounds so far say, by trial. New ones are timed together with those that may be on the front."""
+
+    def said(row: AnyRow) -> AnyRow:
+        return known.get(str(row["trial"]), {})
+
+    def rounds(row: AnyRow) -> int:
+        return int(said(row).get("rounds", 0))
+
+    open_ones = [row for row in rows if said(row).get("front_probability", 1.0) >= HARDLY or rounds(row) < fewest]
+    for enough in (min(fewest, most), most):
+        if (least := min(map(rounds, open_ones), default=most)) < enough:
+            return open_ones, enough - least
+    return [], 0
+
+
 def confirmed_rows(
     rounds: Sequence[Round],
     rows: Sequence[AnyRow],
@@ -81,16 +103,26 @@ def confirmed_rows(
     """The values that replace the search's in the rows of the baseline and the candidates: time and speedup with their
     intervals; for candidates also the probability of being on the front, and the others that they cannot be told apart
     from (`not_told_from`: those that they are better than in no objective for certain). `round_lines` names the rounds,
-    by their lines in the file, all from one kind of worker."""
+    by their lines in the file, all from one kind of worker.
+
+    What scatters re-computation, which waits for arithmetic, is no measure of what scatters decoders, which wait for
+    memory: the baseline's time is by itself."""
     names = [str(row["trial"]) for row in (baseline, *rows)]
-    logs, draws = time_draws([np.array(_equally_long([one.ratios[name] for one in rounds])) for name in names])
+    of_each = [[one for one in rounds if name in one.ratios] for name in names]
+    series = [
+        np.array(_equally_long([one.ratios[name] for one in own])) for name, own in zip(names, of_each, strict=True)
+    ]
+    logs, draws = time_draws(series[:1])
+    if rows:
+        own_logs, own_draws = time_draws(series[1:], [[one.line for one in own] for own in of_each[1:]], seed=1)
+        logs, draws = np.append(logs, own_logs), np.hstack((draws, own_draws))
     added = [
         Row.of(
             {
                 "trial": row["trial"],
-                "rounds": len(rounds),
-                "round_lines": [one.line for one in rounds],
-                **_raw([one.times[name] for one in rounds]),
+                "rounds": len(own),
+                "round_lines": [one.line for one in own],
+                **_raw([one.times[name] for one in own]),
                 **_estimate("time_ratio", logs[index], draws[:, index]),
                 **(
                     _estimate("speedup", logs[0] - logs[index], draws[:, 0] - draws[:, index])
@@ -99,7 +131,7 @@ def confirmed_rows(
                 ),
             }
         )
-        for index, (row, name) in enumerate(zip((baseline, *rows), names, strict=True))
+        for index, (row, name, own) in enumerate(zip((baseline, *rows), names, of_each, strict=True))
     ]
     if not rows:
         return added

@@ -1,7 +1,9 @@
-"""Rounds of confirming: in each every candidate and the baseline are timed anew, in turn, on one worker.
+"""Rounds of confirming: in each the candidates that are not settled and the baseline are timed anew, in turn, on one
+worker.
 
 A round is a line of `rounds.jsonl`, written when all of it has been measured: it counts whole, or not at all, so that
-all that is compared was measured at the same time. Times are ratios to the reference beside them.
+what it says of one candidate beside another was measured at the same time. Times are ratios to the reference beside
+them.
 """
 
 from __future__ import annotations
@@ -66,6 +68,11 @@ def read_rounds(folder: StudyFolder) -> list[Round]:
     ]
 
 
+def rounds_so_far(folder: StudyFolder, kind: Kind = ()) -> list[Round]:
+    """Those that count beside rounds of today: of the same engine and kind of worker."""
+    return [one for one in read_rounds(folder) if one.is_of(dict(kind))]
+
+
 def take_rounds(
     folder: StudyFolder,
     scheduler: Scheduler,
@@ -75,14 +82,11 @@ def take_rounds(
     until: float = math.inf,
     kind: Kind = (),
 ) -> list[Round]:
-    """`count` rounds of all `rows`, on workers of that kind, one at a time on a machine; fewer, but one, where the next
-    would not be finished `until` then, by the monotonic clock. Those that are there count, if every one of the rows is
-    in them, and they are of the same engine and kind of worker.
+    """`count` more rounds of all `rows`, on workers of that kind, one at a time on a machine; but for the study's first
+    none that would not be finished `until` then, by the monotonic clock.
 
     Raises SweepError where no worker of the kind is left."""
-    needed = {str(row["trial"]) for row in rows}
-    found = [one for one in read_rounds(folder) if needed <= one.members and one.is_of(dict(kind))][-count:]
-    rounds = _Rounds(folder, scheduler, subject, rows, found)
+    rounds = _Rounds(folder, scheduler, subject, rows, rounds_so_far(folder, kind))
     while rounds.running or (rounds.missing(count) and rounds.fits(until)):
         while rounds.missing(count) and rounds.fits(until) and (worker := rounds.next_worker(kind)) is not None:
             rounds.begin(worker)
@@ -90,7 +94,7 @@ def take_rounds(
             raise SweepError("the front could not be confirmed: no worker of its kind is left")
         scheduler.assign()
         scheduler.step()
-    return rounds.found
+    return rounds.taken
 
 
 class _Rounds:
@@ -102,16 +106,17 @@ class _Rounds:
         scheduler: Scheduler,
         subject: Subject,
         rows: Sequence[AnyRow],
-        found: list[Round],
+        earlier: Sequence[Round],
     ) -> None:
-        self.found = found
+        self.taken: list[Round] = []
         self.running: dict[str, int] = {}
         """Machine -> the worker that began it there."""
         self._folder = folder
         self._scheduler = scheduler
         self._subject = subject
         self._rows = rows
-        self._begun = len(found)
+        self._earlier = earlier
+        self._begun = 0
         self._took = 0.0
         self._used: Counter[int] = Counter()
 
@@ -119,7 +124,7 @@ class _Rounds:
         return self._begun < count
 
     def fits(self, until: float) -> bool:
-        return not self.found or time.monotonic() + self._took <= until
+        return not (self._earlier or self.taken) or time.monotonic() + self._took <= until
 
     def next_worker(self, kind: Kind) -> int | None:
         """The one that has had the fewest, on a machine without a round."""
@@ -139,7 +144,8 @@ class _Rounds:
         )
         self.running[host] = worker
         started = time.monotonic()
-        failed = {trial: reason for one in self.found for trial, reason in one.failed.items()}
+        failed = {trial: reason for one in (*self._earlier, *self.taken) for trial, reason in one.failed.items()}
+        number = len(self._earlier) + self._begun
 
         def done(one: Round | JobError) -> None:
             assert isinstance(one, Round), "its failures are in it"
@@ -147,9 +153,9 @@ class _Rounds:
             self._took = time.monotonic() - started
             kept = replace(one, line=len(read_rounds(self._folder)) + 1)
             append_line(self._folder.rounds, json.dumps(asdict(kept)))
-            self.found.append(kept)
+            self.taken.append(kept)
 
-        self._scheduler.start(_round(self._rows, self._begun, failed), self._subject, done, on=worker)
+        self._scheduler.start(_round(self._rows, number, failed), self._subject, done, on=worker)
 
 
 def _round(rows: Sequence[AnyRow], number: int, failed: Mapping[str, str]) -> Plan[Round]:

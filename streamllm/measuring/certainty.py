@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -11,29 +11,39 @@ _ROUND_SPREAD = 0.02
 """Standard deviation of a configuration's log ratio between rounds, assumed where no candidate has two rounds."""
 
 _ROUNDING = 1e-12
+_LEAST_SPREAD = 1e-6
+"""Of a round's log median: no clock is better."""
 
 
-def time_draws(rounds: Sequence[np.ndarray], draws: int = 2000, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def time_draws(
+    rounds: Sequence[np.ndarray], numbers: Sequence[Sequence[int]] | None = None, draws: int = 2000, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
     """Log ratios (candidates,) to the reference decoder's time, and draws (draws, candidates) of what they may be.
 
-    rounds: per candidate (rounds, pairs), time of a segment over that of the reference's beside it.
+    rounds: per candidate (rounds, pairs), time of a segment over that of the reference's beside it; numbers: of these
+    rounds, where not all candidates are in the same.
 
-    A candidate's estimate is the mean over its rounds of the log median ratio. Its error is seen where it matters, in
-    how a candidate's medians differ between rounds (another decoder, memory laid out anew, another load). Two or three
-    rounds of one candidate say too little of that, so it is pooled over all; only what pairs scatter, of which each
-    candidate has many, tells the noisy from the quiet. Draws are t distributed by the pooled degrees of freedom."""
-    medians = [np.log(np.median(one, axis=1)) for one in rounds]
-    counts = np.array([len(one) for one in medians])
-    within = np.array([_median_variance(np.log(one)) for one in rounds])
-    squares = np.array([float(((one - one.mean()) ** 2).sum()) for one in medians])
-    freedom = int((counts - 1).sum())
-    variances = _round_variances(within, squares, freedom) if freedom else within + _ROUND_SPREAD**2
-    estimates = np.array([one.mean() for one in medians])
+    The log median ratio of a candidate in a round is what is sought, plus what all share in that round (the reference
+    was the same for all: another worker's, another minute's), plus its own (a decoder laid out anew in memory): a mixed
+    model of two ways, its variances by their moments (Paule & Mandel 1982, once for each), estimates by generalised
+    least squares. What is shared blurs ratios to the reference, not candidates against one another. Two or three rounds
+    of one candidate say too little of its own scatter, so it is pooled over all; only what pairs scatter, of which each
+    candidate has many, tells the noisy from the quiet. Draws are t distributed: what the estimates would be, were the
+    errors drawn again."""
+    who = np.repeat(np.arange(len(rounds)), [len(one) for one in rounds])
+    names = np.concatenate([range(len(one)) for one in rounds] if numbers is None else list(numbers))
+    when = np.unique(names, return_inverse=True)[1]
+    medians = np.concatenate([np.log(np.median(one, axis=1)) for one in rounds])
+    within = np.array([_median_variance(np.log(one)) for one in rounds])[who]
+    candidate, shared_by = np.eye(len(rounds))[who], np.eye(when.max() + 1)[when]
+    own, freedom = _own_variances(medians, within, candidate, shared_by)
+    shared = _shared_variance(medians, own, candidate, shared_by)
+    operator = _least_squares(candidate, np.diag(own) + shared * shared_by @ shared_by.T)
     random = np.random.default_rng(seed)
-    deviates = random.normal(size=(draws, len(rounds)))
-    if freedom:
-        deviates *= np.sqrt(freedom / random.chisquare(freedom, size=(draws, 1)))
-    return estimates, estimates + np.sqrt(variances / counts) * deviates
+    errors = np.sqrt(own) * random.normal(size=(draws, len(medians))) * _t_scale(random, draws, freedom)
+    of_rounds = random.normal(size=(draws, len(shared_by.T))) * _t_scale(random, draws, freedom)
+    estimates = operator @ medians
+    return estimates, estimates + (errors + math.sqrt(shared) * of_rounds @ shared_by.T) @ operator.T
 
 
 def front_probabilities(points: np.ndarray) -> np.ndarray:
@@ -81,23 +91,67 @@ def told_apart_front(estimates: np.ndarray, not_told: Sequence[Sequence[int]], p
     return members
 
 
-def _round_variances(within: np.ndarray, squares: np.ndarray, freedom: int) -> np.ndarray:
-    """(k,): variance of one round's log median. within: what pairs scatter, (k,); squares: sums of squared deviations
-    of a candidate's medians from their mean, (k,), with `freedom` degrees of freedom in all.
+def _own_variances(
+    medians: np.ndarray, within: np.ndarray, candidate: np.ndarray, shared_by: np.ndarray
+) -> tuple[np.ndarray, int]:
+    """(n,): variances of what is a candidate's own in a round, and their degrees of freedom. within: of what pairs
+    scatter, (n,).
 
-    within + between, where `between` solves sum(squares / (within + between)) = freedom (Paule & Mandel 1982: each
-    candidate by its own measure, so that the noisy do not drown the quiet); where even 0 is too much, a share of
-    `within`."""
-    within = np.maximum(within, _ROUNDING**2)
-    share = float((squares / within).sum()) / freedom
-    if share <= 1:
-        return share * within
-    low, high = 0.0, float(squares.sum()) / freedom
+    within + between, where `between` makes the squared residuals, each over its variance, sum to their degrees of
+    freedom: each candidate by its own measure, so that the noisy do not drown the quiet. Where even 0 is too much, a
+    share of `within`."""
+    design = np.hstack((candidate, shared_by))
+    if (freedom := len(medians) - int(np.linalg.matrix_rank(design))) == 0:
+        design, freedom = candidate, len(medians) - candidate.shape[1]  # one candidate: all is its own
+    if freedom == 0:
+        return within + _ROUND_SPREAD**2, 0
+    within = np.maximum(within, _LEAST_SPREAD**2)
+
+    def squares(between: float) -> float:
+        return _squares(medians, design, np.diag(within + between)) / freedom
+
+    if (share := squares(0.0)) <= 1:
+        return np.maximum(share * within, _LEAST_SPREAD**2), freedom
+    return within + _root(squares, float(np.var(medians)) * len(medians)), freedom
+
+
+def _shared_variance(medians: np.ndarray, own: np.ndarray, candidate: np.ndarray, shared_by: np.ndarray) -> float:
+    """Of what all candidates of a round share: the rest of what their own does not explain."""
+    freedom = len(medians) - candidate.shape[1]
+    if freedom <= 0 or candidate.shape[1] == 1:
+        return 0.0
+    together = shared_by @ shared_by.T
+
+    def squares(shared: float) -> float:
+        return _squares(medians, candidate, np.diag(own) + shared * together) / freedom
+
+    return 0.0 if squares(0.0) <= 1 else _root(squares, float(np.var(medians)) * len(medians))
+
+
+def _least_squares(design: np.ndarray, covariance: np.ndarray) -> np.ndarray:
+    """(parameters, n): of measurements of that covariance, the matrix that makes the estimates of them."""
+    precision = np.linalg.inv(covariance)
+    return np.asarray(np.linalg.pinv(design.T @ precision @ design) @ design.T @ precision)
+
+
+def _squares(medians: np.ndarray, design: np.ndarray, covariance: np.ndarray) -> float:
+    """Squared residuals, each over its variance."""
+    residuals = medians - design @ (_least_squares(design, covariance) @ medians)
+    return float(residuals @ np.linalg.solve(covariance, residuals))
+
+
+def _root(falling: Callable[[float], float], most: float) -> float:
+    """Where a falling function is 1."""
+    low, high = 0.0, most
     for _ in range(60):
-        between = (low + high) / 2
-        enough = float((squares / (within + between)).sum()) <= freedom
-        low, high = (low, between) if enough else (between, high)
-    return within + high
+        middle = (low + high) / 2
+        low, high = (low, middle) if falling(middle) <= 1 else (middle, high)
+    return high
+
+
+def _t_scale(random: np.random.Generator, draws: int, freedom: int) -> np.ndarray:
+    """(draws, 1): what makes normal deviates t distributed; 1 where nothing was estimated."""
+    return np.sqrt(freedom / random.chisquare(freedom, size=(draws, 1))) if freedom else np.ones((draws, 1))
 
 
 def _dominated(points: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ from streamllm.measuring.sample import sample_positions
 
 from .reporting import machine
 
-PAIRS, ROUNDS = 18, 3
+PAIRS, ROUNDS = 14, 4
 LARGE_TIME, LARGE_QUALITY = 0.05, 0.6
 """An advantage not to be missed: log time; percent, six standard errors of a difference in the made-up qualities."""
 _BATCH = 100
@@ -93,6 +93,8 @@ class Load:
     """Standard deviation of what differs between rounds, as a share of the time."""
     noisy: float = 1.0
     """How much noisier every other candidate is."""
+    shared: float = 0.0
+    """Standard deviation of what differs between rounds and is the same for all candidates: the reference's share."""
 
 
 LOADS = (
@@ -104,26 +106,29 @@ LOADS = (
     Load("bursts", 0.3, 0.01),
     Load("bursts", 0.3, 0.03),
     Load("always loaded", 1, 0.01),
+    Load("reference varies", 0, 0.01, shared=0.02),
+    Load("reference varies", 0.3, 0.02, shared=0.02),
 )
 
 
 def measured(random: np.random.Generator, times: np.ndarray, load: Load, pairs: int = PAIRS) -> list[np.ndarray]:
     """Ratios (rounds, pairs) of candidates whose log times are `times`. The clock drifts by up to 2 in a round."""
-    found = []
+    found, shared = [], random.normal(0, load.shared, (ROUNDS, 1))
     for index, own in enumerate(times):
         shape = (ROUNDS, 2 * pairs)
         segments = np.linspace(0, random.uniform(-0.7, 0.7, ROUNDS), 2 * pairs, axis=-1)
         segments += np.cumsum(random.normal(0, 0.01, shape), axis=1)
         segments += random.normal(0, 0.03 * (load.noisy if index % 2 else 1), shape)
         segments += np.where(random.random(shape) < load.bursts, np.log(random.uniform(1, 3, shape)), 0)
-        found.append(np.exp(own + random.normal(0, load.between, (ROUNDS, 1)) + segments[:, ::2] - segments[:, 1::2]))
+        of_round = own + random.normal(0, load.between, (ROUNDS, 1)) + shared
+        found.append(np.exp(of_round + segments[:, ::2] - segments[:, 1::2]))
     return found
 
 
 def time_row(load: Load, candidates: int, pairs: int, repetitions: int) -> dict[str, Any]:
     random = np.random.default_rng(1)
     truth = np.linspace(0, 0.5, candidates)
-    hits, of_differences, widths, errors = [], [], [], []
+    hits, of_differences, widths, errors, apart = [], [], [], [], []
     for _ in range(repetitions):
         estimates, drawn = time_draws(measured(random, truth, load, pairs), seed=int(random.integers(2**31)))
         low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
@@ -133,6 +138,7 @@ def time_row(load: Load, candidates: int, pairs: int, repetitions: int) -> dict[
         if candidates > 1:
             low, high = np.quantile(drawn[:, 1] - drawn[:, 0], (0.025, 0.975))
             of_differences.append(low <= truth[1] - truth[0] <= high)
+            apart.append(high - low)
     return {
         **{"load": load.name, "between rounds": load.between, "candidates": candidates, "pairs": pairs},
         "even": 100 * float(np.mean(np.array(hits)[:, ::2])),
@@ -140,6 +146,7 @@ def time_row(load: Load, candidates: int, pairs: int, repetitions: int) -> dict[
         "differences": 100 * float(np.mean(of_differences)) if candidates > 1 else None,
         "half width": float(np.mean(widths)) / 2,
         "ideal": 1.96 * float(np.std(errors)),
+        "half width of differences": float(np.mean(apart)) / 2 if candidates > 1 else None,
     }
 
 
@@ -281,7 +288,7 @@ def main() -> None:
                 quality.append(quality_row(tokens, kind, length, sample, repetitions))
                 print(f"\r{len(quality)} rows", end="", file=sys.stderr, flush=True)
     times = [time_row(load, k, pairs, count if k < 3 else count // 2)
-             for load in LOADS for k, pairs in ((1, 12), (2, 18), (9, 12), (9, 24))]  # fmt: skip
+             for load in LOADS for k, pairs in ((1, 12), (2, 14), (9, 12), (9, 24))]  # fmt: skip
     fronts: list[dict[str, Any]] = []
     probable: dict[str, list[tuple[float, bool]]] = {name: [] for name in WORLDS}
     for name in WORLDS:
