@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from streamllm.results.schema import AnyRow, positions_of
+from streamllm.results.schema import AnyRow, unusual_words
 from streamllm.results.study import HARDLY, StudyResults
 
 from .recommendation import COSTS, cost_of, least_cost, recommended
@@ -50,7 +50,8 @@ def configuration_words(row: AnyRow) -> str:
     return (
         f"trial {row['trial']}: {row['method']}, {row.get('backend', row['backend_requested'])} attention, "
         f"{row['n_sink']} sinks, window {row['window_size']}, prune every {row['compress_every']}, "
-        f"slack {row['cache_slack']}, max drop {row['max_drop']}{', positions kept' * (positions_of(row) == 'keep')}"
+        f"slack {row['cache_slack']}, max drop {row['max_drop']}"
+        f"{''.join(f', {word}' for word in unusual_words(row))}"
     )
 
 
@@ -131,7 +132,7 @@ def _certainty(study: StudyResults, chosen: AnyRow | None) -> tuple[str, ...]:
     elif chosen is not None:
         said.append(
             "Its speed was measured once, in the search, and not confirmed: a search picks lucky measurements. The "
-            "same sweep command with --confirm 4, the default, measures the front again."
+            "same sweep command with --confirm 3, the default, measures the front again."
         )
     if chosen is not None and chosen.get("warning"):
         said.append(f"A warning about the recommended point: {chosen['warning']}.")

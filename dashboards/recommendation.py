@@ -15,6 +15,7 @@ from typing import TypedDict
 
 from streamllm.configuration import Configuration
 from streamllm.measuring.text import TextSource
+from streamllm.policy import WORDS
 from streamllm.results.front import objective_values
 from streamllm.results.schema import FIELDS, AnyRow, number
 from streamllm.results.study import StudyResults
@@ -111,7 +112,7 @@ def reproduce_command(study: StudyResults, row: AnyRow) -> str:
         "threads": row.get("threads"),
         "store": store if store.resolve() != Path("sweeps/.store").resolve() else None,
     }
-    unsaid = asdict(TextSource()) | {name: FIELDS[name].usual for name in ("quantization", "execution", "positions")}
+    unsaid = asdict(TextSource()) | {name: FIELDS[name].usual for name in ("quantization", "execution", *WORDS)}
     said = {name: value for name, value in given.items() if value is not None and value != unsaid.get(name)}
     flags = (_flag(name.replace("_", "-"), str(value)) for name, value in said.items())
     return " ".join(("python -m streamllm evaluate --mode both", *flags))

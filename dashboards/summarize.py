@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from streamllm.errors import UsageError
-from streamllm.results.schema import AnyRow
+from streamllm.results.schema import POLICY_WORDS, AnyRow
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
@@ -20,7 +20,7 @@ EVALUATION_COLUMNS = (
     *map(Column.of, ("model", "dataset", "n_tokens", "protocol")),
     *(BY_KEY[key] for key in ("method", "backend", "execution", "quantization")),
     *POLICY_COLUMNS,
-    BY_KEY["positions"],
+    *(BY_KEY[field.name] for field in POLICY_WORDS),
     *(BY_KEY[key] for key in ("peak_kv", "peak_kv_mib", "perplexity", "ppl_increase_percent", "tpot_ms")),
     SPEEDUP,
     *map(Column.of, ("decode_toks_per_sec", "runtime_sec", "measuring_sec", "prefill_sec")),
@@ -39,7 +39,7 @@ def summary_table(rows: Sequence[AnyRow], folder: Path) -> Table:
 
     protocols = {row.get("protocol") for row in rows}
     notes = ("Times by different protocols are not comparable.",) if len(protocols) > 1 else ()
-    unsaid = unsaid_settings(rows) & {"positions"}
+    unsaid = unsaid_settings(rows) & {field.name for field in POLICY_WORDS}
     told = [column for column in EVALUATION_COLUMNS if column.key not in unsaid]
     columns = tuple(column for column in told if any(column.text(row) for row in rows))
     return Table(f"Results in {folder.name or folder}", (), columns, sorted(rows, key=order), notes=notes)

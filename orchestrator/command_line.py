@@ -48,7 +48,7 @@ Interrupt it as you like: the same command goes on where it was, nothing finishe
 """
 
 
-_ROUNDS = 4
+_ROUNDS = 3
 """Of confirming a search."""
 _OF_SEARCHES = (
     "trials",
@@ -137,7 +137,7 @@ def parser() -> argparse.ArgumentParser:
         "--confirm",
         type=int,
         metavar="N",
-        help="rounds at most that take the front's times again (4; 0: none), or those of a matrix' cells (none)",
+        help="rounds at most that take the front's times again (3; 0: none), or those of a matrix' cells (none)",
     )
     add_sample_argument(how, "a quarter of the time")
     how.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from streamllm.engine.backends import BACKENDS
 from streamllm.engine.methods import METHODS
 from streamllm.options import EXECUTIONS, QUANTIZATIONS
-from streamllm.policy import POSITIONS
+from streamllm.policy import WORDS as POLICY_WORDS
 from streamllm.results.schema import KNOBS
 
 from .space import Value
@@ -15,7 +15,7 @@ WORDS: dict[str, tuple[str, ...]] = {
     "attn_backend": tuple(BACKENDS),
     "execution": tuple(EXECUTIONS),
     "quantization": tuple(QUANTIZATIONS),
-    "positions": POSITIONS,
+    **POLICY_WORDS,
 }
 LEAST = {field.parameter: field.least for field in KNOBS if field.least is not None}
 USUAL: dict[str, Value] = {field.parameter: field.usual for field in KNOBS if field.usual is not None}

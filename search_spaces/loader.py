@@ -13,7 +13,7 @@ import yaml
 
 from streamllm.errors import shown
 from streamllm.policy import TOTAL_KV_CAP, CapAccounting
-from streamllm.results.schema import OBJECTIVES, SCORE, can_be_objective, is_score
+from streamllm.results.schema import OBJECTIVES, POLICY_WORDS, SCORE, can_be_objective, is_score
 
 from .knobs import LEAST, USUAL, WORDS
 from .reader import Reader, SpaceError, compose
@@ -21,9 +21,9 @@ from .space import Constraint, SearchSpace, Value
 
 _PARAMETERS = (*WORDS, *(name for name in LEAST if name != "window_size"))
 """The window is what the total leaves."""
-_IF_NAMED = ("quantization", "positions")
+_IF_NAMED = ("quantization", *(field.name for field in POLICY_WORDS))
 """Parameters that a space has only where it names them. Else the command line says how weights are quantized; and a
-study whose space says nothing of positions is the same as before they could be chosen."""
+study whose space says nothing of a policy's words is the same as before they could be chosen."""
 _KEYS = ("description", "cap", "cap_accounting", "objectives", "constraints", "tasks", "parameters", "known")
 _OF_TASKS = ("folder", "limit", "num_fewshot", "apply_chat_template")
 """How a space's tasks are put."""

@@ -19,7 +19,7 @@ import yaml
 
 from streamllm.errors import shown
 from streamllm.options import DTYPES, PROTOCOLS
-from streamllm.policy import TOTAL_KV_CAP, Positions
+from streamllm.policy import TOTAL_KV_CAP, KvDtype, Positions
 from streamllm.results.schema import FIELDS
 
 from .knobs import LEAST, WORDS
@@ -69,6 +69,7 @@ class Cell:
     cache_slack: int = 0
     max_drop: int = 0
     positions: Positions = "compact"
+    kv_dtype: KvDtype = "auto"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,12 +17,20 @@ CapAccounting = Literal["nominal", "peak"]
 RefreshPosition = Literal["tail", "order"]
 Positions = Literal["compact", "keep"]
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
+KvDtype = Literal["auto", "float16", "bfloat16", "float8_e4m3"]
+KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
 
 
 TOTAL_KV_CAP = 2048
 """Tokens that a cache holds where nobody says (the source documents' cap), unless the trained length is shorter."""
+WORDS: dict[str, tuple[str, ...]] = {"positions": POSITIONS, "kv_dtype": KV_DTYPES}
+"""Knobs of a policy that are no number, and their choices, the usual one first."""
 _MOST = 2**24
 """Tokens: schedules are run token by token."""
+
+
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3": 1}
+"""Of a number of each format."""
 
 
 class PolicyError(UsageError):
@@ -53,21 +61,30 @@ class EvictionPolicy:
     positions: Positions = "compact"
     """What survives a prune is numbered 0 .. n-1 without gaps (compact, StreamingLLM's), or keeps the rotation of its
     position in the stream (keep). Rotary attention knows distances only: it is those to the sinks that differ."""
+    kv_dtype: KvDtype = "auto"
+    """The number format that keys and values are kept in between one token and the next; auto: the model's, which
+    everything is computed in."""
 
     def __post_init__(self) -> None:
         for field in fields(EvictionPolicy):
             value, least = getattr(self, field.name), 1 if field.name == "window_size" else 0
-            if field.name == "positions":
-                if value not in POSITIONS:
-                    raise PolicyError(f"positions {shown(value)}: must be {' or '.join(POSITIONS)}")
+            if field.name in WORDS:
+                if value not in WORDS[field.name]:
+                    raise PolicyError(f"{field.name} {shown(value)}: must be one of {', '.join(WORDS[field.name])}")
             elif not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
                 raise PolicyError(f"{field.name} {shown(value)}: must be a whole number from {least} to {_MOST:,}")
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> EvictionPolicy:
-        """The policy of a row. Rows from before positions could be kept do not say that they are compact."""
-        counts = {field.name: values[field.name] for field in fields(EvictionPolicy) if field.name != "positions"}
-        return EvictionPolicy(**counts, positions=values.get("positions", "compact"))
+        """The policy of a row. Rows from before there was a choice do not say what they have."""
+        counts = {field.name: values[field.name] for field in fields(EvictionPolicy) if field.name not in WORDS}
+        return EvictionPolicy(**counts, **{name: values.get(name, choices[0]) for name, choices in WORDS.items()})
+
+    def kept_bytes(self, computed: int, dtype: str) -> int:
+        """The bytes that it keeps of keys and values that have `computed` bytes in the model's `dtype`."""
+        if self.kv_dtype == "auto":
+            return computed
+        return computed * ITEM_BYTES[self.kv_dtype] // ITEM_BYTES[dtype]
 
     @property
     def keeps_positions(self) -> bool:
@@ -75,9 +92,9 @@ class EvictionPolicy:
 
     @property
     def named(self) -> dict[str, Any]:
-        """What names a measurement: all knobs, positions only where they are kept, so that what was measured before
-        that could be asked for is found by the name it has."""
-        return {name: value for name, value in asdict(self).items() if (name, value) != ("positions", "compact")}
+        """What names a measurement: all knobs, words only where they are not the usual ones, so that what was measured
+        before there was a choice is found by the name it has."""
+        return {name: value for name, value in asdict(self).items() if name not in WORDS or value != WORDS[name][0]}
 
     @property
     def canonical(self) -> EvictionPolicy:

@@ -220,10 +220,10 @@ def turned_on(sinks, cos, sin, interleaved):
 @torch.no_grad()
 def ways():
     """The largest difference of logits from those by torch: steps of a ring with kept positions, lazily pruned, without
-    sinks, eager and compiled."""
+    sinks, of another number format, eager and compiled."""
     tokens, found = torch.tensor(json.loads((GOLDEN / "tokens.json").read_text())), {}
     loaded = load_model(str(GOLDEN / "llama-tiny"), "float32")
-    for more in ({"positions": "keep"}, {"compress_every": 8}, {"n_sink": 0}):
+    for more in ({"positions": "keep"}, {"compress_every": 8}, {"n_sink": 0}, {"kv_dtype": "float16"}):
         policy = EvictionPolicy(**{"n_sink": 4, "window_size": 44} | more)
         logits = {}
         for way in (("math", "eager"), ("ring_triton", "eager"), ("ring_triton", "compile")):

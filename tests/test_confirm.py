@@ -164,13 +164,18 @@ def test_what_scatters_the_baseline_is_no_measure_of_the_candidates():
 
 def test_what_looks_better_than_all_that_was_confirmed_is_found():
     rows = [
-        row(1, 2.0, 1.0, rounds=3),
-        row(2, 1.0, 3.0, rounds=3),
-        row(3, 1.5, 2.9),
-        row(4, 1.0, 3.0),
-        row(5, 1.5, 3.5),
+        row(1, 2.0, 1.0, 0.1, rounds=3),
+        row(2, 1.0, 3.0, 0.1, rounds=3),
+        row(3, 1.5, 2.5, 0.1),
+        row(4, 1.5, 2.9, 0.1),  # better than 2, but not for certain
+        row(5, 1.95, 0.5, 0.1),
+        row(6, 1.5, 3.5, 0.1),
+        row(7, 0.5, 0.5, 0.1, feasible=False),
     ]
-    assert numbers(unconfirmed_better(rows, OBJECTIVES)) == [3, 4]
+    assert numbers(unconfirmed_better(rows, OBJECTIVES)) == [3, 5]
+    assert numbers(unconfirmed_better(rows[:1] + rows[2:], OBJECTIVES)) == [3, 4, 5, 6]
+    speedups = [one | {"speedup": 10 / one["time_ratio"]} for one in rows]
+    assert numbers(unconfirmed_better(speedups, {"speedup": "maximize"})) == []
 
 
 ROWS = [BASELINE, row(1, 1.0, 1.0), row(2, 2.0, 0.5)]

@@ -13,7 +13,7 @@ from streamllm.engine.block_parallel import block_parallel_losses
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.methods import make_decoder
 from streamllm.errors import UnsupportedModelError
-from streamllm.policy import POSITIONS, EvictionPolicy
+from streamllm.policy import KV_DTYPES, POSITIONS, EvictionPolicy
 
 from .tiny_models import FAMILIES, random_models, tiny_model
 
@@ -28,6 +28,7 @@ policies = st.builds(
     cache_slack=st.integers(0, 6),
     max_drop=st.integers(0, 6),
     positions=st.sampled_from(POSITIONS),
+    kv_dtype=st.sampled_from(KV_DTYPES),
 )
 
 
@@ -43,7 +44,7 @@ def loop_losses(method, loaded, policy, tokens):
 @given(random_models(), policies, st.sampled_from(SAME_FUNCTION), st.integers(1, 64))
 def test_block_parallel_is_the_loop(loaded, policy, method, block):
     tokens = random_tokens(70)
-    losses = block_parallel_losses(loaded, tokens, policy, block)
+    losses = block_parallel_losses(loaded, tokens, policy, block, keys=Configuration(method, policy).keys)
     np.testing.assert_allclose(losses, loop_losses(method, loaded, policy, tokens), rtol=0, atol=IDENTITY)
 
 

@@ -29,7 +29,7 @@ def testbed():
 
 def writer(testbed, method="ring", temperature=0.0, policy=POLICY, seed=0):
     decoder = make_decoder(testbed[0], Configuration(method, policy))
-    return Writer(*testbed, decoder, Sampler(Sampling(temperature, top_k=40), CPU, seed))
+    return Writer(*testbed, decoder, Sampler(Sampling(temperature, top_k=40), CPU, seed), testbed[0].kv_bytes)
 
 
 def test_the_text_is_the_tokens_decoded(testbed):

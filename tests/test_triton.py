@@ -89,8 +89,10 @@ def test_a_rings_step_is_attention_in_float64():
 @installed
 def test_a_rings_step_is_the_rings_eager_and_compiled():
     found = interpreted("ways")
-    assert len(found) == 6
-    assert not {case: error for case, error in found.items() if not error < 1e-5}
+    assert len(found) == 8
+    # What is kept in float16 may be rounded to the next number, where what is computed differs by a rounding.
+    tolerance = {case: 1e-3 if "float16" in case else 1e-5 for case in found}
+    assert not {case: error for case, error in found.items() if not error < tolerance[case]}
 
 
 @not_interpreted
@@ -175,22 +177,33 @@ def test_compiled_for_a_gpu(capability, dtype, group, size, tmp_path, monkeypatc
 @not_interpreted
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize(
-    ("dtype", "group", "size", "turned"),
-    [("bfloat16", 1, 80, 20), ("bfloat16", 4, 128, 128), ("float16", 1, 64, 0), ("float32", 4, 64, 64)],
+    ("dtype", "kept", "group", "size", "turned"),
+    [
+        ("bfloat16", "bfloat16", 1, 80, 20),
+        ("bfloat16", "bfloat16", 4, 128, 128),
+        ("float16", "float16", 1, 64, 0),
+        ("float32", "float32", 4, 64, 64),
+        ("float32", "float16", 4, 64, 64),
+        ("bfloat16", "float8_e4m3", 4, 128, 128),
+        ("bfloat16", "float8_e4m3", 1, 80, 20),
+    ],
 )
-def test_a_rings_step_compiled_for_a_gpu(capability, dtype, group, size, turned, tmp_path, monkeypatch):
+def test_a_rings_step_compiled_for_a_gpu(capability, dtype, kept, group, size, turned, tmp_path, monkeypatch):
+    if (capability, kept) == (80, "float8_e4m3"):
+        pytest.skip("which reads no float8: there a ring's step is no single launch")
     from streamllm.engine.triton_attention import shapes
     from streamllm.engine.triton_ring import MERGED_SPLITS, ring_cut, ring_step
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     config = ring_cut(group, getattr(torch, dtype))
-    short = {"float16": "fp16", "bfloat16": "bf16", "float32": "fp32"}[dtype]
+    types = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32", "float8_e4m3": "*fp8e4nv"}
     binary = compiled(
         ring_step,
         {"num_warps": config.warps},
         capability,
-        **dict.fromkeys(("query", "new_key", "new_value", "keys", "values", "merged"), f"*{short}"),
-        sinks=f"*{short}" if turned else None,
+        **dict.fromkeys(("query", "new_key", "new_value", "merged"), types[dtype]),
+        **dict.fromkeys(("keys", "values"), types[kept]),
+        sinks=types[dtype] if turned else None,
         **dict.fromkeys(("cos", "sin"), "*fp32" if turned else None),
         **dict.fromkeys(("position", "evicted"), "*i64"),
         **dict.fromkeys(("outputs", "norms"), "*fp32"),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from streamllm.files import Scalar
-from streamllm.results.schema import POLICY_KNOBS, AnyRow, knobs_in_short, number, positions_of
+from streamllm.results.schema import POLICY_KNOBS, AnyRow, knobs_in_short, number, words_of
 
 from ..recommendation import COSTS
 from .style import CYCLE, LABELS, MARKERS, NoDataError, interval_errors, new_figure
@@ -71,7 +71,7 @@ def _untold(lines: Sequence[Sequence[AnyRow]], metric: str) -> str:
 def _others(row: AnyRow, knob: str) -> tuple[Scalar, ...]:
     names = ("model", "dataset", "protocol", "method", "backend", "execution", "quantization", *KNOBS)
     total = row["n_sink"] + row["window_size"] + row.get("cache_slack", 0) if knob != "window_size" else None
-    return total, positions_of(row), *(row.get(name) for name in names if name not in (knob, "window_size"))
+    return total, *words_of(row).values(), *(row.get(name) for name in names if name not in (knob, "window_size"))
 
 
 def _complete(row: AnyRow) -> bool:
@@ -80,7 +80,7 @@ def _complete(row: AnyRow) -> bool:
 
 def _label(row: AnyRow, knob: str) -> str:
     others = {name: row[name] for name in KNOBS if name not in (knob, "window_size")}
-    knobs = knobs_in_short(others | {"positions": positions_of(row)}, symbols=True)
+    knobs = knobs_in_short(others | words_of(row), symbols=True)
     how = [str(row[name]) for name in ("method", "backend") if name in row]
     how += [str(row[name]) for name in ("execution", "quantization") if row.get(name) not in ("eager", "none", None)]
     return " ".join([*how, knobs])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from streamllm.files import Scalar
-from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow, knobs_in_short, number, positions_of
+from streamllm.results.schema import FIELDS, POLICY_KNOBS, POLICY_WORDS, AnyRow, knobs_in_short, number, words_of
 
 from ..tables.columns import interval_decimals
 from .style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PURPLE, SKY, VERMILLION, NoDataError, new_figure
@@ -26,7 +26,7 @@ _COLORS = {BASELINE: GREY, "ours": BLUE, "streaming": BLUE, "mit": ORANGE, "kvpr
 _COLORS |= {"window": PURPLE, "dense": SKY, "recommended": BLACK}
 _HATCHES = {"math": "///", "eager": "xxx", "efficient": "...", "cudnn": "\\\\\\", "flash_attention_2": "---"}
 _ORDER = [BASELINE, "mit", "kvpress", "ours", "streaming", "ring", "window", "dense", "recommended"]
-_KNOBS = (*(field.name for field in POLICY_KNOBS), "positions")
+_KNOBS = tuple(field.name for field in (*POLICY_KNOBS, *POLICY_WORDS))
 _TIMED_AS_ONE = ("fast", "chunked", None)
 """Protocols of the `fixed_eval` figures, the first of which there are results."""
 
@@ -125,7 +125,7 @@ def _at_shared_policy(rows: Sequence[AnyRow]) -> tuple[dict[Series, AnyRow], str
         if series.method == BASELINE:
             always[Series(BASELINE, "")] = row
             continue
-        policies[tuple(({"positions": positions_of(row)} | dict(row)).get(knob) for knob in _KNOBS)][series] = row
+        policies[tuple((words_of(row) | dict(row)).get(knob) for knob in _KNOBS)][series] = row
         if row.get("recommended"):
             always[Series("recommended", "")] = row
             recommended = f"\nrecommended: {series.method} {series.backend}\n{_policy(row)}"
@@ -197,8 +197,9 @@ def backends(rows: Sequence[AnyRow]) -> Figure:
     pairs: dict[tuple[Scalar, ...], dict[str, AnyRow]] = defaultdict(dict)
     for row in rows:
         if _sound(row) and row.get("backend") in ("math", "flash") and number(row, "tpot_ms"):
-            names = ("model", "dataset", "protocol", "method", "execution", "quantization", *_KNOBS[:-1])
-            pairs[positions_of(row), *(row.get(name) for name in names)][row["backend"]] = row
+            names = ("model", "dataset", "protocol", "method", "execution", "quantization", *_KNOBS)
+            said = words_of(row) | dict(row)
+            pairs[tuple(said.get(name) for name in names)][row["backend"]] = row
     both = [pair for pair in pairs.values() if len(pair) == 2 and pair["math"]["method"] != BASELINE][:_PAIRS]
     if not both:
         raise NoDataError("no two results that differ in nothing but the backend, math and flash")

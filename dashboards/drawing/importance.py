@@ -10,7 +10,7 @@ from random import Random
 from typing import TYPE_CHECKING
 
 from streamllm.files import Scalar
-from streamllm.results.schema import AnyRow, number, positions_of, told_name
+from streamllm.results.schema import POLICY_WORDS, AnyRow, number, told_name, words_of
 from streamllm.results.study import StudyResults
 
 from ..recommendation import COSTS
@@ -28,7 +28,7 @@ _KNOBS = (
     "compress_every",
     "cache_slack",
     "max_drop",
-    "positions",
+    *(field.name for field in POLICY_WORDS),
     "total_kv",
 )
 _SHOWN = {"attn_backend": "backend"}
@@ -133,7 +133,7 @@ def _groups(rows: Sequence[AnyRow], objective: str) -> dict[str, dict[Scalar, li
     for row in rows:
         if row["trial"] in values:
             total = row["n_sink"] + row["window_size"] + row["cache_slack"]
-            knobs = {"total_kv": total, "positions": positions_of(row), **row}
+            knobs = {"total_kv": total, **words_of(row), **row}
             for knob in _KNOBS:
                 by_knob[knob][knobs.get(knob)].append(values[row["trial"]])
     return {knob: groups for knob, groups in by_knob.items() if len(groups) > 1}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from streamllm.configuration import Configuration
-from streamllm.policy import EvictionPolicy, evicted_before
+from streamllm.policy import WORDS, EvictionPolicy, evicted_before
 from streamllm.results.schema import knobs_in_short
 from streamllm.results.study import StudyResults
 
@@ -22,10 +22,8 @@ _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 def kv_length(study: StudyResults) -> Figure:
     """Raises NoDataError for an empty front."""
     evicting = [Configuration.of_row(row).policy for row in study.front if row["compress_every"] > 0]
-    policies = list(
-        dict.fromkeys(replace(policy, positions="compact") for policy in evicting)
-    )  # which keys do not show
-    policies = policies[:_LINES]
+    usual: dict[str, Any] = {name: choices[0] for name, choices in WORDS.items()}  # which lengths do not show
+    policies = list(dict.fromkeys(replace(policy, **usual) for policy in evicting))[:_LINES]
     if not policies:
         raise NoDataError("no policy on the front ever evicts")
     cap = study.configuration["cap"]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from streamllm.results.schema import FIELDS, POLICY_KNOBS, STDERR, AnyRow, is_score
+from streamllm.results.schema import FIELDS, POLICY_KNOBS, POLICY_WORDS, STDERR, AnyRow, is_score
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ COLUMNS = (
     Column("recommended", "recommended", words=True),
     *map(Column.of, ("method", "backend", "backend_requested", "execution", "quantization")),
     *POLICY_COLUMNS,
-    Column.of("positions"),
+    *(Column.of(field.name) for field in POLICY_WORDS),
     *map(Column.of, ("peak_kv", "peak_kv_mib", "peak_memory_mb", "tpot_ms", "speedup", "rounds", "front_probability")),
     *map(Column.of, ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent")),
     *map(Column.of, ("kl", "kl_p99", "same_top_percent", "dp_rms_percent")),
@@ -139,9 +139,9 @@ def bytes_differ(rows: Sequence[AnyRow]) -> bool:
 
 
 def unsaid_settings(rows: Sequence[AnyRow]) -> set[str]:
-    """Execution, quantization or positions where all rows have the usual one, the backend asked for where it is the one
-    that ran."""
-    names = ("execution", "quantization", "positions")
+    """Execution, quantization and the policy's words where all rows have the usual one, the backend asked for where it
+    is the one that ran."""
+    names = ("execution", "quantization", *(field.name for field in POLICY_WORDS))
     unsaid = {name for name in names if all(row.get(name, FIELDS[name].usual) == FIELDS[name].usual for row in rows)}
     granted = (row.get("backend_requested") in (row.get("backend"), None) or "backend" not in row for row in rows)
     return unsaid | {"backend_requested"} if all(granted) else unsaid

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from streamllm.measuring.reference_time import ReferencePool
-from streamllm.results.schema import AnyRow, Row, positions_of
+from streamllm.results.schema import POLICY_WORDS, AnyRow, Row, words_of
 
 from ..drawing.ablations import LETTERS
 from ..drawing.comparisons import Group, Series, bars
@@ -36,7 +36,7 @@ _SETTINGS = (
     Column("backend", "kernel", words=True),
     BY_KEY["execution"],
     *POLICY_COLUMNS,
-    BY_KEY["positions"],
+    *(BY_KEY[field.name] for field in POLICY_WORDS),
 )
 _MEASURES = {
     column.key: column for column in (*EVALUATION_COLUMNS, *map(Column.of, ("runtime_change_percent", "decode_sec")))
@@ -83,7 +83,7 @@ def matrix_rows(documents: Sequence[Mapping[str, Any]]) -> list[AnyRow]:
             found.append((_measured(Row.from_json(document["streaming"], str(document.get("cell"))), baseline), shared))
     pool = ReferencePool(row for row, _ in found)
     timed = [(pool.with_time(row) if isinstance(row, Row) else row, more) for row, more in found]
-    return [{"positions": positions_of(row), **row, **more} for row, more in timed]
+    return [{**words_of(row), **row, **more} for row, more in timed]
 
 
 _IDENTITY = (

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow, knobs_in_short
+from streamllm.results.schema import FIELDS, POLICY_KNOBS, POLICY_WORDS, AnyRow, knobs_in_short
 
 from ..recommendation import MEASURED_BY
 from .columns import Column
@@ -25,7 +25,7 @@ _HEADINGS = ("study", "place")
 """Columns whose values become lines above the rows that have them."""
 _WORDS = ("method", "backend", "execution", "quantization")
 """Columns that share one, a line each, where room is scarce."""
-_SETTINGS = (*_WORDS, "backend_requested", *(field.name for field in POLICY_KNOBS), "positions")
+_SETTINGS = (*_WORDS, "backend_requested", *(field.name for field in (*POLICY_KNOBS, *POLICY_WORDS)))
 _LETTERS = {field.name: field.short for field in FIELDS.values() if field.short not in ("", field.header)} | {
     "dominated_by": "by"
 }

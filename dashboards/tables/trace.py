@@ -15,7 +15,7 @@ from streamllm.measuring.reference_time import WORKER
 from streamllm.measuring.store import MeasurementStore
 from streamllm.results.checks import checked_round
 from streamllm.results.damaged import read_lines
-from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow
+from streamllm.results.schema import POLICY_KNOBS, POLICY_WORDS, AnyRow
 from streamllm.results.study import FIXED, StudyResults
 
 from .columns import BY_KEY
@@ -26,7 +26,7 @@ _LABEL = 12
 """Characters of a line's heading."""
 _DIGITS = 16
 """Digits of an entry's name that are enough to find its file."""
-_POLICY = {field.name: field.header for field in (*POLICY_KNOBS, FIELDS["positions"])}
+_POLICY = {field.name: field.header for field in (*POLICY_KNOBS, *POLICY_WORDS)}
 _QUALITY = ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent", "kl", "peak_kv")
 _SPEED = ("tpot_ms", "speedup", "front_probability")
 

@@ -12,7 +12,7 @@ from typing import Literal, TypedDict, cast
 from search_spaces import Cell, Matrix, load_matrix
 from streamllm.errors import UsageError
 from streamllm.measuring.text import TextSource
-from streamllm.policy import EvictionPolicy, for_chunks, with_derived_window
+from streamllm.policy import WORDS, EvictionPolicy, for_chunks, with_derived_window
 from streamllm.results.schema import AnyRow, knobs_in_short
 from streamllm.terminal.output import check_folder
 
@@ -98,7 +98,8 @@ class Planned:
     def settings(self) -> dict[str, object]:
         """Everything that the command says about the result."""
         cell = asdict(replace(self.cell, dataset=None, total_kv=None, window_size=None))
-        del cell["positions"]  # which the policy says where they are kept: older files say nothing of them
+        for word in WORDS:  # which the policy says where they are unusual: older files say nothing of them
+            del cell[word]
         settings = {"model": self.model, "dataset": self.source.label, "baseline": self.baseline}
         settings |= {name: value for name, value in cell.items() if value is not None} | self.policy.named
         return dict(json.loads(json.dumps(settings | {"source": asdict(self.source)}, default=str)))
@@ -190,7 +191,7 @@ def policy_of(cell: Cell, cap: int) -> EvictionPolicy:
         compress_every=cell.compress_every,
         cache_slack=cell.cache_slack,
         max_drop=cell.max_drop,
-        positions=cell.positions,
+        **{word: getattr(cell, word) for word in WORDS},
     )
     total = min(cell.total_kv or cap, cap)
     if cell.protocol == "chunked":

@@ -19,7 +19,7 @@ from dashboards.pareto import rich_table
 from streamllm.measuring.jobs import Job
 from streamllm.measuring.reference_time import ReferencePool
 from streamllm.results.front import hypervolume, pareto_front
-from streamllm.results.schema import FIELDS, OBJECTIVES, Row, is_score, positions_of, told_name
+from streamllm.results.schema import FIELDS, OBJECTIVES, Row, is_score, told_name, unusual_words
 from streamllm.results.study import BASELINE, STRICT
 from streamllm.terminal.printing import discard
 from streamllm.terminal.progress import LINE_SEC, regularly, spoken
@@ -249,7 +249,7 @@ def _outcome(row: Row) -> str:
     what = (
         f"{row['method']:4} {row['backend_requested']:5} S={row['n_sink']:<3} W={row['window_size']:<4} "
         f"R={row['compress_every']:<3} slack={row['cache_slack']:<2} drop={row['max_drop']:<2}"
-        f"{' positions=keep' if positions_of(row) == 'keep' else ''}"
+        f"{''.join(f' {word}' for word in unusual_words(row))}"
         f"{'' if row.get('execution', 'eager') == 'eager' else ' ' + row['execution']}"
         f"{'' if row.get('quantization', 'none') == 'none' else ' ' + row['quantization']}"
     )

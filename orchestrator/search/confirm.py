@@ -13,13 +13,13 @@ from streamllm.measuring.certainty import front_probabilities, not_told_from, ti
 from streamllm.measuring.quality import QualityComparison, mean_draws
 from streamllm.measuring.reference_time import WORKER
 from streamllm.measuring.store import Arrays, StoreError
-from streamllm.results.front import dominators, objective_values, pareto_front
+from streamllm.results.front import objective_values, pareto_front
 from streamllm.results.schema import STDERR, AnyRow, Row, is_score
 from streamllm.results.study import HARDLY
 
 from .rounds import Round
 
-OTHERS = 6
+OTHERS = 4
 """Candidates at most besides those on the front and those of earlier confirmations."""
 FEWEST = 2
 """Rounds that all candidates are in; what after them is hardly on the front is in no more."""
@@ -64,12 +64,25 @@ def comparable(
 
 
 def unconfirmed_better(rows: Sequence[AnyRow], objectives: Mapping[str, str]) -> list[AnyRow]:
-    """Trials that were not confirmed, and that no confirmed one dominates: they are to be confirmed too."""
-    confirmed = [row for row in rows if row.get("rounds")]
-    others = [row for row in rows if not row.get("rounds") and objective_values(row, objectives) is not None]
+    """Trials that were not confirmed, and that are better than each confirmed one in some objective for certain, by
+    their intervals: they are to be confirmed too. One that may be no better than one of those adds nothing."""
+    paired = dict(_PAIRED.get(name, (name, direction)) for name, direction in objectives.items())
+    fit = [row for row in rows if objective_values(row, paired) is not None]
+    confirmed = [row for row in fit if row.get("rounds")]
     return [
-        row for row, better in zip(others, dominators(others, confirmed, objectives), strict=True) if better is None
+        row
+        for row in fit
+        if not row.get("rounds") and all(_is_better_for_certain(row, other, paired) for other in confirmed)
     ]
+
+
+def _is_better_for_certain(row: AnyRow, other: AnyRow, objectives: Mapping[str, str]) -> bool:
+    """In some objective, their intervals apart."""
+    for name, direction in objectives.items():
+        sign, worst, best = (-1, "low", "high") if direction == "maximize" else (1, "high", "low")
+        if sign * row.get(f"{name}_{worst}", row[name]) < sign * other.get(f"{name}_{best}", other[name]):
+            return True
+    return False
 
 
 def next_rounds(

@@ -385,7 +385,8 @@ def _volume(points: np.ndarray, reference: np.ndarray) -> float:
 
 def _quality_key(what: Configuration) -> object:
     method = "" if sampled_losses(what.method) is None else what.method
-    return plainest(what.effective), what.quantization, method
+    keys = "" if what.policy.kv_dtype == "auto" else what.keys
+    return plainest(what.effective), what.quantization, method, keys
 
 
 def _relative_noise(row: AnyRow, name: str, value: float) -> float:

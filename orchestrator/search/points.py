@@ -6,15 +6,15 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from search_spaces import SearchSpace, Value
 from streamllm.configuration import Configuration
-from streamllm.engine.methods import check_execution, check_protocol
+from streamllm.engine.methods import check_execution, check_kv_dtype, check_protocol
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
-from streamllm.results.schema import KNOBS, POLICY_KNOBS, Row, positions_of
+from streamllm.results.schema import KNOBS, POLICY_KNOBS, POLICY_WORDS, Row, words_of
 
 _TRIED = 20_000
 """Points that a row may be of."""
@@ -27,10 +27,11 @@ def configuration_of(params: Mapping[str, Value], space: SearchSpace, cap: int) 
     """The configuration that a point of the space stands for; its window is what its total KV leaves. Raises
     UsageError where it leaves none, or the method cannot be executed like that."""
     knobs = {name: int(params[name]) for name in ("n_sink", "compress_every", "cache_slack", "max_drop")}
-    policy = EvictionPolicy.of({**knobs, "window_size": 1, "positions": params.get("positions", "compact")})
+    policy = EvictionPolicy.of({**knobs, "window_size": 1, **words_of(params)})
     policy = with_derived_window(policy, min(int(params["total_kv"]), cap), space.cap_accounting)
     method, backend, execution = (str(params[name]) for name in ("method", "attn_backend", "execution"))
     check_execution(method, execution)
+    check_kv_dtype(method, policy)
     quantization = params.get("quantization")
     return Configuration(method, policy, backend, execution, None if quantization is None else str(quantization))
 
@@ -65,7 +66,7 @@ def _likeliest(space: SearchSpace) -> SearchSpace:
         "max_drop": lambda choices: max(choices, key=lambda drop: drop or math.inf),
         "attn_backend": min,
         "quantization": min,
-        "positions": min,
+        **{field.name: min for field in POLICY_WORDS},
     }
     deciding = {other for conditions in space.when.values() for other in conditions}
     few = {
@@ -114,7 +115,7 @@ def is_of(row: Row, point: Mapping[str, Value], space: SearchSpace, cap: int) ->
         asked["quantization"] = what.quantization
     knobs = [field.name for field in POLICY_KNOBS if field.name != "window_size" and field.name in row]
     return all(row.get(name, value) == value for name, value in asked.items()) and any(
-        all(getattr(policy, name) == row[name] for name in knobs) and policy.positions == positions_of(row)
+        all(getattr(policy, name) == row[name] for name in knobs) and words_of(asdict(policy)) == words_of(row)
         for policy in policies
     )
 

@@ -61,11 +61,13 @@ def plainest(policy: EvictionPolicy) -> EvictionPolicy:
 
 def features(configurations: Sequence[Configuration], *, of_quality: bool = False) -> np.ndarray:
     """(n, d): numbers of policies on a scale where equal steps matter alike, and a column for each name of a method,
-    backend, execution or quantization that not all share; of_quality: without those that no prediction depends on."""
+    backend, execution or number format that not all share; of_quality: without those that no prediction depends on."""
     numbers = np.array([_numbers(plainest(what.effective)) for what in configurations])
-    names = [(what.quantization, what.method, what.backend, what.execution) for what in configurations]
+    names = [
+        (what.quantization, what.policy.kv_dtype, what.method, what.backend, what.execution) for what in configurations
+    ]
     columns = [numbers]
-    for kind in range(1 if of_quality else 4):
+    for kind in range(_METHOD if of_quality else len(names[0])):
         known = sorted({str(one[kind]) for one in names})
         if len(known) > 1:
             which = np.array([[str(one[kind]) == name for name in known] for one in names], dtype=float)

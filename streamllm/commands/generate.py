@@ -133,6 +133,7 @@ def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
             tokenizer,
             make_decoder(loaded, what),
             Sampler(sampling, loaded.device, arguments.seed),
+            loaded.kept_bytes(what.effective),
         )
         for title, what in configurations.items()
     }

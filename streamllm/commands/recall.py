@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any
 from ..configuration import Configuration
 from ..errors import UsageError
 from ..evaluating import measurements_beside
-from ..policy import POSITIONS, EvictionPolicy, peak_kv, strict_policy, with_derived_window
-from ..results.schema import FIELDS, POLICY_KNOBS, knobs_in_short
+from ..policy import WORDS, EvictionPolicy, peak_kv, strict_policy, with_derived_window
+from ..results.schema import FIELDS, POLICY_KNOBS, POLICY_WORDS, knobs_in_short
 from ..tasks.texts import TASKS
 from ..terminal.arguments import (
     add_model_arguments,
@@ -67,8 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=knob.short.upper() or "N",
             help=f"{knob.about} ({usual})",
         )
-    positions = FIELDS["positions"]
-    policies.add_argument("--positions", nargs="+", choices=POSITIONS, help=f"{positions.about} ({positions.usual})")
+    for word in POLICY_WORDS:
+        flag = f"--{word.name.replace('_', '-')}"
+        policies.add_argument(flag, nargs="+", choices=WORDS[word.name], help=f"{word.about} ({word.usual})")
     policies.add_argument("--dense", action="store_true", help="beside them, nothing evicted")
     add_text_arguments(parser.add_argument_group("the text whose perplexity is taken, as long as a stream"))
     how = parser.add_argument_group("how it is measured")
@@ -128,7 +129,7 @@ def asked_policies(arguments: argparse.Namespace, totals: list[int]) -> list[Evi
         raise UsageError(
             f"window_size {arguments.window_size[0]}, total_kv {arguments.total_kv[0]}: give one of the two"
         )
-    names = [knob.name for knob in POLICY_KNOBS if knob.name != "window_size"] + ["positions"]
+    names = [knob.name for knob in POLICY_KNOBS if knob.name != "window_size"] + list(WORDS)
     values = [getattr(arguments, name) or [FIELDS[name].usual] for name in names]
     found = []
     for total, *knobs in itertools.product(arguments.window_size or totals, *values):
@@ -148,7 +149,7 @@ def _measured(
     from ..explain.recall import after_prunes, answers, by_octave, by_position, prunes_apart, summary
     from ..measuring import plans
 
-    what, name = Configuration("ours", policy), _name(policy)
+    what, name = Configuration("ring", policy), _name(policy)
     tasks, lines = {}, []
     for one in asked:
         measurements = measurements_beside(policy, loaded, one.stream, store)
@@ -169,7 +170,7 @@ def _measured(
         "name": name,
         **asdict(policy),
         "peak_kv": peak,
-        "peak_kv_mib": peak * loaded.kv_bytes / 2**20,
+        "peak_kv_mib": peak * loaded.kept_bytes(policy) / 2**20,
         "tasks": tasks,
         "perplexity_by_position": by_position(losses),
         "after_prunes": pruned,
@@ -179,7 +180,7 @@ def _measured(
 def _losses(policy: EvictionPolicy, loaded: "LoadedModel", text: "TokenStream", store: Path) -> "np.ndarray":
     """(n, 2): position, nats; out of the store if they are there."""
     with working(f"text, {_name(policy)}") as progress:
-        return measurements_beside(policy, loaded, text, store).quality(Configuration("ours", policy), progress).losses
+        return measurements_beside(policy, loaded, text, store).quality(Configuration("ring", policy), progress).losses
 
 
 def _name(policy: EvictionPolicy) -> str:

@@ -98,7 +98,7 @@ def attention(
         return _flash_attention_2(query, key, value, scaling, causal)
     if query.device.type == "cuda" and (mask is not None or query.dtype.itemsize > 2):
         # Flash takes half precision only and no mask; no other kernel of CUDA's takes grouped queries (torch <= 2.13).
-        key, value = (_for_each_head(x, query.shape[1]) for x in (key, value))
+        key, value = (for_each_head(x, query.shape[1]) for x in (key, value))
     grouped = query.shape[1] != key.shape[1]
     # A compiled graph is bound to the kernel that it was traced with, and has to know which: enter it inside.
     with backend.active() if torch.compiler.is_compiling() else contextlib.nullcontext():
@@ -107,7 +107,7 @@ def attention(
         )
 
 
-def _for_each_head(x: Tensor, heads: int) -> Tensor:
+def for_each_head(x: Tensor, heads: int) -> Tensor:
     """x (batch, KV heads, ...) -> (batch, heads, ...)."""
     return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
 
@@ -164,7 +164,7 @@ def _dot(a: Tensor, b: Tensor, dim: int, parts: int) -> Tensor:
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
     """As written in transformers' modelling files: the logits in the model's dtype, the softmax in float32 at least."""
-    key, value = (_for_each_head(x, query.shape[1]) for x in (key, value))
+    key, value = (for_each_head(x, query.shape[1]) for x in (key, value))
     logits = query @ key.transpose(-1, -2) * scaling
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)

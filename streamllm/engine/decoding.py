@@ -43,7 +43,7 @@ class KVCache(ABC):
     Tensors are (1, KV heads, held tokens, head size), per layer; cache order is sinks first, then oldest to newest.
     """
 
-    def __init__(self, loaded: LoadedModel, backend: Backend) -> None:
+    def __init__(self, loaded: LoadedModel, backend: Backend, kv_dtype: str = "auto") -> None:
         self.rotary = loaded.rotary
         self.backend = backend
         self.device = loaded.device
@@ -51,6 +51,10 @@ class KVCache(ABC):
         """Tokens in the cache when the current forward pass began."""
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self.dtype = loaded.dtype
+        """Of everything that is computed."""
+        self.stored = stored_dtype(kv_dtype, loaded.dtype)
+        """Of what is kept."""
 
     def begin(self, held: int, count: int) -> None:
         """Prepares for a forward pass of `count` tokens, `held` being in the cache."""
@@ -82,14 +86,30 @@ class KVCache(ABC):
             self.values[layer] = without(self.values[layer], n_sink, drop)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values of a layer, the new ones included."""
+        """All keys and values of a layer, the new ones included, as they are kept, to be computed with."""
+        key, value = self.kept(key), self.kept(value)
         if layer == len(self.keys):
             self.keys.append(key)
             self.values.append(value)
         else:
             self.keys[layer] = torch.cat((self.keys[layer], key), dim=2)
             self.values[layer] = torch.cat((self.values[layer], value), dim=2)
-        return self.keys[layer], self.values[layer]
+        return self.keys[layer].to(self.dtype), self.values[layer].to(self.dtype)
+
+    def kept(self, computed: Tensor) -> Tensor:
+        """Rounded to what it is kept in; what is too large for a float8 is the largest there is."""
+        if self.stored.itemsize == 1:
+            most = torch.finfo(self.stored).max
+            computed = computed.clamp(-most, most)
+        return computed.to(self.stored)
+
+
+def stored_dtype(kv_dtype: str, computed: torch.dtype) -> torch.dtype:
+    """torch's for a policy's `kv_dtype`, of a model that computes in that one."""
+    if kv_dtype == "auto":
+        return computed
+    stored: torch.dtype = getattr(torch, kv_dtype.replace("e4m3", "e4m3fn"))  # finite, and NaN
+    return stored
 
 
 def without(held: Tensor, n_sink: int, drop: int) -> Tensor:

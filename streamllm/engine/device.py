@@ -99,6 +99,11 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return start.elapsed_time(stop) / 1e3
 
 
+def has_float8(device: torch.device) -> bool:
+    """Whether kernels read float8 as it is: from compute capability 8.9 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def free_memory(device: torch.device) -> int:
     """Bytes, as far as torch can say; 8 GiB where it cannot."""
     ask = getattr(torch.get_device_module(device), "mem_get_info", None)  # torch.mps has none

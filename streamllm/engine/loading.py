@@ -24,7 +24,7 @@ from ..testbed import MODEL_FOLDER
 from .architecture import allowed, check_features, check_finite_weights, check_layers, difference, probe_tokens, run
 from .attention import ATTENTION_NAME, register_attention
 from .backends import BACKENDS
-from .block_parallel import BlockState
+from .block_state import BlockState
 from .device import default_device, resolve_dtype, unverified
 from .gguf import converted, facts, folder_digest, gguf_file
 from .methods.ours import RerotatedCache
@@ -191,7 +191,7 @@ def _check_logits(loaded: LoadedModel, tokens: Tensor, expected: Tensor, noise: 
 def _engine_logits(loaded: LoadedModel, tokens: Tensor) -> list[tuple[str, Tensor]]:
     n = tokens.shape[1]
     positions, backend = torch.arange(n, device=loaded.device), BACKENDS["auto"]
-    whole = RerotatedCache(loaded, backend)
+    whole = RerotatedCache(loaded, backend, "auto")
     found = [("with keys as it rotates them", loaded.forward(tokens, positions, whole).logits)]
     layers = loaded.config.num_hidden_layers
     if len(whole.keys) != layers:

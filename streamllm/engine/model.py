@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import UnsupportedModelError, UsageError
+from ..policy import EvictionPolicy
 from .attention import AttentionState
 from .rotary import Rotary, text_config
 
@@ -60,6 +61,10 @@ class LoadedModel:
         config = self.config
         kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         return int(2 * config.num_hidden_layers * kv_heads * self.head_size * self.dtype.itemsize)
+
+    def kept_bytes(self, policy: EvictionPolicy) -> int:
+        """Bytes of one token's keys and values, as the policy keeps them."""
+        return policy.kept_bytes(self.kv_bytes, str(self.dtype).removeprefix("torch."))
 
     def check_span(self, peak: int | None) -> None:
         """Raises UnsupportedModelError if a query is to attend to more keys than the model itself does: `peak`, or None

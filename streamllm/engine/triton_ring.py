@@ -179,8 +179,9 @@ def ring_step(
             block_keys = block_keys.to(keys.dtype.element_ty)
         else:
             block_keys = tl.load(keys + offsets, mask=there, other=0.0)
-        block_keys = tl.where(there, block_keys, key[None, :])
+        block_keys = tl.where(there, block_keys, key[None, :]).to(query.dtype.element_ty)
         block_values = tl.where(there, tl.load(values + offsets, mask=there, other=0.0), value[None, :])
+        block_values = block_values.to(query.dtype.element_ty)
         top, total, output = see_block(
             queries, block_keys, block_values, at <= n_sink, scale, top, total, output, group
         )
@@ -193,8 +194,8 @@ def ring_step(
         age = slot - at
         age = tl.where(age < 0, age + window, age)
         seen = (at < window) & (age <= oldest) & (age > 0)  # what is new is in a register, in its slot soon
-        block_keys = tl.load(keys + offsets, mask=there, other=0.0)
-        block_values = tl.load(values + offsets, mask=there, other=0.0)
+        block_keys = tl.load(keys + offsets, mask=there, other=0.0).to(query.dtype.element_ty)
+        block_values = tl.load(values + offsets, mask=there, other=0.0).to(query.dtype.element_ty)
         top, total, output = see_block(queries, block_keys, block_values, seen, scale, top, total, output, group)
         keys += block * size
         values += block * size
@@ -232,9 +233,10 @@ def attend_in_ring(
     cut: Cut | None = None,
 ) -> Tensor:
     """query (1, heads, 1, size), key and value (1, KV heads, 1, size) of the token at `position` (1) of the stream,
-    which is no sink; keys and values (1, KV heads, S + window, size), the ring, which takes it in; `evicted` (1) tokens
-    of the stream count no more. sinks (1, KV heads, S, size) as the model rotated them, to be turned by cos and sin (1,
-    rotary size); None: they are in the ring as they are. finished (KV heads) int32 zeros. -> (1, heads, 1, size).
+    which is no sink; keys and values (1, KV heads, S + window, size), the ring, which takes it in, of any number
+    format; `evicted` (1) tokens of the stream count no more. sinks (1, KV heads, S, size) as the model rotated them, to
+    be turned by cos and sin (1, rotary size); None: they are in the ring as they are. finished (KV heads) int32 zeros.
+    -> (1, heads, 1, size).
 
     Raises RuntimeError for what the kernel cannot do."""
     _, heads, _, size = query.shape

@@ -70,11 +70,18 @@ class Writer:
     """One text being written. The tokenizer must be a fast one: its library decodes piece by piece."""
 
     def __init__(
-        self, loaded: LoadedModel, tokenizer: PreTrainedTokenizerBase, decoder: Decoder, sampler: Sampler
+        self,
+        loaded: LoadedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        decoder: Decoder,
+        sampler: Sampler,
+        kv_bytes: int,
     ) -> None:
+        """kv_bytes: of one token, in the decoder's cache."""
         if not tokenizer.is_fast:
             raise UsageError(f"model {loaded.name!r}: its tokenizer is not one of the `tokenizers` library")
         self.loaded, self.tokenizer, self.decoder, self.sampler = loaded, tokenizer, decoder, sampler
+        self.kv_bytes = kv_bytes
         self.seen = 0
         """Tokens, the prompt's included."""
         self.clock: deque[float] = deque(maxlen=_REMEMBERED + 1)
@@ -127,7 +134,7 @@ class Writer:
 
     @property
     def kv_megabytes(self) -> float:
-        return self.decoder.kv_length * self.loaded.kv_bytes / 1e6
+        return self.decoder.kv_length * self.kv_bytes / 1e6
 
     @property
     def overgrown(self) -> bool:

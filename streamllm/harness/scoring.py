@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..engine.block_parallel import BlockState, default_block
+from ..engine.block_parallel import default_block
+from ..engine.block_state import BlockState
 from ..engine.decoding import Decoder, Progress
 from ..engine.device import float64_device
-from ..engine.methods import is_evaluated, make_decoder, method_named, sampled_losses
+from ..engine.methods import Keys, is_evaluated, make_decoder, method_named, sampled_losses
 from ..engine.model import LoadedModel
+from ..engine.rounded_blocks import block_state
 from ..policy import EvictionPolicy, evicted_before, peak_kv
 
 Tokens = tuple[int, ...]
@@ -54,7 +56,7 @@ def scored(
     policy = what.effective
     loaded.check_span(peak_kv(policy, max((request.queries for request in requests), default=1)))
     if is_evaluated(what.method):
-        return evaluated(loaded, policy, requests, progress)
+        return evaluated(loaded, policy, requests, progress, what.keys)
     dense = method_named("dense").effective(policy)
     short = [request for request in requests if request.queries <= policy.kept]
     long = [request for request in requests if request.queries > policy.kept]
@@ -112,12 +114,16 @@ class _Context:
 
 
 def evaluated(
-    loaded: LoadedModel, policy: EvictionPolicy, requests: Sequence[Request], progress: Progress | None = None
+    loaded: LoadedModel,
+    policy: EvictionPolicy,
+    requests: Sequence[Request],
+    progress: Progress | None = None,
+    keys: Keys = "raw",
 ) -> list[Score]:
-    """The requests' scores by the block-parallel evaluator."""
+    """The requests' scores by the block-parallel evaluator. keys: how the method keeps them (`block_logits`)."""
     found: dict[int, Score] = {}
     for batch in _batches(requests, default_block(loaded)):
-        found |= _Batch(loaded, policy, requests, batch).scores()
+        found |= _Batch(loaded, policy, requests, batch, keys).scores()
         if progress is not None:
             progress(len(found), len(requests))
     return [found[number] for number in range(len(requests))]
@@ -150,12 +156,17 @@ class _Batch:
     """Streams side by side, padded at the end."""
 
     def __init__(
-        self, loaded: LoadedModel, policy: EvictionPolicy, requests: Sequence[Request], contexts: Sequence[_Context]
+        self,
+        loaded: LoadedModel,
+        policy: EvictionPolicy,
+        requests: Sequence[Request],
+        contexts: Sequence[_Context],
+        keys: Keys,
     ) -> None:
         self.loaded, self.requests, self.contexts = loaded, requests, contexts
         self.rows = [(context.tokens + tail, numbers) for context in contexts for tail, numbers in context.rows.items()]
         self.longest = max(len(tokens) for tokens, _ in self.rows)
-        self.state = BlockState(loaded, policy, self.longest)
+        self.state = block_state(loaded, policy, self.longest, keys)
 
     @torch.inference_mode()
     def scores(self) -> dict[int, Score]:
@@ -165,8 +176,7 @@ class _Batch:
         for _ in forward(self.loaded, self.state, self._padded(contexts, shared), 0, shared):
             pass
         counts = torch.tensor([len(context.rows) for context in self.contexts], device=self.loaded.device)
-        for held in (self.state.keys, self.state.values):
-            held[:] = [x.repeat_interleave(counts, dim=0) for x in held]
+        self.state.repeat(counts)
         rest = self._padded([tokens[shared:] for tokens, _ in self.rows], self.longest - shared)
         parts: dict[int, list[tuple[float, bool]]] = {}
         for start, logits in forward(self.loaded, self.state, rest, shared, shared):

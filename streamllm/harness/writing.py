@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ..configuration import Configuration
-from ..engine.block_parallel import BlockState
 from ..engine.decoding import Decoder
 from ..engine.methods import is_evaluated, make_decoder, sampled_losses
 from ..engine.model import LoadedModel
+from ..engine.rounded_blocks import block_state
 from ..errors import UsageError, shown
 from ..explain.writing import Sampler, Sampling
-from ..policy import EvictionPolicy, peak_kv
+from ..policy import peak_kv
 from .scoring import feed, forward
 
 if TYPE_CHECKING:
@@ -33,10 +33,10 @@ _KNOWN = {"do_sample", *(field.name for field in fields(Sampling))}
 class EvaluatingDecoder(Decoder):
     """The evaluator as a decoder: keys are rotated for every token, but several tokens may go past evictions."""
 
-    def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, most: int) -> None:
+    def __init__(self, loaded: LoadedModel, what: Configuration, most: int) -> None:
         """most: tokens that it will be fed at most."""
         self.loaded = loaded
-        self.state = BlockState(loaded, policy, most)
+        self.state = block_state(loaded, what.effective, most, what.keys)
         self.seen = 0
 
     @property
@@ -93,7 +93,7 @@ class Writing:
         """The decoder after the prompt, and the logits that follow it."""
         policy = self.what.effective
         if self.decoder == "evaluator":
-            evaluating = EvaluatingDecoder(self.loaded, policy, total)
+            evaluating = EvaluatingDecoder(self.loaded, self.what, total)
             return evaluating, evaluating.feed(prompt)
         decoder = make_decoder(self.loaded, self.what)
         if sampled_losses(self.what.method) is not None:  # takes a prompt at once, whatever it forgets of it

@@ -115,7 +115,7 @@ class Bench:
         policy, started = job.what.effective, time.perf_counter()
         self.loaded.check_span(peak_kv(policy, len(self.stream.tokens) - 1))
         with self.leases.computing():
-            table = losses_and_hits(self.loaded, self.stream.tokens, policy, progress)
+            table = losses_and_hits(self.loaded, self.stream.tokens, policy, progress, job.what.keys)
         return Measurement({"quality_sec": time.perf_counter() - started}, table)
 
     def _speed(self, job: Job, strict: bool) -> Measurement:

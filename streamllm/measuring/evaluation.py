@@ -89,7 +89,7 @@ def measure_quality(
         losses = losses_at(loaded, stream.tokens, policy.kept, positions.tolist(), BACKENDS["auto"], progress, see)
     else:
         positions = np.arange(n_losses)
-        losses = block_parallel_losses(loaded, stream.tokens, policy, progress=progress, see=see)
+        losses = block_parallel_losses(loaded, stream.tokens, policy, progress=progress, see=see, keys=what.keys)
     check_finite(losses, str(loaded.dtype))
     beside = [one.found(positions, losses) for one in watch]
     seconds = time.perf_counter() - started

@@ -19,18 +19,23 @@ from .quality import check_finite
 
 if TYPE_CHECKING:
     from ..engine.decoding import Progress
+    from ..engine.methods import Keys
     from ..engine.model import LoadedModel
     from ..policy import EvictionPolicy
 
 
 def losses_and_hits(
-    loaded: LoadedModel, tokens: np.ndarray, policy: EvictionPolicy, progress: Progress | None = None
+    loaded: LoadedModel,
+    tokens: np.ndarray,
+    policy: EvictionPolicy,
+    progress: Progress | None = None,
+    keys: Keys = "raw",
 ) -> np.ndarray:
     """tokens (n) -> (n - 1, 3): position, float64 nats of the token after it, and 1 where that is the likeliest, else
     0. Of several that are, the first counts, as for a decoder. Raises NonFiniteLossError."""
     targets = torch.from_numpy(tokens[1:]).to(loaded.device)
     losses, hits = [], []
-    for start, logits in block_logits(loaded, tokens, policy, progress=progress):
+    for start, logits in block_logits(loaded, tokens, policy, progress=progress, keys=keys):
         wanted = targets[start : start + len(logits)]
         losses.append(negative_log_likelihood(logits, wanted))
         hits.append(logits.argmax(-1) == wanted)

@@ -59,6 +59,8 @@ class Keys:
             part["distributions"] = "kept"
         if job.against:
             part["against"] = job.against[0]
+        if kind == "streaming":
+            part |= _rounded(what)
         if recomputed := job.against[1:]:
             part["recomputed"] = hashlib.sha256(" ".join(recomputed).encode()).hexdigest()
         return {"kind": f"quality of {kind}"} | conditions | self._named(what, "fast", *names) | part
@@ -84,6 +86,11 @@ class Keys:
         return {name: values[name] for name in names} | what.effective.named
 
 
+def _rounded(what: Configuration) -> dict[str, str]:
+    """How keys are kept, where that decides what a cache of another number format rounds."""
+    return {} if what.effective.kv_dtype == "auto" else {"keys": what.keys}
+
+
 def task_key(
     conditions: Conditions, what: Configuration, asked: Mapping[str, Any], writes: bool = False
 ) -> dict[str, Any]:
@@ -97,6 +104,7 @@ def task_key(
         "model_digest": conditions.model_digest,
         "dtype": conditions.dtype,
         **what.effective.named,
+        **_rounded(what),
         **asked,
     }
     if by_method:
@@ -116,7 +124,7 @@ def identity(conditions: Conditions, text: TokenStream, what: Configuration, pro
         "text_digest": text.digest,
         "n_tokens": len(text.tokens),
         "bos": text.bos,
-        "kv_bytes_per_token": conditions.kv_bytes_per_token,
+        "kv_bytes_per_token": what.effective.kept_bytes(conditions.kv_bytes_per_token, conditions.dtype),
         "method": what.method,
         "protocol": protocol,
         **asdict(what.effective),

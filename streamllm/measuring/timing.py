@@ -259,7 +259,7 @@ def bytes_per_token(loaded: LoadedModel, policy: EvictionPolicy) -> int:
     weights = sum(parameter.nbytes for parameter in model.parameters())
     if output is None or output.weight is not embedding:
         weights -= embedding.nbytes
-    return int(weights + loaded.kv_bytes * (policy.kept + 1))
+    return int(weights + loaded.kept_bytes(policy) * (policy.kept + 1))
 
 
 def used_backend(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> str:

@@ -33,6 +33,8 @@ class Field:
     """Whether rows may have `NAME_low` and `NAME_high`, a 95% interval."""
     words: bool = False
     knob: bool = False
+    of_policy: bool = False
+    """Whether a word is the policy's."""
     least: int | None = None
     """Least value of a knob that is a whole number."""
     usual: str | int | None = None

@@ -78,6 +78,10 @@ class Row(Mapping[str, Any]):
         "positions",
         "compact",
         about="compact: a prune numbers what is left anew, without gaps; keep: it leaves positions",
+        of_policy=True,
+    )
+    kv_dtype: str | None = word(
+        "cache", "auto", about="number format that the cache is kept in; auto: the model's", of_policy=True
     )
     refresh_budget: int | None = fact(about="tokens that method refresh puts back")
     refresh_position: str | None = fact()
@@ -330,7 +334,9 @@ FIELDS: dict[str, Field] = _Fields(
 )
 KNOBS = tuple(field for field in FIELDS.values() if field.knob)
 POLICY_KNOBS = tuple(field for field in KNOBS if field.symbol)
-"""The numbers of tokens of an `EvictionPolicy`, which rows have; they may not say its `positions`: `positions_of`."""
+"""The numbers of tokens of an `EvictionPolicy`, which rows have."""
+POLICY_WORDS = tuple(field for field in KNOBS if field.of_policy)
+"""Its words, which rows may not say: `words_of`."""
 
 
 class _Objectives(dict[str, Direction]):
@@ -355,9 +361,14 @@ def told_name(objective: str) -> str:
     return FIELDS[objective].told or objective
 
 
-def positions_of(row: AnyRow) -> str:
-    """Those of rows from before they could be chosen are the usual ones."""
-    return str(row.get("positions", FIELDS["positions"].usual))
+def words_of(row: AnyRow) -> dict[str, str]:
+    """The words of its policy; of rows from before they could be chosen, the usual ones."""
+    return {field.name: str(row.get(field.name, field.usual)) for field in POLICY_WORDS}
+
+
+def unusual_words(row: AnyRow) -> list[str]:
+    """`positions=keep`, `kv_dtype=float16`: those of its policy that are not the usual ones."""
+    return [f"{name}={value}" for name, value in words_of(row).items() if value != FIELDS[name].usual]
 
 
 def can_be_objective(name: str) -> bool:
@@ -365,10 +376,9 @@ def can_be_objective(name: str) -> bool:
 
 
 def knobs_in_short(row: AnyRow, symbols: bool = False) -> str:
-    """`S=4 W=252 R=1 slack=0 drop=0`, of those that it has; `positions=keep` where they are kept."""
+    """`S=4 W=252 R=1 slack=0 drop=0`, of those that it has, and the policy's words where they are unusual."""
     named = [(field.symbol if symbols else field.short, row.get(field.name)) for field in POLICY_KNOBS]
-    kept = ["positions=keep"] * (positions_of(row) == "keep")
-    return " ".join([*(f"{letter}={value}" for letter, value in named if value is not None), *kept])
+    return " ".join([*(f"{letter}={value}" for letter, value in named if value is not None), *unusual_words(row)])
 
 
 def number(row: AnyRow, name: str) -> float | None:

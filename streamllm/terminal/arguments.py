@@ -17,8 +17,8 @@ from ..evaluating import STORE, Measuring
 from ..measuring.tables import JOINS
 from ..measuring.text import TextSource
 from ..options import DTYPES, PROTOCOLS, QUANTIZATIONS
-from ..policy import POSITIONS, TOTAL_KV_CAP, EvictionPolicy, for_chunks, with_derived_window
-from ..results.schema import FIELDS, POLICY_KNOBS
+from ..policy import TOTAL_KV_CAP, WORDS, EvictionPolicy, for_chunks, with_derived_window
+from ..results.schema import POLICY_KNOBS, POLICY_WORDS
 
 if TYPE_CHECKING:
     from ..engine.model import LoadedModel
@@ -103,10 +103,13 @@ def add_policy_arguments(group: argparse._ArgumentGroup) -> None:
             metavar=knob.short.upper(),
             help=f"{knob.about} ({usual})",
         )
-    positions = FIELDS["positions"]
-    group.add_argument(
-        "--positions", choices=POSITIONS, default=positions.usual, help=f"{positions.about} ({positions.usual})"
-    )
+    for word in POLICY_WORDS:
+        group.add_argument(
+            f"--{word.name.replace('_', '-')}",
+            choices=WORDS[word.name],
+            default=word.usual,
+            help=f"{word.about} ({word.usual})",
+        )
 
 
 def add_measuring_arguments(group: argparse._ArgumentGroup) -> None:
@@ -268,7 +271,7 @@ def given_stream_policy(arguments: argparse.Namespace) -> EvictionPolicy:
         compress_every=arguments.compress_every,
         cache_slack=arguments.cache_slack,
         max_drop=arguments.max_drop,
-        positions=arguments.positions,
+        **{name: getattr(arguments, name) for name in WORDS},
     )
 
 

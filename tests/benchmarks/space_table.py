@@ -149,7 +149,7 @@ def main() -> None:
         "what": "Every point of the space: ppl_vs_strict_percent by the block-parallel evaluator, once a policy; "
         "time_ratio the median over rounds of pairs of segments in turn with the reference, with its interval of 95%.",
         "space": Path(arguments.space).name,
-        "model": f"{arguments.shape}, qualities of {arguments.model}" if arguments.shape else arguments.model,
+        "model": f"{arguments.shape}, qualities of {arguments.qualities.stem}" if arguments.shape else arguments.model,
         "n_tokens": arguments.tokens,
         "pairs": int(np.median([len(found) for found in table["ratios"].values()])),
         "half_interval": round(width, 4),

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from ...errors import UnavailableError, UsageError
 from ...options import EXECUTIONS, PROTOCOLS
 from ...policy import EvictionPolicy
+
+Keys = Literal["raw", "stream", "cache"]
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +58,10 @@ class Method:
     """How its steps can be run: all ways, if they have static shapes."""
     protocols: tuple[str, ...] = tuple(PROTOCOLS)
     """How it can be measured."""
+    keys: Keys | None = None
+    """How it keeps keys, if its cache can be of another number format than the model: raw, as they are before they are
+    rotated; stream, rotated at their positions in the stream, the sinks turned after the evicted tokens; cache, rotated
+    at their places in the cache when they came, and again at each prune. Each rounds something else."""
     losses_at: SampledLosses | None = None
     """If no eviction schedule says what it sees: its quality is then sampled instead of computed block-parallel."""
 
@@ -96,6 +102,16 @@ def check_execution(method: str, execution: str) -> None:
         raise UsageError(
             f"execution {execution!r}: the steps of method {method!r} change shape, {' or '.join(allowed)} runs them; "
             f"use --method {' or '.join(able)}"
+        )
+
+
+def check_kv_dtype(method: str, policy: EvictionPolicy) -> None:
+    """Raises UsageError for a method whose cache is of the model's number format only."""
+    if policy.kv_dtype != "auto" and method_named(method).keys is None:
+        able = [name for name in OFFERED if method_named(name).keys is not None]
+        raise UsageError(
+            f"kv_dtype {policy.kv_dtype!r}: method {method!r} keeps nothing in another number format than the model's; "
+            f"use auto, or --method {' or '.join(able)}"
         )
 
 

@@ -18,7 +18,7 @@ from . import Method
 
 class RawKeyCache(KVCache):
     def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> None:
-        super().__init__(loaded, backend)
+        super().__init__(loaded, backend, policy.kv_dtype)
         self.policy = policy
         self.evicted = 0
 
@@ -55,4 +55,4 @@ def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execu
     return CachedDecoder(loaded, policy, RawKeyCache(loaded, policy, backend), execution)
 
 
-METHOD = Method(decoder)
+METHOD = Method(decoder, keys="raw")

@@ -19,8 +19,8 @@ from . import Method
 
 
 class RerotatedCache(KVCache):
-    def __init__(self, loaded: LoadedModel, backend: Backend) -> None:
-        super().__init__(loaded, backend)
+    def __init__(self, loaded: LoadedModel, backend: Backend, kv_dtype: str) -> None:
+        super().__init__(loaded, backend, kv_dtype)
         self.unmoved: list[Tensor] = []
         """Per layer, the window's keys that the last prune has left, as they came."""
         self.moved = torch.empty(0, dtype=torch.long, device=self.device)
@@ -39,7 +39,7 @@ class RerotatedCache(KVCache):
         both = zip(self.unmoved, since, strict=True) if self.unmoved else zip(since, strict=True)
         self.unmoved = [torch.cat(parts, dim=2)[:, :, drop:] for parts in both]
         for layer, unmoved in enumerate(self.unmoved):
-            moved = self.rotary.rotate(unmoved, (cos, -sin))
+            moved = self.kept(self.rotary.rotate(unmoved.to(self.dtype), (cos, -sin)))
             self.keys[layer] = torch.cat((self.keys[layer][:, :, :n_sink], moved), dim=2)
             self.values[layer] = without(self.values[layer], n_sink, drop)
 
@@ -63,7 +63,7 @@ class UnturnedCache(KVCache):
 
 def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> CachedDecoder:
     cache = UnturnedCache if policy.keeps_positions else RerotatedCache
-    return CachedDecoder(loaded, policy, cache(loaded, backend), execution)
+    return CachedDecoder(loaded, policy, cache(loaded, backend, policy.kv_dtype), execution)
 
 
-METHOD = Method(decoder)
+METHOD = Method(decoder, keys="cache")

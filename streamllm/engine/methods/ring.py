@@ -20,6 +20,7 @@ from ...policy import EvictionPolicy, steady_state
 from ..attention import attention
 from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache
+from ..device import has_float8
 from ..model import LoadedModel
 from ..probing import replayed
 from ..slots import RingSlots
@@ -28,7 +29,7 @@ from . import Method
 
 class RingCache(KVCache):
     def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> None:
-        super().__init__(loaded, backend)
+        super().__init__(loaded, backend, policy.kv_dtype)
         steady = steady_state(policy)
         self.grows = steady is None
         """A policy that never evicts."""
@@ -57,7 +58,8 @@ class RingCache(KVCache):
         self.evicted.fill_(self.evicted_so_far)
         self.new_sinks = max(min(self.slots.n_sink - held, count), 0)
         self.masked = count > 1 or not (self.always_full and held + 1 == self.slots.count)
-        self.fused = self.backend.name == "ring_triton" and count == 1 and not self.new_sinks
+        fits = self.stored.itemsize > 1 or has_float8(self.device)
+        self.fused = self.backend.name == "ring_triton" and count == 1 and not self.new_sinks and fits
 
     def position_ids(self, count: int) -> Tensor:
         turns = self.turns_sinks and not self.new_sinks
@@ -79,9 +81,10 @@ class RingCache(KVCache):
         return not self.grows and not self.new_sinks and self.masked != self.always_full
 
     @property
-    def shape(self) -> tuple[int, int, bool, bool, str]:
+    def shape(self) -> tuple[int, int, bool, bool, str, torch.dtype]:
         """Everything that a step's code depends on."""
-        return self.slots.count, self.slots.n_sink, self.turns_sinks, self.always_full, self.backend.name
+        how = self.turns_sinks, self.always_full, self.backend.name, self.stored
+        return self.slots.count, self.slots.n_sink, *how
 
     def _visible(self, positions: Tensor) -> Tensor:
         """(new, slots): what each query sees."""
@@ -108,9 +111,18 @@ class RingCache(KVCache):
             self.sink_keys[layer][:, :, first : first + self.new_sinks] = key[:, :, : self.new_sinks]
         elif self.turns_sinks:
             key = torch.cat((self.rotary.rotate(self.sink_keys[layer], self.sink_angles), key), dim=2)
-        keys = self.keys[layer].index_copy_(2, self.key_slots, key)
-        values = self.values[layer].index_copy_(2, self.value_slots, value)
+        keys = self._write(self.keys[layer], self.key_slots, key)
+        values = self._write(self.values[layer], self.value_slots, value)
         return attention(self.backend, query, keys, values, scaling, mask=self.visible)
+
+    def _write(self, held: Tensor, slots: Tensor, new: Tensor) -> Tensor:
+        """Writes there, and returns all that is held, to be computed with."""
+        new = self.kept(new)
+        if self.stored.itemsize == 1:  # torch copies bytes, but no float8 on a CPU
+            held.view(torch.uint8).index_copy_(2, slots, new.view(torch.uint8))
+        else:
+            held.index_copy_(2, slots, new)
+        return held.to(self.dtype)
 
     def _in_one_launch(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         from ..triton_ring import ring_attention
@@ -123,8 +135,8 @@ class RingCache(KVCache):
     def _allocate(self, key: Tensor, value: Tensor) -> None:
         if not self.keys:
             self.finished = torch.zeros(key.shape[1], dtype=torch.int32, device=self.device)
-        self.keys.append(key.new_zeros(1, key.shape[1], self.slots.count, key.shape[3]))
-        self.values.append(value.new_zeros(1, value.shape[1], self.slots.count, value.shape[3]))
+        for held, new in ((self.keys, key), (self.values, value)):
+            held.append(new.new_zeros(1, new.shape[1], self.slots.count, new.shape[3], dtype=self.stored))
         if self.turns_sinks:
             self.sink_keys.append(key.new_zeros(1, key.shape[1], self.slots.n_sink, key.shape[3]))
 
@@ -138,4 +150,4 @@ def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execu
     return CachedDecoder(loaded, policy, RingCache(loaded, policy, backend), execution)
 
 
-METHOD = Method(decoder, executions=tuple(EXECUTIONS))
+METHOD = Method(decoder, executions=tuple(EXECUTIONS), keys="stream")

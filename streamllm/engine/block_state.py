@@ -1,0 +1,108 @@
+"""The cache of the block-parallel evaluator: which keys a block of queries sees, and at what distances.
+
+Which tokens a query sees depends on the policy alone, and rotary positions are relative. So for query t, with e tokens
+evicted before it (`policy.evicted_before`), the logits a decode loop would compute are
+
+    window token j >= S + e:   Rot(t) q . Rot(j) k       true distance, the same as between cache positions
+    sink i < S:                Rot(t - e) q . Rot(i) k   distance between cache positions
+                               Rot(t) q . Rot(i) k       where survivors keep their positions in the stream
+
+and everything else is masked. Both families of logits come out of one attention call: the sink logits are computed
+beforehand and fed through extra head dimensions in which sink keys are one-hot and window keys are zero.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..policy import EvictionPolicy, evicted_before
+from .attention import attention, for_each_head
+from .backends import BACKENDS
+from .decoding import KVCache
+from .model import LoadedModel
+
+
+class BlockState(KVCache):
+    """The cache of a stream processed in blocks; the model is called with position 0, so keys are kept raw."""
+
+    def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, n_tokens: int) -> None:
+        super().__init__(loaded, BACKENDS["auto"], policy.kv_dtype)
+        self.n_sink = policy.n_sink
+        self.keeps_positions = policy.keeps_positions
+        self.evicted = torch.tensor(evicted_before(policy, n_tokens), device=loaded.device)
+        self.held = torch.empty(0, dtype=torch.long, device=loaded.device)
+        """Stream positions of the kept tokens: the sinks, then a contiguous window."""
+
+    def begin_block(self, start: int, stop: int) -> None:
+        """Forgets what no query of tokens start .. stop-1 sees, and lays out what is the same in every layer."""
+        self._forget(start)
+        queries = torch.arange(start, stop, device=self.device)
+        self.held = torch.cat((self.held, queries))
+        evicted = self.evicted[start:stop, None]
+        is_sink = self.held < self.n_sink
+        self.sinks = int(is_sink.sum())
+        self.visible = (is_sink | (self.held >= self.n_sink + evicted)) & (self.held <= queries[:, None])
+        # Only distances count: counting from the oldest window token keeps angles small in a stream of any length.
+        window = self.held[self.sinks :]
+        origin = window[0] if len(window) else queries[-1]
+        window_queries = (queries - origin).clamp(min=0)  # a sink sees no window token
+        self.rotary.reserve(int(window_queries.max()) + 1)
+        self.query_angles = self.rotary.at(window_queries)
+        self.key_angles = self.rotary.at(window - origin)
+        # Not from the table, which would grow with a stream in which sinks are ever farther away.
+        self.query_angles_to_sinks = self.rotary.turn(queries if self.keeps_positions else queries - evicted[:, 0])
+        self.sink_angles = self.rotary.span(0, self.sinks)
+
+    def _forget(self, start: int) -> None:
+        if not len(self.held):
+            return
+        oldest = self.n_sink + int(self.evicted[start])
+        drop = int(((self.held >= self.n_sink) & (self.held < oldest)).sum())
+        if drop:
+            self.held = torch.cat((self.held[: self.n_sink], self.held[self.n_sink + drop :]))
+            self.evict(self.n_sink, drop)
+
+    def repeat(self, counts: Tensor) -> None:
+        """Each stream of the batch as often as it says (batch), from here on."""
+        for held in (self.keys, self.values):
+            held[:] = [x.repeat_interleave(counts, dim=0) for x in held]
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+        keys, values = (for_each_head(x, query.shape[1]) for x in self.append(layer, key, value))
+        sinks = self.sinks
+        window_query = self.rotary.rotate(query, self.query_angles)
+        window_keys = self.rotary.rotate(keys[:, :, sinks:], self.key_angles)
+        logits = self.sink_logits(query, keys[:, :, :sinks])
+        return self.attention(window_query, window_keys, values, logits, scaling)
+
+    def sink_logits(self, query: Tensor, keys: Tensor) -> Tensor:
+        """Raw queries (1, heads, new, size) and sinks (1, heads, S, size) -> (1, heads, new, S), float32 at least."""
+        precision = torch.promote_types(query.dtype, torch.float32)
+        query = self.rotary.rotate(query, self.query_angles_to_sinks)
+        keys = self.rotary.rotate(keys, self.sink_angles)
+        return query.to(precision) @ keys.to(precision).transpose(-1, -2)
+
+    def attention(self, query: Tensor, keys: Tensor, values: Tensor, logits: Tensor, scaling: float) -> Tensor:
+        """Over the sinks by their logits, unscaled, and over the window's keys; values of both."""
+        size, sinks = query.shape[-1], logits.shape[-1]
+        parts = [logits.to(query.dtype)]
+        if logits.dtype != query.dtype:  # a half-precision logit would be off by some hundredths: carry the rest along
+            parts.append((logits - parts[0]).to(query.dtype))
+        one_hot = torch.eye(sinks, dtype=query.dtype, device=query.device).repeat(1, len(parts))
+        width = -(size + one_hot.shape[-1]) % 8 + size + one_hot.shape[-1]  # fused kernels want multiples of 8
+        sink_rows = F.pad(one_hot, (size, width - size - one_hot.shape[-1]))
+        output = attention(
+            self.backend,
+            _widen(torch.cat((query, *parts), dim=-1), width),
+            torch.cat((sink_rows.expand(*keys.shape[:2], -1, -1), _widen(keys, width)), dim=2),
+            _widen(values, width),  # CPU kernels leave their fast path where values are narrower than keys
+            scaling,
+            mask=self.visible,
+        )
+        return output[..., :size]
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return F.pad(x, (0, width - x.shape[-1]))
