@@ -218,7 +218,8 @@ def test_a_rings_step_compiled_for_a_gpu(capability, dtype, kept, group, size, t
     registers, spilled = resources(binary.asm["cubin"], tmp_path)
     print(f"sm_{capability} {dtype} {group} x {size}: {registers} registers, {binary.metadata.shared} bytes shared")
     assert spilled <= 16
-    assert registers * 32 * config.warps <= 65536 / (2 if dtype == "float32" else 3)
+    side_by_side = 3 if dtype != "float32" else 2 if kept == dtype else 1  # programs on a multiprocessor, by registers
+    assert registers * 32 * config.warps <= 65536 / side_by_side
     assert binary.metadata.shared <= (80 if dtype == "float32" else 40) * 1024
     assert re.search(r"ld\.global\S*\.v4\.b32|cp\.async\.cg", binary.asm["ptx"]), "16 bytes a thread and load"
     assert re.search(r"atom\S*gpu\S*acq_rel", binary.asm["ptx"]), "whoever merges sees what all others wrote"

@@ -80,13 +80,15 @@ def attention(
 ) -> Tensor:
     """softmax(query key^T scaling) value, the backend's way; its kernel is chosen by `Backend.active` around the loop.
 
-    query (batch, heads, new, size), key and value (batch, KV heads, held, size) -> (batch, heads, new, size).
+    query (batch, heads, new, size), key and value (batch, KV heads, held, size), which may be of another number format,
+    -> (batch, heads, new, size).
 
     `mask` (new, held) is True where visible; `causal` aligns the last query with the last key.
     """
     new, held = query.shape[-2], key.shape[-2]
     if new == 1 and torch.compiler.is_compiling() and fuses(backend, query.device):
         return fused_attention(query, key, value, scaling, mask)
+    key, value = key.to(query.dtype), value.to(query.dtype)
     if new == 1 and backend.library == "triton":
         return _triton_attention(backend, query, key, value, scaling, mask)
     if causal and new > 1 and backend.library != "flash_attn" and (new != held or backend.library == "eager"):
@@ -145,17 +147,17 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, m
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
     weights = logits.softmax(-1)[..., None]
-    return _dot(weights, value[:, :, None], -2, parts=8).flatten(1, 2)[:, :, None].to(value.dtype)
+    return _dot(weights, value[:, :, None], -2, parts=8).flatten(1, 2)[:, :, None].to(query.dtype)
 
 
 def _dot(a: Tensor, b: Tensor, dim: int, parts: int) -> Tensor:
     """(a * b).sum(dim) by adding up `parts` slices first: inductor's own loop over short rows waits for each addition,
     and one over columns reads them in strides."""
-    precision = torch.promote_types(torch.promote_types(a.dtype, b.dtype), torch.float32)
+    precision = torch.promote_types(a.dtype, torch.float32)
     length = a.shape[dim] // parts
 
     def product(start: int, count: int) -> Tensor:
-        return a.narrow(dim, start, count).to(precision) * b.narrow(dim, start, count)
+        return a.narrow(dim, start, count).to(precision) * b.narrow(dim, start, count).to(precision)
 
     total = reduce(torch.add, [product(part * length, length) for part in range(parts)]).sum(dim)
     rest = a.shape[dim] - parts * length

@@ -7,6 +7,7 @@ Where llama-cpp-python and gguf, or kvpress, are installed, they take part in th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from streamllm.configuration import Configuration
 from streamllm.engine.device import copy_bandwidth
 from streamllm.measuring.timing import bytes_per_token, no_garbage_collection
 from streamllm.options import QUANTIZATIONS
-from streamllm.policy import EvictionPolicy
+from streamllm.policy import EvictionPolicy, KvDtype
 
 from .peers import peer_variants
 from .reporting import asked_for, interleaved, parser, report, steady, summary
@@ -27,16 +28,18 @@ class Variant(NamedTuple):
     execution: str = "eager"
     quantization: str = "none"
     backend: str = "auto"
+    kv_dtype: KvDtype = "auto"
 
     @property
     def name(self) -> str:
         policy = [] if self.method == "recompute" else [f"R={self.compress_every}"]
         usual = (self.execution, "eager"), (self.quantization, "none"), (self.backend, "auto")
         other = [value.removesuffix("_weight_only") for value, default in usual if value != default]
-        return " ".join([self.method, *policy, *other])
+        kept = [f"KV {self.kv_dtype}"] * (self.kv_dtype != "auto")
+        return " ".join([self.method, *policy, *other, *kept])
 
     def on(self, policy: EvictionPolicy) -> Configuration:
-        return Configuration(self.method, policy, self.backend, self.execution)
+        return Configuration(self.method, replace(policy, kv_dtype=self.kv_dtype), self.backend, self.execution)
 
 
 VARIANTS = (
@@ -46,7 +49,10 @@ VARIANTS = (
     Variant("ours", 64),
     Variant("ring"),
     Variant("ring", 64),
+    Variant("ring", kv_dtype="float16"),
     Variant("ring", execution="compile"),
+    *(Variant("ring", execution="compile", kv_dtype=kept) for kept in ("float16", "bfloat16", "float8_e4m3")),
+    Variant("ring", 64, execution="compile", kv_dtype="float16"),
     Variant("ring", quantization="int8_weight_only"),
     Variant("ring", execution="compile", quantization="int8_weight_only"),
     Variant("ring", execution="compile", quantization="int4_weight_only"),

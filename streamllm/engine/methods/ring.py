@@ -116,13 +116,13 @@ class RingCache(KVCache):
         return attention(self.backend, query, keys, values, scaling, mask=self.visible)
 
     def _write(self, held: Tensor, slots: Tensor, new: Tensor) -> Tensor:
-        """Writes there, and returns all that is held, to be computed with."""
+        """Writes there, and returns all that is held, as it is kept."""
         new = self.kept(new)
         if self.stored.itemsize == 1:  # torch copies bytes, but no float8 on a CPU
             held.view(torch.uint8).index_copy_(2, slots, new.view(torch.uint8))
         else:
             held.index_copy_(2, slots, new)
-        return held.to(self.dtype)
+        return held
 
     def _in_one_launch(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         from ..triton_ring import ring_attention
