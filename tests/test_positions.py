@@ -188,7 +188,7 @@ def test_where_no_distance_differs_positions_are_compact():
     assert Configuration("mit", KEEP).effective == KEEP
     with pytest.raises(UsageError, match="positions 'keep': method 'kvpress' is the press that re-rotates"):
         _ = Configuration("kvpress", KEEP).effective
-    with pytest.raises(PolicyError, match="positions 'absolute': must be compact or keep"):
+    with pytest.raises(PolicyError, match="positions 'absolute': must be one of compact, keep"):
         EvictionPolicy(positions="absolute")
 
 

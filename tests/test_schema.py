@@ -14,7 +14,17 @@ from orchestrator.tracking.row_in_mlflow import METRICS
 from search_spaces.knobs import LEAST, USUAL
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy
-from streamllm.results.schema import FIELDS, FORMAT, KNOBS, OBJECTIVES, POLICY_KNOBS, Row, number, told_name
+from streamllm.results.schema import (
+    FIELDS,
+    FORMAT,
+    KNOBS,
+    OBJECTIVES,
+    POLICY_KNOBS,
+    POLICY_WORDS,
+    Row,
+    number,
+    told_name,
+)
 from streamllm.results.study_folder import append_row, read_rows, write_rows
 
 VALUES = {"trial": 3, "method": "ours", "n_sink": 0, "feasible": False, "tpot_ms": 2.5, "tpot_ms_low": 2.25}
@@ -66,7 +76,7 @@ def test_a_number_is_one_that_is_there_and_finite():
 
 
 def test_what_shows_and_searches_follows_from_the_fields():
-    of_policy = [*POLICY_KNOBS, FIELDS["positions"]]
+    of_policy = [*POLICY_KNOBS, *POLICY_WORDS]
     assert [knob.name for knob in of_policy] == [field.name for field in fields(EvictionPolicy)]
     policy = EvictionPolicy()
     assert all(getattr(policy, knob.name) == knob.usual for knob in of_policy if knob.usual is not None)

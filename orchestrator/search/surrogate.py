@@ -15,7 +15,7 @@ import numpy as np
 from streamllm.configuration import Configuration
 from streamllm.policy import EvictionPolicy, Schedule
 
-_METHOD, _PRUNES = 1, 6
+_METHOD, _PRUNES = 2, 6
 """Places of a name, and of a number."""
 _CYCLES = 4
 _ENOUGH = 4

@@ -363,7 +363,7 @@ def told_name(objective: str) -> str:
 
 def words_of(row: AnyRow) -> dict[str, str]:
     """The words of its policy; of rows from before they could be chosen, the usual ones."""
-    return {field.name: str(row.get(field.name, field.usual)) for field in POLICY_WORDS}
+    return {field.name: str(row.get(field.name) or field.usual) for field in POLICY_WORDS}
 
 
 def unusual_words(row: AnyRow) -> list[str]:
