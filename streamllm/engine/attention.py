@@ -140,28 +140,28 @@ def fuses(backend: Backend, device: torch.device) -> bool:
 
 
 def fused_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
-    """One query's attention as multiplies and sums, for a compiler: inductor streams keys and values through them
-    faster than torch's kernel for CPUs does. The softmax and the sums are in float32 at least."""
-    query = query.unflatten(1, (key.shape[1], -1))  # (batch, KV heads, heads of a group, 1, size)
-    logits = _dot(query, key[:, :, None], -1, parts=4) * scaling
+    """One query's attention as a product with the keys and a sum of the values, for a compiler: faster than torch's
+    kernel for CPUs, and than inductor's own loop over keys, whose rows are short. The logits, the softmax and the sums
+    are in float32 at least."""
+    precision = torch.promote_types(query.dtype, torch.float32)
+    query_of_group = query.squeeze(2).unflatten(1, (key.shape[1], -1)).to(precision)  # (batch, KV heads, group, size)
+    logits = query_of_group @ key.to(precision).transpose(-1, -2) * scaling
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
     weights = logits.softmax(-1)[..., None]
-    return _dot(weights, value[:, :, None], -2, parts=8).flatten(1, 2)[:, :, None].to(query.dtype)
+    return _summed(weights, value[:, :, None]).flatten(1, 2)[:, :, None].to(query.dtype)
 
 
-def _dot(a: Tensor, b: Tensor, dim: int, parts: int) -> Tensor:
-    """(a * b).sum(dim) by adding up `parts` slices first: inductor's own loop over short rows waits for each addition,
-    and one over columns reads them in strides."""
-    precision = torch.promote_types(a.dtype, torch.float32)
-    length = a.shape[dim] // parts
+def _summed(weights: Tensor, values: Tensor, parts: int = 16) -> Tensor:
+    """(weights * values).sum(-2) by adding up `parts` slices first: inductor's own loop reads columns in strides."""
+    length = weights.shape[-2] // parts
 
     def product(start: int, count: int) -> Tensor:
-        return a.narrow(dim, start, count).to(precision) * b.narrow(dim, start, count).to(precision)
+        return weights.narrow(-2, start, count) * values.narrow(-2, start, count).to(weights.dtype)
 
-    total = reduce(torch.add, [product(part * length, length) for part in range(parts)]).sum(dim)
-    rest = a.shape[dim] - parts * length
-    return total + product(parts * length, rest).sum(dim) if rest else total
+    total = reduce(torch.add, [product(part * length, length) for part in range(parts)]).sum(-2)
+    rest = weights.shape[-2] - parts * length
+    return total + product(parts * length, rest).sum(-2) if rest else total
 
 
 def eager_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:

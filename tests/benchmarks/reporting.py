@@ -23,7 +23,6 @@ from streamllm.configuration import Configuration
 from streamllm.engine.device import copy_bandwidth, default_device, device_name, limit_threads, resolve_dtype
 from streamllm.engine.loading import prepare
 from streamllm.engine.model import LoadedModel
-from streamllm.engine.quantization import quantize
 from streamllm.measuring.pairing import in_turn, load_average
 from streamllm.measuring.quality import median_interval
 from streamllm.measuring.timing import LONGEST_SEGMENT_SEC, TimedDecoder
@@ -79,8 +78,7 @@ def random_model(shape: str, dtype: str = "auto", quantization: str = "none") ->
     torch.manual_seed(0)
     with torch.device(device):
         model = transformers.GPTNeoXForCausalLM._from_config(config, dtype=resolve_dtype(dtype, device))
-    quantize(model, quantization)
-    return prepare(model, f"{shape} (random weights)", "random")
+    return prepare(model, f"{shape} (random weights)", "random", quantization)
 
 
 def asked_for(arguments: argparse.Namespace, quantization: str = "none") -> LoadedModel:
