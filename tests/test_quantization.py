@@ -9,7 +9,7 @@ from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_parallel_losses
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.device import cpu_capability
-from streamllm.engine.loading import load_model, load_tokenizer
+from streamllm.engine.loading import load_model, load_tokenizer, prepare
 from streamllm.engine.methods import make_decoder
 from streamllm.engine.quantization import Int4Linear, Int8Linear, _int4_weights, quantize
 from streamllm.errors import UsageError
@@ -18,6 +18,7 @@ from streamllm.measuring.timing import bytes_per_token
 from streamllm.policy import EvictionPolicy
 
 from .conftest import GOLDEN
+from .tiny_models import BASE
 
 POLICY = EvictionPolicy(n_sink=4, window_size=252)
 
@@ -50,6 +51,22 @@ def test_evaluator_and_loop_agree_as_in_bfloat16(quantization, golden_tokens):
     assert abs(loop - block_parallel_losses(loaded, tokens, policy)).mean() < 0.02
     golden = json.loads((GOLDEN / "neox-tiny" / "mit_losses.json").read_text())[0]["losses"]
     assert 0 < abs(loop - golden[:299]).mean() < (0.1 if quantization == "int8_weight_only" else 1.0)
+
+
+@pytest.mark.parametrize("quantization", ["int8_weight_only", "int4_weight_only"])
+def test_a_head_tied_to_the_embedding_becomes_a_copy_in_int8(quantization):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **BASE | {"vocab_size": 64, "hidden_size": 64, "tie_word_embeddings": True}, max_position_embeddings=128
+    )
+    model = transformers.LlamaForCausalLM(config)
+    loaded = prepare(model, "tied", "random", quantization)
+    embedding, head = loaded.model.get_input_embeddings(), loaded.model.get_output_embeddings()
+    assert type(head) is Int8Linear and head.weight.dtype == torch.int8
+    assert type(embedding) is torch.nn.Embedding and embedding.weight.dtype == torch.float32
+    torch.testing.assert_close(head.weight * head.scale.float()[:, None], embedding.weight, rtol=0, atol=2e-3)
+    read = sum(parameter.nbytes for parameter in loaded.model.parameters()) - embedding.weight.nbytes
+    assert bytes_per_token(loaded, POLICY) == read + 257 * loaded.kv_bytes
 
 
 def test_a_linear_layer_by_hand():

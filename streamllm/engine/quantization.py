@@ -134,22 +134,24 @@ INT4 = Quantizer(Int4Linear.of, outputs=16)
 
 
 def quantize(model: PreTrainedModel, quantization: str) -> None:
-    """Replaces every linear layer whose shape fits, the output layer included unless it is tied to the embedding. Which
-    ones do does not depend on the machine.
+    """Replaces every linear layer whose shape fits, the output layer included. One that is tied to the embedding, of
+    which a token reads one row, becomes a copy in int8 whatever the others become, and the embedding stays as it is: in
+    int4 it costs SmolLM2 7% of perplexity, in int8 nothing that can be told. Which ones fit does not depend on the
+    machine.
 
     Raises UsageError if torchao is not installed, or if a kernel computes something else here than it should."""
     entry = QUANTIZATIONS[quantization]
     if entry is None:
         return
-    quantizer = entry.get()
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     dtype, tried = model.dtype, set()
     for parent in list(model.modules()):
         for name, layer in parent.named_children():
-            if type(layer) is not nn.Linear or (tied and layer is output):
+            if type(layer) is not nn.Linear:
                 continue
             shape = layer.in_features, layer.out_features
+            quantizer = INT8 if tied and layer is output else entry.get()
             if layer.in_features % GROUP or layer.out_features % quantizer.outputs:
                 continue
             try:
