@@ -55,6 +55,7 @@ VARIANTS = (
     Variant("ring", 64, execution="compile", kv_dtype="float16"),
     Variant("ring", quantization="int8_weight_only"),
     Variant("ring", execution="compile", quantization="int8_weight_only"),
+    Variant("ring", execution="compile", quantization="int8_weight_only", kv_dtype="float16"),
     Variant("ring", execution="compile", quantization="int4_weight_only"),
 )
 GPU_VARIANTS = (
