@@ -150,7 +150,7 @@ class Display:
         """The search is over; now come `rounds` rounds of `candidates` measurements, the baseline's included."""
         self._confirming = candidates * rounds, 0
         self._started = time.monotonic()
-        self.note(f"confirming: {candidates - 1} candidates and the baseline, {rounds} rounds")
+        self.note(f"confirming: {candidates - 1} candidates and the baseline, {rounds} round{'s' * (rounds > 1)}")
 
     def draining(self, backlog: int) -> None:
         """Called again and again while MLflow catches up at the end."""

@@ -38,7 +38,7 @@ AFTER = (4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)
 """Timings after which the share of the hypervolume is taken."""
 SHARES = (0.9, 0.99)
 """Of which it is taken when they are reached."""
-QUALITY_SEC, SPEED_SEC = 3.2, 7.0
+QUALITY_SEC, SPEED_SEC = 3.0, 4.2
 """What a policy's quality and a configuration's speed take: medians of the README's own sweep, on two cores."""
 _ALIKE = 5
 """Configurations at least, over which a tree averages."""
