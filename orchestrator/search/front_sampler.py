@@ -46,7 +46,7 @@ _CONTENDERS = 400
 _FIRST_LOOKS = 8
 """Qualities, of policies far apart, before anything is timed."""
 _FEWEST_FIRST, _MOST_FIRST = 4, 8
-"""Timings, far apart, before anything is expected: a twentieth of the points, but so many."""
+"""Timings, far apart, before anything is expected: a tenth of the points, but so many."""
 _WELL_MEASURED, _WELL_EXPLAINED = 12, 0.5
 """Measurements of an objective, and the share of their variance that the others let expect, before it is said what
 decides it."""
@@ -117,7 +117,7 @@ class FrontSampler:
     def __init__(self, space: SearchSpace, cap: int, seed: int) -> None:
         self.candidates = Candidates(space, cap, seed)
         self._constraints = space.constraints
-        self._first = min(max(len(self.candidates.params) // 20, _FEWEST_FIRST), _MOST_FIRST)
+        self._first = min(max(len(self.candidates.params) // 10, _FEWEST_FIRST), _MOST_FIRST)
         self._signs = {told_name(name): 1.0 if OBJECTIVES[name] == "minimize" else -1.0 for name in space.objectives}
         self._random = np.random.default_rng(seed)
         metrics = dict.fromkeys([*self._signs, *(constraint.metric for constraint in space.constraints)])
