@@ -174,6 +174,7 @@ def _measure(
             with writing():
                 confirm(configuration, driver, kinds, display, until)
                 _keep_what_is_left(configuration.folder, driver)
+            display.searching_on()
             if not driver.goes_on():
                 break
         status, code = "FINISHED", 0

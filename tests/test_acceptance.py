@@ -14,12 +14,14 @@ SHIPPED = sorted((Path(__file__).parent / "gpu" / "results").glob("h*00.json"))
 
 def test_a_check_that_runs(tmp_path):
     command = [sys.executable, "-m", "tests.gpu.acceptance", "--out", tmp_path, "--part", "correctness"]
-    chosen = ["--check", "kernels", "--check", "device_assert", "--scale", "tiny"]
+    chosen = [word for name in ("kernels", "formats", "device_assert") for word in ("--check", name)]
+    chosen += ["--scale", "tiny"]
     done = subprocess.run([*command, *chosen], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     checks = json.loads((tmp_path / "results.json").read_text())["checks"]
     assert {name: _verdict(result) for name, result in checks.items()} == {
         "correctness: kernels": "right",
+        "correctness: formats": "right",
         "correctness: device_assert": "skipped",
     }
     assert {row["auto"] for row in checks["correctness: kernels"]["rows"]} == {"flash"}

@@ -115,7 +115,9 @@ def test_confirming_is_counted_by_itself():
         shown.job_started(0, job(number))
     view = screen(shown)
     assert "2/6 confirmations" in view and "round 2" in view
-    assert "confirming: 1 candidates and the baseline, 3 rounds" in said(shown)
+    assert "confirming: 1 candidate and the baseline, 3 rounds" in said(shown)
+    shown.searching_on()
+    assert "1/" in screen(shown) and "confirmations" not in screen(shown), "what is left to find is trials"
 
 
 def test_without_a_terminal_there_are_plain_lines():

@@ -150,7 +150,13 @@ class Display:
         """The search is over; now come `rounds` rounds of `candidates` measurements, the baseline's included."""
         self._confirming = candidates * rounds, 0
         self._started = time.monotonic()
-        self.note(f"confirming: {candidates - 1} candidates and the baseline, {rounds} round{'s' * (rounds > 1)}")
+        others, more = f"{candidates - 1} candidate{'s' * (candidates > 2)}", f"{rounds} round{'s' * (rounds > 1)}"
+        self.note(f"confirming: {others} and the baseline, {more}")
+
+    def searching_on(self) -> None:
+        """What was confirmed may leave more to find."""
+        self._confirming = None
+        self._resumed, self._started = self._done, time.monotonic()
 
     def draining(self, backlog: int) -> None:
         """Called again and again while MLflow catches up at the end."""

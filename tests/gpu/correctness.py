@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from streamllm.engine.loading import prepare
 from streamllm.engine.methods import make_decoder
 from streamllm.engine.model import LoadedModel
 from streamllm.engine.probing import probe_backend
-from streamllm.policy import EvictionPolicy, Positions
+from streamllm.policy import KV_DTYPES, EvictionPolicy, Positions
 
 from .scale import Result, Scale
 
@@ -89,6 +90,46 @@ def _all_ways(loaded: LoadedModel, policy: EvictionPolicy, tokens: np.ndarray) -
 METHODS = ("mit", "ours", "ring")
 WITH_POSITIONS: tuple[tuple[int, Positions], ...] = ((1, "compact"), (8, "compact"), (8, "keep"))
 """R, and where survivors of a prune stand."""
+
+
+def formats(scale: Scale) -> Result:
+    """Caches of another number format than the model, in float32: loops by every method, the ring's by its own kernel
+    and as a graph too, against the evaluator in float64 on the CPU, which rounds what the method rounds.
+
+    Where what is computed lies between two numbers of the format, a rounding of the computation decides: so the middle
+    difference counts, beside what rounding does at all."""
+    rows = []
+    for kv_heads in (8, 2):
+        loaded = small_model(kv_heads, torch.float32, scale.device)
+        exact = float64_on_cpu(loaded)
+        tokens = np.random.default_rng(0).integers(VOCABULARY, size=128)
+        for kv_dtype in KV_DTYPES[1:]:
+            policy = EvictionPolicy(n_sink=4, window_size=44, compress_every=8, kv_dtype=kv_dtype)
+            rounded = block_parallel_losses(exact, tokens, policy)
+            effect = float(np.median(abs(rounded - _unrounded(exact, tokens, policy))))
+            for what in _kept(loaded, policy):
+                expected = block_parallel_losses(exact, tokens, policy, keys=what.keys)
+                error = abs(loop(loaded, what, tokens) - expected)
+                middle = float(np.median(error))
+                row = {"heads": f"8/{kv_heads}x64", "format": kv_dtype, "way": str(what), "largest": float(error.max())}
+                rows.append(row | {"middle": middle, "of rounding": effect, "ok": middle < 0.2 * effect})
+    return {"ok": all(row["ok"] for row in rows), "rows": rows}
+
+
+def _unrounded(loaded: LoadedModel, tokens: np.ndarray, policy: EvictionPolicy) -> np.ndarray:
+    return block_parallel_losses(loaded, tokens, replace(policy, kv_dtype="auto"))
+
+
+def _kept(loaded: LoadedModel, policy: EvictionPolicy) -> list[Configuration]:
+    ways = [Configuration(method, policy) for method in METHODS]
+    config = loaded.config
+    heads = config.num_attention_heads, config.num_key_value_heads
+    ring = BACKENDS["ring_triton"]
+    if probe_backend(ring, loaded.device, loaded.dtype, loaded.head_size, *heads, policy.kept).available:
+        ways.append(Configuration("ring", policy, "ring_triton"))
+    if loaded.device.type == "cuda":
+        ways.append(Configuration("ring", policy, execution="cudagraph"))
+    return ways
 
 
 def loop(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> np.ndarray:
@@ -170,6 +211,7 @@ def _name(dtype: torch.dtype) -> str:
 CHECKS: dict[str, tuple[Callable[[Scale], Result], float]] = {
     "kernels": (kernels, 120),
     "losses": (losses, 300),
+    "formats": (formats, 120),
     "out_of_memory": (out_of_memory, 90),
     "device_assert": (device_assert, 90),
 }
