@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from streamllm.engine import block_parallel
-from streamllm.engine.block_parallel import BlockState, block_parallel_losses
+from streamllm.engine import rounded_blocks
+from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.block_state import BlockState
 from streamllm.engine.decoding import decode_loop
 
 from .dispatched import LAZY, POLICIES, RUNS, STRICT, decode, decoder_of, looking, on_meta, one_device
@@ -77,7 +78,7 @@ def test_the_evaluator_stays_on_the_device_but_for_the_layout_of_blocks(policy, 
                 setattr(self, name, there[name])
             self.query_angles_to_sinks = there["query_angles_to_sinks"]
 
-    monkeypatch.setattr(block_parallel, "BlockState", LaidOutOnTheCpu)
+    monkeypatch.setattr(rounded_blocks, "BlockState", LaidOutOnTheCpu)
     done = []
     with pytest.raises(NotImplementedError, match="no data"):  # the losses, at the end
         block_parallel_losses(on_meta(on_device), TOKENS, policy, 8, progress=lambda step, _: done.append(step))

@@ -141,7 +141,8 @@ def test_text_is_what_greedy_decoding_writes_until_it_stops(loaded, method):
 @torch.inference_mode()
 def test_the_evaluator_decodes_as_the_method(loaded):
     policy, tokens = POLICIES[1], torch.tensor(requests_of()[0].answer)
-    evaluator, ring = EvaluatingDecoder(loaded, policy, 70), make_decoder(loaded, Configuration("ring", policy))
+    what = Configuration("ring", policy)
+    evaluator, ring = EvaluatingDecoder(loaded, what, 70), make_decoder(loaded, what)
     expected = torch.cat([ring.feed(token) for token in tokens.split(1)])
     found = [evaluator.feed(tokens[:40], 0), evaluator.feed(tokens[40:41]), evaluator.feed(tokens[41:], 5)]
     torch.testing.assert_close(torch.cat(found), torch.cat((expected[:41], expected[-5:])), atol=1e-9, rtol=0)

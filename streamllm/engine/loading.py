@@ -191,7 +191,7 @@ def _check_logits(loaded: LoadedModel, tokens: Tensor, expected: Tensor, noise: 
 def _engine_logits(loaded: LoadedModel, tokens: Tensor) -> list[tuple[str, Tensor]]:
     n = tokens.shape[1]
     positions, backend = torch.arange(n, device=loaded.device), BACKENDS["auto"]
-    whole = RerotatedCache(loaded, backend, "auto")
+    whole = RerotatedCache(loaded, backend)
     found = [("with keys as it rotates them", loaded.forward(tokens, positions, whole).logits)]
     layers = loaded.config.num_hidden_layers
     if len(whole.keys) != layers:

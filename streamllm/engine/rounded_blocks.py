@@ -84,16 +84,17 @@ class CacheRounded(BlockState):
         self.query_angles = self.rotary.at(places)
         self.came = self.evicted[self.held]
         """Tokens evicted before each of them came."""
-        counts = torch.unique_consecutive(evicted, return_counts=True)
-        self.groups = list(zip(*(part.tolist() for part in counts), strict=True))
-        """Tokens evicted, and how many queries have them so."""
+        groups, counts = torch.unique_consecutive(evicted, return_counts=True)
+        oldest = torch.searchsorted(self.held, self.n_sink + groups)
+        self.groups = list(zip(*(part.tolist() for part in (groups, counts, oldest)), strict=True))
+        """Tokens evicted, how many queries have them so, and the place of the oldest key that these see, behind the
+        sinks."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         query, key = self.rotary.rotate(query, self.query_angles), self.rotary.rotate(key, self.query_angles)
         keys, values = self.append(layer, key, value)
         outputs, first, last = [], 0, keys.shape[2] - query.shape[2]
-        for evicted, count in self.groups:
-            oldest = int(torch.searchsorted(self.held, self.n_sink + evicted))  # sinks are before it, or there is none
+        for evicted, count, oldest in self.groups:
             last += count
             moved = (evicted - self.came[oldest:last]).clamp(min=0)
             window = keys[:, :, oldest:last]

@@ -19,7 +19,7 @@ from . import Method
 
 
 class RerotatedCache(KVCache):
-    def __init__(self, loaded: LoadedModel, backend: Backend, kv_dtype: str) -> None:
+    def __init__(self, loaded: LoadedModel, backend: Backend, kv_dtype: str = "auto") -> None:
         super().__init__(loaded, backend, kv_dtype)
         self.unmoved: list[Tensor] = []
         """Per layer, the window's keys that the last prune has left, as they came."""
