@@ -99,8 +99,10 @@ class EvictionPolicy:
     @property
     def canonical(self) -> EvictionPolicy:
         """The same function by its plainest name: without sinks, or without evictions, no distance depends on
-        `positions`."""
-        return self if self.n_sink and self.compress_every else replace(self, positions="compact")
+        `positions`; what a cache of another number format rounds may."""
+        if (self.n_sink and self.compress_every) or self.kv_dtype != "auto":
+            return self
+        return replace(self, positions="compact")
 
     @property
     def kept(self) -> int:
