@@ -113,6 +113,19 @@ def test_each_method_rounds_what_it_keeps(family, method, kv_dtype):
     assert all(np.abs(found - other).max() > 1e-6 for other in others), "each rounds something else"
 
 
+def test_without_sinks_positions_decide_what_is_rounded():
+    """Though no distance depends on them."""
+    kept = EvictionPolicy(n_sink=0, window_size=1, positions="keep", kv_dtype="float16")
+    loaded, tokens = tiny_model("GPTNeoX"), random_tokens(60)
+    assert kept.canonical == kept and replace(kept, kv_dtype="auto").canonical.positions == "compact"
+    what = Configuration("ours", kept)
+    losses = block_parallel_losses(loaded, tokens, kept, keys=what.keys)
+    looped = decode_loop(make_decoder(loaded, what), tokens, loaded.device).losses
+    np.testing.assert_allclose(losses, looped, rtol=0, atol=1e-9)
+    compact = block_parallel_losses(loaded, tokens, replace(kept, positions="compact"), keys=what.keys)
+    assert np.abs(compact - losses).max() > 1e-6
+
+
 @pytest.mark.parametrize("kv_dtype", FORMATS)
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_kept_has_the_format(method, kv_dtype):
