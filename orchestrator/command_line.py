@@ -286,7 +286,8 @@ def _identity(arguments: argparse.Namespace, source: TextSource, space: SearchSp
 
     more = [*_backends(arguments), *([str(arguments.cap)] if arguments.cap is not None else [])]
     usual = study_name(model_label(arguments.model), source.label, space.name, *more)
-    cap = total_kv(arguments.cap, space.cap, trained_length(arguments.model))
+    trained = trained_length(arguments.model)
+    cap = total_kv(arguments.cap, space.cap, trained and trained // space.keys_per_total)
     return Identity(
         study=usual if arguments.study is None else arguments.study,
         model=arguments.model,

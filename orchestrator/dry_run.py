@@ -77,6 +77,8 @@ def _parameters(space: SearchSpace) -> list[str]:
 def _windows(space: SearchSpace) -> str:
     if space.cap_accounting == "peak":
         return "as large as lets no query attend to more than the total"
+    if space.cap_accounting == "bytes":
+        return "what is left, beside sinks and slack, of the keys in the bytes of the total's in 16 bits"
     sums = [int(end(space.parameters[name])) for end in (min, max) for name in ("n_sink", "cache_slack")]  # type: ignore[operator]
     totals = [int(total) for total in space.parameters["total_kv"]]
     least, most = max(min(totals) - sums[2] - sums[3], 1), max(totals) - sums[0] - sums[1]

@@ -12,7 +12,7 @@ from pathlib import Path
 import yaml
 
 from streamllm.errors import shown
-from streamllm.policy import TOTAL_KV_CAP, CapAccounting
+from streamllm.policy import CAP_ACCOUNTINGS, TOTAL_KV_CAP, CapAccounting, PolicyError, keys_in_16_bits
 from streamllm.results.schema import OBJECTIVES, POLICY_WORDS, SCORE, can_be_objective, is_score
 
 from .knobs import LEAST, USUAL, WORDS
@@ -28,7 +28,6 @@ _KEYS = ("description", "cap", "cap_accounting", "objectives", "constraints", "t
 _OF_TASKS = ("folder", "limit", "num_fewshot", "apply_chat_template")
 """How a space's tasks are put."""
 _OF_SCORE = ("task", "metric", "filter")
-_ACCOUNTINGS: tuple[CapAccounting, ...] = ("nominal", "peak")
 _MOST_CHOICES = 10_000
 """Of a parameter's range."""
 _MOST_COMBINATIONS = 100_000
@@ -81,7 +80,7 @@ class _SpaceReader(Reader):
             name=self.path.stem,
             description=str(self.scalar(entries["description"])) if "description" in entries else "",
             cap=cap,
-            cap_accounting=self.accounting(entries.get("cap_accounting")),
+            cap_accounting=self.accounting(entries.get("cap_accounting"), parameters, when),
             objectives=self.objectives(entries.get("objectives")),
             parameters=parameters,
             known=(),
@@ -108,8 +107,20 @@ class _SpaceReader(Reader):
                 f"give at most {_MOST_COMBINATIONS}, with fewer choices or conditions",
             )
 
-    def accounting(self, node: yaml.Node | None) -> CapAccounting:
-        return "nominal" if node is None else self.word(node, "cap_accounting", _ACCOUNTINGS)
+    def accounting(
+        self, node: yaml.Node | None, parameters: Mapping[str, Sequence[Value]], when: Mapping[str, object]
+    ) -> CapAccounting:
+        if node is None:
+            return "nominal"
+        accounting = self.word(node, "cap_accounting", CAP_ACCOUNTINGS)
+        if accounting == "bytes":
+            formats = parameters.get("kv_dtype", ()) if "kv_dtype" not in when else ()
+            try:
+                for name in formats or ("auto",):
+                    keys_in_16_bits(str(name))
+            except PolicyError as error:
+                raise self.fail(node, f"cap_accounting bytes: {error}, for every point") from None
+        return accounting
 
     def objectives(self, node: yaml.Node | None) -> tuple[str, ...]:
         if node is None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from streamllm.policy import CapAccounting
+from streamllm.policy import CapAccounting, keys_in_16_bits
 from streamllm.results.schema import AnyRow, is_score, number
 
 Value = str | int
@@ -63,6 +63,13 @@ class SearchSpace:
         """Scores of tasks that are objectives or constrained."""
         names = (*self.objectives, *(constraint.metric for constraint in self.constraints))
         return tuple(dict.fromkeys(filter(is_score, names)))
+
+    @property
+    def keys_per_total(self) -> int:
+        """The most keys that 1 of `total_kv` stands for."""
+        if self.cap_accounting != "bytes":
+            return 1
+        return max(keys_in_16_bits(str(name)) for name in self.parameters["kv_dtype"])
 
     def active(self, name: str, params: Mapping[str, Value]) -> bool:
         """Whether the parameter exists beside these values of the others."""

@@ -13,7 +13,8 @@ from typing import Any, Literal, get_args
 
 from .errors import UsageError, shown
 
-CapAccounting = Literal["nominal", "peak"]
+CapAccounting = Literal["nominal", "peak", "bytes"]
+CAP_ACCOUNTINGS: tuple[CapAccounting, ...] = get_args(CapAccounting)
 RefreshPosition = Literal["tail", "order"]
 Positions = Literal["compact", "keep"]
 POSITIONS: tuple[Positions, ...] = get_args(Positions)
@@ -31,6 +32,8 @@ _MOST = 2**24
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e4m3": 1}
 """Of a number of each format."""
+_BYTES_OF_A_KEY = 2
+"""By accounting in bytes, of each of a counted key's numbers."""
 
 
 class PolicyError(UsageError):
@@ -233,14 +236,27 @@ def peak_without_end(policy: EvictionPolicy) -> int | None:
     return None if steady is None else steady.peak_kv
 
 
+def keys_in_16_bits(kv_dtype: str) -> int:
+    """Keys of that format in the bytes of one whose numbers have 16 bits. Raises PolicyError for `auto`."""
+    if kv_dtype == "auto":
+        raise PolicyError(
+            f"kv_dtype 'auto': has the model's bytes, whichever; to count a cache in bytes, "
+            f"name one of {', '.join(KV_DTYPES[1:])}"
+        )
+    return _BYTES_OF_A_KEY // ITEM_BYTES[kv_dtype]
+
+
 def with_derived_window(policy: EvictionPolicy, cap: int, accounting: CapAccounting = "nominal") -> EvictionPolicy:
     """The policy with the largest window the total-KV cap leaves; its own window is ignored.
 
     nominal: S + W + sigma <= cap (the source documents' Auto-cap).
     peak:    no query attends to more than `cap` keys, lazy growth and the query's own key included.
+    bytes:   nominal, of as many keys as have the bytes of `cap` keys in 16 bits, by the policy's `kv_dtype`.
 
-    Raises PolicyError if no window of at least one token is left.
+    Raises PolicyError if no window of at least one token is left, and by bytes for a format that is the model's.
     """
+    if accounting == "bytes":
+        cap *= keys_in_16_bits(policy.kv_dtype)
     least = policy.n_sink + policy.cache_slack + 1
     if cap < least:
         raise PolicyError(
@@ -248,7 +264,7 @@ def with_derived_window(policy: EvictionPolicy, cap: int, accounting: CapAccount
             f"raise the cap to at least {least} or lower n_sink or cache_slack"
         )
     widest = cap - policy.n_sink - policy.cache_slack
-    if accounting == "nominal":
+    if accounting != "peak":
         return replace(policy, window_size=widest)
     # Without pruning at all, or before the first prune, nothing fits; where a prune ends at once, the next is R later.
     interval = policy.compress_every

@@ -3,7 +3,7 @@ import pytest
 from orchestrator.search.points import check_cap, configuration_of
 from orchestrator.sweep import main
 from search_spaces import SHIPPED, SpaceError, is_matrix, load_space
-from streamllm.policy import PolicyError
+from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
 
 SPACES = [name for name in SHIPPED if not is_matrix(name)]
 GOOD = "parameters: {n_sink: [0, 4], compress_every: {low: 1, high: 9, step: 4}, method: mit}\n"
@@ -37,7 +37,9 @@ def test_shipped_spaces_can_be_tried_on_the_embedded_model(name, capsys, tmp_pat
     monkeypatch.chdir(tmp_path)
     assert main(["--space", name, "--dry-run"]) == 0
     shown = capsys.readouterr().out
-    assert "256 (nominal accounting; the space says 2048)" in shown
+    space = load_space(name)
+    cap = 256 // space.keys_per_total  # the model was trained on as many tokens
+    assert f"{cap} ({space.cap_accounting} accounting; the space says 2048)" in shown
     assert "left out" not in shown
     assert list(tmp_path.iterdir()) == []
 
@@ -140,6 +142,22 @@ def test_lists_ranges_fixed_values_and_defaults(tmp_path):
     assert (space.cap, space.cap_accounting, space.size) == (2048, "nominal", 6)
 
 
+def test_by_bytes_a_narrower_format_has_more_keys_within_the_trained_length(tmp_path):
+    space = space_of(
+        tmp_path,
+        "cap: 64\ncap_accounting: bytes\n"
+        "parameters: {kv_dtype: [float16, float8_e4m3], total_kv: [32, 64], n_sink: 4, method: ring}",
+    )
+    kept = {
+        (point["kv_dtype"], point["total_kv"]): configuration_of(point, space, 64).policy.kept
+        for point in space.points()
+    }
+    assert kept == {("float16", 32): 32, ("float16", 64): 64, ("float8_e4m3", 32): 64, ("float8_e4m3", 64): 128}
+    assert space.keys_per_total == 2
+    with pytest.raises(PolicyError, match="name one of float16, bfloat16, float8_e4m3"):
+        with_derived_window(EvictionPolicy(), 64, "bytes")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -147,7 +165,8 @@ def test_lists_ranges_fixed_values_and_defaults(tmp_path):
         ("cap: 5\n", "'parameters' is missing"),
         (GOOD + "caps: 5\n", r"line 2: unknown key 'caps'.*allowed: description, cap"),
         (GOOD + "cap: none\n", "line 2: cap 'none': must be a whole number"),
-        (GOOD + "cap_accounting: both\n", "line 2: cap_accounting 'both': must be one of nominal, peak"),
+        (GOOD + "cap_accounting: both\n", "line 2: cap_accounting 'both': must be one of nominal, peak, bytes"),
+        (GOOD + "cap_accounting: bytes\n", "line 2: cap_accounting bytes: kv_dtype 'auto': has the model's bytes"),
         (GOOD + "objectives: [tpot_ms, joy]\n", "line 2: objective 'joy': must be one of tpot_ms"),
         (GOOD + "objectives: [tpot_ms]\n", "two or three"),
         ("parameters:\n  sinks: [1]\n", "line 2: unknown key 'sinks'"),
