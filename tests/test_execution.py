@@ -103,8 +103,9 @@ def test_decoders_take_turns(tokens, graphs, as_traced):
     with torch.inference_mode():
         for token in torch.from_numpy(tokens[:80]).split(1):
             for number, (compiled, eager) in enumerate(pairs):
-                # int8 layers round to bfloat16: by a step of it, 1/64 at 2, where what comes before differs by nothing.
-                atol = 0.02 if number == 3 else 1e-4
+                # Where they are not compiled, int8 layers round what they are given to bfloat16, and what they give: by
+                # a step of it, 1/64 at 2, again and again; until the ring is full, that is in both caches.
+                atol = 0.05 if number == 3 else 1e-4
                 torch.testing.assert_close(compiled.feed(token), eager.feed(token), rtol=0, atol=atol)
     assert graphs() == 6
 

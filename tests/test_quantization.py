@@ -156,6 +156,18 @@ def test_kernels_compute_what_they_should(kind, inputs, dtype):
             torch.testing.assert_close(found, exact, rtol=0.02, atol=0.01 * exact.abs().max().item())
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
+def test_compiled_for_one_token_int8_is_a_product_in_float32(dtype, rounding):
+    """Of several tokens it is the kernel in bfloat16, as where nothing is compiled."""
+    torch.manual_seed(0)
+    layer, weights = Int8Linear.of(torch.nn.Linear(96, 48).requires_grad_(False))
+    compiled = torch.compile(lambda input: layer(input), backend="aot_eager")
+    one, several = torch.randn(1, 1, 96, dtype=dtype), torch.randn(1, 5, 96, dtype=dtype)
+    exact = one.float() @ weights().T + layer.bias
+    torch.testing.assert_close(compiled(one).float(), exact, rtol=rounding, atol=1e-6)
+    assert torch.equal(compiled(several), layer(several))
+
+
 @pytest.mark.parametrize("quantization", KERNELS)
 @pytest.mark.parametrize("odd", [24, 40, 56, 72, 80, 104])
 def test_layers_that_do_not_fit_stay_as_they_are(odd, quantization):
