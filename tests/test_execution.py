@@ -6,6 +6,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.backends.registry import lookup_backend
 from torch._dynamo.utils import counters
 
 from streamllm.configuration import Configuration
@@ -37,11 +38,16 @@ def graphs():
 @pytest.fixture
 def as_traced(monkeypatch):
     """What a graph computes is not the subject: its operators, kernels chosen, are run as they were traced. The code
-    that inductor makes of them takes a C++ compiler most of a minute."""
-    compile = torch.compile
+    that inductor makes of them takes a C++ compiler most of a minute. A list of those traced."""
+    compile, traced = torch.compile, []
+
+    def as_it_is(graph, inputs):
+        traced.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
     execution._compiled.cache_clear()
-    monkeypatch.setattr(torch, "compile", lambda code, options, **more: compile(code, backend="aot_eager", **more))
-    yield
+    monkeypatch.setattr(torch, "compile", lambda code, options, **more: compile(code, backend=as_it_is, **more))
+    yield traced
     execution._compiled.cache_clear()
 
 
@@ -108,6 +114,16 @@ def test_decoders_take_turns(tokens, graphs, as_traced):
                 atol = 0.05 if number == 3 else 1e-4
                 torch.testing.assert_close(compiled.feed(token), eager.feed(token), rtol=0, atol=atol)
     assert graphs() == 6
+
+
+def test_layers_that_are_alike_are_compiled_once(tokens, as_traced):
+    loaded, policy = tiny_model("Llama", torch.float32, num_hidden_layers=5), EvictionPolicy(n_sink=3, window_size=20)
+    expected = block_parallel_losses(loaded, tokens, policy)
+    np.testing.assert_allclose(compiled_losses(loaded, policy, tokens), expected, rtol=0, atol=1e-4)
+    (graph,) = as_traced
+    layers = [node for node in graph.graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph]
+    assert len(layers) == 5
+    assert len({node.args[1] for node in layers}) == 1, "there is code for each name"
 
 
 def test_only_static_steps_are_compiled(golden_model):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from functools import lru_cache
-from types import FunctionType
+from types import FunctionType, MethodType
 from typing import Any, Protocol, cast
 from weakref import WeakKeyDictionary, finalize
 
@@ -157,11 +157,24 @@ _COPIES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def _for_one_token(model: Any) -> Any:
-    """The model with its linear layers as `MatrixVectorLinear`: a copy of its modules as they are when it is first
-    asked for, all tensors shared."""
+    """The model with its linear layers as `MatrixVectorLinear`, each of its layers compiled once for all that are like
+    it: a copy of its modules as they are when it is first asked for, all tensors shared."""
     if model not in _COPIES:
-        _COPIES[model] = _with_matrix_vector_products(model, {})
+        copy = _COPIES[model] = _with_matrix_vector_products(model, {})
+        if model.device.type == "cpu" and torch.__version__ >= _REGIONS_SINCE:  # nobody has tried it on a GPU yet
+            for layer in _repeated(copy):
+                layer.forward = MethodType(torch.compiler.nested_compile_region(type(layer).forward), layer)
     return _COPIES[model]
+
+
+_REGIONS_SINCE = "2.13"
+"""The first torch it was tried with; 2.12 fails where a region changes a tensor by an operator that is not torch's."""
+
+
+def _repeated(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules of every list of them, of those in other lists only these."""
+    for child in module.children():
+        yield from child if isinstance(child, nn.ModuleList) else _repeated(child)
 
 
 def _with_matrix_vector_products(module: nn.Module, copies: dict[nn.Module, nn.Module]) -> nn.Module:
