@@ -124,6 +124,9 @@ def test_layers_that_are_alike_are_compiled_once(tokens, as_traced):
     layers = [node for node in graph.graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph]
     assert len(layers) == 5
     assert len({node.args[1] for node in layers}) == 1, "there is code for each name"
+    wide = tiny_model("Llama", torch.float32, hidden_size=64)
+    quantize(wide.model, "int4_weight_only")
+    assert not execution._has_regions(wide.model), "torch 2.13: group size must be a scalar"
 
 
 def test_only_static_steps_are_compiled(golden_model):

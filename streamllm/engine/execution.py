@@ -17,6 +17,7 @@ from ..options import EXECUTIONS
 from .attention import AttentionState
 from .device import float64_device
 from .model import LoadedModel
+from .quantization import Int4Linear
 
 Step = Callable[[LoadedModel, Any, Tensor], Tensor]
 """(model, cache, token (1)) -> logits (1, vocabulary)"""
@@ -161,14 +162,17 @@ def _for_one_token(model: Any) -> Any:
     it: a copy of its modules as they are when it is first asked for, all tensors shared."""
     if model not in _COPIES:
         copy = _COPIES[model] = _with_matrix_vector_products(model, {})
-        if model.device.type == "cpu" and torch.__version__ >= _REGIONS_SINCE:  # nobody has tried it on a GPU yet
+        if _has_regions(model):
             for layer in _repeated(copy):
                 layer.forward = MethodType(torch.compiler.nested_compile_region(type(layer).forward), layer)
     return _COPIES[model]
 
 
-_REGIONS_SINCE = "2.13"
-"""The first torch it was tried with; 2.12 fails where a region changes a tensor by an operator that is not torch's."""
+def _has_regions(model: Any) -> bool:
+    """Whether torch can compile a part of the model as a region of its own. Nobody has tried it on a GPU, or with torch
+    below 2.13; there the code of int4's product loses the size of its groups."""
+    has_int4 = any(isinstance(module, Int4Linear) for module in model.modules())
+    return model.device.type == "cpu" and torch.__version__ >= "2.13" and not has_int4
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:
