@@ -75,6 +75,10 @@ class Driver:
         self.note = note
         self.fixed: dict[str, Evaluated] = {}
         """Results that trials are compared with, as far as they are known."""
+        self._is_fixing = False
+        """Whether they are being measured, or have been."""
+        self._reference: np.ndarray | None = None
+        """The losses of strict StreamingLLM."""
         self.comparison: QualityComparison | None = None
         """Compares qualities, once the reference is measured; includes the baseline's as far as that has been
         measured."""
@@ -111,11 +115,24 @@ class Driver:
 
     def run(self) -> None:
         """Runs trials until the budget is spent or the space is exhausted. Raises SweepError, UsageError."""
+        from streamllm.measuring import plans
+
+        if self._awaits_baseline or self.study.rows or not self._more():
+            self._start_fixed()
+        else:
+            self.scheduler.start(plans.strict(self.study.cap), self.subject, self._reference_known)
+        self._search()
+        self._announce_fixed(BASELINE)
+
+    def _start_fixed(self) -> None:
+        """The reference and the baseline. In a new study, of which somebody wants to see something, they come after the
+        first trial, unless trials wait for their times."""
+        if self._is_fixing:
+            return
+        self._is_fixing = True
         strict = fixed_configuration(STRICT, self.study.cap)
         self.scheduler.start(self._with_tasks(strict), self.subject, partial(self._fixed, STRICT))
         self.scheduler.start(self._baseline(), self.subject, partial(self._fixed, BASELINE))
-        self._search()
-        self._announce_fixed(BASELINE)
 
     def goes_on(self) -> bool:
         """Searches on where trials that were timed again leave more to find than was asked for. Returns whether they
@@ -128,14 +145,14 @@ class Driver:
         return True
 
     def _search(self) -> None:
-        while self.scheduler.is_working or self._more() or self._is_short():
+        while not self._is_fixing or self.scheduler.is_working or self._more() or self._is_short():
             self.scheduler.step()
             self._fill()
 
     def increases(self, losses_of: Callable[[str], np.ndarray]) -> list[Row]:
         """The cost of the finished trials and the reference beside the baseline, as well as it is known by now. See
         `rows.increases`."""
-        if self.comparison is None or BASELINE not in self.fixed:
+        if self.comparison is None or not {STRICT, BASELINE} <= self.fixed.keys():
             return []
         strict = fixed_row(STRICT, self.study.cap, self.fixed[STRICT], None, self.comparison)
         return increases([strict, *self.study.rows], self.comparison, losses_of)
@@ -152,6 +169,8 @@ class Driver:
         """Starts trials, and batches of the baseline's sample, as long as some worker has nothing to do."""
         while self.scheduler.has_idle and self._open < self.scheduler.ready and self._start_next():
             self.scheduler.assign()
+        if not self._open and not self._more():  # nothing that they could come after
+            self._start_fixed()
 
     def _start_next(self) -> bool:
         """Whether there was anything to start."""
@@ -184,6 +203,7 @@ class Driver:
 
     def _looked(self, look: Look, result: Evaluated | JobError) -> None:
         self._open -= 1
+        self._start_fixed()
         if isinstance(result, JobError):
             self.note(f"warning: nothing with the policy {look.configuration.policy} is tried: {result}")
             self.study.looked(look, Row())
@@ -262,14 +282,19 @@ class Driver:
         return time.monotonic() + needed < self._until
 
     def _fixed(self, name: str, result: Evaluated | JobError) -> None:
-        if isinstance(result, JobError):
-            what = {STRICT: "strict StreamingLLM, the reference,", BASELINE: "the baseline"}[name]
-            raise SweepError(f"{what} could not be measured: {result}")
+        result = _indispensable(name, result)
         if name == BASELINE:
             self._grows = False
         self._know(name, result)
         if self.comparison is not None:
             self._announce_fixed(name)
+        self._tell_paired()
+
+    def _reference_known(self, result: Evaluated | JobError) -> None:
+        """Its quality: all that trials wait for."""
+        known = _indispensable(STRICT, result)
+        self._sample.spent(known.seconds, on_it=False)
+        self._compare_with(known.losses)
         self._tell_paired()
 
     def _grown(self, result: Evaluated | JobError) -> None:
@@ -283,17 +308,21 @@ class Driver:
 
     def _know(self, name: str, result: Evaluated) -> None:
         """What trials are compared with, and how."""
-        from streamllm.measuring.quality import QualityComparison
-
         self.fixed[name] = result
         self.scheduler.keep(result)
         self._sample.spent(result.seconds, on_it=name == BASELINE)
-        if STRICT not in self.fixed:
-            return
-        strict, baseline = self.fixed[STRICT], self.fixed.get(BASELINE)
-        self.comparison = QualityComparison(strict.losses, baseline.losses if baseline else None)
+        reference = result.losses if name == STRICT else self._reference
+        if reference is not None:
+            self._compare_with(reference)
+
+    def _compare_with(self, reference: np.ndarray) -> None:
+        from streamllm.measuring.quality import QualityComparison
+
+        baseline = self.fixed.get(BASELINE)
+        self._reference = reference
+        self.comparison = QualityComparison(reference, baseline.losses if baseline else None)
         if baseline is not None:
-            self._sample.measured(baseline.losses, strict.losses)
+            self._sample.measured(baseline.losses, reference)
 
     def _announce_fixed(self, name: str) -> None:
         assert self.comparison is not None
@@ -334,6 +363,7 @@ class Driver:
         with writing():
             judged = self.study.tell(trial.number, row)
         self._announce(judged)
+        self._start_fixed()
         self._see_what_is_left()
 
     def _see_what_is_left(self) -> None:
@@ -345,6 +375,14 @@ class Driver:
         with writing():
             for observer in self.observers:
                 observer.trial_finished(row)
+
+
+def _indispensable(name: str, result: Evaluated | JobError) -> Evaluated:
+    """Raises SweepError where there is none."""
+    if isinstance(result, JobError):
+        what = {STRICT: "strict StreamingLLM, the reference,", BASELINE: "the baseline"}[name]
+        raise SweepError(f"{what} could not be measured: {result}")
+    return result
 
 
 def _limited(space: SearchSpace) -> list[str]:

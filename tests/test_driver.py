@@ -70,7 +70,7 @@ def test_trials_wait_for_the_reference_only_and_are_paired_with_the_baseline_lat
     pool = PretendPool(descriptions=[description(f"node {number}") for number in range(3)])
     study, log = drive(pool, 4)
     assert pool.submitted[0].what.policy == strict_policy(32)
-    assert [row["trial"] for row in log.rows] == ["strict", 0, 1, 2, 3, "baseline", "baseline"]
+    assert [row["trial"] for row in log.rows if row["trial"] != "strict"] == [0, 1, 2, 3, "baseline", "baseline"]
     assert len(study.rows) == 4
     found = {row["trial"]: row for row in log.driver.increases(MeasurementStore(tmp_path / "store").losses)}
     for row in study.rows:
@@ -78,11 +78,27 @@ def test_trials_wait_for_the_reference_only_and_are_paired_with_the_baseline_lat
         assert row["ppl_vs_strict_percent"] == pytest.approx(100 * math.expm1(0.01 * (sinks - 4)))
         assert "speedup" not in row
         assert found[row["trial"]]["ppl_increase_percent"] == pytest.approx(100 * math.expm1(0.01 * sinks))
-    strict, baseline = log.rows[0], log.rows[-1]
+    (strict,), baseline = [row for row in log.rows if row["trial"] == "strict"], log.rows[-1]
     assert strict["ppl_vs_strict_percent"] == 0
     assert found["strict"]["ppl_increase_percent"] == pytest.approx(100 * math.expm1(0.04))
     assert baseline["perplexity"] == pytest.approx(math.e), "over all tokens, by the reference's"
     assert baseline["evaluated_tokens"] == 50
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_first_trial_waits_for_no_time_but_its_own(workers, drive):
+    """Those of reference and baseline, of which the first trial needs nothing, come right after it."""
+    pool = PretendPool(workers)
+    _, log = drive(pool, 6)
+    timed = [job.what.method for job in pool.submitted if job.kind == "speed"]
+    assert (log.rows[0]["trial"], pool.submitted[0].what.policy) == (0, strict_policy(32))
+    assert timed[0] == "ours" and {"ring", "recompute"} <= set(timed[1 : 3 + workers])
+
+
+def test_without_a_trial_reference_and_baseline_are_measured_all_the_same(drive):
+    for trials, until in ((0, math.inf), (4, time.monotonic())):
+        _, log = drive(PretendPool(2), trials, until=until)
+        assert [row["trial"] for row in log.rows][:2] == ["strict", "baseline"]
 
 
 def test_trials_wait_for_the_baseline_where_a_limit_is_on_what_it_says(drive):
