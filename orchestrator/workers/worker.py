@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from streamllm.errors import UsageError
 
+from ..importing import import_libraries
 from .accelerators import own_accelerator
 from .lease import claim, leases_on
 from .messages import Assignment, Subject, Variant, WorkerDescription, WorkerPlace, WorkerSetup, WorkerUnusableError
@@ -60,6 +61,7 @@ class Worker:
 
         Raises UsageError for a model it cannot use, or that is not what the driver has under that name."""
         os.environ.update(self.setup.environment)  # before what reads it is imported
+        import_libraries()
         accelerator = own_accelerator(self._on_accelerator)
         warnings = self._claim(accelerator.name, accelerator.near) if accelerator else self._claim()
 
