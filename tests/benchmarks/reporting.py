@@ -70,10 +70,11 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
-def random_model(shape: str, dtype: str = "auto", quantization: str = "none") -> LoadedModel:
+def random_model(shape: str, dtype: str = "auto", quantization: str = "none", **sizes: int) -> LoadedModel:
+    """sizes: of its configuration, in place of the shape's."""
     device = default_device()
     config = transformers.GPTNeoXConfig(
-        **{"vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25} | SHAPES[shape]
+        **{"vocab_size": 50304, "max_position_embeddings": 2048, "rotary_pct": 0.25} | SHAPES[shape] | sizes
     )
     torch.manual_seed(0)
     with torch.device(device):
