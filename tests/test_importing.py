@@ -6,7 +6,7 @@ import sys
 
 SCRIPT = """
 import gc, json, sys
-from orchestrator.importing import import_libraries
+from orchestrator.workers.importing import import_libraries
 import_libraries()
 is_there = "transformers.modeling_utils" in sys.modules
 print(json.dumps([gc.isenabled(), gc.get_freeze_count(), len(gc.get_objects()), is_there]))

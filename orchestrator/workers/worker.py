@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from streamllm.errors import UsageError
 
-from ..importing import import_libraries
 from .accelerators import own_accelerator
+from .importing import import_libraries
 from .lease import claim, leases_on
 from .messages import Assignment, Subject, Variant, WorkerDescription, WorkerPlace, WorkerSetup, WorkerUnusableError
 
