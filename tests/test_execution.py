@@ -15,7 +15,7 @@ from streamllm.engine.backends import BACKENDS
 from streamllm.engine.block_parallel import block_parallel_losses
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.methods import check_execution, make_decoder
-from streamllm.engine.quantization import Int8Linear, quantize
+from streamllm.engine.quantization import Int4Linear, Int8Linear, quantize
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy
 
@@ -116,17 +116,26 @@ def test_decoders_take_turns(tokens, graphs, as_traced):
     assert graphs() == 6
 
 
+def regions_of(graph):
+    return [node for node in graph.graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph]
+
+
 def test_layers_that_are_alike_are_compiled_once(tokens, as_traced):
     loaded, policy = tiny_model("Llama", torch.float32, num_hidden_layers=5), EvictionPolicy(n_sink=3, window_size=20)
     expected = block_parallel_losses(loaded, tokens, policy)
     np.testing.assert_allclose(compiled_losses(loaded, policy, tokens), expected, rtol=0, atol=1e-4)
     (graph,) = as_traced
-    layers = [node for node in graph.graph.nodes if node.target is torch.ops.higher_order.invoke_subgraph]
-    assert len(layers) == 5
-    assert len({node.args[1] for node in layers}) == 1, "there is code for each name"
-    wide = tiny_model("Llama", torch.float32, hidden_size=64)
-    quantize(wide.model, "int4_weight_only")
-    assert not execution._has_regions(wide.model), "torch 2.13: group size must be a scalar"
+    assert len(regions_of(graph)) == 5
+    assert len({node.args[1] for node in regions_of(graph)}) == 1, "there is code for each name"
+
+
+def test_int4_is_compiled_whole(tokens, as_traced):
+    """In regions of torch 2.13 its product fails when it runs: "group size must be a scalar"."""
+    loaded = tiny_model("Llama", torch.float32, hidden_size=64)
+    quantize(loaded.model, "int4_weight_only")
+    compiled_losses(loaded, EvictionPolicy(n_sink=3, window_size=20), tokens)
+    assert any(isinstance(module, Int4Linear) for module in loaded.model.modules())
+    assert [regions_of(graph) for graph in as_traced] == [[]]
 
 
 def test_only_static_steps_are_compiled(golden_model):

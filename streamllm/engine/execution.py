@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..errors import UsageError
 from ..options import EXECUTIONS
 from .attention import AttentionState
+from .backends import Backend
 from .device import float64_device
 from .model import LoadedModel
 from .quantization import Int4Linear
@@ -27,6 +28,8 @@ StaticStep = Callable[[Tensor], Tensor]
 
 class StaticCache(AttentionState, Protocol):
     """A cache whose steps have one shape."""
+
+    backend: Backend
 
     @property
     def shape(self) -> Hashable:
@@ -61,7 +64,7 @@ def compiled_step(step: Step, loaded: LoadedModel, cache: StaticCache) -> Static
         raise UsageError(
             f"execution 'compile': {loaded.device.type} has no float64, which a step computes its angles in; use eager"
         )
-    own = replace(loaded, model=_for_one_token(loaded.model))
+    own = replace(loaded, model=_for_one_token(loaded.model, _has_regions(loaded, cache)))
     step = _compiled(step, own.device.type, id(own.model), cache.shape)
     return (_GraphedStep if own.device.type == "cuda" else _CompiledStep)(step, own, cache)
 
@@ -159,26 +162,27 @@ class MatrixVectorLinear(nn.Linear):
         return output.view(*input.shape[:-1], self.out_features)
 
 
-_COPIES: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
-"""One for each model: whatever is compiled of it shares this, and the graphs with it."""
+_COPIES: WeakKeyDictionary[nn.Module, dict[bool, Any]] = WeakKeyDictionary()
+"""One for each model, with regions or without: whatever is compiled of it shares this, and the graphs with it."""
 
 
-def _for_one_token(model: Any) -> Any:
-    """The model with its linear layers as `MatrixVectorLinear`, each of its layers compiled once for all that are like
-    it: a copy of its modules as they are when it is first asked for, all tensors shared."""
-    if model not in _COPIES:
-        copy = _COPIES[model] = _with_matrix_vector_products(model, {})
-        if _has_regions(model):
-            for layer in _repeated(copy):
-                layer.forward = MethodType(torch.compiler.nested_compile_region(type(layer).forward), layer)
-    return _COPIES[model]
+def _for_one_token(model: Any, regions: bool) -> Any:
+    """The model with its linear layers as `MatrixVectorLinear`: a copy of its modules as they are when it is first
+    asked for, all tensors shared. regions: layers that are alike are compiled once."""
+    copies = _COPIES.setdefault(model, {})
+    if regions not in copies:
+        copies[regions] = _with_matrix_vector_products(model, {})
+        for layer in _repeated(copies[regions]) if regions else ():
+            layer.forward = MethodType(torch.compiler.nested_compile_region(type(layer).forward), layer)
+    return copies[regions]
 
 
-def _has_regions(model: Any) -> bool:
-    """Whether torch can compile a part of the model as a region of its own. Nobody has tried it on a GPU, or with torch
-    below 2.13; there the code of int4's product loses the size of its groups."""
-    has_int4 = any(isinstance(module, Int4Linear) for module in model.modules())
-    return model.device.type == "cpu" and torch.__version__ >= "2.13" and not has_int4
+def _has_regions(loaded: LoadedModel, cache: StaticCache) -> bool:
+    """Whether torch can compile a layer as a region of its own. Nobody has tried it on a GPU, or with torch below 2.13;
+    there a region has no operator of our own that changes what it is given, and int4's product loses the size of its
+    groups in it."""
+    is_able = loaded.device.type == "cpu" and torch.__version__ >= "2.13" and cache.backend.library != "triton"
+    return is_able and not any(isinstance(module, Int4Linear) for module in loaded.model.modules())
 
 
 def _repeated(module: nn.Module) -> Iterator[nn.Module]:
