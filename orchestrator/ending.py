@@ -55,6 +55,14 @@ class Ending:
     def was_heard(self) -> None:
         self._heard = True
 
+    def is_why(self, error: BaseException) -> bool:
+        """Whether an error is this end, which was heard then. Who sends the signal to all, as schedulers do, sends it to
+        Ray's processes too, whose loss may be found before a signal that a library swallowed has come again."""
+        if self.number is None and not isinstance(error, KeyboardInterrupt):
+            return False
+        self.was_heard()
+        return True
+
     def say(self) -> None:
         print(f"\n{WORDS}", file=sys.stderr, flush=True)
 

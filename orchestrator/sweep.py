@@ -181,13 +181,13 @@ def _measure(
     except UnwritableError as error:
         display.note(f"error: {error}")
         status = None
-    except (SweepError, UsageError) as error:
-        display.note(f"error: {error}")
-        code = 2 if isinstance(error, UsageError) else 1
-    except KeyboardInterrupt:
-        ending.was_heard()
-        display.note(WORDS)
-        status, code = "KILLED", ending.exit_code
+    except (SweepError, UsageError, KeyboardInterrupt) as error:
+        if ending.is_why(error):
+            display.note(WORDS)
+            status, code = "KILLED", ending.exit_code
+        else:
+            display.note(f"error: {error}")
+            code = 2 if isinstance(error, UsageError) else 1
     finally:
         is_written = status is not None and _takes(configuration.folder, status, display.note)
         if pool is not None:

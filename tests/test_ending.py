@@ -1,5 +1,6 @@
 """A sweep that is asked to end hears it, whatever it is doing."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -37,6 +38,15 @@ def test_it_is_asked_again_until_it_was_heard():
             time.sleep(30)
         ending.was_heard()
         time.sleep(1.5)
+
+
+def test_a_loss_that_is_found_while_it_is_asked_again_is_the_same_end():
+    with Ending() as ending:
+        assert not ending.is_why(RuntimeError("Ray's head is gone"))
+        with contextlib.suppress(AskedToEnd):  # as a library might
+            signal.raise_signal(signal.SIGTERM)
+        assert ending.is_why(RuntimeError("Ray's head is gone")) and ending.exit_code == 143
+        time.sleep(1.5)  # heard: not asked again
 
 
 def run(program, *arguments):

@@ -113,13 +113,12 @@ def _measure_all(
                 matrix.run([planned for planned in due if plan.is_finished(planned, documents, rounds - 1)], rounds)
     except UnwritableError:
         raise
-    except SweepError as error:
+    except (SweepError, KeyboardInterrupt) as error:
+        if ending.is_why(error):
+            _info(WORDS)
+            return "KILLED", ending.exit_code
         _info(f"error: {error}; the same command goes on from here")
         return "FAILED", 1
-    except KeyboardInterrupt:
-        ending.was_heard()
-        _info(WORDS)
-        return "KILLED", ending.exit_code
     finally:
         if pool is not None:
             pool.shutdown()
