@@ -34,6 +34,7 @@ class RingCache(KVCache):
         self.grows = steady is None
         """A policy that never evicts."""
         self.slots = RingSlots(policy.n_sink, policy.kept if steady is None else steady.peak_kv)
+        self.keeps_positions = policy.keeps_positions
         self.turns_sinks = policy.n_sink > 0 and not policy.keeps_positions
         self.always_full = steady is not None and steady.cycle == 1
         """Once full: every token evicts one, and none is ever masked."""
@@ -46,6 +47,11 @@ class RingCache(KVCache):
         self.new_sinks = 0
         """How many of the new tokens are sinks."""
         self.masked = True
+        self.seen: dict[int | None, Tensor | None] = {}
+        """By the window of a layer: what each new token sees (new, slots); None where that is all."""
+        self.can_fuse = self.backend.name == "ring_triton" and all(
+            layer.window is None and layer.softmax.is_plain and layer.rotary.size for layer in self.layers
+        )
         self.fused = False
         """Whether a layer's part of the step is one launch of our own (`triton_ring`), from taking the token in on."""
         self.finished = torch.zeros(0, dtype=torch.int32)
@@ -59,12 +65,12 @@ class RingCache(KVCache):
         self.new_sinks = max(min(self.slots.n_sink - held, count), 0)
         self.masked = count > 1 or not (self.always_full and held + 1 == self.slots.count)
         fits = self.stored.itemsize > 1 or has_float8(self.device)
-        self.fused = self.backend.name == "ring_triton" and count == 1 and not self.new_sinks and fits
+        self.fused = self.can_fuse and count == 1 and not self.new_sinks and fits
 
     def position_ids(self, count: int) -> Tensor:
         turns = self.turns_sinks and not self.new_sinks
         if turns:
-            self.sink_angles = self.rotary.turn(self.evicted)
+            self.sink_angles = self.angles(lambda rotary: rotary.turn(self.evicted))
         if self.fused:
             return self.position
         positions = self.position + torch.arange(count, device=self.device)
@@ -73,7 +79,8 @@ class RingCache(KVCache):
         if turns:
             sinks = torch.arange(self.slots.n_sink, device=self.device)
             self.key_slots = torch.cat((sinks, self.value_slots))
-        self.visible = self._visible(positions) if self.masked else None
+        visible = self._visible(positions) if self.masked else None
+        self.seen = {None: visible} | {window: self._within(window, positions, visible) for window in self.windows}
         return positions
 
     @property
@@ -95,6 +102,14 @@ class RingCache(KVCache):
         at = torch.cat((sinks, torch.where(held >= n_sink + self.evicted, held, last + 1)))
         return at <= positions[:, None]
 
+    def _within(self, window: int, positions: Tensor, visible: Tensor | None) -> Tensor:
+        """(new, slots): what of that is in a layer's own window, by distances in the cache or, kept, in the stream."""
+        sinks = torch.arange(self.slots.n_sink, device=self.device)
+        if not self.keeps_positions:
+            sinks = sinks + self.evicted
+        within = torch.cat((sinks, self.slots.newest(positions[-1]))) > positions[:, None] - window
+        return within if visible is None else within & visible
+
     def _grow(self, slots: int) -> None:
         more = slots - self.slots.count
         self.slots = RingSlots(self.slots.n_sink, slots)
@@ -110,10 +125,12 @@ class RingCache(KVCache):
             first = self.length
             self.sink_keys[layer][:, :, first : first + self.new_sinks] = key[:, :, : self.new_sinks]
         elif self.turns_sinks:
-            key = torch.cat((self.rotary.rotate(self.sink_keys[layer], self.sink_angles), key), dim=2)
+            sinks = self.layers[layer].rotary.rotate(self.sink_keys[layer], self.sink_angles[layer])
+            key = torch.cat((sinks, key), dim=2)
         keys = self._write(self.keys[layer], self.key_slots, key)
         values = self._write(self.values[layer], self.value_slots, value)
-        return attention(self.backend, query, keys, values, scaling, mask=self.visible)
+        how = self.layers[layer]
+        return attention(self.backend, query, keys, values, scaling, mask=self.seen[how.window], softmax=how.softmax)
 
     def _write(self, held: Tensor, slots: Tensor, new: Tensor) -> Tensor:
         """Writes there, and returns all that is held, as it is kept."""
@@ -127,14 +144,16 @@ class RingCache(KVCache):
     def _in_one_launch(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         from ..triton_ring import ring_attention
 
-        turning = (self.sink_keys[layer], *self.sink_angles) if self.turns_sinks else (None, None, None)
+        turning = (self.sink_keys[layer], *self.sink_angles[layer]) if self.turns_sinks else (None, None, None)
         held = self.keys[layer], self.values[layer]
-        how = scaling, self.slots.n_sink, self.rotary.interleaved
+        how = scaling, self.slots.n_sink, self.layers[layer].rotary.interleaved
         return ring_attention(query, key, value, *held, *turning, self.position, self.evicted, self.finished, *how)
 
     def _allocate(self, key: Tensor, value: Tensor) -> None:
         if not self.keys:
-            self.finished = torch.zeros(key.shape[1], dtype=torch.int32, device=self.device)
+            self.finished = torch.zeros(
+                max(layer.kv_heads for layer in self.layers), dtype=torch.int32, device=self.device
+            )
         for held, new in ((self.keys, key), (self.values, value)):
             held.append(new.new_zeros(1, new.shape[1], self.slots.count, new.shape[3], dtype=self.stored))
         if self.turns_sinks:
