@@ -13,7 +13,6 @@ from .zoo import random_model
 DTYPES = [torch.float32, torch.bfloat16]
 BOTH = {
     "hunyuan_v1_dense": "layer 0: its keys are more than rotated: something follows the rotation",
-    "nanochat": "layer 0: its keys are turned the other way round",
     "ministral3": "layer 0: its queries depend on the position itself",
     "deepseek_v3": "latent attention",
     "glm4_moe_lite": "latent attention",
@@ -35,7 +34,7 @@ OF_THE_ENGINE = {
 }
 """What the engine refuses; a StreamingCache, with which models use their own attention, may take it."""
 RIGHT = ("llama", "gpt_neox", "cohere", "gemma", "glm4", "mixtral", "granite", "jetmoe", "phi3", "olmo2", "fuyu")
-RIGHT += ("smollm3",)
+RIGHT += ("smollm3", "nanochat")
 OF_SEVERAL_KINDS = ("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "mistral", "modernbert-decoder", "olmo3")
 """What the engine takes; a StreamingCache has no place for their windows."""
 OWN_ATTENTION = ("doge", "diffllama", "falcon", "stablelm", "gpt_neox_japanese", "mllama")

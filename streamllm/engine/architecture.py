@@ -262,7 +262,7 @@ def _with_input_of(call: _Call, first: _Call) -> tuple[Any, dict[str, Any]]:
 def _rotary_of(where: str, rotaries: list[Rotary], at: Tensor, here: _Rotated, zero: _Rotated, far: _Rotated) -> Rotary:
     """The one that turns the layer's keys and queries."""
     failures = []
-    for rotary in rotaries:
+    for rotary in [rotary for rotary in rotaries if rotary.size <= here.keys.shape[-1]]:
         failure = _failure(rotary, at, here, zero, far)
         if failure is None:
             break

@@ -231,26 +231,29 @@ _KERNELS = {operator: backend.name for backend in BACKENDS.values() for operator
 
 
 @contextlib.contextmanager
-def recorded_kernel(requested: Backend) -> Iterator[KernelRecorder]:
-    """Notes in `.used` which attention kernel torch dispatches to inside the block."""
+def recorded_kernel(requested: Backend, plain: bool = True) -> Iterator[KernelRecorder]:
+    """Notes in `.used` which attention kernel torch dispatches to inside the block. plain: whether the softmax of all
+    layers is; what no kernel has is computed eagerly."""
     # In inference mode torch shows a dispatch mode the composite operator only, not the kernel it chooses.
-    with torch.inference_mode(False), torch.no_grad(), KernelRecorder(requested) as recorder:
+    with torch.inference_mode(False), torch.no_grad(), KernelRecorder(requested, plain) as recorder:
         yield recorder
 
 
 class KernelRecorder(TorchDispatchMode):
     """`recorded_kernel` enters it."""
 
-    def __init__(self, requested: Backend) -> None:
+    def __init__(self, requested: Backend, plain: bool = True) -> None:
         super().__init__()
         self.requested = requested
+        self.plain = plain
         self.kernels: set[str] = set()
 
     @property
     def used(self) -> str:
         """Several joined by "+": a cache may need another kernel while it is not full."""
         # Eager and math are compositions of ordinary operators: no kernel of their own shows up.
-        return "+".join(sorted(self.kernels)) or ("eager" if self.requested.library == "eager" else "math")
+        eager = self.requested.library == "eager" or not self.plain
+        return "+".join(sorted(self.kernels | ({"eager"} if eager else set()))) or "math"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kernel = _KERNELS.get(func._schema.name)

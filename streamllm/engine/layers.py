@@ -89,7 +89,10 @@ def _size_of_window(
     """What a model gives to its layers as their mask: the size of the window that the mask's function shows, as a
     tensor (1, 1, 1, 1). It is asked about tokens far into a text, where there is more than a window before them."""
     far = 2 * (local_size or _FAR // 2)
-    sizes = {_shown(mask_function, query, device) for query in (far, far + 1, far + far // 3)}
+    try:
+        sizes = {_shown(mask_function, query, device) for query in (far, far + 1, far + far // 3)}
+    except IndexError:  # it looks up which tokens are an image's: it can be taken at its word, and held to it, only
+        sizes = {local_size or _ALL}
     size = sizes.pop() if len(sizes) == 1 else _OTHERS
     return torch.full((1, 1, 1, 1), size, dtype=torch.long, device=device)
 

@@ -58,6 +58,11 @@ class LoadedModel:
         return None if None in windows else max(window for window in windows if window is not None)
 
     @property
+    def has_plain_softmax(self) -> bool:
+        """Whether no layer has soft caps or learned sinks, which torch's kernels have not."""
+        return all(layer.softmax.is_plain for layer in self.layers)
+
+    @property
     def kv_bytes(self) -> int:
         """Bytes of one token's keys and values, in all layers."""
         return self.dtype.itemsize * sum(x.kv_heads * (x.key_size + x.value_size) for x in self.layers)

@@ -54,7 +54,11 @@ def probe_backend(
     shapes = (heads, 1, head_size), (kv_heads, held, head_size), (kv_heads, held, head_size)
     query, key, value = (torch.randn(1, *shape, generator=generator).to(device, dtype) for shape in shapes)
     try:
-        with warnings.catch_warnings(record=True) as reasons, backend.alone(), recorded_kernel(backend) as recorder:
+        with (
+            warnings.catch_warnings(record=True) as reasons,
+            backend.alone(),
+            recorded_kernel(backend, softmax.is_plain) as recorder,
+        ):
             warnings.simplefilter("always")  # torch says in warnings why a kernel does not fit
             found = attention(backend, query, key, value, 0.1, softmax=softmax)
         expected = eager_attention(query.float(), key.float(), value.float(), 0.1, None, softmax)
@@ -87,7 +91,7 @@ def replayed(backend: Backend, loaded: LoadedModel, held: int) -> Backend:
     than with `triton`, a compiled one 4%."""
     if backend.name != "auto" or loaded.device.type != "cuda" or find_spec("triton") is None:
         return backend
-    if not all(layer.softmax.is_plain for layer in loaded.layers):
+    if not loaded.has_plain_softmax:
         return backend
     ours, shapes = BACKENDS["ring_triton"], {(x.key_size, x.heads, x.kv_heads) for x in loaded.layers}
     return ours if all(_probed(ours, loaded.device, loaded.dtype, *shape, held) for shape in shapes) else backend

@@ -30,7 +30,8 @@ class Rotary:
     hundredths at position 1,000,000. A device that has no float64 gets them from the CPU."""
 
     def __init__(self, frequencies: Tensor, interleaved: bool, model: PreTrainedModel) -> None:
-        """frequencies (rotary size / 2): radians per position, in float64."""
+        """frequencies (rotary size / 2): radians per position, in float64; negative where a model turns the other way
+        round (nanochat)."""
         self.frequencies = frequencies
         self.interleaved = interleaved
         self._device = model.device
@@ -110,9 +111,10 @@ class RotaryEmbedding:
             kind: float(getattr(module, _named(kind, "attention_scaling"), 1.0)) for kind in self._frequencies
         }
         """Yarn's."""
-        self.rotaries = [
-            Rotary(frequencies, _is_interleaved(module, kind), model) for kind, frequencies in self._frequencies.items()
-        ]
+        self.rotaries = []
+        for kind, frequencies in self._frequencies.items():
+            interleaved, direction = _pairing(module, kind)
+            self.rotaries.append(Rotary(direction * frequencies, interleaved, model))
         self._dtype = torch.promote_types(model.dtype, torch.float32)
 
     def take_over(self, in_its_dtype: bool = False) -> None:
@@ -254,8 +256,9 @@ def _arrangement(module: Any, kind: str | None) -> Callable[[Tensor], Tensor]:
     raise UnsupportedModelError(f"{type(module).__name__} gives angles that are not position times inv_freq")
 
 
-def _is_interleaved(module: Any, kind: str | None) -> bool:
-    """Which component the model's own function turns the first one into: its neighbour, or the one half a size away."""
+def _pairing(module: Any, kind: str | None) -> tuple[bool, int]:
+    """Which component the model's own function turns the first one into: whether it is its neighbour, not the one half
+    a size away; and in which direction, 1 or -1."""
     modelling = sys.modules[type(module).__module__]
     apply = getattr(modelling, "apply_rotary_pos_emb", None)
     if apply is None:
@@ -269,4 +272,4 @@ def _is_interleaved(module: Any, kind: str | None) -> bool:
     neighbour = int(turned[1:].abs().argmax()) + 1
     if neighbour not in (1, len(inv_freq)):
         raise UnsupportedModelError(f"{modelling.__name__} pairs rotary components in an unknown way")
-    return neighbour == 1 and len(inv_freq) > 1
+    return neighbour == 1 and len(inv_freq) > 1, 1 if turned[neighbour] > 0 else -1

@@ -34,7 +34,6 @@ def backend_logits(loaded: LoadedModel, backend: str) -> torch.Tensor:
 def logit_differences(loaded: LoadedModel, backends: Sequence[str]) -> tuple[dict[str, float], float]:
     """The largest difference of a logit to math's, by backend; and the size of the largest logit. To eager's, of models
     whose softmax is more than torch's kernels have."""
-    plain = all(layer.softmax.is_plain for layer in loaded.layers)
-    reference = backend_logits(loaded, "math" if plain else "eager")
+    reference = backend_logits(loaded, "math" if loaded.has_plain_softmax else "eager")
     found = {name: float((backend_logits(loaded, name) - reference).abs().max()) for name in backends}
     return found, float(reference.abs().max())

@@ -53,7 +53,7 @@ def _attention_layers(loaded: LoadedModel) -> list[Any]:
         )
     first = loaded.layers[0]
     alike = all((x.rotary, x.key_size, x.window) == (first.rotary, first.key_size, None) for x in loaded.layers)
-    if not alike or not all(layer.softmax.is_plain for layer in loaded.layers):
+    if not alike or not loaded.has_plain_softmax:
         raise UnsupportedModelError(
             f"method 'kvpress': the layers of {type(loaded.model).__name__} differ in their rotation, or have windows, "
             f"learned sinks or soft caps; use another method"
