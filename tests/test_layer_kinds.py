@@ -26,8 +26,10 @@ IDENTITY = 1e-9
 WAYS = ("evaluator", "ours", "mit", "ring")
 MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 12}
 NARROW = {"sliding_window": 12}
+SHARED = {"num_kv_shared_layers": 2}
 ARCHITECTURES = {
-    **{name: {} for name in ("llama", "qwen3", "gpt_neox", "olmo2", "phi", "glm4", "gemma", "granite", "smollm3")},
+    **{name: {} for name in ("llama", "qwen3", "gpt_neox", "olmo2", "phi", "glm4", "gemma", "granite")},
+    **{name: {} for name in ("smollm3", "nanochat")},
     **dict.fromkeys(("cohere2", "exaone4", "afmoe", "olmo3", "gemma2", "gemma3_text", "modernbert-decoder"), MIXED),
     **dict.fromkeys(("gpt_oss", "mimo_v2_flash", "granite_swa", "laguna", "ministral", "vaultgemma"), MIXED),
     **dict.fromkeys(("mistral", "mixtral", "starcoder2", "phi3"), NARROW),
@@ -118,8 +120,10 @@ def test_in_single_precision(architecture):
 
 @pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss"])
 def test_angles_are_exact_a_million_tokens_away(architecture):
-    """A ring in float32, told that a million tokens came and went behind its sinks."""
-    changed, policy, tokens = ARCHITECTURES[architecture], policy_of(4, 20), tokens_of(60)
+    """A ring in float32, told that a million tokens came and went behind its sinks; layers see some of them."""
+    changed, policy, tokens = dict(ARCHITECTURES[architecture]), policy_of(4, 20), tokens_of(60)
+    if changed:
+        changed["sliding_window"] = 23
     expected = streamed_logits("evaluator", prepare(tiny(architecture, **changed), "", ""), policy, tokens)
     loaded = prepare(tiny(architecture, **changed).float(), "", "")
     decoder = make_decoder(loaded, Configuration("ring", policy))
@@ -132,12 +136,13 @@ def test_angles_are_exact_a_million_tokens_away(architecture):
     torch.testing.assert_close(torch.cat(found).double(), expected, rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("positions", ["compact", "keep"])
+@pytest.mark.parametrize("window", [9, 10, 12, 14])
+@pytest.mark.parametrize("how", [{}, {"positions": "keep"}, {"kv_dtype": "float8_e4m3"}], ids=str)
 @pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2"])
-def test_a_prompt_at_once(architecture, positions):
+def test_a_prompt_at_once(architecture, how, window):
     """What is fed in one piece is what is fed one by one, before and after evictions."""
     loaded = prepare(tiny(architecture, **ARCHITECTURES[architecture]), "", "")
-    policy, tokens = policy_of(3, 10, every=16, positions=positions), torch.from_numpy(tokens_of(70))
+    policy, tokens = policy_of(3, window, every=16, **how), torch.from_numpy(tokens_of(70))
     for way in WAYS[1:]:
         expected = streamed_logits(way, loaded, policy, tokens.numpy())
         decoder = make_decoder(loaded, Configuration(way, policy))
@@ -176,6 +181,17 @@ def test_a_compiled_ring(architecture):
     expected = streamed_logits("ring", loaded, policy, tokens)
     found = streamed_logits("ring", loaded, policy, tokens, execution="compile")
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+def test_a_ring_keeps_no_more_than_a_layers_window():
+    """Where it can: with so few tokens behind the sinks that these come into it, it needs what the policy keeps."""
+    loaded, tokens = prepare(tiny("gemma3_text", **MIXED), "", ""), torch.from_numpy(tokens_of(40))
+    for window, slots in ((10, [14, 14]), (11, [12, 15]), (20, [12, 24])):
+        decoder = make_decoder(loaded, Configuration("ring", policy_of(3, window)))
+        with torch.inference_mode():
+            for token in tokens.split(1):
+                decoder.feed(token)
+        assert [keys.shape[2] for keys in decoder.cache.keys] == 2 * slots
 
 
 @pytest.mark.parametrize("architecture", ["gpt_oss", "gemma2"])

@@ -32,7 +32,11 @@ class BlockState(KVCache):
         super().__init__(loaded, BACKENDS["auto"], policy.kv_dtype)
         self.n_sink = policy.n_sink
         self.keeps_positions = policy.keeps_positions
-        self.evicted = torch.tensor(evicted_before(policy, n_tokens), device=loaded.device)
+        evicted = evicted_before(policy, n_tokens)
+        self.evicted = torch.tensor(evicted, device=loaded.device)
+        held = n_tokens if self.keeps_positions else max((t + 1 - gone for t, gone in enumerate(evicted)), default=0)
+        self.windows = [window for window in self.windows if window < held]
+        """Of the layers that have one which leaves something out."""
         self.held = torch.empty(0, dtype=torch.long, device=loaded.device)
         """Stream positions of the kept tokens: the sinks, then a contiguous window."""
 
@@ -61,6 +65,9 @@ class BlockState(KVCache):
         to_sinks = queries if self.keeps_positions else queries - evicted[:, 0]
         self.query_angles_to_sinks = self.angles(lambda rotary: rotary.turn(to_sinks))
         self.sink_angles = self.angles(lambda rotary: rotary.span(0, self.sinks))
+
+    def visible_to(self, layer: int) -> Tensor:
+        return self.visible.get(self.layers[layer].window, self.visible[None])
 
     def _forget(self, start: int) -> None:
         if not len(self.held):
@@ -96,7 +103,7 @@ class BlockState(KVCache):
         self, layer: int, query: Tensor, keys: Tensor, values: Tensor, logits: Tensor, scaling: float
     ) -> Tensor:
         """Over the sinks by their logits, unscaled, and over the window's keys; values of both."""
-        mask, softmax = self.visible[self.layers[layer].window], self.layers[layer].softmax
+        mask, softmax = self.visible_to(layer), self.layers[layer].softmax
         value_size = values.shape[-1]
         if softmax.sinks is not None and softmax.cap is None:
             learned = softmax.sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1) / scaling

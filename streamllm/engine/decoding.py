@@ -67,16 +67,16 @@ class KVCache(ABC):
         found = [of(rotary) for rotary in self._rotaries]
         return [found[place] for place in self._rotary_of]
 
-    def in_windows(self, places_of: Callable[[], Tensor], new: int) -> dict[int | None, Tensor | None]:
-        """For each window that layers have, what the last `new` of the tokens at some places (n) see of all (new, n);
-        None for a layer without one. The places are asked for if there is a window."""
-        found: dict[int | None, Tensor | None] = {None: None}
-        if self.windows:
-            places = places_of()
-            causal = causal_mask(new, len(places), places.device)
-            distances = places[-new:, None] - places
-            found |= {window: causal & (distances < window) for window in self.windows}
-        return found
+    def in_windows(self, places_of: Callable[[], Tensor], new: int, reach: int) -> dict[int | None, Tensor]:
+        """For each window of a layer that leaves something out, what the last `new` of the tokens at some places (n)
+        see of all: (new, n). reach: how far the first is before the last, itself included."""
+        windows = [window for window in self.windows if window < reach]
+        if not windows:
+            return {}
+        places = places_of()
+        causal = causal_mask(new, len(places), places.device)
+        distances = places[-new:, None] - places
+        return {window: causal & (distances < window) for window in windows}
 
     def begin(self, held: int, count: int) -> None:
         """Prepares for a forward pass of `count` tokens, `held` being in the cache."""

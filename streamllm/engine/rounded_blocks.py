@@ -95,7 +95,7 @@ class CacheRounded(BlockState):
         rotary, angles = self.layers[layer].rotary, self.query_angles[layer]
         query, key = rotary.rotate(query, angles), rotary.rotate(key, angles)
         keys, values = self.append(layer, key, value)
-        visible, softmax = self.visible[self.layers[layer].window], self.layers[layer].softmax
+        visible, softmax = self.visible_to(layer), self.layers[layer].softmax
         outputs, first, last = [], 0, keys.shape[2] - query.shape[2]
         for evicted, count, oldest in self.groups:
             last += count

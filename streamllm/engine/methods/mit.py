@@ -27,10 +27,11 @@ class RawKeyCache(KVCache):
         if self.policy.keeps_positions:
             places = self.in_stream(held + count)
             self.key_angles = self.angles(lambda rotary: rotary.turn(places))
-            self.visible = self.in_windows(lambda: places, count)
+            self.visible = self.in_windows(lambda: places, count, held + count + self.evicted)
         else:
             self.key_angles = self.angles(lambda rotary: rotary.span(0, held + count))
-            self.visible = self.in_windows(lambda: torch.arange(held + count, device=self.device), count)
+            whole = held + count
+            self.visible = self.in_windows(lambda: torch.arange(whole, device=self.device), count, whole)
 
     def in_stream(self, count: int) -> Tensor:
         """(count): where in the stream the tokens in the cache are, in its order."""
@@ -47,7 +48,7 @@ class RawKeyCache(KVCache):
         new = query.shape[2]
         keys = how.rotary.rotate(keys, (cos, sin))
         query = how.rotary.rotate(query, (cos[-new:], sin[-new:]))
-        mask = self.visible[how.window]
+        mask = self.visible.get(how.window)
         return attention(self.backend, query, keys, values, scaling, mask, causal=True, softmax=how.softmax)
 
     def evict(self, n_sink: int, drop: int) -> None:

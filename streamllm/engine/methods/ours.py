@@ -54,7 +54,8 @@ class UnturnedCache(KVCache):
 
     def begin(self, held: int, count: int) -> None:
         super().begin(held, count)
-        self.visible = self.in_windows(lambda: self._in_stream(held + count), count)
+        seen = held + count
+        self.visible = self.in_windows(lambda: self._in_stream(seen), count, seen + self.evicted)
 
     def _in_stream(self, count: int) -> Tensor:
         places = torch.arange(count, device=self.device)
@@ -67,7 +68,7 @@ class UnturnedCache(KVCache):
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self.append(layer, key, value)
         how = self.layers[layer]
-        mask = self.visible[how.window]
+        mask = self.visible.get(how.window)
         return attention(self.backend, query, keys, values, scaling, mask, causal=True, softmax=how.softmax)
 
     def evict(self, n_sink: int, drop: int) -> None:
