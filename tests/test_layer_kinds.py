@@ -19,6 +19,7 @@ from streamllm.engine.methods import make_decoder
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy
 
+from .dispatched import decode, looking, no_waiting
 from .plain import surviving_logits
 from .zoo import random_model
 
@@ -181,6 +182,18 @@ def test_a_compiled_ring(architecture):
     expected = streamed_logits("ring", loaded, policy, tokens)
     found = streamed_logits("ring", loaded, policy, tokens, execution="compile")
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+@pytest.mark.parametrize("positions", ["compact", "keep"])
+@pytest.mark.parametrize("window", [8, 20])
+@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "granite_swa", "gemma2"])
+def test_no_step_and_no_prune_waits_for_the_device(architecture, window, positions):
+    loaded = prepare(tiny(architecture, torch.float32, **ARCHITECTURES[architecture]), "", "")
+    stream = torch.from_numpy(tokens_of(40))
+    for way in WAYS[1:]:
+        decoder = make_decoder(loaded, Configuration(way, policy_of(3, window, every=4, positions=positions)))
+        with looking(no_waiting):
+            decode(decoder, stream)
 
 
 def test_a_ring_keeps_no_more_than_a_layers_window():
