@@ -56,8 +56,8 @@ class Ending:
         self._heard = True
 
     def is_why(self, error: BaseException) -> bool:
-        """Whether an error is this end, which was heard then. Who sends the signal to all, as schedulers do, sends it to
-        Ray's processes too, whose loss may be found before a signal that a library swallowed has come again."""
+        """Whether an error is this end, which was heard then. Schedulers send the signal to all, Ray's processes too,
+        whose loss may be found before a signal that a library swallowed has come again."""
         if self.number is None and not isinstance(error, KeyboardInterrupt):
             return False
         self.was_heard()

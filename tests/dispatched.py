@@ -16,6 +16,7 @@ from streamllm.configuration import Configuration
 from streamllm.engine.decoding import Decoder, negative_log_likelihood
 from streamllm.engine.methods import METHODS, make_decoder
 from streamllm.engine.model import LoadedModel
+from streamllm.engine.rotary import RotaryEmbedding
 from streamllm.policy import EvictionPolicy, RefreshPolicy
 
 STRICT = EvictionPolicy(n_sink=2, window_size=5)
@@ -123,11 +124,15 @@ def on_meta(loaded: LoadedModel) -> LoadedModel:
     """The model on a device that knows shapes, types and devices, but no values: whoever asks for one is refused."""
     meta = torch.device("meta")
     loaded.model.to(meta)
-    rotary = loaded.rotary
-    for name, value in vars(rotary).items():
-        if isinstance(value, Tensor):
-            setattr(rotary, name, value.to(meta))
-    rotary._device = meta
+    for rotary in {layer.rotary for layer in loaded.layers}:
+        for name, value in vars(rotary).items():
+            if isinstance(value, Tensor):
+                setattr(rotary, name, value.to(meta))
+        rotary._device = meta
+    for module in loaded.model.modules():
+        owner = getattr(module.forward, "__self__", None)
+        if isinstance(owner, RotaryEmbedding):
+            owner._frequencies = {kind: found.to(meta) for kind, found in owner._frequencies.items()}
     return LoadedModel(**vars(loaded) | {"device": meta})
 
 

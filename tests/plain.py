@@ -22,17 +22,28 @@ def by_surviving_inputs(model, stream, n_sink, window):
     return surviving_logits(model, stream, n_sink, window)[-1]
 
 
+def survivors(count, n_sink, window, every=1, slack=0, drop=0):
+    """For each of so many tokens those that are left when it comes, and itself: evictions written out anew."""
+    held, pruning, total = [], False, n_sink + window
+    for t in range(count):
+        held.append(t)
+        yield list(held)
+        pruning |= every > 0 and (t + 1) % every == 0 and len(held) > total + slack
+        if pruning:
+            most = len(held) - total
+            del held[n_sink : n_sink + (min(most, drop) if drop else most)]
+            pruning = len(held) > total
+
+
 @torch.no_grad()
-def surviving_logits(model, stream, n_sink, window, keep=False):
+def surviving_logits(model, stream, n_sink, window, keep=False, **policy):
     """The logits after each token, by plain forward passes over the tokens that survive, at positions 0, 1, ..., or at
-    those that they keep.
+    those that they keep; a layer's own window is then by these.
 
     Uses nothing of ours. Every attention layer is fed, for all tokens but the last, the inputs that those had when
     they were last, so that what they know of evicted tokens stays."""
     inputs, calls = {}, Counter()
-    survivors = []
-    kept = []
-    found = []
+    before, kept, found = [], [], []
 
     def feed(name):
         def hook(module, arguments, options):
@@ -54,15 +65,13 @@ def surviving_logits(model, stream, n_sink, window, keep=False):
         if name.rpartition(".")[2] in ("self_attn", "attention", "self_attention", "attn") and _has_weights(module)
     ]
     try:
-        for t in range(stream.shape[1]):
-            before = survivors
-            if len(before) > n_sink + window:
-                before = before[:n_sink] + before[n_sink + 1 :]
-            kept = [survivors.index(s) for s in before]
-            survivors = [*before, t]
-            positions = torch.tensor([survivors]) if keep else torch.arange(len(survivors))[None]
+        for held in survivors(stream.shape[1], n_sink, window, **policy):
+            kept[:] = [before.index(token) for token in held[:-1]]
+            before = held
+            positions = torch.tensor([held]) if keep else torch.arange(len(held))[None]
             calls.clear()
-            output = model(stream[:, survivors], position_ids=positions, past_key_values=DynamicCache())
+            mask = windows_by_position(model, positions[0]) if keep else None
+            output = model(stream[:, held], position_ids=positions, attention_mask=mask, past_key_values=DynamicCache())
             found.append(output.logits[0, -1])
     finally:
         for hook in hooks:
@@ -72,3 +81,15 @@ def surviving_logits(model, stream, n_sink, window, keep=False):
 
 def _has_weights(module):
     return any(True for _ in module.parameters())
+
+
+def windows_by_position(model, positions):
+    """A model's masks, where each layer's window is by positions (n), not by places; None if no layer has one."""
+    window, kinds = getattr(model.config, "sliding_window", None), getattr(model.config, "layer_types", None)
+    if window is None:
+        return None
+    distances = positions[:, None] - positions
+    full = torch.zeros_like(distances, dtype=model.dtype).masked_fill(distances < 0, torch.finfo(model.dtype).min)
+    sliding = full.masked_fill(distances >= window, torch.finfo(model.dtype).min)
+    masks = {"full_attention": full[None, None], "sliding_attention": sliding[None, None]}
+    return masks if kinds else masks["sliding_attention"]

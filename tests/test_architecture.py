@@ -12,9 +12,7 @@ from .zoo import random_model
 
 DTYPES = [torch.float32, torch.bfloat16]
 BOTH = {
-    "smollm3": "layer 3: its keys have no rotary positions",
     "hunyuan_v1_dense": "layer 0: its keys are more than rotated: something follows the rotation",
-    "nanochat": "layer 0: its keys are turned the other way round",
     "ministral3": "layer 0: its queries depend on the position itself",
     "deepseek_v3": "latent attention",
     "glm4_moe_lite": "latent attention",
@@ -26,12 +24,9 @@ BOTH = {
 }
 """Architecture -> what is said of it, whether it is loaded or given a StreamingCache."""
 OF_THE_ENGINE = {
-    "cohere2": "layer 3: its keys have no rotary positions",
-    "exaone4": "layer 3: its keys have no rotary positions",
-    "gemma2": "soft caps",
-    "gemma3_text": "a rotary embedding for each kind of layer",
-    "gpt_oss": "learned sinks",
-    "doge": "more than a softmax",
+    "doge": "its mask is neither causal nor a sliding window",
+    "beam": "layer 3: its queries depend on the position itself",
+    "moshi": "a sliding window .* that no layer is seen to use",
     "diffllama": "computes attention more than once in a layer",
     "falcon": "attention code of its own",
     "stablelm": "do not hand on",
@@ -39,6 +34,9 @@ OF_THE_ENGINE = {
 }
 """What the engine refuses; a StreamingCache, with which models use their own attention, may take it."""
 RIGHT = ("llama", "gpt_neox", "cohere", "gemma", "glm4", "mixtral", "granite", "jetmoe", "phi3", "olmo2", "fuyu")
+RIGHT += ("smollm3", "nanochat")
+OF_SEVERAL_KINDS = ("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "mistral", "modernbert-decoder", "olmo3")
+"""What the engine takes; a StreamingCache has no place for their windows."""
 OWN_ATTENTION = ("doge", "diffllama", "falcon", "stablelm", "gpt_neox_japanese", "mllama")
 
 
@@ -98,6 +96,15 @@ def test_rounding_alone_is_no_reason(seed):
             torch.nn.init.normal_(weight, std=2 / weight.shape[-1] ** 0.5)
     StreamingCache(model, window_size=24)
     prepare(model, "llama", "")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [0.3, 2.0])
+@pytest.mark.parametrize("architecture", OF_SEVERAL_KINDS)
+def test_layers_of_several_kinds(architecture, scale, dtype):
+    prepare(random_model(architecture, dtype, scale), architecture, "")
+    with pytest.raises(UnsupportedModelError, match="has a sliding window of its own"):
+        StreamingCache(random_model(architecture, dtype, scale), window_size=24)
 
 
 def test_soft_caps_that_are_none_are_no_reason():

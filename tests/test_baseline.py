@@ -101,7 +101,7 @@ def test_texts_shorter_than_a_window_and_just_longer(length, golden_model, golde
     found = losses_at(loaded, tokens, window, range(length - 1), BACKENDS["math"], lambda *done: seen.append(done))
     for end in range(1, length):
         piece = torch.from_numpy(tokens[max(end - window, 0) : end])
-        output = loaded.forward(piece[None], torch.arange(len(piece)), WholeWindow(BACKENDS["math"]))
+        output = loaded.forward(piece[None], torch.arange(len(piece)), WholeWindow(loaded, BACKENDS["math"]))
         expected = -output.logits[0, -1].double().log_softmax(-1)[tokens[end]]
         assert found[end - 1] == pytest.approx(expected.item(), abs=1e-5)
     assert len(found) == length - 1

@@ -45,7 +45,7 @@ class PlainLoop:
     it, in formulas of their own."""
 
     def __init__(self, loaded, method, kept):
-        self.rotary, self.method, self.kept = loaded.rotary, method, kept
+        self.rotary, self.method, self.kept = loaded.layers[0].rotary, method, kept
         self.held, self.keys, self.values, self.evicted = [], {}, {}, 0
 
     def rounded(self, x):

@@ -63,7 +63,7 @@ def of_a_token(method: str, policy: EvictionPolicy, loaded: LoadedModel) -> floa
 def of_the_model(loaded: LoadedModel) -> int:
     counted, token = Counted(), torch.ones(1, dtype=torch.long)
     with looking(counted):
-        loaded.forward(token[None], token, WholeWindow(BACKENDS["auto"]), 1)
+        loaded.forward(token[None], token, WholeWindow(loaded, BACKENDS["auto"]), 1)
     return counted.count
 
 

@@ -55,7 +55,7 @@ class EveryQueryByItself:
     rotated at their place in the list, or in the stream if they `keep` that, the query as the last."""
 
     def __init__(self, loaded, seen, keep=False):
-        self.rotary, self.seen, self.keep = loaded.rotary, seen, keep
+        self.rotary, self.seen, self.keep = loaded.layers[0].rotary, seen, keep
 
     def attend(self, layer, query, key, value, scaling):
         outputs = []

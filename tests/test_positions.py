@@ -54,17 +54,18 @@ class PlainLoop:
     as they came, each rotated at its own place in the stream for every query."""
 
     def __init__(self, loaded):
-        self.rotary, self.held, self.keys, self.values = loaded.rotary, [], {}, {}
+        self.layers, self.held, self.keys, self.values = loaded.layers, [], {}, {}
 
     def attend(self, layer, query, key, value, scaling):
         for every, new in ((self.keys, key), (self.values, value)):
             every[layer] = torch.cat((every[layer], new), 2) if layer in every else new
         groups = query.shape[1] // key.shape[1]
-        at = self.rotary.turn(torch.tensor(self.held))
-        keys = self.rotary.rotate(self.keys[layer][:, :, self.held], at).repeat_interleave(groups, 1)
+        rotary = self.layers[layer].rotary
+        at = rotary.turn(torch.tensor(self.held))
+        keys = rotary.rotate(self.keys[layer][:, :, self.held], at).repeat_interleave(groups, 1)
         values = self.values[layer][:, :, self.held].repeat_interleave(groups, 1)
-        here = self.rotary.turn(torch.tensor(self.held[-1:]))
-        weights = (self.rotary.rotate(query, here) @ keys.transpose(-1, -2) * scaling).softmax(-1)
+        here = rotary.turn(torch.tensor(self.held[-1:]))
+        weights = (rotary.rotate(query, here) @ keys.transpose(-1, -2) * scaling).softmax(-1)
         return weights @ values
 
 
@@ -161,7 +162,7 @@ def test_the_evaluator_is_exact_far_into_a_stream():
     single, double = (tiny_model("Llama", dtype) for dtype in (torch.float32, torch.float64))
     found, expected = (block_parallel_losses(loaded, tokens, KEEP, 512)[-500:] for loaded in (single, double))
     assert_same(found, expected, 1e-4)
-    assert len(single.rotary.span(0, 1)[0]) == 1 and len(single.rotary._cos) < 2000
+    assert len(single.layers[0].rotary.span(0, 1)[0]) == 1 and len(single.layers[0].rotary._cos) < 2000
 
 
 def test_a_chunk_goes_on_where_its_survivors_are():

@@ -31,6 +31,7 @@ _SMALL: dict[str, Any] = {
     "qk_rope_head_dim": 8,
     "qk_nope_head_dim": 16,
     "v_head_dim": 16,
+    "hidden_size_per_layer_input": 16,
     "rotary_dim": 8,
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts"), 2),
@@ -41,6 +42,7 @@ _SMALL: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+_EACH = object()
 _MOST_PARAMETERS = 20_000_000
 
 
@@ -57,16 +59,25 @@ def small_configuration(architecture: str, **changed: Any) -> PretrainedConfig:
 
 def _smaller(kind: type[PretrainedConfig], usual: PretrainedConfig, changed: dict[str, Any]) -> PretrainedConfig:
     names = set(usual.attribute_map) | set(vars(usual)) | set(inspect.signature(kind.__init__).parameters)
-    wanted = {name: value for name, value in _SMALL.items() if name in names and getattr(usual, name, None) is not None}
+    wanted = {name: value for name, value in _SMALL.items() if name in names and _usual(usual, name) is not None}
     if "head_dim" in names:
         wanted["head_dim"] = 16
-    if getattr(usual, "num_key_value_heads", None) == getattr(usual, "num_attention_heads", 0):
+    if _usual(usual, "head_dim") is _EACH:
+        wanted["global_head_dim"] = 32
+    if _usual(usual, "num_key_value_heads") == _usual(usual, "num_attention_heads", 0):
         wanted.pop("num_key_value_heads", None)
         wanted |= {"num_key_value_heads": 4} if "num_key_value_heads" in names else {}
     for sized in ("attn_config", "ffn_config"):  # dbrx's
         wanted |= {sized: {"attn_config": {"kv_n_heads": 2}, "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4,
                    "moe_top_k": 2}}[sized]} if kind.model_type == "dbrx" else {}  # fmt: skip
     return kind(**wanted | changed)
+
+
+def _usual(config: PretrainedConfig, name: str, otherwise: Any = None) -> Any:
+    try:
+        return getattr(config, name, otherwise)
+    except RuntimeError:  # of newer transformers: layers have each their own
+        return _EACH
 
 
 def random_model(architecture: str, dtype: torch.dtype = torch.float32, scale: float = 2.0, **changed: Any) -> Any:

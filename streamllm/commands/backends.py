@@ -40,13 +40,13 @@ def run(arguments: argparse.Namespace) -> int:
     from ..engine.backends import BACKENDS
     from ..engine.device import device_name
     from ..engine.loading import load_model
-    from ..engine.probing import probe_backend
+    from ..engine.probing import probe_layers
     from ..explain.backend_logits import logit_differences
 
     with messages_on_stderr(), working(f"loading {arguments.model}"):
         loaded = load_model(arguments.model, arguments.dtype, quantization=arguments.quantization)
+    probes = {name: probe_layers(backend, loaded, 8, size) for name, backend in BACKENDS.items()}
     device, dtype, size = loaded.device, loaded.dtype, size or loaded.head_size
-    probes = {name: probe_backend(backend, device, dtype, size) for name, backend in BACKENDS.items()}
     with messages_on_stderr(), working("the whole model"):
         differences, largest = logit_differences(loaded, [name for name, probe in probes.items() if probe.available])
     if arguments.json:

@@ -114,7 +114,6 @@ def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
     from ..engine.device import limit_threads
     from ..engine.loading import load_model, load_tokenizer
     from ..engine.methods import make_decoder
-    from ..policy import peak_without_end
 
     limit_threads(arguments.threads)
     with messages_on_stderr(), working(f"loading {arguments.model}"):
@@ -125,8 +124,6 @@ def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
     if arguments.dense:
         shown["dense: nothing is evicted"] = "dense"
     configurations = {title: Configuration(method, policy) for title, method in shown.items()}
-    for what in configurations.values():
-        loaded.check_span(peak_without_end(what.effective))
     return {
         title: Writer(
             loaded,

@@ -1,15 +1,15 @@
 """Whether a model is one that can be streamed exactly, asked of the model itself.
 
 All that is done here with a cache rests on one property of attention layers: a key, or a query, at another position is
-this one turned on by the distance, and nothing else in the layer depends on positions. `check_layers` asks single
-layers for it, in float32, where a wrong rotation is a thousand times the rounding, whatever the model's dtype;
-`check_distance` asks the whole model, by its own noise.
+this one turned on by the distance, and nothing else in the layer depends on positions. `checked_layers` asks single
+layers for it, in float32, where a wrong rotation is a thousand times the rounding, whatever the model's dtype: each by
+the angles that it turns by, which are found by trying. `check_distance` asks the whole model, by its own noise.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .attention import UnseenAttentionError, eager_attention
-from .rotary import Rotary, text_config
+from .attention import UnseenAttentionError, causal_mask, eager_attention
+from .layers import Layer, LayerAttention, ask_layers, check_windows
+from .plain_forward import run
+from .rotary import Rotary, RotaryEmbedding, distinct_rotaries, text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,10 +39,10 @@ _OF_A_KIND = 2
 """Layers that are looked at of those that differ in their weights alone."""
 
 
-def probe_tokens(model: PreTrainedModel, span: int | None) -> Tensor:
-    """(1, n) token ids; no more than a query of the model itself attends to."""
+def probe_tokens(model: PreTrainedModel) -> Tensor:
+    """(1, n) token ids."""
     vocabulary = model.get_input_embeddings().num_embeddings
-    return torch.arange(7, 7 + min(_TOKENS, span or _TOKENS), device=model.device)[None] % vocabulary
+    return torch.arange(7, 7 + _TOKENS, device=model.device)[None] % vocabulary
 
 
 def difference(found: Tensor, expected: Tensor) -> float:
@@ -62,22 +64,6 @@ def allowed(logits: Tensor, noise: float) -> float:
     size = size[size.isfinite()]
     digits = max(torch.finfo(logits.dtype).eps, 32 * torch.finfo(torch.float32).eps)
     return max(_TIMES_THE_NOISE * noise, digits * (size.mean().item() if size.numel() else 0.0))
-
-
-def run(model: PreTrainedModel, tokens: Tensor, **options: Any) -> Tensor:
-    """Logits (1, n, vocabulary) of a plain forward pass. Raises UnsupportedModelError if the model has none."""
-    try:
-        logits: Tensor = model(input_ids=tokens, **{"use_cache": False} | options).logits
-    except UnsupportedModelError:
-        raise
-    except Exception as error:  # a model's code raises anything
-        reason = " ".join(str(error).split())
-        dtype = str(model.dtype).removeprefix("torch.")
-        raise UnsupportedModelError(
-            f"{type(model).__name__}: its forward pass fails on {tokens.shape[1]} tokens of text in {dtype} "
-            f"({type(error).__name__}: {reason[:200]})"
-        ) from error
-    return logits
 
 
 def check_finite_weights(model: PreTrainedModel, logits: Tensor) -> None:
@@ -108,17 +94,11 @@ def check_features(model: PreTrainedModel, own_attention: bool) -> None:
         (getattr(config, "is_encoder_decoder", False), "an encoder"),
     ]
     attended = [
-        (getattr(config, "attn_logit_softcapping", None), "soft caps on its attention logits"),
-        (_parameter(model, "sinks"), "learned sinks in the softmax of its attention"),
         (getattr(config, "cross_attention_layers", None), "layers that attend to something else than the text"),
     ]
     for found, what in cached if own_attention else cached + attended:
         if found:
             raise UnsupportedModelError(f"{name} has {what}")
-
-
-def _parameter(model: nn.Module, ending: str) -> bool:
-    return any(name.rpartition(".")[2] == ending for name, _ in model.named_parameters())
 
 
 @dataclass(frozen=True)
@@ -133,11 +113,12 @@ class _Call:
 class _Calls:
     """An AttentionState that notes how the model calls its attention layers."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, layers: Mapping[int, LayerAttention]) -> None:
         self.of: dict[int, _Call] = {}
         self.twice = False
         """Whether a layer's attention was computed more than once."""
         self._model = model
+        self._layers = layers
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -156,62 +137,90 @@ class _Calls:
         self.twice |= layer in self.of
         self.of[layer] = self._last
         # In float32, or what overflows in one layer would be no numbers in the next.
-        output = eager_attention(query.float(), key.float(), value.float(), scaling, _causal(query))
-        return output.to(value.dtype)
+        return _plainly(self._layers[layer], query, key, value, scaling).to(value.dtype)
 
 
 class _Rotated:
     """An AttentionState that keeps what a single layer attends with, in float32."""
 
+    def __init__(self, layer: LayerAttention) -> None:
+        self._layer = layer
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         self.queries, self.keys, self.values = query, key, value
-        return eager_attention(query, key, value, scaling, _causal(query))
+        return _plainly(self._layer, query, key, value, scaling)
 
 
-def _causal(query: Tensor) -> Tensor:
-    new = query.shape[-2]
-    return torch.ones(new, new, dtype=torch.bool, device=query.device).tril()
+def _plainly(layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
+    """A layer's attention over the tokens of its own call, in float32."""
+    mask = causal_mask(query.shape[-2], query.shape[-2], query.device, layer.window)
+    return eager_attention(query.float(), key.float(), value.float(), scaling, mask, layer.softmax)
 
 
 @torch.no_grad()
-def check_layers(model: PreTrainedModel, rotary: Rotary, tokens: Tensor, outputs: bool) -> None:
-    """Holds single attention layers, in float32, against what is made of them: turned from position 0 to every other,
-    and on by a million positions; with `outputs`, the attention itself against the layer's own.
+def checked_layers(
+    model: PreTrainedModel, embeddings: list[RotaryEmbedding], tokens: Tensor, attention: str, outputs: bool
+) -> dict[int, Layer]:
+    """The attention layers of the model by their numbers; it has the attention function of that name from then on.
+    Single ones are held, in float32, against what is made of them: turned from position 0 to every other, and on by a
+    million positions; with `outputs`, the attention itself against the layer's own.
 
-    The model must rotate by `rotary`. Raises UnsupportedModelError, with what the layer does; UnseenAttentionError if
-    that cannot be seen."""
+    The model must rotate by `embeddings`. Raises UnsupportedModelError, with what the layer does; UnseenAttentionError
+    if that cannot be seen."""
+    asked = ask_layers(model)
+    if outputs:
+        check_windows(model, asked)
+    model.set_attn_implementation(attention)
     at = torch.arange(tokens.shape[1], device=tokens.device)
-    calls = [_called(model, tokens, positions) for positions in (at, torch.zeros_like(at), at + _FAR)]
+    calls = [_called(model, asked, tokens, positions) for positions in (at, torch.zeros_like(at), at + _FAR)]
     if outputs and calls[0].twice:
         raise UnsupportedModelError(f"{type(model).__name__} computes attention more than once in a layer")
     here, zero, far = (call.of for call in calls)
     if not here:
         raise UnseenAttentionError(f"{type(model).__name__} has attention code of its own, not transformers' interface")
-    for layer, first in _one_of_each_kind(here).items():
-        with _seen(first.module):
-            module = deepcopy(first.module).float()
-            runs = [_run_alone(module, call, first) for call in (first, zero[layer], far[layer])]
-        where = f"{type(model).__name__}, layer {layer}"
-        _check_rotation(where, rotary, at, *(rotated for rotated, _ in runs))
-        if outputs:
-            _check_output(where, module, first, runs[0][1])
+    rotaries, found = distinct_rotaries(embeddings, model), dict[int, Rotary]()
+    for alike in _kinds(here, asked):
+        for layer in alike[:_OF_A_KIND]:
+            first = here[layer]
+            with _seen(first.module):
+                module = deepcopy(first.module).float()
+                runs = [_run_alone(module, asked[layer], call, first) for call in (first, zero[layer], far[layer])]
+            where = f"{type(model).__name__}, layer {layer}"
+            rotary = _rotary_of(where, rotaries, at, *(rotated for rotated, _ in runs))
+            if outputs:
+                _check_output(where, asked[layer], module, first, runs[0][1])
+            if found.setdefault(alike[0], rotary) is not rotary:
+                raise UnsupportedModelError(
+                    f"{where}: its keys are turned in another way than those of a layer like it"
+                )
+        found |= dict.fromkeys(alike, found[alike[0]])
+    return {layer: Layer(**vars(asked[layer]), rotary=found[layer]) for layer in sorted(found)}
 
 
-def _called(model: PreTrainedModel, tokens: Tensor, positions: Tensor) -> _Calls:
-    calls = _Calls(model)
+def _called(model: PreTrainedModel, layers: Mapping[int, LayerAttention], tokens: Tensor, positions: Tensor) -> _Calls:
+    calls = _Calls(model, layers)
     with calls.watched():
         run(model, tokens, position_ids=positions[None], attention_state=calls)
     return calls
 
 
-def _one_of_each_kind(calls: Mapping[int, _Call]) -> dict[int, _Call]:
-    """The first layers of those that differ in their weights alone."""
+def _kinds(calls: Mapping[int, _Call], layers: Mapping[int, LayerAttention]) -> list[list[int]]:
+    """The layers in lots that differ in their weights alone."""
     kinds: dict[tuple[Any, ...], list[int]] = {}
     for layer, call in calls.items():
         facts = {name: value for name, value in vars(call.module).items() if name != "layer_idx"}
         plain = [(name, value) for name, value in facts.items() if isinstance(value, bool | int | float | str | None)]
-        kinds.setdefault((type(call.module), *sorted(plain, key=str)), []).append(layer)
-    return {layer: calls[layer] for layers in kinds.values() for layer in layers[:_OF_A_KIND]}
+        attends = {name: value for name, value in vars(layers[layer]).items() if name != "softmax"}
+        softmax = layers[layer].softmax
+        kind = (type(call.module), *sorted(plain, key=str), *attends.values(), softmax.cap, softmax.sinks is None)
+        kinds.setdefault((*kind, *_angles_given(call)), []).append(layer)
+    return list(kinds.values())
+
+
+def _angles_given(call: _Call) -> list[int]:
+    """Which tensors the layer was given as cosines and sines; layers of one rotary embedding are given the same."""
+    pairs = [value for value in (*call.arguments, *call.options.values()) if isinstance(value, tuple)]
+    return [id(part) for pair in pairs for part in pair if isinstance(part, Tensor)]
 
 
 def _in_float32(value: Any) -> Any:
@@ -222,9 +231,9 @@ def _in_float32(value: Any) -> Any:
     return value
 
 
-def _run_alone(module: nn.Module, call: _Call, first: _Call) -> tuple[_Rotated, Tensor]:
+def _run_alone(module: nn.Module, layer: LayerAttention, call: _Call, first: _Call) -> tuple[_Rotated, Tensor]:
     """The layer on the hidden states that it had in `first`, at the positions of `call`; also what it returns."""
-    state = _Rotated()
+    state = _Rotated(layer)
     arguments, options = _with_input_of(call, first)
     found = module(*arguments, **options | {"attention_state": state})
     return state, found[0] if isinstance(found, tuple) else found
@@ -250,25 +259,40 @@ def _with_input_of(call: _Call, first: _Call) -> tuple[Any, dict[str, Any]]:
     return (), options | {name: _in_float32(first.options[name])}
 
 
-def _check_rotation(where: str, rotary: Rotary, at: Tensor, here: _Rotated, zero: _Rotated, far: _Rotated) -> None:
-    rotary.reserve(len(at))
-    onwards = rotary.by(_FAR)
-    for what in ("keys", "queries"):
-        raw, rotated, distant = (getattr(state, what).to(at.device) for state in (zero, here, far))
-        if not _alike(rotary.rotate(raw, rotary.at(at)), rotated):
-            raise UnsupportedModelError(f"{where}: {_why(rotary, at, what, raw, rotated)}")
-        if not _alike(rotary.rotate(rotated, onwards), distant):
-            raise UnsupportedModelError(
-                f"{where}: its {what} depend on the position itself, not on distances alone (they are scaled by it)"
-            )
+def _rotary_of(where: str, rotaries: list[Rotary], at: Tensor, here: _Rotated, zero: _Rotated, far: _Rotated) -> Rotary:
+    """The one that turns the layer's keys and queries."""
+    failures = []
+    for rotary in [rotary for rotary in rotaries if rotary.size <= here.keys.shape[-1]]:
+        failure = _failure(rotary, at, here, zero, far)
+        if failure is None:
+            break
+        failures.append(failure)
+    else:
+        raise UnsupportedModelError(f"{where}: {max(failures, key=lambda failure: failure[0])[1]}")
     if not (_alike(zero.values, here.values) and _alike(far.values, here.values)):
         raise UnsupportedModelError(f"{where}: its values depend on positions")
+    return rotary
+
+
+def _failure(rotary: Rotary, at: Tensor, here: _Rotated, zero: _Rotated, far: _Rotated) -> tuple[int, str] | None:
+    """What keys or queries do that is not this rotation, after how much that is."""
+    rotary.reserve(len(at))
+    for done, what in enumerate(("keys", "queries")):
+        raw, rotated, distant = (getattr(state, what).to(at.device) for state in (zero, here, far))
+        if not _alike(rotary.rotate(raw, rotary.at(at)), rotated):
+            return 2 * done, _why(rotary, at, what, raw, rotated)
+        if not _alike(rotary.rotate(rotated, rotary.by(_FAR)), distant):
+            return 2 * done + 1, _SCALED.format(what)
+    return None
+
+
+_SCALED = "its {} depend on the position itself, not on distances alone (they are scaled by it)"
 
 
 def _why(rotary: Rotary, at: Tensor, what: str, raw: Tensor, rotated: Tensor) -> str:
+    if not rotary.size:
+        return _SCALED.format(what)
     cos, sin = rotary.at(at)
-    if _alike(raw, rotated):
-        return f"its {what} have no rotary positions, other layers' may have"
     if _alike(rotary.rotate(raw, (cos, -sin)), rotated):
         return f"its {what} are turned the other way round"
     turned = (raw - rotated).abs().flatten(0, -2).amax(0) > _ROUNDING * raw.abs().amax()
@@ -278,14 +302,16 @@ def _why(rotary: Rotary, at: Tensor, what: str, raw: Tensor, rotated: Tensor) ->
     return f"its {what} are more than rotated: something follows the rotation, as a norm does"
 
 
-def _check_output(where: str, module: nn.Module, call: _Call, found: Tensor) -> None:
+def _check_output(where: str, layer: LayerAttention, module: nn.Module, call: _Call, found: Tensor) -> None:
     """Against the layer's own attention, of whatever kind."""
     config = getattr(module, "config", None)
     if config is None:
         return
     arguments, options = _with_input_of(call, call)
     mask = torch.zeros(1, 1, *(2 * [found.shape[-2]]), device=found.device)
-    mask.masked_fill_(~_causal(mask), torch.finfo(torch.float32).min)
+    mask.masked_fill_(
+        ~causal_mask(len(mask[0, 0]), len(mask[0, 0]), mask.device, layer.window), torch.finfo(torch.float32).min
+    )
     config._attn_implementation = "eager"
     names = list(inspect.signature(module.forward).parameters)
     if "attention_mask" in names[: len(arguments)]:
@@ -301,18 +327,18 @@ def _check_output(where: str, module: nn.Module, call: _Call, found: Tensor) -> 
 
 
 @torch.no_grad()
-def check_distance(model: PreTrainedModel, rotary: Rotary, tokens: Tensor) -> None:
+def check_distance(model: PreTrainedModel, rotaries: Sequence[Rotary], tokens: Tensor) -> None:
     """Checks by the model's own attention that its first keys turned on by a million positions, and the other tokens
     that far away, give the logits that the model has where nothing is between them.
 
-    The model must rotate by `rotary`. Raises UnsupportedModelError."""
+    The model must rotate by `rotaries`, one for each layer. Raises UnsupportedModelError."""
     whole = run(model, tokens)[:, _SINKS:]
     check_finite_weights(model, whole)
-    noise = difference(_parted(model, rotary, tokens, 0), whole)
+    noise = difference(_parted(model, rotaries, tokens, 0), whole)
     if model.dtype.itemsize < 4:  # what is rotated to another position is rounded to something else
         elsewhere = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         noise = max(noise, difference(run(model, tokens, position_ids=elsewhere[None])[:, _SINKS:], whole))
-    error, limit = difference(_parted(model, rotary, tokens, _FAR), whole), allowed(whole, noise)
+    error, limit = difference(_parted(model, rotaries, tokens, _FAR), whole), allowed(whole, noise)
     if not error <= limit:
         raise UnsupportedModelError(
             f"{type(model).__name__}: with its first keys turned on to a million positions later its logits differ by "
@@ -320,13 +346,13 @@ def check_distance(model: PreTrainedModel, rotary: Rotary, tokens: Tensor) -> No
         )
 
 
-def _parted(model: PreTrainedModel, rotary: Rotary, tokens: Tensor, distance: int) -> Tensor:
+def _parted(model: PreTrainedModel, rotaries: Sequence[Rotary], tokens: Tensor, distance: int) -> Tensor:
     """The logits of all but the first tokens, `distance` positions behind those."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
     run(model, tokens[:, :_SINKS], past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
+    for layer, rotary in zip(cache.layers, rotaries, strict=False):
         layer.keys = rotary.rotate(layer.keys, rotary.by(distance))
     positions = torch.arange(_SINKS, tokens.shape[1], device=tokens.device) + distance
     return run(model, tokens[:, _SINKS:], past_key_values=cache, use_cache=True, position_ids=positions[None])

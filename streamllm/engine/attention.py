@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import reduce
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..errors import UnsupportedModelError
+from ..errors import UnsupportedModelError, UsageError
 from .backends import BACKENDS, Backend
 
 ATTENTION_NAME = "streamllm"
@@ -25,6 +25,33 @@ ATTENTION_NAME = "streamllm"
 
 class UnseenAttentionError(UnsupportedModelError):
     """The attention that the model's layers compute does not pass through here."""
+
+
+class Softmax(NamedTuple):
+    """What the softmax of a layer has besides products of queries and keys."""
+
+    cap: float | None = None
+    """A logit x becomes cap tanh(x / cap) (Gemma 2)."""
+    sinks: Tensor | None = None
+    """(heads): one more logit for each head, learned, without a value (gpt-oss)."""
+
+    @property
+    def is_plain(self) -> bool:
+        return self.cap is None and self.sinks is None
+
+    def weights(self, logits: Tensor) -> Tensor:
+        """Scaled logits (batch, heads, new, held), masked ones -inf -> weights, in float32 at least."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if self.sinks is None:
+            return logits.softmax(-1)
+        sinks = self.sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1)
+        return torch.cat((logits, sinks), -1).softmax(-1)[..., :-1]
+
+    def capped(self, logits: Tensor) -> Tensor:
+        return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
+
+
+PLAIN = Softmax()
 
 
 class AttentionState(Protocol):
@@ -52,16 +79,13 @@ def _attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     attention_state: AttentionState | None = None,
-    **more: Any,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     if attention_state is None:
         raise UnseenAttentionError(
             f"{type(module).__name__} was called without attention_state: the model's layers do not hand on what the "
             f"model is called with, or it was loaded for the engine and called without it"
         )
-    for name in ("softcap", "s_aux"):  # soft-capped logits; learned sinks in the denominator
-        if more.get(name) is not None:
-            raise UnseenAttentionError(f"{type(module).__name__} is more than a softmax: it has {name}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     # Angles are exact, in float32 at least: what they turned comes back to the model's dtype here.
     query, key = query.to(value.dtype), key.to(value.dtype)
@@ -77,24 +101,36 @@ def attention(
     scaling: float,
     mask: Tensor | None = None,
     causal: bool = False,
+    window: int | None = None,
+    softmax: Softmax = PLAIN,
 ) -> Tensor:
     """softmax(query key^T scaling) value, the backend's way; its kernel is chosen by `Backend.active` around the loop.
 
     query (batch, heads, new, size), key and value (batch, KV heads, held, size), which may be of another number format,
-    -> (batch, heads, new, size).
+    -> (batch, heads, new, value size).
 
-    `mask` (new, held) is True where visible; `causal` aligns the last query with the last key.
+    `mask` (new, held) is True where visible; without one, `causal` aligns the last query with the last key, and each
+    sees the last `window` keys up to its own. Raises UsageError for a kernel that has not what the layer's softmax has.
     """
+    if causal and mask is None and window is not None and key.shape[-2] > window:
+        if query.shape[-2] == 1:
+            key, value = key[:, :, -window:], value[:, :, -window:]
+        else:
+            mask = causal_mask(query.shape[-2], key.shape[-2], query.device, window)
     new, held = query.shape[-2], key.shape[-2]
     if new == 1 and torch.compiler.is_compiling() and fuses(backend, query.device):
-        return fused_attention(query, key, value, scaling, mask)
+        return fused_attention(query, key, value, scaling, mask, softmax)
     key, value = key.to(query.dtype), value.to(query.dtype)
+    eager = backend.library == "eager" or not softmax.is_plain
+    if not softmax.is_plain and backend.name not in ("auto", "eager"):
+        what = "soft caps on its logits" if softmax.cap is not None else "learned sinks in its softmax"
+        raise UsageError(f"attention backend {backend.name!r}: the model has {what}; use auto or eager")
     if new == 1 and backend.library == "triton":
         return _triton_attention(backend, query, key, value, scaling, mask)
-    if causal and new > 1 and backend.library != "flash_attn" and (new != held or backend.library == "eager"):
-        mask = torch.ones(new, held, dtype=torch.bool, device=query.device).tril(held - new)
-    if backend.library == "eager":
-        return eager_attention(query, key, value, scaling, mask)
+    if causal and mask is None and new > 1 and backend.library != "flash_attn" and (new != held or eager):
+        mask = causal_mask(new, held, query.device)
+    if eager:
+        return eager_attention(query, key, value, scaling, mask, softmax)
     causal = causal and mask is None and new > 1
     if backend.library == "flash_attn" and mask is None:
         return _flash_attention_2(query, key, value, scaling, causal)
@@ -107,6 +143,12 @@ def attention(
         return F.scaled_dot_product_attention(
             query, key, value, mask, is_causal=causal, scale=scaling, enable_gqa=grouped
         )
+
+
+def causal_mask(new: int, held: int, device: torch.device, window: int | None = None) -> Tensor:
+    """(new, held), True where the last `new` of the tokens see a key: up to their own, the last `window` of those."""
+    mask = torch.ones(new, held, dtype=torch.bool, device=device).tril(held - new)
+    return mask if window is None else mask.triu(held - new - window + 1)
 
 
 def for_each_head(x: Tensor, heads: int) -> Tensor:
@@ -139,16 +181,22 @@ def fuses(backend: Backend, device: torch.device) -> bool:
     return backend.name == "auto" and device.type == "cpu"
 
 
-def fused_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+def fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, softmax: Softmax = PLAIN
+) -> Tensor:
     """One query's attention as a product with the keys and a sum of the values, for a compiler: faster than torch's
     kernel for CPUs, and than inductor's own loop over keys, whose rows are short. The logits, the softmax and the sums
     are in float32 at least."""
     precision = torch.promote_types(query.dtype, torch.float32)
     query_of_group = query.squeeze(2).unflatten(1, (key.shape[1], -1)).to(precision)  # (batch, KV heads, group, size)
-    logits = query_of_group @ key.to(precision).transpose(-1, -2) * scaling
+    logits = softmax.capped(query_of_group @ key.to(precision).transpose(-1, -2) * scaling)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
-    weights = logits.softmax(-1)[..., None]
+    if softmax.sinks is None:
+        weights = logits.softmax(-1)[..., None]
+    else:
+        each_head = logits.flatten(1, 2)[:, :, None]
+        weights = softmax.weights(each_head).squeeze(2).unflatten(1, logits.shape[1:3])[..., None]
     return _summed(weights, value[:, :, None]).flatten(1, 2)[:, :, None].to(query.dtype)
 
 
@@ -164,14 +212,15 @@ def _summed(weights: Tensor, values: Tensor, parts: int = 16) -> Tensor:
     return total + product(parts * length, rest).sum(-2) if rest else total
 
 
-def eager_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None) -> Tensor:
+def eager_attention(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, mask: Tensor | None, softmax: Softmax = PLAIN
+) -> Tensor:
     """As written in transformers' modelling files: the logits in the model's dtype, the softmax in float32 at least."""
     key, value = (for_each_head(x, query.shape[1]) for x in (key, value))
-    logits = query @ key.transpose(-1, -2) * scaling
+    logits = softmax.capped(query @ key.transpose(-1, -2) * scaling)
     if mask is not None:
         logits = logits.masked_fill(~mask, -torch.inf)
-    precision = torch.promote_types(logits.dtype, torch.float32)
-    return logits.softmax(-1, dtype=precision).to(query.dtype) @ value
+    return softmax.weights(logits).to(query.dtype) @ value
 
 
 _KERNELS = {operator: backend.name for backend in BACKENDS.values() for operator in backend.operators} | {
@@ -182,26 +231,29 @@ _KERNELS = {operator: backend.name for backend in BACKENDS.values() for operator
 
 
 @contextlib.contextmanager
-def recorded_kernel(requested: Backend) -> Iterator[KernelRecorder]:
-    """Notes in `.used` which attention kernel torch dispatches to inside the block."""
+def recorded_kernel(requested: Backend, plain: bool = True) -> Iterator[KernelRecorder]:
+    """Notes in `.used` which attention kernel torch dispatches to inside the block. plain: whether the softmax of all
+    layers is; what no kernel has is computed eagerly."""
     # In inference mode torch shows a dispatch mode the composite operator only, not the kernel it chooses.
-    with torch.inference_mode(False), torch.no_grad(), KernelRecorder(requested) as recorder:
+    with torch.inference_mode(False), torch.no_grad(), KernelRecorder(requested, plain) as recorder:
         yield recorder
 
 
 class KernelRecorder(TorchDispatchMode):
     """`recorded_kernel` enters it."""
 
-    def __init__(self, requested: Backend) -> None:
+    def __init__(self, requested: Backend, plain: bool = True) -> None:
         super().__init__()
         self.requested = requested
+        self.plain = plain
         self.kernels: set[str] = set()
 
     @property
     def used(self) -> str:
         """Several joined by "+": a cache may need another kernel while it is not full."""
         # Eager and math are compositions of ordinary operators: no kernel of their own shows up.
-        return "+".join(sorted(self.kernels)) or ("eager" if self.requested.library == "eager" else "math")
+        eager = self.requested.library == "eager" or not self.plain
+        return "+".join(sorted(self.kernels | ({"eager"} if eager else set()))) or "math"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kernel = _KERNELS.get(func._schema.name)

@@ -7,8 +7,9 @@ evicted before it (`policy.evicted_before`), the logits a decode loop would comp
     sink i < S:                Rot(t - e) q . Rot(i) k   distance between cache positions
                                Rot(t) q . Rot(i) k       where survivors keep their positions in the stream
 
-and everything else is masked. Both families of logits come out of one attention call: the sink logits are computed
-beforehand and fed through extra head dimensions in which sink keys are one-hot and window keys are zero.
+and everything else is masked; in a layer with a window of its own, what these distances put outside of it as well. Both
+of logits come out of one attention call: the sink logits are computed beforehand and fed through extra head dimensions
+in which sink keys are one-hot and window keys are zero. A layer's learned sinks are one more such key, without a value.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..policy import EvictionPolicy, evicted_before
-from .attention import attention, for_each_head
+from .attention import PLAIN, attention, for_each_head
 from .backends import BACKENDS
 from .decoding import KVCache
 from .model import LoadedModel
@@ -31,7 +32,11 @@ class BlockState(KVCache):
         super().__init__(loaded, BACKENDS["auto"], policy.kv_dtype)
         self.n_sink = policy.n_sink
         self.keeps_positions = policy.keeps_positions
-        self.evicted = torch.tensor(evicted_before(policy, n_tokens), device=loaded.device)
+        evicted = evicted_before(policy, n_tokens)
+        self.evicted = torch.tensor(evicted, device=loaded.device)
+        held = n_tokens if self.keeps_positions else max((t + 1 - gone for t, gone in enumerate(evicted)), default=0)
+        self.windows = [window for window in self.windows if window < held]
+        """Of the layers that have one which leaves something out."""
         self.held = torch.empty(0, dtype=torch.long, device=loaded.device)
         """Stream positions of the kept tokens: the sinks, then a contiguous window."""
 
@@ -43,17 +48,26 @@ class BlockState(KVCache):
         evicted = self.evicted[start:stop, None]
         is_sink = self.held < self.n_sink
         self.sinks = int(is_sink.sum())
-        self.visible = (is_sink | (self.held >= self.n_sink + evicted)) & (self.held <= queries[:, None])
+        visible = (is_sink | (self.held >= self.n_sink + evicted)) & (self.held <= queries[:, None])
+        self.visible: dict[int | None, Tensor] = {None: visible}
+        """By the window of a layer: (queries, held)."""
+        if self.windows:
+            distances = queries[:, None] - self.held - (0 if self.keeps_positions else evicted * is_sink)
+            self.visible |= {window: visible & (distances < window) for window in self.windows}
         # Only distances count: counting from the oldest window token keeps angles small in a stream of any length.
         window = self.held[self.sinks :]
         origin = window[0] if len(window) else queries[-1]
         window_queries = (queries - origin).clamp(min=0)  # a sink sees no window token
-        self.rotary.reserve(int(window_queries.max()) + 1)
-        self.query_angles = self.rotary.at(window_queries)
-        self.key_angles = self.rotary.at(window - origin)
+        longest = int(window_queries.max()) + 1
+        self.query_angles = self.angles(lambda rotary: rotary.reserve(longest).at(window_queries))
+        self.key_angles = self.angles(lambda rotary: rotary.at(window - origin))
         # Not from the table, which would grow with a stream in which sinks are ever farther away.
-        self.query_angles_to_sinks = self.rotary.turn(queries if self.keeps_positions else queries - evicted[:, 0])
-        self.sink_angles = self.rotary.span(0, self.sinks)
+        to_sinks = queries if self.keeps_positions else queries - evicted[:, 0]
+        self.query_angles_to_sinks = self.angles(lambda rotary: rotary.turn(to_sinks))
+        self.sink_angles = self.angles(lambda rotary: rotary.span(0, self.sinks))
+
+    def visible_to(self, layer: int) -> Tensor:
+        return self.visible.get(self.layers[layer].window, self.visible[None])
 
     def _forget(self, start: int) -> None:
         if not len(self.held):
@@ -71,21 +85,31 @@ class BlockState(KVCache):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = (for_each_head(x, query.shape[1]) for x in self.append(layer, key, value))
-        sinks = self.sinks
-        window_query = self.rotary.rotate(query, self.query_angles)
-        window_keys = self.rotary.rotate(keys[:, :, sinks:], self.key_angles)
-        logits = self.sink_logits(query, keys[:, :, :sinks])
-        return self.attention(window_query, window_keys, values, logits, scaling)
+        rotary, sinks = self.layers[layer].rotary, self.sinks
+        window_query = rotary.rotate(query, self.query_angles[layer])
+        window_keys = rotary.rotate(keys[:, :, sinks:], self.key_angles[layer])
+        logits = self.sink_logits(layer, query, keys[:, :, :sinks])
+        return self.attention(layer, window_query, window_keys, values, logits, scaling)
 
-    def sink_logits(self, query: Tensor, keys: Tensor) -> Tensor:
+    def sink_logits(self, layer: int, query: Tensor, keys: Tensor) -> Tensor:
         """Raw queries (1, heads, new, size) and sinks (1, heads, S, size) -> (1, heads, new, S), float32 at least."""
         precision = torch.promote_types(query.dtype, torch.float32)
-        query = self.rotary.rotate(query, self.query_angles_to_sinks)
-        keys = self.rotary.rotate(keys, self.sink_angles)
+        rotary = self.layers[layer].rotary
+        query = rotary.rotate(query, self.query_angles_to_sinks[layer])
+        keys = rotary.rotate(keys, self.sink_angles[layer])
         return query.to(precision) @ keys.to(precision).transpose(-1, -2)
 
-    def attention(self, query: Tensor, keys: Tensor, values: Tensor, logits: Tensor, scaling: float) -> Tensor:
+    def attention(
+        self, layer: int, query: Tensor, keys: Tensor, values: Tensor, logits: Tensor, scaling: float
+    ) -> Tensor:
         """Over the sinks by their logits, unscaled, and over the window's keys; values of both."""
+        mask, softmax = self.visible_to(layer), self.layers[layer].softmax
+        value_size = values.shape[-1]
+        if softmax.sinks is not None and softmax.cap is None:
+            learned = softmax.sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1) / scaling
+            logits, softmax = torch.cat((learned, logits), dim=-1), PLAIN
+            values = F.pad(values, (0, 0, 1, 0))
+            mask = F.pad(mask, (1, 0), value=True)
         size, sinks = query.shape[-1], logits.shape[-1]
         parts = [logits.to(query.dtype)]
         if logits.dtype != query.dtype:  # a half-precision logit would be off by some hundredths: carry the rest along
@@ -99,10 +123,11 @@ class BlockState(KVCache):
             torch.cat((sink_rows.expand(*keys.shape[:2], -1, -1), _widen(keys, width)), dim=2),
             _widen(values, width),  # CPU kernels leave their fast path where values are narrower than keys
             scaling,
-            mask=self.visible,
+            mask=mask,
+            softmax=softmax,
         )
-        return output[..., :size]
+        return output[..., :value_size]
 
 
 def _widen(x: Tensor, width: int) -> Tensor:
-    return F.pad(x, (0, width - x.shape[-1]))
+    return F.pad(x, (0, max(width - x.shape[-1], 0)))

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ..policy import EvictionPolicy, Schedule
+from .attention import causal_mask
 from .backends import Backend
 from .device import float64_device
 from .execution import static_step
 from .model import LoadedModel
+from .rotary import Angles, Rotary
 
 Progress = Callable[[int, int], None]
 """Called with the steps done so far, and all there are."""
@@ -44,7 +46,11 @@ class KVCache(ABC):
     """
 
     def __init__(self, loaded: LoadedModel, backend: Backend, kv_dtype: str = "auto") -> None:
-        self.rotary = loaded.rotary
+        self.layers = loaded.layers
+        self._rotaries = list(dict.fromkeys(layer.rotary for layer in self.layers))
+        self._rotary_of = [self._rotaries.index(layer.rotary) for layer in self.layers]
+        self.windows = sorted({layer.window for layer in self.layers if layer.window is not None})
+        """Of the layers that have one."""
         self.backend = backend
         self.device = loaded.device
         self.length = 0
@@ -55,6 +61,22 @@ class KVCache(ABC):
         """Of everything that is computed."""
         self.stored = stored_dtype(kv_dtype, loaded.dtype)
         """Of what is kept."""
+
+    def angles(self, of: Callable[[Rotary], Angles]) -> list[Angles]:
+        """Of each layer; computed once for those that turn alike."""
+        found = [of(rotary) for rotary in self._rotaries]
+        return [found[place] for place in self._rotary_of]
+
+    def in_windows(self, places_of: Callable[[], Tensor], new: int, reach: int) -> dict[int | None, Tensor]:
+        """For each window of a layer that leaves something out, what the last `new` of the tokens at some places (n)
+        see of all: (new, n). reach: how far the first is before the last, itself included."""
+        windows = [window for window in self.windows if window < reach]
+        if not windows:
+            return {}
+        places = places_of()
+        causal = causal_mask(new, len(places), places.device)
+        distances = places[-new:, None] - places
+        return {window: causal & (distances < window) for window in windows}
 
     def begin(self, held: int, count: int) -> None:
         """Prepares for a forward pass of `count` tokens, `held` being in the cache."""

@@ -19,10 +19,11 @@ from transformers.utils import logging
 
 from ..errors import UnsupportedModelError, UsageError
 from ..policy import EvictionPolicy
-from .architecture import check_distance, check_features, check_layers, probe_tokens
+from .architecture import check_distance, check_features, checked_layers, probe_tokens
 from .attention import ATTENTION_NAME, UnseenAttentionError, register_attention
-from .model import attention_span, trained_length
-from .rotary import Rotary, text_config
+from .layers import span_of
+from .model import trained_length
+from .rotary import Rotary, RotaryEmbedding, rotary_embeddings, text_config, text_part
 from .slots import RingSlots
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class StreamingCache(Cache):  # type: ignore[misc]
         policy = EvictionPolicy(n_sink=n_sink, window_size=window_size)
         check_features(model, own_attention=True)
         config = text_config(model)
-        if attention_span(config) is not None:
+        if span_of(config) is not None:
             raise UnsupportedModelError(f"{type(model).__name__} has a sliding window of its own, and no use for sinks")
         trained = trained_length(config)
         if trained is not None and policy.kept + 1 > trained:
@@ -71,65 +72,76 @@ class StreamingCache(Cache):  # type: ignore[misc]
             )
         self.offset = 0
         """Offset of the positions that are given to the model: that of the first token."""
-        self.rotary = _streaming_rotary(model)
-        turn = _SinkTurn(self.rotary)
-        super().__init__(layers=[_RingLayer(policy, turn) for _ in range(config.num_hidden_layers)])
+        self.rotaries = _streaming_rotaries(model)
+        turns = {rotary: _SinkTurn(rotary) for rotary in self.rotaries}
+        super().__init__(layers=[_RingLayer(policy, turns[rotary]) for rotary in self.rotaries])
 
 
-_KNOWN = "_streaming_rotary"
+_KNOWN = "_streaming_rotaries"
 
 
 class _Known(NamedTuple):
     """A decoder's record of the rotation that it was seen to be right with."""
 
     where: tuple[torch.device, torch.dtype]
-    rotary: Rotary
+    embeddings: list[RotaryEmbedding]
+    rotaries: list[Rotary]
+    """One for each layer."""
 
 
-def _streaming_rotary(model: PreTrainedModel) -> Rotary:
-    """Has the model rotate by exact angles, and refuse what a StreamingCache cannot see; tried once for each dtype and
-    device. Raises UnsupportedModelError, or UsageError for a model of the engine's."""
-    decoder = model.get_decoder()
+def _streaming_rotaries(model: PreTrainedModel) -> list[Rotary]:
+    """Of each layer. Has the model rotate by exact angles, and refuse what a StreamingCache cannot see; tried once for
+    each dtype and device. Raises UnsupportedModelError, or UsageError for a model of the engine's."""
+    decoder = text_part(model)
     if model.config._attn_implementation == ATTENTION_NAME:
         raise UsageError(f"{type(model).__name__} was loaded for the engine; load another one for `generate`")
     if model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{type(model).__name__} has no output layer: it is not a language model")
     known: _Known | None = getattr(decoder, _KNOWN, None)
     if known is not None and known.where == (model.device, model.dtype):
-        known.rotary.take_over(in_its_dtype=True)
-        return known.rotary
-    rotary = Rotary(model)
+        _take_over(known.embeddings, in_its_dtype=True)
+        return known.rotaries
+    embeddings = rotary_embeddings(model)
     with torch.autocast(model.device.type, enabled=False):
-        _try(model, rotary)
+        rotaries = _tried(model, embeddings)
     if known is None:
         decoder.register_forward_pre_hook(_refuse, with_kwargs=True)
-    setattr(decoder, _KNOWN, _Known((model.device, model.dtype), rotary))
-    return rotary
+    setattr(decoder, _KNOWN, _Known((model.device, model.dtype), embeddings, rotaries))
+    return rotaries
 
 
-def _try(model: PreTrainedModel, rotary: Rotary) -> None:
-    """Leaves the model as it was, but for the rotation. Raises UnsupportedModelError."""
+def _take_over(embeddings: list[RotaryEmbedding], in_its_dtype: bool) -> None:
+    for embedding in embeddings:
+        embedding.take_over(in_its_dtype)
+
+
+def _tried(model: PreTrainedModel, embeddings: list[RotaryEmbedding]) -> list[Rotary]:
+    """The rotation of each layer. Leaves the model as it was, but for the angles. Raises UnsupportedModelError."""
     register_attention()
-    tokens = probe_tokens(model, None)
-    own, training, embed = model.config._attn_implementation, model.training, rotary.embedding.forward
+    tokens = probe_tokens(model)
+    own, training = model.config._attn_implementation, model.training
+    # Of layers that cannot be seen, the whole model says whether they turn so.
+    rotaries = [embeddings[0].rotaries[0]] * text_config(model).num_hidden_layers
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # of a model with attention code of its own, that it has
     model.eval()
     try:
-        rotary.take_over()
-        model.set_attn_implementation(ATTENTION_NAME)
-        with suppress(UnseenAttentionError):  # the whole model will have to do
-            check_layers(model, rotary, tokens, outputs=False)
-        rotary.take_over(in_its_dtype=True)
+        _take_over(embeddings, in_its_dtype=False)
+        with suppress(UnseenAttentionError):
+            layers = checked_layers(model, embeddings, tokens, ATTENTION_NAME, outputs=False)
+            rotaries = [layers[n].rotary if n in layers else rotary for n, rotary in enumerate(rotaries)]
+        _take_over(embeddings, in_its_dtype=True)
         model.set_attn_implementation(own)
-        check_distance(model, rotary, tokens)
+        check_distance(model, rotaries, tokens)
     except BaseException:
-        rotary.embedding.forward = embed
+        for embedding in embeddings:
+            embedding.give_back()
         raise
     finally:
         model.set_attn_implementation(own)
         model.train(training)
         logging.set_verbosity(said)
+    return rotaries
 
 
 def _refuse(decoder: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -138,7 +150,8 @@ def _refuse(decoder: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
     if not isinstance(cache, StreamingCache):
         return
     known: _Known = getattr(decoder, _KNOWN)
-    if not known.rotary.turns_like(cache.rotary) or len(cache.layers) < text_config(decoder).num_hidden_layers:
+    alike = all(one.turns_like(other) for one, other in zip(known.rotaries, cache.rotaries, strict=False))
+    if not alike or len(cache.layers) < text_config(decoder).num_hidden_layers:
         raise UsageError("this StreamingCache was made for another model, of other rotary angles or fewer layers")
     if options.get("use_cache") is False:
         raise UsageError("use_cache=False with a StreamingCache: give use_cache=True, or no cache")
@@ -178,7 +191,7 @@ def _check_positions(cache: StreamingCache, given: Tensor | None) -> None:
 
 
 class _SinkTurn:
-    """Turns sinks on; the angles are the same in every layer."""
+    """Turns sinks on; the angles are the same in all layers that turn alike."""
 
     def __init__(self, rotary: Rotary) -> None:
         self.rotary = rotary

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,17 +20,18 @@ from ..files import is_folder
 from ..libraries import hush_libraries
 from ..policy import EvictionPolicy
 from ..testbed import MODEL_FOLDER
-from .architecture import allowed, check_features, check_finite_weights, check_layers, difference, probe_tokens, run
+from .architecture import allowed, check_features, check_finite_weights, checked_layers, difference, probe_tokens
 from .attention import ATTENTION_NAME, register_attention
 from .backends import BACKENDS
 from .block_state import BlockState
 from .device import default_device, resolve_dtype, unverified
 from .gguf import converted, facts, folder_digest, gguf_file
 from .methods.ours import RerotatedCache
-from .model import LoadedModel, attention_span
+from .model import LoadedModel
 from .model import trained_length as positions_of
+from .plain_forward import run
 from .quantization import quantize
-from .rotary import Rotary, text_config
+from .rotary import rotary_embeddings, text_config
 from .weight_files import check_config_file, check_weight_files, lacks, vocabulary_of
 
 if TYPE_CHECKING:
@@ -149,28 +149,35 @@ def prepare(model: PreTrainedModel, name: str, digest: str, quantization: str = 
     check_features(model, own_attention=False)
     register_attention()
     model.eval().requires_grad_(False)
-    rotary = Rotary(model)
-    tokens = probe_tokens(model, attention_span(text_config(model)))
+    embeddings = rotary_embeddings(model)
+    tokens = probe_tokens(model)
     with torch.inference_mode():
         expected, noise = _own_logits(model, tokens)
         check_finite_weights(model, expected)
-        model.set_attn_implementation(ATTENTION_NAME)
-        rotary.take_over()
-        check_layers(model, rotary, tokens, outputs=True)
-    loaded = LoadedModel(name, model, rotary, model.device, model.dtype, digest)
+        for embedding in embeddings:
+            embedding.take_over()
+        layers = checked_layers(model, embeddings, tokens, ATTENTION_NAME, outputs=True)
+    count = text_config(model).num_hidden_layers
+    if len(layers) != count:
+        raise UnsupportedModelError(f"{name}: {len(layers)} of {count} layers use transformers' attention interface")
+    loaded = LoadedModel(name, model, tuple(layers.values()), model.device, model.dtype, digest)
     _check_logits(loaded, tokens, expected, noise)
     quantize(model, quantization)
     return loaded if quantization == "none" else replace(loaded, digest=f"{digest} {quantization}")
 
 
 def _own_logits(model: PreTrainedModel, tokens: Tensor) -> tuple[Tensor, float]:
-    """The logits of the model by itself, and their noise: how far they are from those in a batch, or by its other
-    attention."""
+    """The logits of the model by itself, and their noise: how far they are from those in a batch, and by its other
+    attention; where it has none, from those at other positions, where it rounds other numbers."""
     model.set_attn_implementation("eager")
     expected = run(model, tokens)
     others = [run(model, tokens.repeat(2, 1))]
-    with suppress(ValueError):  # not every model has it
+    try:
         model.set_attn_implementation("sdpa")
+    except ValueError:
+        elsewhere = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        others.append(run(model, tokens, position_ids=elsewhere[None]))
+    else:
         others.append(run(model, tokens))
     return expected, max(difference(logits, expected) for logits in others)
 
@@ -193,11 +200,6 @@ def _engine_logits(loaded: LoadedModel, tokens: Tensor) -> list[tuple[str, Tenso
     positions, backend = torch.arange(n, device=loaded.device), BACKENDS["auto"]
     whole = RerotatedCache(loaded, backend)
     found = [("with keys as it rotates them", loaded.forward(tokens, positions, whole).logits)]
-    layers = loaded.config.num_hidden_layers
-    if len(whole.keys) != layers:
-        raise UnsupportedModelError(
-            f"{loaded.name}: {len(whole.keys)} of {layers} layers use transformers' attention interface"
-        )
     block = BlockState(loaded, EvictionPolicy(compress_every=0), n)
     block.begin_block(0, n)
     found.append(("with keys rotated afterwards", loaded.forward(tokens, torch.zeros_like(positions), block).logits))

@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..errors import UnsupportedModelError, UsageError
+from ..errors import UsageError
 from ..policy import EvictionPolicy
 from .attention import AttentionState
-from .rotary import Rotary, text_config
+from .layers import Layer
+from .rotary import text_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -23,7 +24,7 @@ class LoadedModel:
 
     name: str
     model: PreTrainedModel
-    rotary: Rotary
+    layers: tuple[Layer, ...]
     device: torch.device
     dtype: torch.dtype
     digest: str
@@ -46,36 +47,29 @@ class LoadedModel:
         return trained_length(self.config)
 
     @property
-    def attention_span(self) -> int | None:
-        """Most keys a query of the model itself attends to: its sliding window, None if it has none."""
-        return attention_span(self.config)
+    def head_size(self) -> int:
+        """Of the first layer's keys."""
+        return self.layers[0].key_size
 
     @property
-    def head_size(self) -> int:
-        config = self.config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    def attention_span(self) -> int | None:
+        """Most tokens that any layer lets a query see: the longest of their sliding windows, None if one has none."""
+        windows = [layer.window for layer in self.layers]
+        return None if None in windows else max(window for window in windows if window is not None)
+
+    @property
+    def has_plain_softmax(self) -> bool:
+        """Whether no layer has soft caps or learned sinks, which torch's kernels have not."""
+        return all(layer.softmax.is_plain for layer in self.layers)
 
     @property
     def kv_bytes(self) -> int:
         """Bytes of one token's keys and values, in all layers."""
-        config = self.config
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        return int(2 * config.num_hidden_layers * kv_heads * self.head_size * self.dtype.itemsize)
+        return self.dtype.itemsize * sum(x.kv_heads * (x.key_size + x.value_size) for x in self.layers)
 
     def kept_bytes(self, policy: EvictionPolicy) -> int:
         """Bytes of one token's keys and values, as the policy keeps them."""
         return policy.kept_bytes(self.kv_bytes, str(self.dtype).removeprefix("torch."))
-
-    def check_span(self, peak: int | None) -> None:
-        """Raises UnsupportedModelError if a query is to attend to more keys than the model itself does: `peak`, or None
-        for a cache that grows without end."""
-        span = self.attention_span
-        if span is not None and (peak is None or peak > span):
-            holds = "grows without end" if peak is None else f"holds up to {peak}"
-            raise UnsupportedModelError(
-                f"{self.name}: attends to its last {span} tokens only (sliding window), the policy {holds}; "
-                f"keep the cache within {span}"
-            )
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, state: AttentionState, logits_to_keep: int = 0) -> Any:
         """input_ids (batch, n), position_ids (n) -> output with `logits` (batch, n or `logits_to_keep`, vocabulary)."""
@@ -97,10 +91,3 @@ def trained_length(config: Any) -> int | None:
     if length is not None and (not isinstance(length, int) or length < 2):
         raise UsageError(f"max_position_embeddings {length!r}: must be a whole number >= 2; mend the config.json")
     return length
-
-
-def attention_span(config: Any) -> int | None:
-    """A configuration's sliding window, None where no layer has one."""
-    if "sliding_attention" not in (getattr(config, "layer_types", None) or ["sliding_attention"]):
-        return None
-    return getattr(config, "sliding_window", None)

@@ -14,7 +14,7 @@ import torch
 
 from ..configuration import Configuration
 from ..errors import UsageError
-from .attention import attention, eager_attention, recorded_kernel
+from .attention import PLAIN, Softmax, attention, eager_attention, recorded_kernel
 from .backends import BACKENDS, Backend
 from .model import LoadedModel
 
@@ -46,23 +46,43 @@ def probe_backend(
     heads: int = 1,
     kv_heads: int = 1,
     held: int = 8,
+    softmax: Softmax = PLAIN,
 ) -> Probe:
-    """Runs a decode-shaped call: one query, `held` keys. The output must agree with eager attention in float32."""
+    """Runs a decode-shaped call: one query, `held` keys, and what a layer's softmax has. The output must agree with
+    eager attention in float32."""
     generator = torch.Generator().manual_seed(0)
     shapes = (heads, 1, head_size), (kv_heads, held, head_size), (kv_heads, held, head_size)
     query, key, value = (torch.randn(1, *shape, generator=generator).to(device, dtype) for shape in shapes)
     try:
-        with warnings.catch_warnings(record=True) as reasons, backend.alone(), recorded_kernel(backend) as recorder:
+        with (
+            warnings.catch_warnings(record=True) as reasons,
+            backend.alone(),
+            recorded_kernel(backend, softmax.is_plain) as recorder,
+        ):
             warnings.simplefilter("always")  # torch says in warnings why a kernel does not fit
-            found = attention(backend, query, key, value, 0.1)
-        expected = eager_attention(query.float(), key.float(), value.float(), 0.1, None)
+            found = attention(backend, query, key, value, 0.1, softmax=softmax)
+        expected = eager_attention(query.float(), key.float(), value.float(), 0.1, None, softmax)
         error = (found.float() - expected).abs().max().item()
         if not error < 0.02:
             return Probe(backend, None, f"wrong by {error:.2g}")
-    except (RuntimeError, ImportError) as failure:
+    except (RuntimeError, ImportError, UsageError) as failure:
         said = why_not(backend.name, [str(reason.message) for reason in reasons])
         return Probe(backend, None, (said or str(failure)).splitlines()[0])
     return Probe(backend, recorder.used)
+
+
+def probe_layers(backend: Backend, loaded: LoadedModel, held: int, head_size: int | None = None) -> Probe:
+    """The first of the model's layers that it does not run for; that of the last kind, if it runs for all. A head size
+    may be asked for in place of theirs."""
+    kinds = {
+        (head_size or x.key_size, x.heads, x.kv_heads, x.softmax.cap, x.softmax.sinks is None): x.softmax
+        for x in loaded.layers
+    }
+    for (size, heads, kv_heads, *_), softmax in kinds.items():
+        probe = probe_backend(backend, loaded.device, loaded.dtype, size, heads, kv_heads, held, softmax)
+        if not probe.available:
+            break
+    return probe
 
 
 def replayed(backend: Backend, loaded: LoadedModel, held: int) -> Backend:
@@ -71,19 +91,15 @@ def replayed(backend: Backend, loaded: LoadedModel, held: int) -> Backend:
     than with `triton`, a compiled one 4%."""
     if backend.name != "auto" or loaded.device.type != "cuda" or find_spec("triton") is None:
         return backend
-    ours = BACKENDS["ring_triton"]
-    return ours if _probed(ours, loaded.device, loaded.dtype, loaded.head_size, *_heads(loaded), held) else backend
+    if not loaded.has_plain_softmax:
+        return backend
+    ours, shapes = BACKENDS["ring_triton"], {(x.key_size, x.heads, x.kv_heads) for x in loaded.layers}
+    return ours if all(_probed(ours, loaded.device, loaded.dtype, *shape, held) for shape in shapes) else backend
 
 
 @cache
 def _probed(backend: Backend, *what: Any) -> bool:
     return probe_backend(backend, *what).available
-
-
-def _heads(loaded: LoadedModel) -> tuple[int, int]:
-    """The number of query heads, and of key and value heads."""
-    heads = loaded.config.num_attention_heads
-    return heads, getattr(loaded.config, "num_key_value_heads", None) or heads
 
 
 def why_not(name: str, warned: Sequence[str]) -> str | None:
@@ -99,8 +115,7 @@ def why_not(name: str, warned: Sequence[str]) -> str | None:
 def runnable(what: Configuration, loaded: LoadedModel, strict: bool = False) -> Configuration:
     """Its backend probed on the model's device, dtype and heads for one query and the keys held: `auto` instead, with a
     warning, where it does not run, or, if `strict`, BackendError."""
-    name, heads = what.backend, _heads(loaded)
-    probe = probe_backend(what.kernel, loaded.device, loaded.dtype, loaded.head_size, *heads, what.policy.kept)
+    name, probe = what.backend, probe_layers(what.kernel, loaded, what.policy.kept)
     if probe.available:
         return what
     where = f"{loaded.device.type} in {str(loaded.dtype).removeprefix('torch.')}"

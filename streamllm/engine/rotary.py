@@ -6,6 +6,7 @@ makes the model's own rotation the identity, so that a state that needs raw keys
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,19 +21,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+Angles = tuple[Tensor, Tensor]
+"""cos and sin (n, rotary size)"""
+
+
 class Rotary:
     """Rotates queries and keys by whole positions. All angles are computed in float64: float32 ones are off by some
     hundredths at position 1,000,000. A device that has no float64 gets them from the CPU."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.embedding = _rotary_embedding(model)
-        if isinstance(getattr(self.embedding.forward, "__self__", None), Rotary):
-            del self.embedding.forward  # which was ours: its own is to be asked
-        self.interleaved = _is_interleaved(self.embedding)
-        self._arrange = _arrangement(self.embedding)
+    def __init__(self, frequencies: Tensor, interleaved: bool, model: PreTrainedModel) -> None:
+        """frequencies (rotary size / 2): radians per position, in float64; negative where a model turns the other way
+        round (nanochat)."""
+        self.frequencies = frequencies
+        self.interleaved = interleaved
         self._device = model.device
-        self._frequencies: Tensor = self.embedding.inv_freq.to(float64_device(model.device)).double()
-        self._scaling = float(getattr(self.embedding, "attention_scaling", 1.0))  # yarn's
         # Half-precision sines would add an error of their own at every rotation.
         self._dtype = torch.promote_types(model.dtype, torch.float32)
         self._cos = self._sin = torch.empty(0)
@@ -40,65 +42,49 @@ class Rotary:
 
     @property
     def size(self) -> int:
-        """Dimensions of a head that are rotated."""
-        return 2 * len(self._frequencies)
+        """Dimensions of a head that are rotated: 0 in layers whose keys are the same at every position."""
+        return 2 * len(self.frequencies)
 
     def turns_like(self, other: Rotary) -> bool:
-        same = self._frequencies.shape == other._frequencies.shape and self.interleaved == other.interleaved
-        return same and bool((self._frequencies == other._frequencies.to(self._frequencies.device)).all())
+        same = self.frequencies.shape == other.frequencies.shape and self.interleaved == other.interleaved
+        return same and bool((self.frequencies == other.frequencies.to(self.frequencies.device)).all())
 
-    def take_over(self, in_its_dtype: bool = False) -> None:
-        """From now on the model rotates by these angles, exact at any position, instead of its own. Their sines come
-        in float32 at least, which the engine's attention expects, or in the dtype of the model's hidden states."""
-        self._in_its_dtype = in_its_dtype
-        self.embedding.forward = self._embed
-
-    def _embed(self, x: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The result of the model's rotary embedding: position_ids (batch, n) -> cos and sin (batch, n, _). Models of
-        images and text give positions for time, height and width (3, batch, n), which are one and the same for text."""
-        if position_ids.ndim == 3:
-            if not (position_ids == position_ids[:1]).all():
-                raise UnsupportedModelError(f"{type(self.embedding).__name__} is to rotate by more than one position")
-            position_ids = position_ids[0]
-        positions = position_ids[..., None].to(self._frequencies.device)
-        angles = self._arrange(positions * self._frequencies)
-        dtype = x.dtype if self._in_its_dtype else self._dtype
-        cos, sin = angles.cos() * self._scaling, angles.sin() * self._scaling
-        return cos.to(dtype).to(x.device), sin.to(dtype).to(x.device)
-
-    def turn(self, distances: Tensor) -> tuple[Tensor, Tensor]:
+    def turn(self, distances: Tensor) -> Angles:
         """cos and sin (n, rotary size) that turn vectors on by `distances` (n), back where they are negative."""
-        angles = torch.outer(distances.to(self._frequencies.device).double(), self._frequencies)
+        angles = torch.outer(distances.to(self.frequencies.device).double(), self.frequencies)
         angles = _neighbours(angles) if self.interleaved else _halves(angles)
         return angles.cos().to(self._dtype).to(self._device), angles.sin().to(self._dtype).to(self._device)
 
     def _extend(self, length: int) -> None:
-        self._cos, self._sin = self.turn(torch.arange(length, device=self._frequencies.device))
+        self._cos, self._sin = self.turn(torch.arange(length, device=self.frequencies.device))
 
-    def reserve(self, length: int) -> None:
+    def reserve(self, length: int) -> Rotary:
         """Grows the table to positions 0 .. length-1; `at` and `span` expect them to be there."""
         if length > len(self._cos):
             self._extend(max(length, 2 * len(self._cos)))
+        return self
 
-    def at(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def at(self, positions: Tensor) -> Angles:
         """cos and sin (n, rotary size) for a tensor of positions (n)."""
         return self._cos[positions], self._sin[positions]
 
-    def span(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    def span(self, start: int, stop: int) -> Angles:
         """cos and sin (stop - start, rotary size) of consecutive positions, without a copy."""
         self.reserve(stop)
         return self._cos[start:stop], self._sin[start:stop]
 
-    def by(self, distance: int) -> tuple[Tensor, Tensor]:
+    def by(self, distance: int) -> Angles:
         """cos and sin (1, rotary size) that turn vectors on by `distance` positions, back if it is negative."""
         # Filled in on the device: a tensor made of a Python number would wait for all that the device still has to do.
-        return self.turn(torch.full((1,), distance, device=self._frequencies.device))
+        return self.turn(torch.full((1,), distance, device=self.frequencies.device))
 
-    def rotate(self, vectors: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    def rotate(self, vectors: Tensor, angles: Angles) -> Tensor:
         """vectors (..., n, head size) turned by the angles of `at`, `span`, `by` or `turn`; dims past the rotary size,
         where a model rotates only a part, stay as they are."""
         cos, sin = angles
         size = cos.shape[-1]
+        if not size:
+            return vectors
         turning, fixed = vectors[..., :size], vectors[..., size:]
         turned = (turning * cos + self._quarter_turn(turning) * sin).to(vectors.dtype)
         return torch.cat((turned, fixed), -1) if fixed.shape[-1] else turned
@@ -108,6 +94,111 @@ class Rotary:
             return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
         first, second = x.chunk(2, -1)
         return torch.cat((-second, first), -1)
+
+
+class RotaryEmbedding:
+    """The module of a model that gives the angles of positions, to layers of one kind or of several."""
+
+    def __init__(self, module: Any, model: PreTrainedModel) -> None:
+        if isinstance(getattr(module.forward, "__self__", None), RotaryEmbedding):
+            del module.forward  # which was ours: its own is to be asked
+        self.module = module
+        self._own = module.forward
+        self._frequencies = {kind: _frequencies(module, kind) for kind in _kinds(module)}
+        """By kind of layer, as the module is told it; None where there is one for all."""
+        self._arrange = {kind: _arrangement(module, kind) for kind in self._frequencies}
+        self._scaling = {
+            kind: float(getattr(module, _named(kind, "attention_scaling"), 1.0)) for kind in self._frequencies
+        }
+        """Yarn's."""
+        self.rotaries = []
+        for kind, frequencies in self._frequencies.items():
+            interleaved, direction = _pairing(module, kind)
+            self.rotaries.append(Rotary(direction * frequencies, interleaved, model))
+        self._dtype = torch.promote_types(model.dtype, torch.float32)
+
+    def take_over(self, in_its_dtype: bool = False) -> None:
+        """From now on the model rotates by these angles, exact at any position, instead of its own. Their sines come
+        in float32 at least, which the engine's attention expects, or in the dtype of the model's hidden states."""
+        self._in_its_dtype = in_its_dtype
+        self.module.forward = self._embed
+
+    def give_back(self) -> None:
+        """The model rotates by its own angles again."""
+        self.module.forward = self._own
+
+    def _embed(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        """The result of the model's rotary embedding: position_ids (batch, n) -> cos and sin (batch, n, _). Models of
+        images and text give positions for time, height and width (3, batch, n), which are one and the same for text."""
+        if layer_type not in self._frequencies:  # layers without positions
+            others: tuple[Tensor, Tensor] = self._own(x, position_ids, layer_type)
+            return others
+        if position_ids.ndim == 3:
+            if not (position_ids == position_ids[:1]).all():
+                raise UnsupportedModelError(f"{type(self.module).__name__} is to rotate by more than one position")
+            position_ids = position_ids[0]
+        frequencies, scaling = self._frequencies[layer_type], self._scaling[layer_type]
+        angles = self._arrange[layer_type](position_ids[..., None].to(frequencies.device) * frequencies)
+        dtype = x.dtype if self._in_its_dtype else self._dtype
+        cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        return cos.to(dtype).to(x.device), sin.to(dtype).to(x.device)
+
+
+def rotary_embeddings(model: PreTrainedModel) -> list[RotaryEmbedding]:
+    """Raises UnsupportedModelError if there are none, or some that cannot be composed from."""
+    modules, name = list(text_part(model).modules()), type(model).__name__
+    found = [module for module in modules if _kinds(module)]
+    if not found:
+        raise UnsupportedModelError(f"{name} has {_other_positions(model, modules)}")
+    for module in found:
+        named = getattr(module, "rope_type", "default")
+        changing = {"dynamic", "longrope"} & set(named.values() if isinstance(named, dict) else [named])
+        if changing:
+            raise UnsupportedModelError(
+                f"{name} has rope_type {changing.pop()!r}, which changes with the length of the text: no rotation to "
+                f"undo"
+            )
+        if not all(_frequencies(module, kind).numel() for kind in _kinds(module)):
+            raise UnsupportedModelError(f"{name} has a rotary position embedding of no dimensions")
+    return [RotaryEmbedding(module, model) for module in found]
+
+
+def distinct_rotaries(embeddings: list[RotaryEmbedding], model: PreTrainedModel) -> list[Rotary]:
+    """Those that turn differently, and one that turns nothing."""
+    nothing = Rotary(torch.empty(0, dtype=torch.float64, device=float64_device(model.device)), False, model)
+    found: list[Rotary] = []
+    for rotary in [rotary for embedding in embeddings for rotary in embedding.rotaries]:
+        if not any(rotary.turns_like(other) for other in found):
+            found.append(rotary)
+    return [*found, nothing]
+
+
+_INV_FREQ = "inv_freq"
+
+
+def _named(kind: str | None, name: str) -> str:
+    return name if kind is None else f"{kind}_{name}"
+
+
+def _kinds(module: nn.Module) -> list[str | None]:
+    """The kinds of layers that a rotary embedding has angles for: None if it has one `inv_freq`; nothing of any other
+    module."""
+    if hasattr(module, _INV_FREQ):
+        return [None]
+    names = [name for name, _ in module.named_buffers(recurse=False) if name.endswith(f"_{_INV_FREQ}")]
+    return [name.removesuffix(f"_{_INV_FREQ}") for name in names if "original" not in name]
+
+
+def _frequencies(module: nn.Module, kind: str | None) -> Tensor:
+    found: Tensor = getattr(module, _named(kind, _INV_FREQ))
+    return found.to(float64_device(found.device)).double()
+
+
+def _angles_at_one(module: Any, kind: str | None, x: Tensor) -> Angles:
+    """What the model's own embedding gives for position 1."""
+    which = {} if kind is None else {"layer_type": kind}
+    cos, sin = module(x, position_ids=torch.ones(1, 1, dtype=torch.long, device=x.device), **which)
+    return cos, sin
 
 
 def _halves(angles: Tensor) -> Tensor:
@@ -127,30 +218,15 @@ def text_config(model: PreTrainedModel) -> Any:
     return model.config.get_text_config(decoder=True)
 
 
-def _rotary_embedding(model: PreTrainedModel) -> Any:
-    modules, name = list(model.get_decoder().modules()), type(model).__name__
-    found = [module for module in modules if hasattr(module, "inv_freq")]
-    if not found:
-        raise UnsupportedModelError(f"{name} has {_other_positions(model, modules)}")
-    kind = getattr(found[0], "rope_type", "default")
-    if kind in ("dynamic", "longrope"):
-        raise UnsupportedModelError(
-            f"{name} has rope_type {kind!r}, which changes with the length of the text: no rotation to undo"
-        )
-    if not found[0].inv_freq.numel():
-        raise UnsupportedModelError(f"{name} has a rotary position embedding of no dimensions")
-    if len(found) > 1:
-        raise UnsupportedModelError(f"{name} has {len(found)} different rotary embeddings")
-    return found[0]
+def text_part(model: PreTrainedModel) -> Any:
+    """The part with the layers that read and write text."""
+    decoder = model.get_decoder()
+    return decoder if any(hasattr(module, "layer_idx") for module in decoder.modules()) else model
 
 
 def _other_positions(model: PreTrainedModel, modules: list[nn.Module]) -> str:
     """A description of what the model has in place of one rotary embedding."""
     config = text_config(model)
-    several = {name.removesuffix("_inv_freq") for m in modules for name in vars(m).get("_buffers", {})
-               if name.endswith("_inv_freq") and "original" not in name}  # fmt: skip
-    if several:
-        return f"a rotary embedding for each kind of layer ({', '.join(sorted(several))}), not a single one"
     if getattr(config, "rotary_dim", None) or getattr(config, "rotary_pct", None):
         return "rotary positions that its attention computes in code of its own: no embedding to ask for angles"
     alibi = getattr(config, "alibi", None) or getattr(getattr(config, "attn_config", None), "alibi", None)
@@ -168,32 +244,32 @@ def _is_of_positions(name: str) -> bool:
     return "position" in last or last in ("wpe", "embed_positions")
 
 
-def _arrangement(embedding: Any) -> Callable[[Tensor], Tensor]:
+def _arrangement(module: Any, kind: str | None) -> Callable[[Tensor], Tensor]:
     """How the model's own embedding lays out the angles of position 1."""
-    device = embedding.inv_freq.device
-    frequencies = embedding.inv_freq.to(float64_device(device)).double()
-    x = torch.zeros(1, device=device)
-    cos, sin = embedding(x, position_ids=torch.ones(1, 1, dtype=torch.long, device=device))
+    frequencies = _frequencies(module, kind)
+    cos, sin = _angles_at_one(module, kind, torch.zeros(1, device=frequencies.device, dtype=torch.float32))
     found = torch.atan2(sin, cos).flatten().to(frequencies.device).double()
     for arrange in (_halves, _neighbours, _once):
         expected = arrange(frequencies)
         if found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5):
             return arrange
-    raise UnsupportedModelError(f"{type(embedding).__name__} gives angles that are not position times inv_freq")
+    raise UnsupportedModelError(f"{type(module).__name__} gives angles that are not position times inv_freq")
 
 
-def _is_interleaved(embedding: Any) -> bool:
-    """Which component the model's own function turns the first one into: its neighbour, or the one half a size away."""
-    modelling = sys.modules[type(embedding).__module__]
+def _pairing(module: Any, kind: str | None) -> tuple[bool, int]:
+    """Which component the model's own function turns the first one into: whether it is its neighbour, not the one half
+    a size away; and in which direction, 1 or -1."""
+    modelling = sys.modules[type(module).__module__]
     apply = getattr(modelling, "apply_rotary_pos_emb", None)
     if apply is None:
         raise UnsupportedModelError(f"{modelling.__name__} rotates in another way than by apply_rotary_pos_emb")
-    inv_freq = embedding.inv_freq
+    inv_freq = getattr(module, _named(kind, _INV_FREQ))
     unit = torch.zeros(1, 1, 1, 2 * len(inv_freq), device=inv_freq.device)
     unit[..., 0] = 1
-    cos, sin = embedding(unit, position_ids=torch.ones(1, 1, dtype=torch.long, device=inv_freq.device))
-    turned = apply(unit, unit, cos, sin)[0].flatten()
+    angles = _angles_at_one(module, kind, unit)
+    both = "k" in inspect.signature(apply).parameters
+    turned = (apply(unit, unit, *angles)[0] if both else apply(unit, *angles)).flatten()
     neighbour = int(turned[1:].abs().argmax()) + 1
     if neighbour not in (1, len(inv_freq)):
         raise UnsupportedModelError(f"{modelling.__name__} pairs rotary components in an unknown way")
-    return neighbour == 1 and len(inv_freq) > 1
+    return neighbour == 1 and len(inv_freq) > 1, 1 if turned[neighbour] > 0 else -1

@@ -42,32 +42,33 @@ class StreamRounded(BlockState):
     def begin_block(self, start: int, stop: int) -> None:
         super().begin_block(start, stop)
         self.new_sinks = max(min(self.n_sink, stop) - start, 0)
-        self.query_angles = self.rotary.turn(torch.arange(start, stop, device=self.device))
+        queries = torch.arange(start, stop, device=self.device)
+        self.query_angles = self.angles(lambda rotary: rotary.turn(queries))
         evicted = self.evicted[start:stop]
         turns, self.turn_of_query = torch.unique(evicted * (not self.keeps_positions), return_inverse=True)
-        cos, sin = self.rotary.turn(turns)
-        self.sink_angles = cos[:, None], sin[:, None]
+        self.sink_angles = [(cos[:, None], sin[:, None]) for cos, sin in self.angles(lambda rotary: rotary.turn(turns))]
 
     def repeat(self, counts: Tensor) -> None:
         super().repeat(counts)
         self.sink_keys = [keys.repeat_interleave(counts, dim=0) for keys in self.sink_keys]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        query, key = self.rotary.rotate(query, self.query_angles), self.rotary.rotate(key, self.query_angles)
+        rotary, angles = self.layers[layer].rotary, self.query_angles[layer]
+        query, key = rotary.rotate(query, angles), rotary.rotate(key, angles)
         if layer == len(self.sink_keys):
             self.sink_keys.append(key[:, :, :0])
         self.sink_keys[layer] = torch.cat((self.sink_keys[layer], key[:, :, : self.new_sinks]), dim=2)
         keys, values = (for_each_head(x, query.shape[1]) for x in self.append(layer, key, value))
-        logits = self.sink_logits(query, self.sink_keys[layer])
-        return self.attention(query, keys[:, :, self.sinks :], values, logits, scaling)
+        logits = self.sink_logits(layer, query, self.sink_keys[layer])
+        return self.attention(layer, query, keys[:, :, self.sinks :], values, logits, scaling)
 
-    def sink_logits(self, query: Tensor, keys: Tensor) -> Tensor:
+    def sink_logits(self, layer: int, query: Tensor, keys: Tensor) -> Tensor:
         """Of queries at their positions in the stream, and sinks at theirs: turned to where each query has them, and
         rounded there."""
         precision = torch.promote_types(query.dtype, torch.float32)
-        turns = len(self.sink_angles[0])
-        each = keys[:, :, None].expand(-1, -1, turns, -1, -1)
-        each = for_each_head(self.kept(self.rotary.rotate(each, self.sink_angles)), query.shape[1])
+        rotary, angles = self.layers[layer].rotary, self.sink_angles[layer]
+        each = keys[:, :, None].expand(-1, -1, len(angles[0]), -1, -1)
+        each = for_each_head(self.kept(rotary.rotate(each, angles)), query.shape[1])
         own = each[:, :, self.turn_of_query].to(self.dtype).to(precision)
         return torch.einsum("bhqd,bhqsd->bhqs", query.to(precision), own)
 
@@ -80,8 +81,8 @@ class CacheRounded(BlockState):
         super().begin_block(start, stop)
         evicted = self.evicted[start:stop]
         places = torch.arange(start, stop, device=self.device) - evicted
-        self.rotary.reserve(int(places.max()) + 1)
-        self.query_angles = self.rotary.at(places)
+        longest = int(places.max()) + 1
+        self.query_angles = self.angles(lambda rotary: rotary.reserve(longest).at(places))
         self.came = self.evicted[self.held]
         """Tokens evicted before each of them came."""
         groups, counts = torch.unique_consecutive(evicted, return_counts=True)
@@ -91,20 +92,24 @@ class CacheRounded(BlockState):
         sinks."""
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        query, key = self.rotary.rotate(query, self.query_angles), self.rotary.rotate(key, self.query_angles)
+        rotary, angles = self.layers[layer].rotary, self.query_angles[layer]
+        query, key = rotary.rotate(query, angles), rotary.rotate(key, angles)
         keys, values = self.append(layer, key, value)
+        visible, softmax = self.visible_to(layer), self.layers[layer].softmax
         outputs, first, last = [], 0, keys.shape[2] - query.shape[2]
         for evicted, count, oldest in self.groups:
             last += count
             moved = (evicted - self.came[oldest:last]).clamp(min=0)
             window = keys[:, :, oldest:last]
-            cos, sin = self.rotary.at(moved)
-            turned = self.kept(self.rotary.rotate(window, (cos, -sin))).to(self.dtype)
+            cos, sin = rotary.at(moved)
+            turned = self.kept(rotary.rotate(window, (cos, -sin))).to(self.dtype)
             window = torch.where(moved[:, None] > 0, turned, window)
             rows, sinks = slice(first, first + count), min(self.sinks, oldest)
             seen_keys = torch.cat((keys[:, :, :sinks], window), dim=2)
             seen_values = torch.cat((values[:, :, :sinks], values[:, :, oldest:last]), dim=2)
-            visible = torch.cat((self.visible[rows, :sinks], self.visible[rows, oldest:last]), dim=1)
-            outputs.append(attention(self.backend, query[:, :, rows], seen_keys, seen_values, scaling, mask=visible))
+            seen = torch.cat((visible[rows, :sinks], visible[rows, oldest:last]), dim=1)
+            outputs.append(
+                attention(self.backend, query[:, :, rows], seen_keys, seen_values, scaling, seen, softmax=softmax)
+            )
             first += count
         return torch.cat(outputs, dim=2)

@@ -26,7 +26,6 @@ from ..engine.decoding import Decoder
 from ..engine.model import LoadedModel
 from ..errors import UsageError
 from ..measuring.timing import TimedDecoder, kernel_profiler, no_garbage_collection, sees_kernels
-from ..policy import peak_without_end
 
 ATTENTION, MLP, CACHE, ENDS, OTHER = "attention", "MLP", "cache update", "head and embedding", "norms and other"
 STEP = "compiled step"
@@ -91,7 +90,6 @@ def profile_decoding(
         # Names the kernels that inductor makes for a CPU; of no other effect.
         stack.enter_context(torch._inductor.config.patch({"cpp.enable_kernel_profile": True}))
         policy = what.effective
-        loaded.check_span(peak_without_end(policy) or policy.kept)
         run = TimedDecoder(loaded, what, tokens)
         if run.period > MOST_TOKENS:
             raise UsageError(

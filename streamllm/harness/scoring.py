@@ -20,7 +20,7 @@ from ..engine.device import float64_device
 from ..engine.methods import Keys, is_evaluated, make_decoder, method_named, sampled_losses
 from ..engine.model import LoadedModel
 from ..engine.rounded_blocks import block_state
-from ..policy import EvictionPolicy, evicted_before, peak_kv
+from ..policy import EvictionPolicy, evicted_before
 
 Tokens = tuple[int, ...]
 _PIECE = 512
@@ -50,11 +50,8 @@ class Score:
 def scored(
     loaded: LoadedModel, what: Configuration, requests: Sequence[Request], progress: Progress | None = None
 ) -> list[Score]:
-    """The requests' scores, in their order. Where nothing is evicted every method is the model itself.
-
-    Raises UnsupportedModelError if a query is to attend to more keys than the model itself does."""
+    """The requests' scores, in their order. Where nothing is evicted every method is the model itself."""
     policy = what.effective
-    loaded.check_span(peak_kv(policy, max((request.queries for request in requests), default=1)))
     if is_evaluated(what.method):
         return evaluated(loaded, policy, requests, progress, what.keys)
     dense = method_named("dense").effective(policy)

@@ -16,7 +16,6 @@ from ..engine.model import LoadedModel
 from ..engine.rounded_blocks import block_state
 from ..errors import UsageError, shown
 from ..explain.writing import Sampler, Sampling
-from ..policy import peak_kv
 from .scoring import feed, forward
 
 if TYPE_CHECKING:
@@ -71,12 +70,8 @@ class Writing:
     @torch.inference_mode()
     def write(self, prompt: Sequence[int], stops: Sequence[str], most: int, pick: Callable[[Tensor], Tensor]) -> str:
         """At most so many tokens, up to and with the first of the stop sequences. pick: logits (1, vocabulary) -> token
-        (1).
-
-        Raises UnsupportedModelError if a query is to attend to more keys than the model itself does."""
-        policy = self.what.effective
+        (1)."""
         total = len(prompt) + most
-        self.loaded.check_span(peak_kv(policy, total))
         found = _Stops(self.tokenizer, stops)
         written: list[int] = []
         with self.what.kernel.active():

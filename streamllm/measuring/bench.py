@@ -18,7 +18,6 @@ from ..engine.model import LoadedModel
 from ..engine.probing import runnable
 from ..errors import UsageError
 from ..options import PROTOCOLS, TASK
-from ..policy import peak_kv
 from .conditions import Conditions
 from .divergence import Comparing, Distributions, Keeping, comparing, fixed_positions
 from .evaluation import measure_quality, speed_summary, times_summary
@@ -113,7 +112,6 @@ class Bench:
 
     def _hits(self, job: Job, progress: Progress | None) -> Measurement:
         policy, started = job.what.effective, time.perf_counter()
-        self.loaded.check_span(peak_kv(policy, len(self.stream.tokens) - 1))
         with self.leases.computing():
             table = losses_and_hits(self.loaded, self.stream.tokens, policy, progress, job.what.keys)
         return Measurement({"quality_sec": time.perf_counter() - started}, table)

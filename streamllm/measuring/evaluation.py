@@ -72,13 +72,12 @@ def measure_quality(
     """Protocol `fast`: every token, block-parallel; of `recompute`, those at ascending `positions`. watch: are
     shown the logits that the losses are taken from.
 
-    Raises NonFiniteLossError; UnsupportedModelError if the model itself attends to fewer keys than the policy holds."""
+    Raises NonFiniteLossError."""
     policy = what.effective
     started = time.perf_counter()
     n_losses = len(stream.tokens) - 1
     losses_at = sampled_losses(what.method)
     peak = peak_kv(policy, n_losses) if losses_at is None else min(policy.kept, n_losses)
-    loaded.check_span(peak)
 
     def see(place: int, logits: Tensor) -> None:
         for one in watch:
@@ -166,8 +165,6 @@ def evaluate_decode_loop(
     of the rest, in turn with segments of the reference. Raises as `measure_quality`."""
     policy = what.effective
     n_losses = len(stream.tokens) - 1
-    peak = peak_kv(policy, n_losses)
-    loaded.check_span(peak)
     marks = _segment_ends(policy, n_losses)
     at, load = time.time(), load_average()
     reference_ms: list[float] = []
@@ -210,9 +207,8 @@ def evaluate_chunked(
     kvpress' and MIT's own pipeline; its times are not those of a decode loop. Times are medians over chunks, which take
     turns with segments of the reference.
 
-    Raises NonFiniteLossError, UnsupportedModelError; UsageError for a text shorter than a chunk."""
+    Raises NonFiniteLossError; UsageError for a text shorter than a chunk."""
     policy = replace(what.policy, cache_slack=0, max_drop=0)
-    loaded.check_span(policy.compress_every)
     started, at, load = time.perf_counter(), time.time(), load_average()
     reference_ms: list[float] = []
     with what.kernel.active(), peak_memory(loaded.device) as memory:
@@ -270,6 +266,10 @@ def _warning(
         of_trained.append(f"queries attend to up to {peak} keys")
     if trained is not None and policy.keeps_positions and longest > max(trained, peak):
         of_trained.append(f"kept positions put the sinks up to {longest - 1} tokens away")
+    if (span := loaded.attention_span) is not None and peak > span:
+        said.append(
+            f"every layer attends to its last {span} tokens only (sliding window), the cache holds up to {peak}"
+        )
     if of_trained:
         said.append(f"{' and '.join(of_trained)}, the model was trained on {trained}: perplexity may suffer")
     elif chunks is None and policy.compress_every > 0 and peak >= n_losses:

@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from ..engine.architecture import checked_layers, probe_tokens
 from ..engine.attention import ATTENTION_NAME, register_attention
 from ..engine.block_parallel import block_parallel_losses
 from ..engine.device import default_device
 from ..engine.model import LoadedModel
-from ..engine.rotary import Rotary
+from ..engine.rotary import rotary_embeddings
 from ..policy import strict_policy
 from .timing import Reference
 
@@ -96,7 +97,8 @@ def _random_model(config: PretrainedConfig, layers: int, dtype: torch.dtype) -> 
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype, attn_implementation="eager").to(device)
     model.eval().requires_grad_(False)
     register_attention()
-    rotary = Rotary(model)
-    model.set_attn_implementation(ATTENTION_NAME)
-    rotary.take_over()
-    return LoadedModel("random", model, rotary, device, model.dtype, "random")
+    embeddings = rotary_embeddings(model)
+    for embedding in embeddings:
+        embedding.take_over()
+    found = checked_layers(model, embeddings, probe_tokens(model), ATTENTION_NAME, outputs=False)
+    return LoadedModel("random", model, tuple(found.values()), device, model.dtype, "random")

@@ -268,7 +268,7 @@ def used_backend(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -
     if what.execution == "compile" and fuses(what.kernel, loaded.device):
         return "fused"
     what = _by_eager_steps(what, loaded)
-    with recorded_kernel(what.kernel) as recorder:
+    with recorded_kernel(what.kernel, loaded.has_plain_softmax) as recorder:
         run = TimedDecoder(loaded, what, tokens)
         run.prefill()
         run.decode(run.growing)

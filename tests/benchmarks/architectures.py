@@ -3,7 +3,7 @@
 python -m tests.benchmarks.architectures [--dtype float32] [ARCHITECTURE ...] [--json FILE]
 
 Tiny random models of standard deviation 2 / sqrt(inputs). `layer`: the largest relative difference of what a layer
-makes of its keys, queries and outputs in float32 to what it should, 1e-4 allowed; the first that is more, if one is.
+makes of its keys, queries and outputs in float32 to what it should, 1e-4 allowed.
 `noise`: the whole model's difference by our attention, over what its own noise allows. `ours`, `ring`, `generate` (a
 StreamingCache): the mean difference of log probabilities after 87 tokens of a policy that keeps 28, to plain forward
 passes of the model itself over the tokens that survive.
@@ -63,20 +63,36 @@ def verdict(make: Callable[[], Any]) -> str:
 
 
 def _recorded_layers() -> tuple[Any, list[float]]:
+    """Of a layer's rotations, one of which is its own, that which comes closest."""
     found: list[float] = []
-    alike = architecture._alike
+    tried: list[float] = []
+    alike, failure, choice = architecture._alike, architecture._failure, architecture._rotary_of
 
     def recorded(one: torch.Tensor, other: torch.Tensor) -> bool:
-        same = alike(one, other)
-        if one.shape == other.shape and (same or not found or found[-1] < 1):
+        if one.shape == other.shape:
             found.append(float((one - other).norm() / other.norm()))
-        return same
+        return alike(one, other)
+
+    def failing(*arguments: Any) -> Any:
+        before = len(found)
+        reason = failure(*arguments)
+        if reason is not None:
+            tried.append(max(found[before:]))
+            del found[before:]
+        return reason
+
+    def chosen(*arguments: Any) -> Any:
+        tried.clear()
+        try:
+            return choice(*arguments)
+        except UnsupportedModelError:
+            found.append(min(tried))
+            raise
 
     def explained(*_: Any) -> str:  # which looks at other differences
         return "its keys or queries are not what they should be"
 
-    stack = patch.multiple(architecture, _alike=recorded, _why=explained)
-    return stack, found
+    return patch.multiple(architecture, _alike=recorded, _failure=failing, _rotary_of=chosen, _why=explained), found
 
 
 def _recorded_noise() -> tuple[Any, list[float]]:

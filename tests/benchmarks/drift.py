@@ -34,9 +34,9 @@ class NaivelyRerotatedCache(RerotatedCache):
     """Turns what it has by what is dropped now."""
 
     def evict(self, n_sink: int, drop: int) -> None:
-        angles = self.rotary.by(-drop)
         for layer, keys in enumerate(self.keys):
-            moved = self.rotary.rotate(keys[:, :, n_sink + drop :], angles)
+            rotary = self.layers[layer].rotary
+            moved = rotary.rotate(keys[:, :, n_sink + drop :], rotary.by(-drop))
             self.keys[layer] = torch.cat((keys[:, :, :n_sink], moved), dim=2)
             self.values[layer] = without(self.values[layer], n_sink, drop)
 
@@ -68,11 +68,12 @@ def _losses(loaded: LoadedModel, decoder: Decoder, tokens: np.ndarray, prefilled
 def key_error(loaded: LoadedModel, moves: int, cache: type[RerotatedCache]) -> float:
     """Of a key that moved so many positions, one at a time: relative to where it should be, the rotated part only."""
     generator = torch.Generator().manual_seed(0)
-    size = loaded.rotary.size
+    rotary = loaded.layers[0].rotary
+    size = rotary.size
     raw = torch.randn(1, 1, 1, size, generator=generator, dtype=torch.float64).to(loaded.device)
 
     def at(position: int, vectors: Tensor) -> Tensor:
-        return loaded.rotary.rotate(vectors, loaded.rotary.by(position))
+        return rotary.rotate(vectors, rotary.by(position))
 
     held = cache(loaded, BACKENDS["auto"])
     filler = torch.zeros(1, 1, moves, size, dtype=loaded.dtype, device=loaded.device)

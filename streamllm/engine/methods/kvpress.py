@@ -23,7 +23,7 @@ from . import Method
 class PressedCache(KVCache):
     def __init__(self, loaded: LoadedModel, n_sink: int, backend: Backend) -> None:
         super().__init__(loaded, backend)
-        self.layers = _attention_layers(loaded)
+        self.modules = _attention_layers(loaded)
         try:
             import kvpress
         except ImportError as error:
@@ -40,7 +40,7 @@ class PressedCache(KVCache):
     def evict(self, n_sink: int, drop: int) -> None:
         held = self.keys[0].shape[2]
         self.press.compression_ratio = (drop - 0.5) / held  # kvpress keeps int(held * (1 - ratio))
-        for i, layer in enumerate(self.layers):
+        for i, layer in enumerate(self.modules):
             self.keys[i], self.values[i] = self.press.compress(layer, None, self.keys[i], self.values[i], None, {})
 
 
@@ -51,14 +51,22 @@ def _attention_layers(loaded: LoadedModel) -> list[Any]:
             f"method 'kvpress': the library does not know the layers of {type(loaded.model).__name__}; "
             f"use another method"
         )
-    if loaded.rotary.size != loaded.head_size or loaded.rotary.interleaved:
+    first = loaded.layers[0]
+    alike = all((x.rotary, x.key_size, x.window) == (first.rotary, first.key_size, None) for x in loaded.layers)
+    if not alike or not loaded.has_plain_softmax:
+        raise UnsupportedModelError(
+            f"method 'kvpress': the layers of {type(loaded.model).__name__} differ in their rotation, or have windows, "
+            f"learned sinks or soft caps; use another method"
+        )
+    if first.rotary.size != first.key_size or first.rotary.interleaved:
         raise UnsupportedModelError(
             f"method 'kvpress': the library re-rotates whole heads in halves only, "
             f"{type(loaded.model).__name__} rotates otherwise; use another method"
         )
     layers = [layer.self_attn for layer in modules]
+    embedding = next(module for module in loaded.model.modules() if hasattr(module, "inv_freq"))
     for layer in layers:
-        layer.rotary_emb = loaded.rotary.embedding  # as the press itself does when it is entered
+        layer.rotary_emb = embedding  # as the press itself does when it is entered
     return layers
 
 

@@ -25,9 +25,13 @@ class RawKeyCache(KVCache):
     def begin(self, held: int, count: int) -> None:
         super().begin(held, count)
         if self.policy.keeps_positions:
-            self.angles = self.rotary.turn(self.in_stream(held + count))
+            places = self.in_stream(held + count)
+            self.key_angles = self.angles(lambda rotary: rotary.turn(places))
+            self.visible = self.in_windows(lambda: places, count, held + count + self.evicted)
         else:
-            self.angles = self.rotary.span(0, held + count)
+            self.key_angles = self.angles(lambda rotary: rotary.span(0, held + count))
+            whole = held + count
+            self.visible = self.in_windows(lambda: torch.arange(whole, device=self.device), count, whole)
 
     def in_stream(self, count: int) -> Tensor:
         """(count): where in the stream the tokens in the cache are, in its order."""
@@ -40,11 +44,12 @@ class RawKeyCache(KVCache):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self.append(layer, key, value)
-        cos, sin = self.angles
+        how, (cos, sin) = self.layers[layer], self.key_angles[layer]
         new = query.shape[2]
-        keys = self.rotary.rotate(keys, self.angles)
-        query = self.rotary.rotate(query, (cos[-new:], sin[-new:]))
-        return attention(self.backend, query, keys, values, scaling, causal=True)
+        keys = how.rotary.rotate(keys, (cos, sin))
+        query = how.rotary.rotate(query, (cos[-new:], sin[-new:]))
+        mask = self.visible.get(how.window)
+        return attention(self.backend, query, keys, values, scaling, mask, causal=True, softmax=how.softmax)
 
     def evict(self, n_sink: int, drop: int) -> None:
         super().evict(n_sink, drop)

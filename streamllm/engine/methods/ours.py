@@ -28,18 +28,21 @@ class RerotatedCache(KVCache):
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self.append(layer, key, value)
-        return attention(self.backend, query, keys, values, scaling, causal=True)
+        how = self.layers[layer]
+        return attention(
+            self.backend, query, keys, values, scaling, causal=True, window=how.window, softmax=how.softmax
+        )
 
     def evict(self, n_sink: int, drop: int) -> None:
         came, held = n_sink + len(self.moved), self.keys[0].shape[2]
         self.moved = torch.cat((self.moved, self.moved.new_zeros(held - came)))[drop:] + drop
-        self.rotary.reserve(held)
-        cos, sin = self.rotary.at(self.moved)
+        angles = self.angles(lambda rotary: rotary.reserve(held).at(self.moved))
         since = [keys[:, :, came:] for keys in self.keys]
         both = zip(self.unmoved, since, strict=True) if self.unmoved else zip(since, strict=True)
         self.unmoved = [torch.cat(parts, dim=2)[:, :, drop:] for parts in both]
         for layer, unmoved in enumerate(self.unmoved):
-            moved = self.kept(self.rotary.rotate(unmoved.to(self.dtype), (cos, -sin)))
+            cos, sin = angles[layer]
+            moved = self.kept(self.layers[layer].rotary.rotate(unmoved.to(self.dtype), (cos, -sin)))
             self.keys[layer] = torch.cat((self.keys[layer][:, :, :n_sink], moved), dim=2)
             self.values[layer] = without(self.values[layer], n_sink, drop)
 
@@ -47,17 +50,30 @@ class RerotatedCache(KVCache):
 class UnturnedCache(KVCache):
     """Keys stay as the model rotated them, at their positions in the stream: a prune slices."""
 
-    evicted = 0
+    evicted = n_sink = 0
+
+    def begin(self, held: int, count: int) -> None:
+        super().begin(held, count)
+        seen = held + count
+        self.visible = self.in_windows(lambda: self._in_stream(seen), count, seen + self.evicted)
+
+    def _in_stream(self, count: int) -> Tensor:
+        places = torch.arange(count, device=self.device)
+        places[self.n_sink :] += self.evicted
+        return places
 
     def position_ids(self, count: int) -> Tensor:
         return super().position_ids(count) + self.evicted
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
         keys, values = self.append(layer, key, value)
-        return attention(self.backend, query, keys, values, scaling, causal=True)
+        how = self.layers[layer]
+        mask = self.visible.get(how.window)
+        return attention(self.backend, query, keys, values, scaling, mask, causal=True, softmax=how.softmax)
 
     def evict(self, n_sink: int, drop: int) -> None:
         super().evict(n_sink, drop)
+        self.n_sink = n_sink
         self.evicted += drop
 
 

@@ -23,18 +23,20 @@ from . import Method
 class WholeWindow:
     """Attention state of a plain causal forward: every query sees the tokens of its own call, up to itself."""
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, loaded: LoadedModel, backend: Backend) -> None:
+        self.layers = loaded.layers
         self.backend = backend
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        return attention(self.backend, query, key, value, scaling, causal=True)
+        how = self.layers[layer]
+        return attention(self.backend, query, key, value, scaling, causal=True, window=how.window, softmax=how.softmax)
 
 
 class RecomputingDecoder(Decoder):
     def __init__(self, loaded: LoadedModel, window: int, backend: Backend) -> None:
         self.loaded = loaded
         self.window = window
-        self.state = WholeWindow(backend)
+        self.state = WholeWindow(loaded, backend)
         self.recent = torch.empty(0, dtype=torch.long, device=loaded.device)
 
     @property
@@ -74,7 +76,7 @@ def losses_at(
     see: is shown each p, and the logits (1, vocabulary) there."""
     stream = torch.from_numpy(tokens).to(loaded.device)
     places = torch.tensor(positions, device=loaded.device)
-    state = WholeWindow(backend)
+    state = WholeWindow(loaded, backend)
     short, full = places[places < window - 1], places[places >= window - 1]
     losses = []
     with backend.active():
