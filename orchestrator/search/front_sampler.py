@@ -15,7 +15,6 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,6 +36,9 @@ _MOST = 20_000
 """Points that are looked at; of a larger space, so many drawn at random."""
 _DRAWS = 32
 """Of a point's unknown values, to average over."""
+_TAILS = 3
+"""Degrees of freedom of a Student's t, by which unknown values are scattered in place of a normal distribution: a knob
+that matters in one corner only makes policies that are far from all that the others let expect."""
 _TOLD = 200
 """Configurations that were not timed, of which it is said what is expected."""
 _EXPECTED = ("expected", "expected_low", "expected_high")
@@ -45,8 +47,8 @@ _CONTENDERS = 400
 """Points that may add something, for all of which it is drawn at once what they do."""
 _FIRST_LOOKS = 8
 """Qualities, of policies far apart, before anything is timed."""
-_FEWEST_FIRST, _MOST_FIRST = 4, 8
-"""Timings, far apart, before anything is expected: a tenth of the points, but so many."""
+_FIRST = 4
+"""Timings, far apart, before anything is expected."""
 _WELL_MEASURED, _WELL_EXPLAINED = 12, 0.5
 """Measurements of an objective, and the share of their variance that the others let expect, before it is said what
 decides it."""
@@ -117,7 +119,6 @@ class FrontSampler:
     def __init__(self, space: SearchSpace, cap: int, seed: int) -> None:
         self.candidates = Candidates(space, cap, seed)
         self._constraints = space.constraints
-        self._first = min(max(len(self.candidates.params) // 10, _FEWEST_FIRST), _MOST_FIRST)
         self._signs = {told_name(name): 1.0 if OBJECTIVES[name] == "minimize" else -1.0 for name in space.objectives}
         self._random = np.random.default_rng(seed)
         metrics = dict.fromkeys([*self._signs, *(constraint.metric for constraint in space.constraints)])
@@ -170,7 +171,7 @@ class FrontSampler:
             return None
         if may_look and (place := self._first_look()) is not None:
             return self._chosen(place, only_quality=True)
-        if len(self._timed) + len(self._pending) < self._first:
+        if len(self._timed) + len(self._pending) < _FIRST:
             return self._chosen(self._far_from_all(self._promising(free)), only_quality=False)
         gains = self._gains()
         order = free[np.argsort(-gains[free], kind="stable")]
@@ -188,7 +189,7 @@ class FrontSampler:
         """Of what was measured, and of the rest that may add most to the front, a row each: its knobs, every objective
         with the ends of 95% as far as they are not known for sure, the expected `gain`; and of what was timed, what was
         to be expected of it by all else (`expected`, `of` the first objective that takes a timing)."""
-        if len(self._timed) < self._first:
+        if len(self._timed) < _FIRST:
             return []
         gains = self._gains()
         free = self._free()
@@ -213,7 +214,7 @@ class FrontSampler:
         """Of each objective that is expected well: knob -> the share of its variance over the space that the knob
         accounts for by itself (the first-order index of Sobol 1993; all configurations count alike, whichever were
         measured), of the logarithm, where it is a factor."""
-        if len(self._timed) < self._first:
+        if len(self._timed) < _FIRST:
             return {}
         places = np.array([place for _, place in self.candidates.points])
         found = {}
@@ -242,7 +243,7 @@ class FrontSampler:
         """How probable it is that timing all the rest would add this share of the hypervolume, or more, to what the
         timed ones have. 1 before anything is expected."""
         timed, free = sorted(self._timed), self._free()
-        if len(timed) < self._first:
+        if len(timed) < _FIRST:
             return 1.0
         if not len(free):
             return 0.0
@@ -263,7 +264,7 @@ class FrontSampler:
         """(len(places), k)"""
         units = self.candidates.policy[places] if of_policy(name) else np.array(places)
         once, where = np.unique(units, return_inverse=True)
-        return quantity.drawn_together(once.tolist(), self._random.standard_normal((len(once), _WORLDS)))[where]
+        return quantity.drawn_together(once.tolist(), self._random.standard_t(_TAILS, (len(once), _WORLDS)))[where]
 
     def _chosen(self, place: int, *, only_quality: bool) -> Choice:
         self._pending[place] = only_quality
@@ -342,7 +343,9 @@ class FrontSampler:
 
     def _drawn(self) -> dict[str, np.ndarray]:
         """metric -> (n, k): values that each point may have, in the k-th of as many worlds; each metric by itself."""
-        quantiles = np.array([NormalDist().inv_cdf((draw + 0.5) / _DRAWS) for draw in range(_DRAWS)])
+        from scipy.stats import t
+
+        quantiles = t.ppf((np.arange(_DRAWS) + 0.5) / _DRAWS, _TAILS)
         return {
             name: self._of_all(name, q.drawn(np.broadcast_to(self._random.permutation(quantiles), (len(q), _DRAWS))))
             for name, q in self._quantities.items()

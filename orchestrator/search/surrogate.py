@@ -129,12 +129,12 @@ class Quantity:
         self._expected = None
 
     def drawn(self, deviates: np.ndarray) -> np.ndarray:
-        """deviates: (n, k), normal, of each unit. Returns values that it may have."""
+        """deviates: (n, k), of each unit. Returns values that it may have."""
         mean, deviation = self.expected()
         return self._unwarped(mean[:, None] + deviation[:, None] * deviates)
 
     def drawn_together(self, units: Sequence[int], deviates: np.ndarray) -> np.ndarray:
-        """deviates: (len(units), k), normal and independent. Returns values that these may have at once: what is alike
+        """deviates: (len(units), k), independent. Returns values that these may have at once: what is alike
         errs alike."""
         mean, deviation = self.expected()
         mean, chosen = mean[units], list(units)

@@ -66,9 +66,8 @@ def chunk_losses(
         )
     stream = torch.from_numpy(tokens).to(loaded.device)
     first = stream[: prefill + CONTINUATION_TOKENS + 1]
-    with recorded_kernel(
-        what.kernel, loaded.has_plain_softmax
-    ) as recorder:  # a first chunk that warms up and does not count
+    # A first chunk that warms up and does not count.
+    with recorded_kernel(what.kernel, loaded.has_plain_softmax) as recorder:
         _chunk(loaded, what, first)
     if what.execution == "compile" and fuses(what.kernel, loaded.device):
         recorder.kernels.add("fused")

@@ -60,7 +60,7 @@ class RingCache(KVCache):
         self.masked = True
         self.seen: dict[int | None, Tensor | None] = {}
         """By the window of a layer: what each new token sees (new, slots); None where that is all."""
-        self.can_fuse = self.backend.name == "ring_triton" and all(
+        self.can_fuse = all(
             self._shows_all(layer.window) and layer.softmax.is_plain and layer.rotary.size for layer in self.layers
         )
         self.fused = False
@@ -76,7 +76,8 @@ class RingCache(KVCache):
         self.new_sinks = max(min(self.slots.n_sink - held, count), 0)
         self.masked = count > 1 or not (self.always_full and held + 1 == self.slots.count)
         fits = self.stored.itemsize > 1 or has_float8(self.device)
-        self.fused = self.can_fuse and count == 1 and not self.new_sinks and fits
+        fuses = self.backend.name == "ring_triton" and self.can_fuse
+        self.fused = fuses and count == 1 and not self.new_sinks and fits
 
     def position_ids(self, count: int) -> Tensor:
         turns = self.turns_sinks and not self.new_sinks
