@@ -13,6 +13,8 @@ from orchestrator.search.surrogate import Quantity, plainest, work_of
 from search_spaces import load_space
 from streamllm.policy import EvictionPolicy, strict_policy
 from streamllm.results.schema import Row
+from tests.benchmarks import samplers
+from tests.benchmarks.samplers import MeasuredSpace
 
 SPACE = """
 cap: 256
@@ -217,6 +219,14 @@ def test_what_is_expected_of_what_was_timed_by_the_rest_and_of_the_rest(space):
         left_out.measured(unit, known.measurement(unit))
     left_out._fitted_at = math.inf
     assert left_out.interval()[0][first] == pytest.approx(known.left_out()[first][0], rel=0.05)
+
+
+def test_a_policy_that_is_far_better_than_all_around_it_is_found():
+    """In a measured space, where one sink with evictions held back is worth a tenth of the front and looks like others:
+    were unknown values scattered normally, five of these six searches would not find it in 12 timings."""
+    found = MeasuredSpace(samplers.HERE / "results" / "space-compiled-cpu.json", noise=0.02)
+    shares = [samplers.curve(found, "front", seed, 1, 12)[-1][1] for seed in range(2, 8)]
+    assert sum(share > 0.95 for share in shares) >= 5, shares
 
 
 @pytest.mark.parametrize("seed", range(3))

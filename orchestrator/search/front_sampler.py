@@ -264,7 +264,10 @@ class FrontSampler:
         """(len(places), k)"""
         units = self.candidates.policy[places] if of_policy(name) else np.array(places)
         once, where = np.unique(units, return_inverse=True)
-        return quantity.drawn_together(once.tolist(), self._random.standard_t(_TAILS, (len(once), _WORLDS)))[where]
+        shape = len(once), _WORLDS
+        # Times are as smooth as they are taken to be: with tails of theirs a search goes on, and finds nothing more.
+        deviates = self._random.standard_t(_TAILS, shape) if of_policy(name) else self._random.standard_normal(shape)
+        return quantity.drawn_together(once.tolist(), deviates)[where]
 
     def _chosen(self, place: int, *, only_quality: bool) -> Choice:
         self._pending[place] = only_quality
