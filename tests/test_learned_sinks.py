@@ -20,7 +20,7 @@ RECIPE = Recipe(vocabulary=61, hidden_size=32, layers=2, heads=2, batch=2)
 
 def random_model(learned: bool):
     """Weights are scaled up, and sinks spread: with small ones mistakes do not show."""
-    model = build_model(RECIPE, Variant(learned, seed=3)).double().eval()
+    model = build_model(RECIPE, Variant(float(learned), seed=3)).double().eval()
     model.set_experts_implementation("eager")  # the others have no float64
     with torch.no_grad():
         for name, weights in model.named_parameters():

@@ -1,7 +1,7 @@
 """Does a model with learned sinks still need attention sinks? Perplexity without any and with 1, 2 and 4, of small
 models that were trained with learned sinks and without, and where the attention of either goes.
 
-python -m tests.benchmarks.learned_sinks [--seeds 1] [--models FOLDER] [--json FILE] [--figure FILE.png]
+python -m tests.benchmarks.learned_sinks [--seed 1] [--models FOLDER] [--json FILE] [--figure FILE.png]
 
 Trains what FOLDER does not have yet (`sink_models`). The text is the embedded one, which is held out, behind the token
 that began every window of training. Each policy is compared, token by token, with full attention: to that first token
@@ -39,7 +39,10 @@ from .sink_models import FIRST, Recipe, Variant
 
 SINKS, TOTALS = (0, 1, 2, 4), (64, 128)
 STRIDE = 128
-COLORS = (CYCLE[1], CYCLE[0])
+NAMES = {0.0: "no learned sinks", 1.0: "learned sinks", 10.0: "learned sinks, 10 x rate"}
+"""By the rate that sinks were learned at. A sink is one number that moves by no more than its rate in a step: with the
+rate of all else it is behind what matrices do to the first token's key within so few steps."""
+COLORS = (CYCLE[1], CYCLE[0], CYCLE[2])
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -95,7 +98,7 @@ def measure(loaded: LoadedModel, variant: Variant, tokens: np.ndarray) -> list[d
         return np.column_stack((positions, losses))[Recipe.trained_length :]
 
     def row(losses: np.ndarray, **facts: Any) -> dict[str, Any]:
-        return {"learned": variant.learned, "seed": variant.seed, **facts} | perplexity(losses[:, 1]).flat("perplexity")
+        return {**asdict(variant), **facts} | perplexity(losses[:, 1]).flat("perplexity")
 
     full = table(full_attention(loaded, tokens))
     rows = [row(full, policy="full attention")]
@@ -124,7 +127,7 @@ def measured(variant: Variant, folder: Path, tokens: np.ndarray) -> tuple[list[d
     facts = {
         **asdict(variant),
         "attention": look(model, windows(tokens, 32)),
-        "sinks": [layer.self_attn.sinks.tolist() for layer in model.model.layers] if variant.learned else None,
+        "sinks": [layer.self_attn.sinks.tolist() for layer in model.model.layers] if variant.learned else [],
         "training": json.loads((folder / "training.json").read_text()),
     }
     return measure(load_model(str(folder), "float32"), variant, tokens), facts
@@ -139,19 +142,18 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
         if "above_full_percent" in row:
             low, high = row["above_full_percent_low"], row["above_full_percent_high"]
             cell += f", {row['above_full_percent']:+.1f}% [{low:+.1f}, {high:+.1f}]"
-        name = f"{'learned sinks' if row['learned'] else 'none'}, seed {row['seed']}"
-        lines.setdefault(policy, {"policy": policy})[name] = cell
+        lines.setdefault(policy, {"policy": policy})[title(row)] = cell
     return list(lines.values())
 
 
 def draw(rows: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]], path: Path) -> None:
     """What evicting the first tokens costs, and where attention goes."""
     with style():
-        figure = new_figure(8, 3.2)
+        figure = new_figure(7, 2.8)
         left, right = figure.subplots(1, 2)
-        for model, color in zip(models, COLORS, strict=False):
+        for model, color in zip(models, COLORS, strict=True):
             for total, marker, line in zip(TOTALS, MARKERS, ("-", "--"), strict=False):
-                own = [row for row in rows if row.get("total") == total and _of(row) == _of(model)]
+                own = [row for row in rows if row.get("total") == total and title(row) == title(model)]
                 values = np.array([row["above_full_percent"] for row in own])
                 ends = np.array([[row[f"above_full_percent_{end}"] for row in own] for end in ("low", "high")])
                 left.errorbar(
@@ -164,11 +166,11 @@ def draw(rows: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]], path:
         left.set_ylim(bottom=0)
         left.legend(fontsize=8)
         width = 0.8 / len(models)
-        for number, (model, color) in enumerate(zip(models, COLORS, strict=False)):
+        for number, (model, color) in enumerate(zip(models, COLORS, strict=True)):
             first, sink = (100 * np.array(model["attention"][name]) for name in ("first token", "learned sink"))
             at = np.arange(len(first)) + (number - (len(models) - 1) / 2) * width
             right.bar(at, first, 0.9 * width, color=color, label=f"{title(model)}: first token")
-            if model["learned"]:
+            if model["sink_rate"]:
                 right.bar(
                     at, sink, 0.9 * width, bottom=first, color="white", edgecolor=color, hatch="////",
                     label=f"{title(model)}: learned sink",
@@ -181,16 +183,13 @@ def draw(rows: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]], path:
 
 
 def title(model: dict[str, Any]) -> str:
-    return "learned sinks" if model["learned"] else "none"
-
-
-def _of(row: dict[str, Any]) -> Variant:
-    return Variant(row["learned"], row["seed"])
+    """Of a model, or a row."""
+    return NAMES[model["sink_rate"]]
 
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--seeds", type=int, nargs="+", default=[1], metavar="N", help="a pair of models each (1)")
+    options.add_argument("--seed", type=int, default=1, metavar="N", help="of weights and windows (1)")
     options.add_argument("--models", type=Path, default=Path("sweeps/learned-sinks"), metavar="FOLDER")
     options.add_argument("--threads", type=int, default=2, help="CPU threads (2)")
     options.add_argument("--json", type=Path, default=RESULTS / "learned_sinks.json", metavar="FILE")
@@ -198,16 +197,17 @@ def main() -> None:
     arguments = options.parse_args()
     limit_threads(arguments.threads)
     tokens, rows, models = stream(), [], []
-    for variant in (Variant(learned, seed) for seed in arguments.seeds for learned in (False, True)):
-        folder = arguments.models / variant.name
-        trained(variant, folder, tokens)
-        found, facts = measured(variant, folder, tokens)
+    variants = [Variant(rate, arguments.seed) for rate in NAMES]
+    for variant in variants:
+        trained(variant, arguments.models / variant.name, tokens)
+    for variant in variants:
+        found, facts = measured(variant, arguments.models / variant.name, tokens)
         rows += found
         models.append(facts)
     print(markdown_table(shown(rows)))
     facts = {"benchmark": "learned_sinks", "text": "testbed", "tokens": len(tokens) - 1, **machine()}
     arguments.json.write_text(json.dumps(facts | {"rows": rows, "models": models}, indent=1) + "\n")
-    draw(rows, models[:2], arguments.figure)
+    draw(rows, models, arguments.figure)
 
 
 if __name__ == "__main__":

@@ -54,13 +54,17 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Variant:
-    learned: bool
-    """Whether it has learned sinks."""
+    sink_rate: float
+    """How much faster than other vectors its learned sinks are learned; 0: it has none."""
     seed: int
 
     @property
+    def learned(self) -> bool:
+        return self.sink_rate > 0
+
+    @property
     def name(self) -> str:
-        return f"{'learned' if self.learned else 'none'}-{self.seed}"
+        return f"rate-{self.sink_rate:g}-seed-{self.seed}"
 
 
 class UnusedAttention:
@@ -143,18 +147,22 @@ def build_model(recipe: Recipe, variant: Variant) -> GptOssForCausalLM:
     return model
 
 
-def optimizers(model: GptOssForCausalLM, recipe: Recipe) -> list[torch.optim.Optimizer]:
+def optimizers(model: GptOssForCausalLM, recipe: Recipe, sink_rate: float) -> list[torch.optim.Optimizer]:
     """As the embedded model's. The router of a single expert has nothing to learn."""
     named = [(name, weights) for name, weights in model.named_parameters() if weights.requires_grad]
     matrices = [p for name, p in named if p.ndim == 2 and ("_proj" in name) and "bias" not in name]
     embeddings = [p for name, p in named if "embed_tokens" in name or "lm_head" in name]
-    vectors = [p for name, p in named if "router" not in name and not any(p is q for q in (*matrices, *embeddings))]
+    sinks = [p for name, p in named if "sinks" in name]
+    rest = [*matrices, *embeddings, *sinks]
+    vectors = [p for name, p in named if "router" not in name and not any(p is q for q in rest)]
     muon = Muon(matrices, lr=recipe.matrix_learning_rate, weight_decay=recipe.weight_decay)
-    adamw = torch.optim.AdamW(
-        [{"params": embeddings, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=recipe.learning_rate,
-        betas=(0.9, 0.95),
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": embeddings, "weight_decay": recipe.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    if sinks:
+        groups.append({"params": sinks, "weight_decay": 0.0, "lr": sink_rate * recipe.learning_rate})
+    adamw = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
     return [muon, adamw]
 
 
@@ -193,7 +201,7 @@ def train(
     for expert in experts:
         for name in ("gate_up_proj", "down_proj"):
             parametrize.register_parametrization(expert, name, _OnlyExpert())
-    steppers = optimizers(model, recipe)
+    steppers = optimizers(model, recipe, variant.sink_rate)
     groups = [(group, group["lr"]) for stepper in steppers for group in stepper.param_groups]
     started = time.monotonic()
     for step, windows in zip(range(recipe.steps), windows_of(tokens, recipe, variant.seed), strict=False):
