@@ -27,7 +27,7 @@ from streamllm.engine.block_parallel import block_parallel_losses
 from streamllm.engine.device import limit_threads
 from streamllm.engine.loading import load_model, load_tokenizer
 from streamllm.engine.model import LoadedModel
-from streamllm.figure_style import CYCLE, MARKERS, new_figure, save, style
+from streamllm.figure_style import CYCLE, new_figure, save, style
 from streamllm.measuring.quality import paired_increase, perplexity
 from streamllm.measuring.text import TextSource, load_tokens
 from streamllm.policy import EvictionPolicy
@@ -146,39 +146,28 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     return list(lines.values())
 
 
-def draw(rows: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]], path: Path) -> None:
-    """What evicting the first tokens costs, and where attention goes."""
+def draw(rows: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]], path: Path, total: int = TOTALS[0]) -> None:
+    """What evicting the first tokens costs at one total, and where attention goes."""
     with style():
-        figure = new_figure(7, 2.8)
+        figure = new_figure(6.4, 2.6)
         left, right = figure.subplots(1, 2)
-        for model, color in zip(models, COLORS, strict=True):
-            for total, marker, line in zip(TOTALS, MARKERS, ("-", "--"), strict=False):
-                own = [row for row in rows if row.get("total") == total and title(row) == title(model)]
-                values = np.array([row["above_full_percent"] for row in own])
-                ends = np.array([[row[f"above_full_percent_{end}"] for row in own] for end in ("low", "high")])
-                left.errorbar(
-                    [SINKS.index(row["n_sink"]) for row in own], values, np.abs(ends - values), color=color,
-                    marker=marker, markersize=4, linewidth=1, linestyle=line, label=f"{title(model)}, total {total}",
-                )  # fmt: skip
-        left.set_xticks(range(len(SINKS)), [str(sinks) for sinks in SINKS])
-        left.set_xlabel("first tokens kept (S)")
-        left.set_ylabel("perplexity above full attention, %")
-        left.set_ylim(bottom=0)
-        left.legend(fontsize=8)
         width = 0.8 / len(models)
         for number, (model, color) in enumerate(zip(models, COLORS, strict=True)):
+            aside = (number - (len(models) - 1) / 2) * width
+            own = [row for row in rows if row.get("total") == total and title(row) == title(model)]
+            values = np.array([row["above_full_percent"] for row in own])
+            ends = np.array([[row[f"above_full_percent_{end}"] for row in own] for end in ("low", "high")])
+            left.bar(np.arange(len(own)) + aside, values, 0.9 * width, yerr=np.abs(ends - values), color=color)
             first, sink = (100 * np.array(model["attention"][name]) for name in ("first token", "learned sink"))
-            at = np.arange(len(first)) + (number - (len(models) - 1) / 2) * width
-            right.bar(at, first, 0.9 * width, color=color, label=f"{title(model)}: first token")
-            if model["sink_rate"]:
-                right.bar(
-                    at, sink, 0.9 * width, bottom=first, color="white", edgecolor=color, hatch="////",
-                    label=f"{title(model)}: learned sink",
-                )  # fmt: skip
+            at = np.arange(len(first)) + aside
+            right.bar(at, first, 0.9 * width, color=color, label=title(model))
+            right.bar(at, sink, 0.9 * width, bottom=first, color="white", edgecolor=color)
+        left.set_xticks(range(len(SINKS)), [f"S = {sinks}" for sinks in SINKS])
+        left.set_title(f"perplexity above full attention, %, total {total}")
         right.set_xticks(range(Recipe.layers), [f"layer {layer}" for layer in range(Recipe.layers)])
-        right.set_ylabel("attention, %")
+        right.set_title("attention, %: first token; hollow: learned sink")
         right.set_ylim(0, 100)
-        right.legend(fontsize=8)
+        left.legend(*right.get_legend_handles_labels())
         save(figure, path.with_suffix(""), [path.suffix[1:]])
 
 
