@@ -83,6 +83,10 @@ class Row(Mapping[str, Any]):
     kv_dtype: str | None = word(
         "cache", "auto", about="number format that the cache is kept in; auto: the model's", of_policy=True
     )
+    layer_budgets: str | None = word(
+        "layer budgets", "uniform", about="how layers share the total: pyramid:50, retrieval:1/4:50, 300,300,...",
+        of_policy=True,
+    )  # fmt: skip
     refresh_budget: int | None = fact(about="tokens that method refresh puts back")
     refresh_position: str | None = fact()
     overlap: int | None = fact()
