@@ -234,10 +234,13 @@ def test_a_cycle_is_one_of_every_layer(word, every, slack, drop):
 def test_a_ring_holds_what_its_layers_hold():
     loaded, policy = tiny_model("Llama", num_hidden_layers=4), policy_of("9,18,4+5,0+24", max_drop=0)
     decoder = make_decoder(loaded, Configuration("ring", policy))
+    static = []
     for token in torch.arange(40).split(1):
         decoder.feed(token)
+        static.append(decoder.cache.is_static)
     held = [part.keys[place].shape[2] for part, place in decoder.cache.places]
     assert held == [10, 19, 10, 25] and decoder.kv_length == 15
+    assert static == [False] * 24 + [True] * 16, "when the longest is full"
     assert not decoder.cache.keys, "nothing but what the parts hold"
 
 
@@ -286,11 +289,12 @@ def test_answers_of_tasks():
         pieces = feed(make_decoder(loaded, what), what.policy.of_layers(4), torch.from_numpy(tokens[:-1]), 39)
         torch.testing.assert_close(torch.cat(list(pieces)), expected[39:], rtol=0, atol=IDENTITY)
     likely = expected.log_softmax(-1)
-    for stop in (43, 51):
-        answer = tokens[40:stop]
-        [found] = scored(loaded, what, [Request(tuple(tokens[:40].tolist()), tuple(answer.tolist()))])
-        wanted = sum(float(likely[39 + i, token]) for i, token in enumerate(answer))
-        assert found.log_likelihood == pytest.approx(wanted, abs=1e-9)
+    answers = [tokens[40:43], tokens[40:51], tokens[41:51]]
+    requests = [Request(tuple(tokens[:40].tolist()), tuple(answer.tolist())) for answer in answers]
+    found = [one.log_likelihood for one in scored(loaded, what, requests)]
+    wanted = [sum(float(likely[39 + i, token]) for i, token in enumerate(answer)) for answer in answers[:2]]
+    assert found[:2] == pytest.approx(wanted, abs=1e-9)
+    assert found[2] == pytest.approx(scored(loaded, what, requests[2:])[0].log_likelihood, abs=1e-9)
 
 
 @pytest.mark.parametrize("method", [name for name in OFFERED if name not in ("ring", "mit")])

@@ -191,7 +191,7 @@ class Row(Mapping[str, Any]):
 
     # Memory.
     peak_kv: int | None = measure("peak KV", "tokens", None, short="KV", label="largest number of keys attended to",
-                                   objective="minimize", viewed=True)  # fmt: skip
+                                   objective="minimize", viewed=True, about="layers' mean, by bytes")  # fmt: skip
     peak_memory_mb: float | None = measure("peak memory", "MiB", 0, label="peak memory, MiB", objective="minimize")
     kv_bytes_per_token: int | None = measure(
         "KV per token", "bytes", None, label="keys and values of a token in all layers, bytes"
