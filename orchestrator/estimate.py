@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean, median
 from typing import TYPE_CHECKING
 
@@ -122,7 +122,10 @@ def _policies(configuration: SweepConfiguration) -> list[EvictionPolicy]:
     policies = []
     for params in drawn:
         try:
-            policies.append(configuration_of(params, space, cap).policy)
+            policy = configuration_of(params, space, cap).policy
         except UsageError:
             continue
+        policies.append(
+            replace(policy, layer_budgets="uniform")
+        )  # nobody has loaded the model: as if all were the mean
     return policies or [strict_policy(cap)]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from streamllm.engine.backends import BACKENDS
 from streamllm.engine.methods import METHODS
 from streamllm.options import EXECUTIONS, QUANTIZATIONS
+from streamllm.policy import FORMS, check_word
 from streamllm.policy import WORDS as POLICY_WORDS
 from streamllm.results.schema import KNOBS
 
@@ -17,6 +21,8 @@ WORDS: dict[str, tuple[str, ...]] = {
     "quantization": tuple(QUANTIZATIONS),
     **POLICY_WORDS,
 }
+CHECKS: dict[str, Callable[[str], None]] = {name: partial(check_word, name) for name in FORMS}
+"""Of words that may be any of some form."""
 LEAST = {field.parameter: field.least for field in KNOBS if field.least is not None}
 USUAL: dict[str, Value] = {field.parameter: field.usual for field in KNOBS if field.usual is not None}
 """A knob's value where a space does not give one; the window is what the total leaves."""

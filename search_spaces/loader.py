@@ -15,7 +15,7 @@ from streamllm.errors import shown
 from streamllm.policy import CAP_ACCOUNTINGS, TOTAL_KV_CAP, CapAccounting, PolicyError, keys_in_16_bits
 from streamllm.results.schema import OBJECTIVES, POLICY_WORDS, SCORE, can_be_objective, is_score
 
-from .knobs import LEAST, USUAL, WORDS
+from .knobs import CHECKS, LEAST, USUAL, WORDS
 from .reader import Reader, SpaceError, compose
 from .space import Constraint, SearchSpace, Value
 
@@ -239,7 +239,7 @@ class _SpaceReader(Reader):
     def value(self, name: str, node: yaml.Node) -> Value:
         if name in LEAST:
             return self.whole(node, name, LEAST[name])
-        return self.word(node, name, WORDS[name])
+        return self.formed(node, name, CHECKS[name]) if name in CHECKS else self.word(node, name, WORDS[name])
 
     def conditional(self, given: dict[str, yaml.Node]) -> dict[str, yaml.Node]:
         """Parameter -> its `when`."""

@@ -22,7 +22,7 @@ from streamllm.options import DTYPES, PROTOCOLS
 from streamllm.policy import TOTAL_KV_CAP, KvDtype, Positions
 from streamllm.results.schema import FIELDS
 
-from .knobs import LEAST, WORDS
+from .knobs import CHECKS, LEAST, WORDS
 from .reader import Reader, SpaceError, compose
 from .space import Value
 
@@ -70,6 +70,7 @@ class Cell:
     max_drop: int = 0
     positions: Positions = "compact"
     kv_dtype: KvDtype = "auto"
+    layer_budgets: str = "uniform"
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,6 +186,8 @@ class _MatrixReader(Reader):
     def value(self, name: str, node: yaml.Node) -> Value:
         if name in LEAST:
             return self.whole(node, name, LEAST[name])
+        if name in CHECKS:
+            return self.formed(node, name, CHECKS[name])
         if name in _WORDS:
             return self.word(node, name, _WORDS[name])
         return self.text(node, name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -122,6 +122,15 @@ class Reader:
         if value is None or value == "":
             raise self.fail(node, f"{key} {value!r}: must be a word or more; leave it out if there is none")
         return str(value)
+
+    def formed(self, node: yaml.Node, key: str, check: Callable[[str], None]) -> str:
+        """check: raises UsageError for what is no such word."""
+        value = self.text(node, key)
+        try:
+            check(value)
+        except UsageError as error:
+            raise self.fail(node, str(error)) from None
+        return value
 
     def word(self, node: yaml.Node, key: str, allowed: Sequence[T]) -> T:
         value = self.scalar(node)

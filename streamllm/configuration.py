@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 from .engine.backends import BACKENDS, Backend
-from .engine.methods import Keys, check_kv_dtype, method_named
+from .engine.methods import Keys, check_cache, method_named
 from .policy import EvictionPolicy
 from .results.schema import AnyRow, knobs_in_short
 
@@ -24,7 +24,7 @@ class Configuration:
     def effective(self) -> EvictionPolicy:
         """The part of the policy that the method means: `window` has no sinks, `dense` never evicts, and neither has
         positions to keep. Raises UsageError for a policy that it can do nothing with."""
-        check_kv_dtype(self.method, self.policy)
+        check_cache(self.method, self.policy)
         return method_named(self.method).effective(self.policy).canonical
 
     @property

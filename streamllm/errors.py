@@ -6,6 +6,10 @@ class UsageError(ValueError):
     exit with code 2."""
 
 
+class PolicyError(UsageError):
+    """A policy, or a total-KV cap, that cannot be meant; the message names value, range and fix."""
+
+
 class UnavailableError(UsageError):
     """A method that cannot be measured here, or not in that way; the message says what it lacks."""
 

@@ -81,13 +81,13 @@ def evaluate(
     measured if it is wanted and not there.
 
     Raises UsageError, UnsupportedModelError, TextError; NonFiniteLossError where a dtype's range is not enough."""
-    from .engine.methods import check_execution, check_kv_dtype, check_protocol
+    from .engine.methods import check_cache, check_execution, check_protocol
 
     how = how or Measuring()
     check_names(what, dtype)
     check_protocol(what.method, how.protocol)
     check_execution(what.method, what.execution)
-    check_kv_dtype(what.method, what.policy)
+    check_cache(what.method, what.policy)
     source = source or TextSource()
     source.check()
     loaded, stream = load_model_and_text(model, source, dtype, what.quantization or "none", threads)

@@ -7,11 +7,14 @@ loop runs it token by token, the block-parallel evaluator and the timing ask it 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from .errors import UsageError, shown
+from . import layer_budgets
+from .errors import PolicyError as PolicyError
+from .errors import shown
 
 CapAccounting = Literal["nominal", "peak", "bytes"]
 CAP_ACCOUNTINGS: tuple[CapAccounting, ...] = get_args(CapAccounting)
@@ -24,8 +27,14 @@ KV_DTYPES: tuple[KvDtype, ...] = get_args(KvDtype)
 
 TOTAL_KV_CAP = 2048
 """Tokens that a cache holds where nobody says (the source documents' cap), unless the trained length is shorter."""
-WORDS: dict[str, tuple[str, ...]] = {"positions": POSITIONS, "kv_dtype": KV_DTYPES}
+WORDS: dict[str, tuple[str, ...]] = {
+    "positions": POSITIONS,
+    "kv_dtype": KV_DTYPES,
+    "layer_budgets": (layer_budgets.UNIFORM,),
+}
 """Knobs of a policy that are no number, and their choices, the usual one first."""
+FORMS = {"layer_budgets": layer_budgets.FORMS}
+"""Of words that may be any of some form besides."""
 _MOST = 2**24
 """Tokens: schedules are run token by token."""
 
@@ -34,10 +43,6 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8_e
 """Of a number of each format."""
 _BYTES_OF_A_KEY = 2
 """By accounting in bytes, of each of a counted key's numbers."""
-
-
-class PolicyError(UsageError):
-    """A policy, or a total-KV cap, that cannot be meant; the message names value, range and fix."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,13 +72,15 @@ class EvictionPolicy:
     kv_dtype: KvDtype = "auto"
     """The number format that keys and values are kept in between one token and the next; auto: the model's, which
     everything is computed in."""
+    layer_budgets: str = layer_budgets.UNIFORM
+    """How the total is shared out over layers (`layer_budgets`). S + W is the layers' mean then; each layer runs the
+    schedule above with its own S and W, as if it were alone, and its positions are those in its own cache."""
 
     def __post_init__(self) -> None:
         for field in fields(EvictionPolicy):
             value, least = getattr(self, field.name), 1 if field.name == "window_size" else 0
             if field.name in WORDS:
-                if value not in WORDS[field.name]:
-                    raise PolicyError(f"{field.name} {shown(value)}: must be one of {', '.join(WORDS[field.name])}")
+                check_word(field.name, value)
             elif not isinstance(value, int) or isinstance(value, bool) or not least <= value <= _MOST:
                 raise PolicyError(f"{field.name} {shown(value)}: must be a whole number from {least} to {_MOST:,}")
 
@@ -101,16 +108,39 @@ class EvictionPolicy:
 
     @property
     def canonical(self) -> EvictionPolicy:
-        """The same function by its plainest name: without sinks, or without evictions, no distance depends on
-        `positions`; what a cache of another number format rounds may."""
-        if (self.n_sink and self.compress_every) or self.kv_dtype != "auto":
-            return self
-        return replace(self, positions="compact")
+        """The same function by its plainest name: without evictions a layer's budget means nothing; without sinks, or
+        without evictions, no distance depends on `positions`; what a cache of another number format rounds may."""
+        plain = self if self.compress_every else replace(self, layer_budgets=layer_budgets.UNIFORM)
+        has_sinks = self.n_sink or not self.is_uniform  # a list may say so
+        if (has_sinks and self.compress_every) or self.kv_dtype != "auto":
+            return plain
+        return replace(plain, positions="compact")
 
     @property
     def kept(self) -> int:
-        """Tokens left by a finished prune: S + W."""
+        """Tokens left by a finished prune: S + W; the layers' mean."""
         return self.n_sink + self.window_size
+
+    @property
+    def is_uniform(self) -> bool:
+        """Whether it is the same in every layer."""
+        return self.layer_budgets == layer_budgets.UNIFORM
+
+    def of_layers(self, count: int) -> list[EvictionPolicy]:
+        """What it is in each of so many layers. Raises PolicyError if it cannot be meant for as many."""
+        if self.is_uniform:
+            return [self] * count
+        shares = layer_budgets.budgets(self.layer_budgets, count, self.n_sink, self.window_size)
+        alike = replace(self, layer_budgets=layer_budgets.UNIFORM)
+        return [replace(alike, n_sink=sinks, window_size=window).canonical for sinks, window in shares]
+
+    def check_uniform(self, what: str) -> None:
+        """Raises PolicyError, for what knows one schedule only."""
+        if not self.is_uniform:
+            raise PolicyError(
+                f"layer_budgets {shown(self.layer_budgets)}: {what} knows one schedule for all layers; use uniform, or "
+                f"evaluate"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +167,8 @@ class Schedule:
     """Runs a policy token by token: call `after_token()` once per processed token, evict as many as it says."""
 
     def __init__(self, policy: EvictionPolicy) -> None:
+        """policy: of one layer, or the same in all. Raises PolicyError for another."""
+        policy.check_uniform("what is asked for")
         self.policy = policy
         self.seen = 0
         """t: tokens processed so far."""
@@ -165,6 +197,15 @@ class Schedule:
     def state(self) -> tuple[int, int, bool]:
         """Everything that the rest of the schedule depends on."""
         return self.seen % max(self.policy.compress_every, 1), self.held, self.pruning
+
+
+def check_word(name: str, value: object) -> None:
+    """Raises PolicyError for what is no choice, nor of the form, of a policy's word."""
+    if value in WORDS[name]:
+        return
+    if name not in FORMS or not isinstance(value, str):
+        raise PolicyError(f"{name} {shown(value)}: must be one of {FORMS.get(name) or ', '.join(WORDS[name])}")
+    layer_budgets.check(value)
 
 
 def strict_policy(total: int) -> EvictionPolicy:
@@ -198,9 +239,24 @@ def prune_starts(policy: EvictionPolicy, n_tokens: int) -> list[int]:
     return starts
 
 
-def peak_kv(policy: EvictionPolicy, n_tokens: int) -> int:
-    """Largest number of keys any of the first `n_tokens` queries attends to, its own included."""
-    return max(t + 1 - evicted for t, evicted in enumerate(evicted_before(policy, n_tokens)))
+def peak_kv(policy: EvictionPolicy, n_tokens: int, layers: Sequence[int] = (1,)) -> int:
+    """Largest number of keys any of the first `n_tokens` queries attends to, its own included: `mean_keys` of them.
+    layers: bytes, or other weights, of each."""
+    weights: dict[EvictionPolicy, int] = {}
+    for own, weight in zip(policy.of_layers(len(layers)), layers, strict=True):
+        weights[own] = weights.get(own, 0) + weight
+    evicted = zip(*(evicted_before(own, n_tokens) for own in weights), strict=True)
+    return max(mean_keys([t + 1 - gone for gone in each], [*weights.values()]) for t, each in enumerate(evicted))
+
+
+def mean_keys(keys: Sequence[int], layers: Sequence[int]) -> int:
+    """The mean over layers by their bytes, as many keys as have the bytes that are held; rounded up."""
+    return -(-sum(map(math.prod, zip(keys, layers, strict=True))) // sum(layers))
+
+
+def longest_kv(policy: EvictionPolicy, n_tokens: int, n_layers: int) -> int:
+    """Largest number of keys any of the first `n_tokens` queries attends to in any layer."""
+    return max(peak_kv(own, n_tokens) for own in set(policy.of_layers(n_layers)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,8 +271,17 @@ class SteadyState:
     """Largest number of keys attended to, from the first token on."""
 
 
-def steady_state(policy: EvictionPolicy) -> SteadyState | None:
-    """Where the policy's schedule becomes periodic; None if it never evicts."""
+def steady_state(policy: EvictionPolicy, n_layers: int = 1) -> SteadyState | None:
+    """Where the policy's schedule becomes periodic, in all layers; None if it never evicts. `peak_kv` is that of the
+    layer that has most."""
+    states = [state for own in set(policy.of_layers(n_layers)) if (state := _steady_state(own)) is not None]
+    if not states:
+        return None
+    start, cycle = max(state.start for state in states), math.lcm(*(state.cycle for state in states))
+    return SteadyState(start, cycle, max(state.peak_kv for state in states))
+
+
+def _steady_state(policy: EvictionPolicy) -> SteadyState | None:
     if policy.compress_every == 0:
         return None
     schedule, peak = Schedule(policy), 0
@@ -253,7 +318,11 @@ def with_derived_window(policy: EvictionPolicy, cap: int, accounting: CapAccount
     peak:    no query attends to more than `cap` keys, lazy growth and the query's own key included.
     bytes:   nominal, of as many keys as have the bytes of `cap` keys in 16 bits, by the policy's `kv_dtype`.
 
-    Raises PolicyError if no window of at least one token is left, and by bytes for a format that is the model's.
+    With layers of several budgets, S + W is their mean, and given where they are listed: then it must not be above the
+    cap.
+
+    Raises PolicyError if no window of at least one token is left, by bytes for a format that is the model's, and by
+    peak for layers of several budgets, which no one number of keys is the peak of.
     """
     if accounting == "bytes":
         cap *= keys_in_16_bits(policy.kv_dtype)
@@ -264,8 +333,16 @@ def with_derived_window(policy: EvictionPolicy, cap: int, accounting: CapAccount
             f"raise the cap to at least {least} or lower n_sink or cache_slack"
         )
     widest = cap - policy.n_sink - policy.cache_slack
+    if (mean := layer_budgets.mean_total(policy.layer_budgets)) is not None:
+        if not 0 < mean - policy.n_sink <= widest:
+            raise PolicyError(
+                f"layer_budgets {shown(policy.layer_budgets)}: the mean of its totals is {mean}, must be "
+                f"from {policy.n_sink + 1} to {widest + policy.n_sink}, the cap less cache_slack; list others"
+            )
+        widest = mean - policy.n_sink
     if accounting != "peak":
         return replace(policy, window_size=widest)
+    policy.check_uniform("a cap by peak accounting")
     # Without pruning at all, or before the first prune, nothing fits; where a prune ends at once, the next is R later.
     interval = policy.compress_every
     if interval == 0 or interval > cap:

@@ -93,3 +93,54 @@ def windows_by_position(model, positions):
     sliding = full.masked_fill(distances >= window, torch.finfo(model.dtype).min)
     masks = {"full_attention": full[None, None], "sliding_attention": sliding[None, None]}
     return masks if kinds else masks["sliding_attention"]
+
+
+@torch.no_grad()
+def layered_logits(model, stream, policies, keep=False):
+    """As `surviving_logits`, where each attention layer has a policy of its own: what `survivors` is called with.
+
+    Uses nothing of ours. The model is called with the newest token alone; each attention layer is fed the inputs that
+    its own survivors had when they were last, with what the model itself gives a layer about the places 0, 1, ... (or
+    about those that tokens keep): angles and masks, seen in one call over the whole stream."""
+    layers = [
+        module
+        for name, module in model.named_modules()
+        if name.rpartition(".")[2] in ("self_attn", "attention") and _has_weights(module)
+    ]
+    assert len(layers) == len(policies)
+    about, inputs, now = {}, {layer: [] for layer in layers}, {}
+
+    def note(module, arguments, options):
+        about[module] = options["position_embeddings"], options["attention_mask"]
+
+    def feed(module, arguments, options):
+        hidden = arguments[0] if arguments else options["hidden_states"]
+        inputs[module].append(hidden)
+        places = torch.tensor(now[module] if keep else range(len(now[module])))
+        angles, mask = about[module]
+        options = options | {
+            "hidden_states": torch.cat([inputs[module][token] for token in now[module]], dim=1),
+            "position_embeddings": tuple(x[:, places] for x in angles),
+            "attention_mask": mask[:, :, places][..., places],
+        }
+        return arguments[1:], options
+
+    def cut(module, arguments, output):
+        return (output[0][:, -1:], *output[1:])
+
+    hooks = [layer.register_forward_pre_hook(note, with_kwargs=True) for layer in layers]
+    model(stream, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    hooks = [layer.register_forward_pre_hook(feed, with_kwargs=True) for layer in layers]
+    hooks += [layer.register_forward_hook(cut) for layer in layers]
+    found = []
+    try:
+        held = zip(*(survivors(stream.shape[1], **policy) for policy in policies), strict=True)
+        for t, each in enumerate(held):
+            now = dict(zip(layers, each, strict=True))
+            found.append(model(stream[:, t : t + 1], use_cache=False).logits[0, -1])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)

@@ -197,7 +197,7 @@ def test_names_of_measurements():
     assert keys.identity(what, "fast")["kv_bytes_per_token"] == loaded.kv_bytes / 4
     assert bytes_per_token(loaded, POLICY) - bytes_per_token(loaded, what.policy) == loaded.kv_bytes * 0.75 * 24
     assert knobs_in_short({"n_sink": 4, "kv_dtype": "float16"}) == "S=4 kv_dtype=float16"
-    assert words_of({}) == {"positions": "compact", "kv_dtype": "auto"}
+    assert words_of({}) == {"positions": "compact", "kv_dtype": "auto", "layer_budgets": "uniform"}
 
 
 def test_methods_that_keep_nothing_say_so():

@@ -67,7 +67,7 @@ def test_batches_and_shared_contexts_change_nothing(loaded, policy, most, monkey
 
 def greedy_answer(loaded, policy, context, count):
     decoder = make_decoder(loaded, Configuration("ring", policy))
-    logits, answer = list(feed(decoder, policy, torch.tensor(context), len(context) - 1))[-1], []
+    logits, answer = list(feed(decoder, [policy], torch.tensor(context), len(context) - 1))[-1], []
     for _ in range(count):
         answer.append(int(logits.argmax()))
         logits = decoder.feed(torch.tensor(answer[-1:]))
@@ -90,7 +90,7 @@ def test_an_answer_is_greedy_if_decoding_writes_it(loaded, policy):
 def test_what_is_fed_in_pieces_is_what_is_fed_token_by_token(loaded, policy, method):
     tokens = torch.tensor(requests_of()[0].answer)
     what = Configuration(method, policy)
-    pieces = torch.cat(list(feed(make_decoder(loaded, what), policy, tokens, 20)))
+    pieces = torch.cat(list(feed(make_decoder(loaded, what), [policy], tokens, 20)))
     one = make_decoder(loaded, what)
     single = torch.cat([one.feed(token) for token in tokens.split(1)])[20:]
     torch.testing.assert_close(pieces, single, atol=1e-9, rtol=0)

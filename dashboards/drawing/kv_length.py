@@ -22,7 +22,9 @@ _DASHES = ("-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1)))
 def kv_length(study: StudyResults) -> Figure:
     """Raises NoDataError for an empty front."""
     evicting = [Configuration.of_row(row).policy for row in study.front if row["compress_every"] > 0]
-    usual: dict[str, Any] = {name: choices[0] for name, choices in WORDS.items()}  # which lengths do not show
+    usual: dict[str, Any] = {
+        name: choices[0] for name, choices in WORDS.items()
+    }  # which lengths do not show, or not their mean
     policies = list(dict.fromkeys(replace(policy, **usual) for policy in evicting))[:_LINES]
     if not policies:
         raise NoDataError("no policy on the front ever evicts")

@@ -7,11 +7,12 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from search_spaces import SearchSpace, Value
 from streamllm.configuration import Configuration
-from streamllm.engine.methods import check_execution, check_kv_dtype, check_protocol
+from streamllm.engine.methods import check_cache, check_execution, check_protocol
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy, PolicyError, with_derived_window
 from streamllm.results.schema import KNOBS, POLICY_KNOBS, POLICY_WORDS, Row, words_of
@@ -31,7 +32,7 @@ def configuration_of(params: Mapping[str, Value], space: SearchSpace, cap: int) 
     policy = with_derived_window(policy, min(int(params["total_kv"]), cap), space.cap_accounting)
     method, backend, execution = (str(params[name]) for name in ("method", "attn_backend", "execution"))
     check_execution(method, execution)
-    check_kv_dtype(method, policy)
+    check_cache(method, policy)
     quantization = params.get("quantization")
     return Configuration(method, policy, backend, execution, None if quantization is None else str(quantization))
 
@@ -66,7 +67,7 @@ def _likeliest(space: SearchSpace) -> SearchSpace:
         "max_drop": lambda choices: max(choices, key=lambda drop: drop or math.inf),
         "attn_backend": min,
         "quantization": min,
-        **{field.name: min for field in POLICY_WORDS},
+        **{field.name: partial(min, key=field.usual.__ne__) for field in POLICY_WORDS},
     }
     deciding = {other for conditions in space.when.values() for other in conditions}
     few = {

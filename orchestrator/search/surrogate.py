@@ -15,7 +15,7 @@ import numpy as np
 from streamllm.configuration import Configuration
 from streamllm.policy import EvictionPolicy, Schedule
 
-_METHOD, _PRUNES = 2, 6
+_METHOD, _PRUNES = 3, 6
 """Places of a name, and of a number."""
 _CYCLES = 4
 _ENOUGH = 4
@@ -61,10 +61,12 @@ def plainest(policy: EvictionPolicy) -> EvictionPolicy:
 
 def features(configurations: Sequence[Configuration], *, of_quality: bool = False) -> np.ndarray:
     """(n, d): numbers of policies on a scale where equal steps matter alike, and a column for each name of a method,
-    backend, execution or number format that not all share; of_quality: without those that no prediction depends on."""
+    backend, execution, number format or layer budgets that not all share; of_quality: without those that no prediction
+    depends on."""
     numbers = np.array([_numbers(plainest(what.effective)) for what in configurations])
     names = [
-        (what.quantization, what.policy.kv_dtype, what.method, what.backend, what.execution) for what in configurations
+        (what.quantization, what.policy.kv_dtype, what.policy.layer_budgets, what.method, what.backend, what.execution)
+        for what in configurations
     ]
     columns = [numbers]
     for kind in range(_METHOD if of_quality else len(names[0])):

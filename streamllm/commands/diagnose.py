@@ -68,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     text_source(arguments)
-    given_stream_policy(arguments)
+    given_stream_policy(arguments).check_uniform("diagnose")
     folder = arguments.output_dir
     make_room(folder / "losses.csv")
 

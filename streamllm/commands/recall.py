@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from ..configuration import Configuration
 from ..errors import UsageError
 from ..evaluating import measurements_beside
-from ..policy import WORDS, EvictionPolicy, peak_kv, strict_policy, with_derived_window
+from ..policy import FORMS, WORDS, EvictionPolicy, peak_kv, strict_policy, with_derived_window
 from ..results.schema import FIELDS, POLICY_KNOBS, POLICY_WORDS, knobs_in_short
 from ..tasks.texts import TASKS
 from ..terminal.arguments import (
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             metavar=knob.short.upper() or "N",
             help=f"{knob.about} ({usual})",
         )
-    for word in POLICY_WORDS:
+    for word in (word for word in POLICY_WORDS if word.name not in FORMS):  # one schedule tells whether it is there
         flag = f"--{word.name.replace('_', '-')}"
         policies.add_argument(flag, nargs="+", choices=WORDS[word.name], help=f"{word.about} ({word.usual})")
     policies.add_argument("--dense", action="store_true", help="beside them, nothing evicted")
@@ -129,7 +129,9 @@ def asked_policies(arguments: argparse.Namespace, totals: list[int]) -> list[Evi
         raise UsageError(
             f"window_size {arguments.window_size[0]}, total_kv {arguments.total_kv[0]}: give one of the two"
         )
-    names = [knob.name for knob in POLICY_KNOBS if knob.name != "window_size"] + list(WORDS)
+    names = [knob.name for knob in POLICY_KNOBS if knob.name != "window_size"] + [
+        name for name in WORDS if name not in FORMS
+    ]
     values = [getattr(arguments, name) or [FIELDS[name].usual] for name in names]
     found = []
     for total, *knobs in itertools.product(arguments.window_size or totals, *values):

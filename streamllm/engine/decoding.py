@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..policy import EvictionPolicy, Schedule
+from ..policy import EvictionPolicy, Schedule, mean_keys
 from .attention import causal_mask
 from .backends import Backend
 from .device import float64_device
@@ -29,7 +29,7 @@ class Decoder(ABC):
     @property
     @abstractmethod
     def kv_length(self) -> int:
-        """Tokens the next query will find in the cache."""
+        """Tokens the next query will find in the cache; the layers' mean, by their bytes."""
 
     @abstractmethod
     def feed(self, tokens: Tensor, logits_to_keep: int = 1) -> Tensor:
@@ -77,6 +77,10 @@ class KVCache(ABC):
         causal = causal_mask(new, len(places), places.device)
         distances = places[-new:, None] - places
         return {window: causal & (distances < window) for window in windows}
+
+    def parts(self, policy: EvictionPolicy) -> list[tuple[KVCache, EvictionPolicy]]:
+        """Caches that are evicted from apart, and the schedule of each: itself, if it holds as much of every layer."""
+        return [(self, policy.of_layers(len(self.layers))[0])]
 
     def begin(self, held: int, count: int) -> None:
         """Prepares for a forward pass of `count` tokens, `held` being in the cache."""
@@ -147,23 +151,28 @@ class CachedDecoder(Decoder):
     def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, cache: KVCache, execution: str = "eager") -> None:
         self.loaded = loaded
         self.cache = cache
-        self.schedule = Schedule(policy)
+        self._parts = [(part, Schedule(own)) for part, own in cache.parts(policy)]
+        self.schedule = self._parts[0][1]
+        """Of the first layer."""
+        self._sizes = [sum(layer.kv_size for layer in part.layers) for part, _ in self._parts]
         self._static_step = static_step(execution, _step, loaded, cache)
 
     @property
     def kv_length(self) -> int:
-        return self.schedule.held
+        return mean_keys([schedule.held for _, schedule in self._parts], self._sizes)
 
     def feed(self, tokens: Tensor, logits_to_keep: int = 1) -> Tensor:
-        self.cache.begin(self.schedule.held, len(tokens))
+        for part, schedule in self._parts:
+            part.begin(schedule.held, len(tokens))
         if self._static_step is not None and self.cache.is_static and len(tokens) == 1:
             logits = self._static_step(tokens)
         else:
             logits = _step(self.loaded, self.cache, tokens, logits_to_keep)
-        drops = [self.schedule.after_token() for _ in range(len(tokens))]
-        assert not any(drops[:-1]), "several tokens at once go past an eviction"
-        if drops[-1]:
-            self.cache.evict(self.schedule.policy.n_sink, drops[-1])
+        for part, schedule in self._parts:
+            drops = [schedule.after_token() for _ in range(len(tokens))]
+            assert not any(drops[:-1]), "several tokens at once go past an eviction"
+            if drops[-1]:
+                part.evict(schedule.policy.n_sink, drops[-1])
         return logits
 
 

@@ -44,6 +44,11 @@ class LayerAttention:
     own_mask: bool = False
     """Whether it is given a mask that is neither causal nor such a window."""
 
+    @property
+    def kv_size(self) -> int:
+        """Numbers in the keys and values of one token."""
+        return self.kv_heads * (self.key_size + self.value_size)
+
 
 @dataclass(frozen=True, eq=False, kw_only=True)
 class Layer(LayerAttention):

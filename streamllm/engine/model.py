@@ -65,7 +65,12 @@ class LoadedModel:
     @property
     def kv_bytes(self) -> int:
         """Bytes of one token's keys and values, in all layers."""
-        return self.dtype.itemsize * sum(x.kv_heads * (x.key_size + x.value_size) for x in self.layers)
+        return self.dtype.itemsize * sum(self.kv_sizes)
+
+    @property
+    def kv_sizes(self) -> list[int]:
+        """Of each layer, numbers in the keys and values of one token."""
+        return [layer.kv_size for layer in self.layers]
 
     def kept_bytes(self, policy: EvictionPolicy) -> int:
         """Bytes of one token's keys and values, as the policy keeps them."""

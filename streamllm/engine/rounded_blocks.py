@@ -19,17 +19,48 @@ from torch import Tensor
 from ..policy import EvictionPolicy
 from .attention import attention, for_each_head
 from .block_state import BlockState
+from .layered import LayeredCache
 from .methods import Keys
 from .model import LoadedModel
 
 
-def block_state(loaded: LoadedModel, policy: EvictionPolicy, n_tokens: int, keys: Keys = "raw") -> BlockState:
-    """keys: how the method keeps them; of no consequence to a cache of the model's own number format."""
+def block_state(loaded: LoadedModel, policy: EvictionPolicy, n_tokens: int, keys: Keys = "raw") -> Blocks:
+    """keys: how the method keeps them; of no consequence to a cache of the model's own number format. Raises
+    PolicyError for layer budgets that are not this model's."""
+
+    def of(part: LoadedModel, own: EvictionPolicy) -> BlockState:
+        return _block_state(part, own, n_tokens, keys)
+
+    policies = policy.of_layers(len(loaded.layers))
+    return of(loaded, policies[0]) if len(set(policies)) == 1 else LayeredBlocks(loaded, policies, of)
+
+
+def _block_state(loaded: LoadedModel, policy: EvictionPolicy, n_tokens: int, keys: Keys) -> BlockState:
     if policy.kv_dtype == "auto" or keys == "raw":
         return BlockState(loaded, policy, n_tokens)
     if keys == "stream" or policy.keeps_positions:  # then no key is ever moved
         return StreamRounded(loaded, policy, n_tokens)
     return CacheRounded(loaded, policy, n_tokens)
+
+
+class LayeredBlocks(LayeredCache[BlockState]):
+    """Of layers with several budgets."""
+
+    def begin_block(self, start: int, stop: int) -> None:
+        for part in self.each:
+            part.begin_block(start, stop)
+
+    def repeat(self, counts: Tensor) -> None:
+        for part in self.each:
+            part.repeat(counts)
+
+    @property
+    def held(self) -> Tensor:
+        """By the layers that hold most."""
+        return max((part.held for part in self.each), key=len)
+
+
+Blocks = BlockState | LayeredBlocks
 
 
 class StreamRounded(BlockState):

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from ..configuration import Configuration
 from ..engine.block_parallel import default_block
-from ..engine.block_state import BlockState
 from ..engine.decoding import Decoder, Progress
 from ..engine.device import float64_device
 from ..engine.methods import Keys, is_evaluated, make_decoder, method_named, sampled_losses
 from ..engine.model import LoadedModel
-from ..engine.rounded_blocks import block_state
+from ..engine.rounded_blocks import Blocks, block_state
 from ..policy import EvictionPolicy, evicted_before
 
 Tokens = tuple[int, ...]
@@ -78,14 +77,16 @@ def _decoded(loaded: LoadedModel, what: Configuration, request: Request) -> Scor
             logits = decoder.feed(torch.tensor(stream), len(request.answer))
         else:
             tokens = torch.tensor(stream, device=loaded.device)
-            logits = torch.cat(list(feed(decoder, what.effective, tokens, len(request.context) - 1)))
+            policies = what.effective.of_layers(len(loaded.layers))
+            logits = torch.cat(list(feed(decoder, policies, tokens, len(request.context) - 1)))
     return _score(logits, torch.tensor(request.answer, device=logits.device))
 
 
-def feed(decoder: Decoder, policy: EvictionPolicy, stream: Tensor, wanted: int) -> Iterator[Tensor]:
-    """Feeds a decoder that has seen nothing, as many tokens of `stream` (n) at once as the policy allows; yields the
-    logits (kept, vocabulary) that follow the tokens from number `wanted` on."""
-    evicted, start = evicted_before(policy, len(stream)), 0
+def feed(decoder: Decoder, policies: Sequence[EvictionPolicy], stream: Tensor, wanted: int) -> Iterator[Tensor]:
+    """Feeds a decoder that has seen nothing, as many tokens of `stream` (n) at once as the policies of the layers
+    allow; yields the logits (kept, vocabulary) that follow the tokens from number `wanted` on."""
+    evicted = list(zip(*(evicted_before(own, len(stream)) for own in set(policies)), strict=True))
+    start = 0
     while start < len(stream):
         stop = start + 1
         while stop < min(len(stream), start + _PIECE) and evicted[stop] == evicted[start]:
@@ -202,7 +203,7 @@ class _Batch:
 
 
 def forward(
-    loaded: LoadedModel, state: BlockState, streams: Tensor, first: int, wanted: int
+    loaded: LoadedModel, state: Blocks, streams: Tensor, first: int, wanted: int
 ) -> Iterator[tuple[int, Tensor]]:
     """streams (batch, n): the tokens from number `first` on, which the state goes on with. Block after block, the
     number of the first query that has logits, and logits (batch, queries, vocabulary); of blocks that end before query

@@ -86,14 +86,14 @@ class Writing:
 
     def _read(self, prompt: Tensor, total: int) -> tuple[Decoder, Tensor]:
         """The decoder after the prompt, and the logits that follow it."""
-        policy = self.what.effective
+        policies = self.what.effective.of_layers(len(self.loaded.layers))
         if self.decoder == "evaluator":
             evaluating = EvaluatingDecoder(self.loaded, self.what, total)
             return evaluating, evaluating.feed(prompt)
         decoder = make_decoder(self.loaded, self.what)
         if sampled_losses(self.what.method) is not None:  # takes a prompt at once, whatever it forgets of it
             return decoder, decoder.feed(prompt)
-        return decoder, list(feed(decoder, policy, prompt, len(prompt) - 1))[-1]
+        return decoder, list(feed(decoder, policies, prompt, len(prompt) - 1))[-1]
 
 
 class _Stops:

@@ -17,6 +17,7 @@ from ..engine.device import synchronize
 from ..engine.methods import make_decoder
 from ..engine.model import LoadedModel
 from ..errors import UsageError
+from ..policy import mean_keys
 from .timing import attention_spans
 
 CONTINUATION_TOKENS = 32
@@ -52,11 +53,11 @@ def chunk_losses(
 
     "A prefill of R tokens, then one compression" is a policy: one that prunes every R tokens, without slack and limit.
     Raises UsageError for a text shorter than a chunk."""
-    prefill, kept = what.policy.compress_every, what.policy.kept
-    if prefill <= kept:
+    prefill, kept = what.policy.compress_every, [own.kept for own in what.policy.of_layers(len(loaded.layers))]
+    if prefill <= max(kept):
         raise UsageError(
-            f"prefill_tokens {prefill}: must exceed n_sink + window_size = {kept}, or there is nothing to compress; "
-            f"raise --prefill-tokens or lower --window-size"
+            f"prefill_tokens {prefill}: must exceed n_sink + window_size = {max(kept)}, or there is nothing to "
+            f"compress; raise --prefill-tokens or lower --window-size"
         )
     starts = range(0, len(tokens) - prefill - CONTINUATION_TOKENS, prefill + CONTINUATION_TOKENS)
     if not starts:
@@ -97,7 +98,7 @@ def chunk_losses(
         continuation_sec=seconds[:, 1],
         continuation_tokens=CONTINUATION_TOKENS,
         avg_attn_ms=attn_ms / CONTINUATION_TOKENS,
-        peak_kv=max(prefill, kept + CONTINUATION_TOKENS),
+        peak_kv=max(prefill, mean_keys(kept, loaded.kv_sizes) + CONTINUATION_TOKENS),
         backend_used=recorder.used,
     )
 

@@ -17,7 +17,7 @@ from ..engine.decoding import Progress, decode_loop
 from ..engine.device import peak_memory
 from ..engine.methods import make_decoder, sampled_losses
 from ..engine.model import LoadedModel
-from ..policy import EvictionPolicy, peak_kv, steady_state
+from ..policy import EvictionPolicy, longest_kv, peak_kv, steady_state
 from .chunked import chunk_losses
 from .divergence import Comparing, Distributions, Divergences, Keeping
 from .pairing import PairedTimes, between_references, load_average
@@ -77,7 +77,7 @@ def measure_quality(
     started = time.perf_counter()
     n_losses = len(stream.tokens) - 1
     losses_at = sampled_losses(what.method)
-    peak = peak_kv(policy, n_losses) if losses_at is None else min(policy.kept, n_losses)
+    peak = peak_kv(policy, n_losses, loaded.kv_sizes) if losses_at is None else min(policy.kept, n_losses)
 
     def see(place: int, logits: Tensor) -> None:
         for one in watch:
@@ -165,7 +165,7 @@ def evaluate_decode_loop(
     of the rest, in turn with segments of the reference. Raises as `measure_quality`."""
     policy = what.effective
     n_losses = len(stream.tokens) - 1
-    marks = _segment_ends(policy, n_losses)
+    marks = _segment_ends(policy, n_losses, len(loaded.layers))
     at, load = time.time(), load_average()
     reference_ms: list[float] = []
 
@@ -240,10 +240,10 @@ def evaluate_chunked(
     }
 
 
-def _segment_ends(policy: EvictionPolicy, n_tokens: int) -> list[int]:
+def _segment_ends(policy: EvictionPolicy, n_tokens: int, n_layers: int) -> list[int]:
     """Counts of tokens between which a loop's steady state is timed: whole prune cycles, about a dozen segments, from
     when the cache is full; in too short a text, all of it or what there is."""
-    steady = steady_state(policy)
+    steady = steady_state(policy, n_layers)
     start, cycle = (steady.start, steady.cycle) if steady is not None else (policy.kept, 1)
     if start + cycle > n_tokens:
         return [0, n_tokens]
@@ -262,13 +262,14 @@ def _warning(
     """What makes a result say less than it seems to. policy: as the method means it; chunks: whose losses they are, of
     a text in chunks; longest: tokens of a stream, if it is not all of the text."""
     trained, longest, of_trained, said = loaded.trained_length, longest or n_losses, [], []
-    if trained is not None and peak > trained + 1:  # a full cache and the query's own key are meant
-        of_trained.append(f"queries attend to up to {peak} keys")
-    if trained is not None and policy.keeps_positions and longest > max(trained, peak):
+    most = peak if policy.is_uniform else max(peak, longest_kv(policy, longest, len(loaded.layers)))
+    if trained is not None and most > trained + 1:  # a full cache and the query's own key are meant
+        of_trained.append(f"queries attend to up to {most} keys")
+    if trained is not None and policy.keeps_positions and longest > max(trained, most):
         of_trained.append(f"kept positions put the sinks up to {longest - 1} tokens away")
-    if (span := loaded.attention_span) is not None and peak > span:
+    if (span := loaded.attention_span) is not None and most > span:
         said.append(
-            f"every layer attends to its last {span} tokens only (sliding window), the cache holds up to {peak}"
+            f"every layer attends to its last {span} tokens only (sliding window), the cache holds up to {most}"
         )
     if of_trained:
         said.append(f"{' and '.join(of_trained)}, the model was trained on {trained}: perplexity may suffer")

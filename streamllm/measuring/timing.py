@@ -79,8 +79,9 @@ class TimedDecoder:
         self.backend = what.kernel
         self.device = loaded.device
         self.decoder: Decoder = make_decoder(loaded, what)
-        steady = steady_state(policy)
-        prefill = policy.kept - 1
+        n_layers = len(loaded.layers)
+        steady = steady_state(policy, n_layers)
+        prefill = min(own.kept for own in policy.of_layers(n_layers)) - 1  # at once, as no layer evicts before
         self.period = steady.cycle if steady else 1
         self.growing = max(steady.start - prefill, 0) if steady else 0
         """Tokens between the prefill and the first whole cycle."""

@@ -83,6 +83,10 @@ class Row(Mapping[str, Any]):
     kv_dtype: str | None = word(
         "cache", "auto", about="number format that the cache is kept in; auto: the model's", of_policy=True
     )
+    layer_budgets: str | None = word(
+        "layer budgets", "uniform", about="how layers share the total: pyramid:50, retrieval:1/4:50, 300,300,...",
+        of_policy=True,
+    )  # fmt: skip
     refresh_budget: int | None = fact(about="tokens that method refresh puts back")
     refresh_position: str | None = fact()
     overlap: int | None = fact()
@@ -187,7 +191,7 @@ class Row(Mapping[str, Any]):
 
     # Memory.
     peak_kv: int | None = measure("peak KV", "tokens", None, short="KV", label="largest number of keys attended to",
-                                   objective="minimize", viewed=True)  # fmt: skip
+                                   objective="minimize", viewed=True, about="layers' mean, by bytes")  # fmt: skip
     peak_memory_mb: float | None = measure("peak memory", "MiB", 0, label="peak memory, MiB", objective="minimize")
     kv_bytes_per_token: int | None = measure(
         "KV per token", "bytes", None, label="keys and values of a token in all layers, bytes"

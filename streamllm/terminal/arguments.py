@@ -17,7 +17,7 @@ from ..evaluating import STORE, Measuring
 from ..measuring.tables import JOINS
 from ..measuring.text import TextSource
 from ..options import DTYPES, PROTOCOLS, QUANTIZATIONS
-from ..policy import TOTAL_KV_CAP, WORDS, EvictionPolicy, for_chunks, with_derived_window
+from ..policy import FORMS, TOTAL_KV_CAP, WORDS, EvictionPolicy, for_chunks, with_derived_window
 from ..results.schema import POLICY_KNOBS, POLICY_WORDS
 
 if TYPE_CHECKING:
@@ -106,7 +106,8 @@ def add_policy_arguments(group: argparse._ArgumentGroup) -> None:
     for word in POLICY_WORDS:
         group.add_argument(
             f"--{word.name.replace('_', '-')}",
-            choices=WORDS[word.name],
+            choices=None if word.name in FORMS else WORDS[word.name],
+            metavar=word.name.split("_")[-1].upper() if word.name in FORMS else None,
             default=word.usual,
             help=f"{word.about} ({word.usual})",
         )

@@ -62,6 +62,9 @@ class Method:
     """How it keeps keys, if its cache can be of another number format than the model: raw, as they are before they are
     rotated; stream, rotated at their positions in the stream, the sinks turned after the evicted tokens; cache, rotated
     at their places in the cache when they came, and again at each prune. Each rounds something else."""
+    by_layer: bool = False
+    """Whether layers can hold different numbers of tokens (`layer_budgets`): it has the model turn what is new in all
+    layers alike, not at its place in a layer's cache."""
     losses_at: SampledLosses | None = None
     """If no eviction schedule says what it sees: its quality is then sampled instead of computed block-parallel."""
 
@@ -105,8 +108,14 @@ def check_execution(method: str, execution: str) -> None:
         )
 
 
-def check_kv_dtype(method: str, policy: EvictionPolicy) -> None:
-    """Raises UsageError for a method whose cache is of the model's number format only."""
+def check_cache(method: str, policy: EvictionPolicy) -> None:
+    """Raises UsageError for a method whose cache is of the model's number format only, or as long in every layer."""
+    if not policy.is_uniform and not method_named(method).by_layer:
+        able = [name for name in OFFERED if method_named(name).by_layer]
+        raise UsageError(
+            f"layer_budgets {policy.layer_budgets!r}: method {method!r} holds as many tokens in every layer; "
+            f"use uniform, or --method {' or '.join(able)}"
+        )
     if policy.kv_dtype != "auto" and method_named(method).keys is None:
         able = [name for name in OFFERED if method_named(name).keys is not None]
         raise UsageError(

@@ -12,6 +12,7 @@ from ...policy import EvictionPolicy
 from ..attention import attention
 from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache
+from ..layered import cache_by_layer
 from ..model import LoadedModel
 from . import Method
 
@@ -57,7 +58,8 @@ class RawKeyCache(KVCache):
 
 
 def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> CachedDecoder:
-    return CachedDecoder(loaded, policy, RawKeyCache(loaded, policy, backend), execution)
+    cache = cache_by_layer(loaded, policy, lambda part, own: RawKeyCache(part, own, backend))
+    return CachedDecoder(loaded, policy, cache, execution)
 
 
-METHOD = Method(decoder, keys="raw")
+METHOD = Method(decoder, keys="raw", by_layer=True)

@@ -26,6 +26,7 @@ from ..attention import attention
 from ..backends import Backend
 from ..decoding import CachedDecoder, KVCache
 from ..device import has_float8
+from ..layered import cache_by_layer
 from ..model import LoadedModel
 from ..probing import replayed
 from ..slots import RingSlots
@@ -214,7 +215,8 @@ class RingCache(KVCache):
 def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execution: str) -> CachedDecoder:
     if execution != "eager":
         backend = replayed(backend, loaded, policy.kept)
-    return CachedDecoder(loaded, policy, RingCache(loaded, policy, backend), execution)
+    cache = cache_by_layer(loaded, policy, lambda part, own: RingCache(part, own, backend))
+    return CachedDecoder(loaded, policy, cache, execution)
 
 
-METHOD = Method(decoder, executions=tuple(EXECUTIONS), keys="stream")
+METHOD = Method(decoder, executions=tuple(EXECUTIONS), keys="stream", by_layer=True)
