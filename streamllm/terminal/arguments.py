@@ -81,14 +81,15 @@ _SPELLINGS = {"baseline": "recompute"}
 """The source documents' words for methods."""
 
 
-def add_method_argument(group: argparse._ArgumentGroup, *spellings: str, default: str) -> None:
+def add_method_argument(group: argparse._ArgumentGroup, *spellings: str, default: str | None) -> None:
+    """default: None: the command finds one, ours as a rule."""
     group.add_argument(
         "--method",
         *spellings,
         type=_method,
         default=default,
         metavar=f"{{{','.join(OFFERED)}}}",
-        help=f"how the cache is implemented ({default})",
+        help=f"how the cache is implemented ({default or 'ours'})",
     )
 
 
