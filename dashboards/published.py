@@ -1,4 +1,4 @@
-"""`python -m dashboards.published STUDY`: the source documents' main table, measured here, beside their own figures."""
+"""`python -m dashboards.published STUDY`: the source documents' tables, measured here, beside their own figures."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults
 from streamllm.terminal.printing import say
@@ -15,8 +16,10 @@ from streamllm.terminal.program import command, program
 
 from .loading import load
 from .pareto import parse_formats, show, write
+from .published_cells import TABLES, published_cells
 from .tables.columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
 from .tables.formats import FORMATS, Table
+from .tables.matrix_html import documents_of
 
 _COLUMNS = (
     Column("label", "method", words=True),
@@ -75,11 +78,28 @@ def published_table(study: StudyResults) -> Table:
                  notes=tuple(notes))  # fmt: skip
 
 
+def published_tables(study: StudyResults) -> dict[str, Table]:
+    """By the suffix of the file's name. Raises UsageError for a matrix that has nothing of theirs."""
+    if not study.is_matrix:
+        return {"": published_table(study)}
+    found = published_cells(study.configuration["space"]["name"], documents_of(study))
+    if not found:
+        raise UsageError(
+            f"study {study.name!r}: none of its cells is in a table of the source documents; those are of WikiText and "
+            f"PG19, by --space {' or '.join(TABLES)}"
+        )
+    return found
+
+
 def write_published(
     study: StudyResults, formats: Sequence[str] = ("md", "latex"), folder: Path | None = None
 ) -> list[Path]:
     """`published.SUFFIX` in the study's folder, or another. Raises UsageError if it cannot be written."""
-    return write(published_table(study), formats, folder or study.folder, "published")
+    return [
+        path
+        for suffix, table in published_tables(study).items()
+        for path in write(table, formats, folder or study.folder, f"published{suffix}")
+    ]
 
 
 def _row(study: StudyResults, entry: Entry, dataset: str) -> AnyRow:
@@ -97,8 +117,8 @@ def _row(study: StudyResults, entry: Entry, dataset: str) -> AnyRow:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=program("dashboards.published"),
-        description="The source documents' main table as a study measured it (--space paper has all of it), beside the "
-        "figures that they published.",
+        description="The source documents' tables as a study measured them, beside the figures that they published: "
+        f"the main one (--space paper has all of it), and of the matrices {' and '.join(TABLES)} theirs.",
     )
     parser.add_argument("study", metavar="STUDY", help="a name under sweeps/, or the path of an output folder")
     parser.add_argument(
@@ -108,8 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     formats, study = parse_formats(arguments.format), load(arguments.study)
     paths = write_published(study, formats, arguments.output)
-    table = published_table(study)
-    show(table, table.title, table.notes)
+    for table in published_tables(study).values():
+        show(table, table.title, (*table.notes, ""))
     say(" ".join(("written:", *map(str, paths))))
     return 0
 

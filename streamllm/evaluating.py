@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -115,20 +116,36 @@ def check_names(what: Configuration, dtype: str) -> None:
 def load_model_and_text(
     model: str, source: TextSource, dtype: str = "auto", quantization: str = "none", threads: int | None = None
 ) -> tuple[LoadedModel, TokenStream]:
-    """What is wrong with either is found before weights are read. Raises UsageError, UnsupportedModelError,
-    TextError."""
+    """As `load_model_and_texts`, of one text."""
+    loaded, (stream,) = load_model_and_texts(model, (source,), dtype, quantization, threads)
+    return loaded, stream
+
+
+def load_model_and_texts(
+    model: str,
+    sources: Sequence[TextSource],
+    dtype: str = "auto",
+    quantization: str = "none",
+    threads: int | None = None,
+) -> tuple[LoadedModel, list[TokenStream]]:
+    """What is wrong with any is found before weights are read. Raises UsageError, UnsupportedModelError, TextError."""
     from .engine.device import limit_threads
     from .engine.loading import check_files, load_model, load_tokenizer
     from .measuring.text import check_text, load_tokens
 
     limit_threads(threads)
     vocabulary = check_files(model)
-    tokenizer = None if source.token_ids is not None else load_tokenizer(model)
-    check_text(source, lambda: tokenizer, vocabulary)
+    wants_tokenizer = any(source.token_ids is None for source in sources)
+    tokenizer = load_tokenizer(model) if wants_tokenizer else None
+    for source in sources:
+        check_text(source, lambda: tokenizer, vocabulary)
     with working(f"loading {model}"):
         loaded = load_model(model, dtype, quantization=quantization)
-    with working(f"reading {source.label}"):
-        return loaded, load_tokens(source, tokenizer, loaded.vocabulary)
+    streams = []
+    for source in sources:
+        with working(f"reading {source.label}"):
+            streams.append(load_tokens(source, tokenizer, loaded.vocabulary))
+    return loaded, streams
 
 
 def measurements_beside(

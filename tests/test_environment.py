@@ -8,7 +8,7 @@ import pytest
 from streamllm.environment import read_env_file
 from streamllm.errors import UsageError
 from streamllm.measuring.text import TextError, TextSource, load_tokens
-from streamllm.terminal.arguments import add_model_arguments, add_text_arguments, text_source
+from streamllm.terminal.arguments import add_model_arguments, add_policy_arguments, add_text_arguments, text_source
 
 from .test_text import Letters
 
@@ -43,6 +43,39 @@ def test_a_misspelt_name_is_refused(tmp_path, monkeypatch):
     (tmp_path / ".env").write_text("STREAMLLM_MODLE=x\n")
     with pytest.raises(UsageError, match=r"\.env: unknown name 'STREAMLLM_MODLE'; must be one of STREAMLLM_MODEL,"):
         read_env_file()
+
+
+def test_the_source_documents_names_are_read_of_the_file(tmp_path, monkeypatch, capsys):
+    """As `source .env` gives them, variables in values included; in an environment so plain a name may be anybody's."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text(
+        "HF_HOME=/of/file\nHF_DATASETS_CACHE=$HF_HOME/datasets\nROOT=/data\nHF_HUB_CACHE=${ROOT}/hub\nMODEL_NAME=theirs\n"
+        "DATASET_NAME=pg19\nN_SINK=2\nWINDOW_SIZE=1024\nPG19_SAMPLE_FILE=${NOWHERE}/x\n"
+    )
+    assert shown(monkeypatch, HF_HOME="/mine")[:3] == ("theirs", "pg19", "/mine")
+    assert (os.environ["HF_DATASETS_CACHE"], os.environ["HF_HUB_CACHE"]) == ("/mine/datasets", "/data/hub")
+    assert ".env: WINDOW_SIZE is read as STREAMLLM_WINDOW_SIZE\n" in capsys.readouterr().err
+    assert policy_given() == (2, 1024) and policy_given("--window-size", "60") == (2, 60)
+    assert shown(monkeypatch, STREAMLLM_MODEL="env")[0] == "env"
+    (tmp_path / ".env").unlink()
+    assert shown(monkeypatch, MODEL_NAME="x", WINDOW_SIZE="9")[0] == "testbed" and policy_given() == (4, None)
+
+
+def policy_given(*arguments):
+    parser = argparse.ArgumentParser()
+    add_policy_arguments(parser)
+    given = parser.parse_args(arguments)
+    return given.n_sink, given.window_size
+
+
+def test_a_variable_that_nobody_set_and_a_window_that_is_no_number(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("HF_HUB_CACHE=${HF_HOMES}/hub\n")
+    with pytest.raises(UsageError, match=r"\.env: HF_HUB_CACHE '\$\{HF_HOMES\}/hub': HF_HOMES is set neither"):
+        shown(monkeypatch)
+    monkeypatch.setenv("STREAMLLM_WINDOW_SIZE", "wide")
+    with pytest.raises(UsageError, match="STREAMLLM_WINDOW_SIZE 'wide': must be a whole number, as --window-size"):
+        policy_given()
 
 
 def read(name, **source):

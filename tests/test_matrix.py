@@ -16,7 +16,7 @@ import streamllm.measuring.evaluation
 from dashboards import serve
 from dashboards.drawing.style import LABELS, style
 from dashboards.pareto import main as pareto_main
-from dashboards.tables.matrix_tables import _figure, matrix_figures, matrix_rows, matrix_tables
+from dashboards.tables.matrix_tables import FIGURES, _figure, matrix_figures, matrix_rows, matrix_tables
 from orchestrator.matrix import run as matrix_run
 from orchestrator.matrix.plan import make_plan, policy_of
 from orchestrator.sweep import main, matrix_request, parser
@@ -231,7 +231,8 @@ def test_a_matrix_from_end_to_end(run, capsys):
     ):
         assert re.search(line, shown.err), line
     written = {path.name for path in run.folder.iterdir()}
-    assert {"mine.md", "mine.tex", "mine.csv", "mine.png", "decode_loop_runtime_comparison.png"} <= written
+    assert {"mine.md", "mine.tex", "mine.csv", "mine.png"} <= written
+    assert {f"{name}.png" for name in FIGURES} <= written, "the source documents' figures, all of them"
     table = list(csv.DictReader((run.folder / "mine.csv").open()))
     assert [(row["method"], row["backend"]) for row in table] == [
         (method, backend) for backend in ("math", "flash") for method in ("recompute", "ours")

@@ -188,7 +188,10 @@ def test_refresh_by_the_command_keeps_the_total(evaluated):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--refresh-budget", "8"], "protocol 'fast': method 'refresh' is measured by decode-loop only"),
+        (
+            ["--refresh-budget", "8", "--protocol", "fast"],
+            "protocol 'fast': method 'refresh' is measured by decode-loop only",
+        ),
         (["--refresh-budget", "8", "--method", "ring"], "refresh_budget 8: method 'ring' keeps a window only"),
         (["--refresh-budget", "-1"], "refresh_budget -1: must be a whole number >= 0"),
         (["--overlap", "-1"], "overlap -1: must be a whole number >= 0"),

@@ -193,6 +193,14 @@ def test_the_command(tmp_path, capsys):
     assert "prune interval" in shown and "idle (Python)" in shown
 
 
+def test_the_kernel_that_ran_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    policy = ("--n-sink", "2", "--window-size", "30", "--threads", "1", "--dtype", "float32")
+    assert profile.run(parsed(*policy, "--intervals", "--attn-backend", "math", "--json")) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert (result["backend"], result["backend_requested"]) == ("math", "math")
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [

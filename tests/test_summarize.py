@@ -3,6 +3,7 @@ import json
 import pandas as pd
 import pytest
 
+from dashboards.drawing.ablations import _drawn
 from dashboards.summarize import main
 from dashboards.tables.evaluations import read_results
 
@@ -90,6 +91,75 @@ def test_the_documents_flags_and_every_format(results, capsys):
     assert sorted(frame["perplexity"]) == sorted([57.68, 69.51, 5.42, 5.45, 15.25, 15.0])
     assert "\\toprule" in (results.parent / "all.tex").read_text()
     assert (results.parent / "deep/paper_results.md").read_text().startswith("# Results in results")
+
+
+def rows_of(folder, name, document):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(json.dumps(document))
+    return {row["role"]: row for row in read_results(folder)[0] if row["file"] == name}
+
+
+ABOUT = {
+    "model": "EleutherAI/pythia-2.8b", "dataset": "wikitext:wikitext-103-v1", "max_eval_tokens": 4096,
+    "total_tokens": 3407, "dtype": "torch.float16", "env": {"torch": "2.9.1"},
+}  # fmt: skip
+
+
+def test_metrics_are_those_of_the_other_result_and_none_of_their_own(results):
+    settings = {"n_sink": 32, "window_size": 2016, "compress_every": 64, "implementation": "mit"}
+    theirs = {"perplexity": 9.5, "runtime_sec": 164.8, "tpot_ms": 97.9}
+    metrics = {"speedup": 6.81, "ppl_increase_percent": 2.82, "tpot_ms": 14.4, "peak_memory_mb": 6941.4}
+    found = rows_of(
+        results,
+        "comprehensive/wikitext_mit_chunked.json",
+        ABOUT | {"streaming_llm": settings, "baseline": theirs, "metrics": metrics,
+                 "streaming": {"perplexity": 9.8, "runtime_sec": 52.5}},
+    )  # fmt: skip
+    assert list(found) == ["baseline", "streaming"]
+    about = {"dataset": "wikitext", "dtype": "float16", "n_tokens": 3407, "protocol": "chunked"}
+    assert found["streaming"].items() >= (about | metrics | settings | {"method": "mit", "perplexity": 9.8}).items() - {
+        ("implementation", "mit")
+    }
+    assert found["baseline"].items() >= (about | theirs | {"method": "recompute", "n_sink": 32}).items()
+    assert not {"speedup", "ppl_increase_percent", "peak_memory_mb", "compress_every"} & set(found["baseline"])
+    alone = rows_of(results, "pg19_mit_reference.json", {"method": "mit", "start_size": 32, "metrics": metrics})[""]
+    assert alone.items() >= {"method": "mit", "n_sink": 32, "tpot_ms": 14.4, "dataset": "pg19"}.items()
+
+
+def test_times_of_a_decode_loop_and_their_word_for_the_baseline(results):
+    document = {"dataset": "pg19:", "perplexity": 57.68, "total_time": 23.79, "prefill_time": 0.3, "mode": "ours"}
+    found = rows_of(results, "comprehensive/pg19_ours_decode_loop.json", document | {"method": "ours"})[""]
+    assert found.items() >= {"runtime_sec": 23.79, "prefill_sec": 0.3, "dataset": "pg19", "method": "ours"}.items()
+    found = rows_of(results, "comprehensive/pg19_decode_loop.json", document | {"method": "baseline"})
+    assert found["baseline"]["method"] == "recompute"
+
+
+def test_every_result_of_an_ablation(results):
+    values = [{"n_sink": n, "window_size": 1024, "perplexity": 9.0 + n, "runtime_sec": 50.0} for n in (0, 4)]
+    (results / "ablation_n_sink.json").write_text(
+        json.dumps(ABOUT | {"ablation_type": "n_sink", "results": [*values, "x", None]})
+    )
+    found = [row for row in read_results(results)[0] if row["file"] == "ablation_n_sink.json"]
+    assert [(row["n_sink"], row["perplexity"], row["method"]) for row in found] == [(0, 9.0, "ours"), (4, 13.0, "ours")]
+    assert {(row["model"], row["dataset"], row["n_tokens"]) for row in found} == {(ABOUT["model"], "wikitext", 3407)}
+    assert [line[0] for line in drawn(found, "n_sink")] == ["ours W=1024"]
+
+
+def drawn(rows, knob):
+    time, lines = _drawn(rows, knob)
+    assert time == "runtime_sec"
+    return lines
+
+
+def test_of_their_latencies_the_baseline_is_the_whole_cache(results):
+    document = {
+        "model": "EleutherAI/pythia-70m", "config": {"cache_size": 1024, "n_sink": 4, "num_tokens": 2000},
+        "baseline": {"mean_latency_ms": 3.2, "mean_memory_mb": 201.7, "all_latencies_ms": [3.0, 3.4]},
+        "streaming": {"mean_latency_ms": 4.2},
+    }  # fmt: skip
+    found = rows_of(results, "decoding/decoding_latency_1024.json", document)
+    assert found["baseline"].items() >= {"method": "dense", "tpot_ms": 3.2, "peak_memory_mb": 201.7}.items()
+    assert "window_size" not in found["baseline"] and found["streaming"]["window_size"] == 1024
 
 
 def test_values_that_a_column_cannot_show_are_left_out(results):

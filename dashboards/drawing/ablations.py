@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from typing import TYPE_CHECKING
 
 from streamllm.files import Scalar
 from streamllm.results.schema import POLICY_KNOBS, AnyRow, knobs_in_short, number, words_of
 
-from ..recommendation import COSTS
+from ..recommendation import COSTS, QUALITIES
 from .style import CYCLE, LABELS, MARKERS, NoDataError, interval_errors, new_figure
 
 if TYPE_CHECKING:
@@ -18,20 +18,22 @@ if TYPE_CHECKING:
 
 LETTERS = {field.name: field.symbol for field in POLICY_KNOBS}
 KNOBS = tuple(LETTERS)
+_TIMES = ("tpot_ms", "runtime_sec")
+"""What a line's times may be, the first that makes one: the source documents' own ablations have the latter only."""
 _LINES = 4
 """Shown at most: those with the most values."""
 
 
 def ablation(rows: Sequence[AnyRow], knob: str) -> Figure:
     """Time and perplexity over the knob's values, a line for each setting of the others. Raises NoDataError."""
-    lines = ablation_lines(rows, knob)
+    time, lines = _drawn(rows, knob)
     if not lines:
         raise NoDataError(f"no two trials that differ in {knob} alone")
     every = [row for _, line in lines for row in line]
-    quality = next((name for name in COSTS if all(name in row for row in every)), COSTS[-1])
+    quality = next((name for name in QUALITIES if all(name in row for row in every)), COSTS[-1])
     figure = new_figure(8.4, 3.4)
     panels = figure.subplots(1, 2)
-    for metric, axes in zip(("tpot_ms", quality), panels, strict=True):
+    for metric, axes in zip((time, quality), panels, strict=True):
         for (label, line), color, marker in zip(lines, CYCLE, MARKERS, strict=False):
             _draw(axes, line, knob, metric, color, marker, label)
         values = sorted({row[knob] for _, line in lines for row in line})
@@ -46,15 +48,27 @@ def ablation(rows: Sequence[AnyRow], knob: str) -> Figure:
     return figure
 
 
-def ablation_lines(rows: Sequence[AnyRow], knob: str) -> list[tuple[str, list[AnyRow]]]:
-    """The longest lines with their labels, each in the knob's order. The window is no setting of its own but what the
-    others leave of the total, unless it is the knob."""
+def _drawn(rows: Sequence[AnyRow], knob: str) -> tuple[str, list[tuple[str, list[AnyRow]]]]:
+    """The measure of time, and the lines; of an unchanging total if there are any, else of an unchanging window."""
+    for time in _TIMES:
+        for of_total in (True, False):
+            if lines := ablation_lines(rows, knob, time, of_total):
+                return time, lines
+    return "", []
+
+
+def ablation_lines(
+    rows: Sequence[AnyRow], knob: str, time: str = "tpot_ms", of_total: bool = True
+) -> list[tuple[str, list[AnyRow]]]:
+    """The longest lines with their labels, each in the knob's order. of_total: the window is no setting of its own but
+    what the others leave of the total, unless it is the knob."""
     settings: dict[tuple[Scalar, ...], dict[int, AnyRow]] = defaultdict(dict)
     for row in rows:
-        if _complete(row) and row.get("method") != "recompute":
-            settings[_others(row, knob)][row[knob]] = row
+        if _complete(row, knob, time) and row.get("method") != "recompute":
+            settings[_others(row, knob, of_total)][row[knob]] = row
     longest = sorted((line for line in settings.values() if len(line) > 1), key=lambda line: -len(line))[:_LINES]
-    return [(_label(next(iter(line.values())), knob), [line[value] for value in sorted(line)]) for line in longest]
+    untold = {knob} | ({"window_size"} if of_total else set())
+    return [(_label(next(iter(line.values())), untold), [line[value] for value in sorted(line)]) for line in longest]
 
 
 def _untold(lines: Sequence[Sequence[AnyRow]], metric: str) -> str:
@@ -68,18 +82,21 @@ def _untold(lines: Sequence[Sequence[AnyRow]], metric: str) -> str:
     return "" if any(told(line) for line in lines) else "\nno difference beyond the intervals"
 
 
-def _others(row: AnyRow, knob: str) -> tuple[Scalar, ...]:
+def _others(row: AnyRow, knob: str, of_total: bool) -> tuple[Scalar, ...]:
     names = ("model", "dataset", "protocol", "method", "backend", "execution", "quantization", *KNOBS)
-    total = row["n_sink"] + row["window_size"] + row.get("cache_slack", 0) if knob != "window_size" else None
-    return total, *words_of(row).values(), *(row.get(name) for name in names if name not in (knob, "window_size"))
+    total = row["n_sink"] * of_total + row["window_size"] + row.get("cache_slack", 0) * of_total
+    held = total if knob != "window_size" else None
+    return held, *words_of(row).values(), *(row.get(name) for name in names if name not in (knob, "window_size"))
 
 
-def _complete(row: AnyRow) -> bool:
-    return row.get("state") == "complete" and all(number(row, name) is not None for name in (*KNOBS, "tpot_ms"))
+def _complete(row: AnyRow, knob: str, time: str) -> bool:
+    """Whether it has a place in a line; a knob that it says nothing of is a setting like another."""
+    named = ("n_sink", "window_size", knob, time)
+    return row.get("state") == "complete" and all(number(row, name) is not None for name in named)
 
 
-def _label(row: AnyRow, knob: str) -> str:
-    others = {name: row[name] for name in KNOBS if name not in (knob, "window_size")}
+def _label(row: AnyRow, untold: Set[str]) -> str:
+    others = {name: row[name] for name in KNOBS if name not in untold and name in row}
     knobs = knobs_in_short(others | words_of(row), symbols=True)
     how = [str(row[name]) for name in ("method", "backend") if name in row]
     how += [str(row[name]) for name in ("execution", "quantization") if row.get(name) not in ("eager", "none", None)]

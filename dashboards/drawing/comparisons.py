@@ -27,8 +27,8 @@ _COLORS |= {"window": PURPLE, "dense": SKY, "recommended": BLACK}
 _HATCHES = {"math": "///", "eager": "xxx", "efficient": "...", "cudnn": "\\\\\\", "flash_attention_2": "---"}
 _ORDER = [BASELINE, "mit", "kvpress", "ours", "streaming", "ring", "window", "dense", "recommended"]
 _KNOBS = tuple(field.name for field in (*POLICY_KNOBS, *POLICY_WORDS))
-_TIMED_AS_ONE = ("fast", "chunked", None)
-"""Protocols of the `fixed_eval` figures, the first of which there are results."""
+_TIMED_AS_ONE = ("fast", "decode-loop", "chunked", None)
+"""Protocols of the `fixed_eval` figures, of which that counts of which there are results first."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ def comparable(rows: Sequence[AnyRow], protocols: Sequence[str | None], metric: 
             where = f"{model.rpartition('/')[2]}, {dataset}" if len(models) > 1 else dataset
             groups.append(Group(f"{where}\n{policy}", chosen))
     if not groups:
-        kind = protocols[0] if len(protocols) == 1 else "any"
+        kind = f" by protocol {protocols[0]}" if len(protocols) == 1 else ""
         raise NoDataError(
-            f"no result with {metric} by protocol {kind}" if kind != "any" else f"no result with {metric}"
+            f"no result but a baseline's with {metric}{kind}" if places else f"no result with {metric}{kind}"
         )
     return groups
 

@@ -15,21 +15,36 @@ from streamllm.results.study_folder import StudyFolder
 
 _SPELLINGS = {
     "model_name": "model",
+    "model_name_or_path": "model",
     "dataset_name": "dataset",
     "streaming_mode": "method",
+    "implementation": "method",
+    "start_size": "n_sink",
+    "recent_size": "window_size",
+    "cache_size": "window_size",
     "attn_backend": "backend",
     "attn_implementation": "backend",
     "attn_impl": "backend",
     "ppl": "perplexity",
     "ppl_increase_pct": "ppl_increase_percent",
     "runtime": "runtime_sec",
+    "total_time": "runtime_sec",
+    "prefill_time": "prefill_sec",
+    "mean_latency_ms": "tpot_ms",
+    "mean_memory_mb": "peak_memory_mb",
     "ttft_sec": "first_token_latency_sec",
     "throughput": "decode_toks_per_sec",
     "tokens_per_sec": "decode_toks_per_sec",
+    "decode_tokens_per_second": "decode_toks_per_sec",
     "max_eval_tokens": "n_tokens",
     "num_tokens": "n_tokens",
+    "total_tokens": "n_tokens",
 }
-"""Other names of what our rows have, which hold where ours is missing."""
+"""Other names of what our rows have, which hold where ours is missing; of several for one, the last here."""
+_METRICS = "metrics"
+"""The object of a file that says how its other result compares with the baseline, or is itself the only one."""
+_LISTED = "results"
+"""The list of a file that has several, of an ablation or a sweep."""
 
 _MEASURES = ("perplexity", "runtime_sec", "tpot_ms")
 """An object with one of them is a result."""
@@ -70,19 +85,33 @@ def read_results(folder: Path) -> tuple[list[dict[str, Scalar]], list[str]]:
 def _results(document: Json, name: str) -> Iterator[dict[str, Scalar]]:
     if not isinstance(document, dict):
         return
+    if isinstance(listed := document.get(_LISTED), list):
+        about = {key: value for key, value in document.items() if not isinstance(value, dict | list)}
+        for one in listed:
+            yield from _results({**about, **one} if isinstance(one, dict) else one, name)
+        return
     objects = {role: _renamed(value) for role, value in document.items() if isinstance(value, dict)}
+    metrics = objects.pop(_METRICS, {})
     results = {role: values for role, values in objects.items() if _is_result(values)}
     shared = _said_by(name)
     for role, values in objects.items():
         if role not in results:  # settings, under whatever name
             shared |= values
     shared |= _renamed(document)
-    if not results and _is_result(shared):
-        role = "baseline" if "baseline" in name else ""
-        yield _row(role, {}, shared)
+    if "ablation_type" in document:  # those are of their own StreamingLLM, and do not say so
+        shared = {"method": "ours", **shared}
+    if not results and _is_result(shared | metrics):
+        role = "baseline" if "baseline" in name or shared.get("method") == "recompute" else ""
+        yield _row(role, metrics, shared)
     for role, values in results.items():
-        is_baseline = role == "baseline"
-        yield _row(role, values, {k: v for k, v in shared.items() if not (is_baseline and k in _NOT_THE_BASELINES)})
+        if role != "baseline":
+            yield _row(role, values, shared | metrics)
+            continue
+        raw = document[role]
+        grows = isinstance(raw, dict) and "mean_latency_ms" in raw  # of their latencies the baseline is the whole cache
+        others = (*_NOT_THE_BASELINES, *(("n_sink", "window_size") if grows else ()))
+        usual = {"method": "dense"} if grows else {}
+        yield _row(role, values, {k: v for k, v in shared.items() if k not in others} | usual)
 
 
 def _row(role: str, values: Mapping[str, Scalar], shared: Mapping[str, Scalar]) -> dict[str, Scalar]:
@@ -97,9 +126,20 @@ def _renamed(values: Mapping[str, Json]) -> dict[str, Scalar]:
         for name, value in values.items()
         if name != "format" and not isinstance(value, dict | list) and value is not None
     }
-    renamed = {_SPELLINGS[name]: value for name, value in single.items() if name in _SPELLINGS}
+    renamed = {ours: single[theirs] for theirs, ours in _SPELLINGS.items() if theirs in single}
     renamed |= {name: value for name, value in single.items() if name not in _SPELLINGS}
-    return {name: value for name, value in renamed.items() if _can_be_shown(name, value)}
+    return {name: _in_our_words(name, value) for name, value in renamed.items() if _can_be_shown(name, value)}
+
+
+def _in_our_words(name: str, value: Scalar) -> Scalar:
+    """`wikitext:wikitext-103-v1`, `torch.float16` and `baseline` as our rows say them."""
+    if not isinstance(value, str):
+        return value
+    if name == "dataset":
+        return value.partition(":")[0]
+    if name == "dtype":
+        return value.removeprefix("torch.")
+    return "recompute" if (name, value) == ("method", "baseline") else value
 
 
 def _can_be_shown(name: str, value: Scalar) -> bool:

@@ -312,6 +312,7 @@ def _conclude(plan: MatrixPlan, documents: Sequence[Document]) -> list[Path]:
     """Tables, on stdout too, and figures. Returns their files."""
     from dashboards.figures import write_figures
     from dashboards.pareto import show, write
+    from dashboards.published_cells import published_cells
     from dashboards.tables.matrix_tables import FIGURES, matrix_figures, matrix_rows, matrix_tables
 
     if not documents:
@@ -321,6 +322,8 @@ def _conclude(plan: MatrixPlan, documents: Sequence[Document]) -> list[Path]:
     for suffix, table in matrix_tables(plan.matrix.name, plan.matrix.description, documents, columns).items():
         show(table, "\n".join((table.title, *table.summary)), (*table.notes, ""))
         paths += write(table, _FORMATS, plan.folder, f"{plan.matrix.name}{suffix}")
+    for suffix, table in published_cells(plan.matrix.name, documents).items():
+        paths += write(table, ("md", "latex"), plan.folder, f"published{suffix}")
     if set(plan.matrix.varying()) <= _TOLD:
         rows = [row for row in matrix_rows(documents) if row["state"] == "complete"]
         paths += write_figures([], plan.folder, ("png",), rows, only=FIGURES).paths

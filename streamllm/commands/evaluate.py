@@ -3,7 +3,7 @@ python -m streamllm evaluate                                        the embedded
 python -m streamllm evaluate --mode both                            beside the re-computation baseline, which is kept
 python -m streamllm evaluate --n-sink 0                             what happens without sinks
 python -m streamllm evaluate --method mit --protocol decode-loop    token by token
-python -m streamllm evaluate --refresh-budget 64 --protocol decode-loop --max-eval-tokens 4096      why not to
+python -m streamllm evaluate --refresh-budget 64 --max-eval-tokens 4096                             why not to
 python -m streamllm evaluate --model EleutherAI/pythia-70m --dataset-name pg19 --max-eval-tokens 20000 --json
 """
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..configuration import Configuration
-from ..errors import UsageError
+from ..errors import UsageError, shown
 from ..evaluating import Measuring, baseline_runs, evaluate_loaded, measurements_beside
 from ..measuring.baseline import average
 from ..measuring.reference_time import with_times
@@ -37,6 +37,7 @@ from ..terminal.arguments import (
 )
 from ..terminal.output import make_room, messages_on_stderr, report
 from ..terminal.printing import say
+from ..terminal.refused_flags import OF_EVALUATIONS, refuse_what_is_not_done
 from ..terminal.tracking import Result, Tracking, add_tracking_arguments
 
 if TYPE_CHECKING:
@@ -63,8 +64,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=0,
         metavar="B",
-        help="a prune puts B of the tokens it would evict back, evenly spread: method refresh, a negative result, with "
-        "--protocol decode-loop only (0)",
+        help="a prune puts B of the tokens it would evict back: method refresh, a negative result, by decode-loop "
+        "only (0)",
+    )
+    policy.add_argument(
+        "--refresh-policy",
+        default="uniform",
+        metavar="{none,uniform}",
+        help="which tokens: evenly spread over all that passed by, or none, without a budget (uniform)",
     )
     policy.add_argument(
         "--refresh-position",
@@ -80,7 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="streaming",
         help="streaming is compared with a baseline that is already stored; both measures it if it is not (streaming)",
     )
-    add_measuring_arguments(how)
+    add_measuring_arguments(how, protocol=None)
     add_sample_argument(how, "five minutes")
     how.add_argument(
         "--execution",
@@ -92,7 +99,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one flat JSON object on stdout, nothing else")
     output.add_argument(
-        "--output-file", type=Path, metavar="FILE", help="write JSON with the objects `baseline` and `streaming`"
+        "--output-file",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write JSON with the objects `baseline` and `streaming`",
     )
     output.add_argument(
         "--per-token-losses",
@@ -101,9 +112,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="float64 nats; .npy: element i belongs to token i + 1, else NaN; .parquet: columns token, loss",
     )
     add_tracking_arguments(output)
+    refuse_what_is_not_done(parser, OF_EVALUATIONS)
 
 
 def run(arguments: argparse.Namespace) -> int:
+    arguments = argparse.Namespace(**vars(arguments) | {"protocol": _protocol(arguments)})
     text_source(arguments)
     given_policy(arguments)
     how = measuring(arguments)
@@ -154,13 +167,28 @@ def _runs(result: dict[str, Row], role: str, written: dict[str, Any], losses: "n
     return runs
 
 
+def _protocol(arguments: argparse.Namespace) -> str:
+    """The one that was asked for, or the usual one; a refreshing cache knows one only."""
+    refreshes = arguments.refresh_budget or arguments.method == "refresh"
+    return arguments.protocol or ("decode-loop" if refreshes else "fast")
+
+
 def _method(arguments: argparse.Namespace) -> str:
     """Raises UsageError for an overlap or a refresh that cannot be meant."""
     for name in ("overlap", "refresh_budget"):
         if (value := getattr(arguments, name)) < 0:
             raise UsageError(f"{name} {value}: must be a whole number >= 0")
+    if (policy := arguments.refresh_policy) not in ("none", "uniform"):
+        raise UsageError(
+            f"refresh_policy {shown(policy)}: tokens are put back evenly spread over all that passed by; give "
+            f"uniform, or leave it out"
+        )
     if not arguments.refresh_budget:
         return str(arguments.method)
+    if arguments.refresh_policy == "none":
+        raise UsageError(
+            f"refresh_budget {arguments.refresh_budget}: refresh_policy none puts nothing back; leave one out"
+        )
     if arguments.method not in ("ours", "refresh"):
         raise UsageError(
             f"refresh_budget {arguments.refresh_budget}: method {arguments.method!r} keeps a window only; "

@@ -8,12 +8,14 @@ python -m streamllm profile                                         the embedded
 python -m streamllm profile --method mit --attn-backend eager
 python -m streamllm profile --method ring --execution compile       a compiled step is one part
 python -m streamllm profile --intervals 1 16 256 --window-size 124  forward against update at other R
+python -m streamllm profile --fusion                                which operators a compiled step of ring fuses
 """
 
 import argparse
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from ..configuration import Configuration
@@ -52,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(what)
     add_text_arguments(what)
     policy = parser.add_argument_group("the policy")
-    add_method_argument(policy, "--streaming-mode", default="ours")
+    add_method_argument(policy, "--streaming-mode", default=None)
     add_policy_arguments(policy)
     how = parser.add_argument_group("how it is run")
     add_backend_arguments(how)
@@ -71,13 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="for the table of forward against update, profile these values of --compress-every too (1 8 32 64)",
     )
+    how.add_argument(
+        "--fusion",
+        action="store_true",
+        help="instead: which operators are fused, by execution and attention kernel, with calls before and after and "
+        "what each kind costs; of a method whose steps can be compiled (ring)",
+    )
     output = parser.add_argument_group("output")
     output.add_argument(
         "--output-file",
+        "--output",
         type=Path,
-        default=Path("results/profile_kernels/profile.json"),
         metavar="FILE.json",
-        help="(results/profile_kernels/profile.json)",
+        help="(results/profile_kernels/profile.json, or fusion.json)",
     )
     output.add_argument("--json", action="store_true", help="what is written to FILE on stdout, nothing else")
     add_tracking_arguments(output)
@@ -86,7 +94,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     text_source(arguments)
     given_stream_policy(arguments)
-    file = arguments.output_file
+    kind = "fusion" if arguments.fusion else "profile"
+    file = arguments.output_file or Path(f"results/profile_kernels/{kind}.json")
     if file.suffix != ".json":
         raise UsageError(f"output_file {str(file)!r}: must end in .json")
     if any(interval < 1 for interval in arguments.intervals):
@@ -96,12 +105,16 @@ def run(arguments: argparse.Namespace) -> int:
     from ..engine.methods import check_execution
     from ..engine.probing import runnable
 
-    check_execution(arguments.method, arguments.execution)
+    method = arguments.method or ("ring" if arguments.fusion else "ours")
+    execution = "compile" if arguments.fusion else arguments.execution
+    check_execution(method, execution)
     loaded, stream = load_asked(arguments)
     policy = stream_policy(arguments, loaded)
-    asked = Configuration(arguments.method, policy, arguments.attn_backend, arguments.execution)
+    asked = Configuration(method, policy, arguments.attn_backend, execution)
     with messages_on_stderr():
         what = runnable(asked, loaded, arguments.strict)
+    if arguments.fusion:
+        return _fusion(arguments, loaded, what, stream, file)
     trace = file.with_name(f"{file.stem}.trace.json.gz")
 
     from ..explain.profiling import profile_decoding
@@ -115,8 +128,10 @@ def run(arguments: argparse.Namespace) -> int:
             other: own if other == policy else profile_decoding(loaded, replace(what, policy=other), stream.tokens)
             for other in _others(what, arguments.intervals)
         }
+    with what.kernel.active():
+        backend = used_backend(loaded, what, stream.tokens)
     result = subject | {
-        "backend": used_backend(loaded, what, stream.tokens),
+        "backend": backend,
         **_record(own),
         "intervals": [_interval(found, other) for other, found in others.items()],
         "trace": str(trace),
@@ -124,6 +139,25 @@ def run(arguments: argparse.Namespace) -> int:
     file.write_text(json.dumps(result, indent=2) + "\n")
     say(json.dumps(result) if arguments.json else _report(result, file))
     tracking.log(Result(record=_tracked(result), files=[file, trace]))
+    return 0
+
+
+def _fusion(
+    arguments: argparse.Namespace, loaded: "LoadedModel", what: Configuration, stream: "TokenStream", file: Path
+) -> int:
+    from ..explain.fusion import fusion_of
+
+    tracking = Tracking(arguments, "profile")
+    subject = _identity(loaded, what, stream) | {"backend_requested": arguments.attn_backend}
+    with working("compiling and profiling"), tracking.measuring(subject):
+        found = fusion_of(loaded, what, stream.tokens)
+    compiled = next(run for run in found.runs if run.execution == "compile")
+    subject |= {"backend": compiled.backend}
+    result = subject | asdict(found)
+    file.write_text(json.dumps(result, indent=2) + "\n")
+    say(json.dumps(result) if arguments.json else _fusion_report(result, file))
+    launches = {"measured_tpot_ms": compiled.tpot_ms, "launches_per_token": compiled.launches_per_token}
+    tracking.log(Result(record=subject | launches, files=[file]))
     return 0
 
 
@@ -179,13 +213,41 @@ def _interval(profiled: "Profile", policy: EvictionPolicy) -> dict[str, Any]:
     }
 
 
+def _fusion_report(result: dict[str, Any], file: Path) -> str:
+    called = "kernels" if result["threads"] is None else "from Python"
+    lines = [
+        *_subject(result),
+        "",
+        f"{'execution':12}{'attention':12}{'ms/token':>10}{called:>14}{'operators and fused kernels':>32}",
+        *(f"{run['execution']:12}{run['backend']:12}{run['tpot_ms']:10.2f}{run['launches_per_token']:14.0f}"
+          f"{run['computing_per_token']:32.0f}" for run in result["runs"]),
+        "",
+        f"{'kind, eager':30}{'calls/token':>12}{'ms/token':>10}{'share':>8}{'without it':>12}",
+        *(f"{kind['name']:30}{kind['calls_per_token']:12.0f}{kind['ms_per_token']:10.3f}{kind['share']:8.0%}"
+          f"{kind['most_speedup']:11.2f}x" for kind in result["kinds"]),
+        "",
+        f"{'fused by compile':30}{'calls/token':>12}{'ms/token':>10}",
+    ]  # fmt: skip
+    for number, kernel in enumerate(result["fused"], 1):
+        lines.append(f"{f'kernel {number}':30}{kernel['calls_per_token']:12.0f}{kernel['ms_per_token']:10.3f}")
+        lines += wrap(", ".join(kernel["operators"]), 100, initial_indent="  ", subsequent_indent="  ")
+    left = ", ".join(f"{kernel['name'].removeprefix('aten::')} {kernel['calls_per_token']:.0f}"
+                     for kernel in result["left"])  # fmt: skip
+    return "\n".join([*lines, f"called one by one still: {left or 'nothing'}", "", f"file: {file}"])
+
+
+def _subject(result: dict[str, Any]) -> list[str]:
+    threads = "" if result["threads"] is None else f", threads {result['threads']}"
+    return [
+        f"{result['model']}, {result['dtype']}, {result['device']}{threads}",
+        f"{result['method']} {result['backend']} {result['execution']} {knobs_in_short(result)}",
+    ]
+
+
 def _report(result: dict[str, Any], file: Path) -> str:
     on_gpu = result["threads"] is None
-    knobs = knobs_in_short(result)
-    threads = "" if on_gpu else f", threads {result['threads']}"
     lines = [
-        f"{result['model']}, {result['dtype']}, {result['device']}{threads}",
-        f"{result['method']} {result['backend']} {result['execution']} {knobs}",
+        *_subject(result),
         f"{result['tpot_ms']:.2f} ms per token; {result['profiled_ms']:.2f} under the profiler "
         f"({result['profiler_overhead_percent']:+.0f}%), over {result['profiled_tokens']} tokens; "
         f"{result['launches_per_token']:.0f} {'kernels' if on_gpu else 'operators called from Python'} per token",

@@ -60,6 +60,8 @@ class Profile:
     """Per token: kernels of a GPU; of a CPU operators called from Python."""
     kernels: list[Kernel]
     """The most expensive first."""
+    operators: list[Kernel]
+    """ATen's operators, by their kernels' time on a GPU, on a CPU as in `kernels`."""
     profiled_ms: float
     tpot_ms: float
     """Without the profiler, before and after: the median of some stretches."""
@@ -109,16 +111,22 @@ def profile_decoding(
     if trace is not None:
         profiler.export_chrome_trace(str(trace))
     rest = OTHER if what.execution == "eager" else STEP
-    busy, kernels, launches = summed(profiler.events(), rest)
+    events = profiler.events()
+    busy, kernels, launches = summed(events, rest)
     return Profile(
         tokens=count,
         cycle=run.period,
         parts_ms={part: time / 1e3 / count for part, time in busy.items()},
         launches=launches / count,
-        kernels=[Kernel(name, calls / count, time / 1e3 / count) for name, (calls, time) in kernels.items()],
+        kernels=_per_token(kernels, count),
+        operators=_per_token(by_operator(events), count),
         profiled_ms=1e3 * profiled,
         tpot_ms=1e3 * float(np.median(paces)),
     )
+
+
+def _per_token(kernels: Kernels, count: int) -> list[Kernel]:
+    return [Kernel(name, calls / count, time / 1e3 / count) for name, (calls, time) in kernels.items()]
 
 
 def _profiler(device: torch.device) -> profile:
@@ -206,11 +214,26 @@ def summed(events: Iterable[Any], rest: str = OTHER) -> tuple[dict[str, float], 
         for event in outermost:
             busy[_part(event, rest)] += _duration(event)
         timed, launches = [(event.name, event.self_cpu_time_total) for event in operators], len(outermost)
-    by_name: dict[str, list[float]] = defaultdict(list)
+    return dict(busy), _by_name(timed), launches
+
+
+def by_operator(events: Iterable[Any]) -> Kernels:
+    """Of the same events, ATen's operators: of a GPU those that launch a kernel, by their kernels' time; else all, by
+    their own."""
+    events = [event for event in events if event.device_type == DeviceType.CPU and event.name.startswith("aten::")]
+    if any(event.kernels for event in events):
+        timed = [(event.name, sum(one.duration for one in event.kernels)) for event in events if event.kernels]
+    else:
+        timed = [(event.name, event.self_cpu_time_total) for event in events]
+    return _by_name(timed)
+
+
+def _by_name(timed: Iterable[tuple[str, float]]) -> Kernels:
+    times: dict[str, list[float]] = defaultdict(list)
     for name, time in timed:
-        by_name[name].append(time)
-    kernels = {name: (len(times), sum(times)) for name, times in by_name.items()}
-    return dict(busy), dict(sorted(kernels.items(), key=lambda item: -item[1][1])), launches
+        times[name].append(time)
+    kernels = {name: (len(those), sum(those)) for name, those in times.items()}
+    return dict(sorted(kernels.items(), key=lambda item: -item[1][1]))
 
 
 def _part(event: Any, rest: str) -> str:

@@ -6,12 +6,13 @@ import argparse
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..engine.backends import BACKENDS, default_backend
 from ..engine.methods import METHODS, OFFERED
-from ..environment import default_dataset, default_model
+from ..environment import default_dataset, default_knob, default_model
 from ..errors import UsageError, shown
 from ..evaluating import STORE, Measuring
 from ..measuring.tables import JOINS
@@ -76,18 +77,24 @@ def add_text_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--max-eval-tokens", type=int, metavar="N", help="only N tokens, a BOS included (all)")
 
 
-def add_method_argument(group: argparse._ArgumentGroup, *spellings: str, default: str) -> None:
+_SPELLINGS = {"baseline": "recompute"}
+"""The source documents' words for methods."""
+
+
+def add_method_argument(group: argparse._ArgumentGroup, *spellings: str, default: str | None) -> None:
+    """default: None: the command finds one, ours as a rule."""
     group.add_argument(
         "--method",
         *spellings,
         type=_method,
         default=default,
         metavar=f"{{{','.join(OFFERED)}}}",
-        help=f"how the cache is implemented ({default})",
+        help=f"how the cache is implemented ({default or 'ours'})",
     )
 
 
 def _method(name: str) -> str:
+    name = _SPELLINGS.get(name, name)
     if name not in METHODS:
         raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(OFFERED)})")
     return name
@@ -99,7 +106,7 @@ def add_policy_arguments(group: argparse._ArgumentGroup) -> None:
         group.add_argument(
             f"--{knob.name.replace('_', '-')}",
             type=int,
-            default=knob.usual,
+            default=default_knob(knob.name, knob.usual),
             metavar=knob.short.upper(),
             help=f"{knob.about} ({usual})",
         )
@@ -113,11 +120,12 @@ def add_policy_arguments(group: argparse._ArgumentGroup) -> None:
         )
 
 
-def add_measuring_arguments(group: argparse._ArgumentGroup) -> None:
+def add_measuring_arguments(group: argparse._ArgumentGroup, protocol: str | None = "fast") -> None:
+    """protocol: the default; None: the command finds one."""
     group.add_argument(
         "--protocol",
         choices=PROTOCOLS,
-        default="fast",
+        default=protocol,
         help="fast: all losses in a few block forwards, TPOT from a steady-state sample; decode-loop: every token is "
         "decoded one by one; chunked: chunks of a prefill, one compression and a short continuation (fast)",
     )
@@ -241,14 +249,22 @@ def _why_undecoded(text: str) -> str:
 
 def load_asked(arguments: argparse.Namespace) -> tuple[LoadedModel, TokenStream]:
     """The model and the text that were asked for. Raises UsageError."""
-    from ..evaluating import load_model_and_text
+    loaded, (stream,) = load_asked_with(arguments, [text_source(arguments)])
+    return loaded, stream
+
+
+def load_asked_with(
+    arguments: argparse.Namespace, sources: Sequence[TextSource]
+) -> tuple[LoadedModel, list[TokenStream]]:
+    """The model that was asked for, and texts. Raises UsageError."""
+    from ..evaluating import load_model_and_texts
     from .output import check_folder, messages_on_stderr
 
     if "store" in arguments:
         check_folder("store", arguments.store)
     chosen = arguments.dtype, arguments.quantization, arguments.threads
     with messages_on_stderr():
-        return load_model_and_text(arguments.model, text_source(arguments), *chosen)
+        return load_model_and_texts(arguments.model, sources, *chosen)
 
 
 def measuring(arguments: argparse.Namespace) -> Measuring:

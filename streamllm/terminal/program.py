@@ -20,7 +20,7 @@ COMMANDS = {
     "report": ("dashboards.report", "a study as one HTML file"),
     "figures": ("dashboards.figures", "figures of studies, PNG and PDF"),
     "summarize": ("dashboards.summarize", "tables of evaluations' JSON files"),
-    "published": ("dashboards.published", "the source documents' tables beside a study of the space `paper`"),
+    "published": ("dashboards.published", "the source documents' tables beside a study or matrix of them"),
     "serve": ("dashboards.serve", "MLflow's UI, optuna-dashboard and the reports, on this machine only"),
 }
 """Those of the packages around this one: name -> module with a `main(argv)`, and a line of help."""

@@ -266,7 +266,7 @@ def commands_options(chance: random.Random) -> None:
 
     with (
         mock.patch.object(sys, "argv", given),
-        mock.patch("streamllm.evaluating.load_model_and_text", loaded),
+        mock.patch("streamllm.evaluating.load_model_and_texts", loaded),
         mock.patch("streamllm.engine.loading.load_model", loaded),
     ):
         _run(commands.main)
