@@ -20,6 +20,9 @@ _DATASET, _METHOD, _ATTENTION = (
     Column("backend_requested", "attention", words=True),
 )
 
+_SHIM = "_shim"
+"""Of the matrix and of the method by which their kvpress runs on their model."""
+
 
 @dataclass(frozen=True)
 class PublishedTable:
@@ -120,7 +123,7 @@ def published_cells(matrix: str, documents: Sequence[Mapping[str, Any]]) -> dict
     """Their tables, by the suffix of the file's name, blank where a cell was not measured; those that none was measured
     of are left out. documents: of the cells."""
     rows = [row for row in matrix_rows(documents) if row["state"] == "complete"]
-    tables = TABLES.get(matrix, ())
+    tables = TABLES.get(matrix.removesuffix(_SHIM), ())
     found = {f"-{one.protocol}" if len(tables) > 1 else "": _table(one, rows) for one in tables}
     return {suffix: table for suffix, table in found.items() if table is not None}
 
@@ -153,5 +156,5 @@ def _table(published: PublishedTable, rows: Sequence[AnyRow]) -> Table | None:
 
 
 def _name(row: AnyRow, key: str) -> str:
-    """Of a data set without the book, split and join of it."""
-    return str(row[key]).partition("-")[0] if key == "dataset" else str(row[key])
+    """Of a data set without the book, split and join of it; of a method with their shim as they call it."""
+    return str(row[key]).partition("-")[0] if key == "dataset" else str(row[key]).removesuffix(_SHIM)

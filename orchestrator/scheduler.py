@@ -15,7 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from streamllm.engine.methods import METHODS
-from streamllm.errors import UsageError
+from streamllm.errors import UnavailableError, UsageError
 from streamllm.measuring.conditions import Conditions
 from streamllm.measuring.jobs import Done, Job, Plan
 from streamllm.measuring.keys import Keys
@@ -411,8 +411,8 @@ class Scheduler:
             return
         try:
             key = keys.of(wanted.job)
-        except UsageError as error:  # its method can do nothing with the policy
-            self._waiting.settle(wanted, JobError(str(error)))
+        except UsageError as error:  # its method can do nothing with the policy, or not with the dtype
+            self._waiting.settle(wanted, JobError(str(error), isinstance(error, UnavailableError)))
             return
         beside = self._is_beside(member.node, wanted)
         found = self._stored(key, wanted.job, beside)

@@ -86,7 +86,7 @@ def evaluate(
 
     how = how or Measuring()
     check_names(what, dtype)
-    check_protocol(what.method, how.protocol)
+    check_protocol(what.method, how.protocol, dtype)
     check_execution(what.method, what.execution)
     check_cache(what.method, what.policy)
     source = source or TextSource()
@@ -163,8 +163,10 @@ def evaluate_loaded(
     measurements: Measurements, what: Configuration, how: Measuring, with_baseline: bool = False
 ) -> Evaluation:
     """As `evaluate`."""
+    from .engine.methods import check_protocol
     from .measuring.plans import comparable_batches
 
+    check_protocol(what.method, how.protocol, measurements.loaded.dtype_name)
     runs = baseline_runs(measurements, what, how, 1 if with_baseline else 0)
     baseline = average(runs) if runs else None
     comparison = compare_quality(measurements, how.protocol, baseline[1] if baseline else None)

@@ -270,7 +270,10 @@ def test_the_baselines_sample_leaves_nan_elsewhere(tmp_path):
         (("--per-token-losses", "losses.csv"), "must end in .npy or .parquet"),
         (("--prefill-tokens", "64"), "prefill_tokens 64: must be >= 1, and --protocol chunked"),
         (("--protocol", "chunked", "--prefill-tokens", "64", "--window-size", "60"), "prefill_tokens 64: must exceed"),
-        (("--method", "kvpress"), "measured by decode-loop or chunked only"),
+        (
+            ("--method", "kvpress", "--dtype", "bfloat16"),
+            "method 'kvpress' in bfloat16 is only nearly the function that",
+        ),
     ],
 )
 def test_bad_input_is_one_line_with_exit_code_2(bad, message):

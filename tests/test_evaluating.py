@@ -39,7 +39,7 @@ def test_it_is_what_the_command_does(tmp_path, monkeypatch, capsys):
     ("error", "refused", "more"),
     [
         (UsageError, "execution 'compile': the steps of method 'ours'", {"method": "ours", "execution": "compile"}),
-        (UsageError, "method 'rings': must be one of dense, kvpress, mit", {"method": "rings"}),
+        (UsageError, "method 'rings': must be one of dense, kvpress, kvpress_shim, mit", {"method": "rings"}),
         (UsageError, "backend 'none': must be one of auto, eager", {"method": "ring", "backend": "none"}),
         (UsageError, "execution 'fast': must be one of eager", {"method": "ring", "execution": "fast"}),
         (UsageError, "quantization 'int3': must be one of none", {"method": "ring", "quantization": "int3"}),

@@ -135,7 +135,7 @@ def test_code_that_determines_a_number_is_in_the_digest_colours_and_comments_are
     assert digest_after("measuring.timing", '\n\n# a comment\n\n"""A docstring."""\n') == before
     own = digest_after("", "", "recompute")
     assert own != before and digest_after("engine.methods.recompute", "\nMORE = 1\n", "recompute") != own
-    assert digest_after("engine.methods.kvpress", "\nMORE = 1\n", "recompute") == own
+    assert digest_after("engine.methods.kvpress_shim", "\nMORE = 1\n", "recompute") == own
 
 
 @pytest.fixture
@@ -154,14 +154,15 @@ def names(golden_model, golden_tokens, monkeypatch):
             "flash": Job("speed", Configuration("ours", POLICY, "flash_attention_2")),
             "whole": Job("whole", Configuration("ours", POLICY), "decode-loop"),
             "kvpress": Job("whole", Configuration("kvpress", POLICY), "decode-loop"),
+            "shim": Job("whole", Configuration("kvpress_shim", POLICY), "decode-loop"),
         }
         return {kind: entry_name(keys.of(job)) for kind, job in jobs.items()}
 
     return names
 
 
-ALL = {"quality", "baseline", "speed", "flash", "whole", "kvpress"}
-TIMED = {"speed", "flash", "whole", "kvpress"}
+ALL = {"quality", "baseline", "speed", "flash", "whole", "kvpress", "shim"}
+TIMED = {"speed", "flash", "whole", "kvpress", "shim"}
 
 
 @pytest.mark.parametrize(
@@ -169,7 +170,7 @@ TIMED = {"speed", "flash", "whole", "kvpress"}
     [
         ("torch", ALL),
         ("transformers", ALL),
-        ("kvpress", {"kvpress"}),
+        ("kvpress", {"kvpress", "shim"}),
         ("flash_attn", {"flash"}),
         ("torchao", set()),
         ("triton", set()),  # on a CPU

@@ -106,6 +106,11 @@ def test_the_source_documents_files():
         for path in ("chunked", "decode_loop", "kvpress_official")
     }
     assert set(names) == expected
+    shimmed = load_matrix("comprehensive_shim")
+    assert {shimmed.stem(cell) for cell in shimmed.cells()} == expected
+    assert [replace(cell, method=cell.method.removesuffix("_shim")) for cell in shimmed.cells()] == load_matrix(
+        "comprehensive"
+    ).cells()
     backends = load_matrix("backends")
     assert {backends.stem(cell) for cell in backends.cells()} == {
         f"{dataset}_main_backend-{backend}" for dataset in ("wikitext", "pg19") for backend in ("math", "flash")
@@ -185,7 +190,7 @@ def test_windows_are_what_the_total_leaves():
     [
         ("cap: 5\nmatrix: {}\ncaps: 1\n", "line 3: unknown key 'caps' in the matrix file; allowed: description, cap"),
         ("matrix:\n  methods: mit\n", "line 2: unknown key 'methods' in matrix; allowed: dataset, method"),
-        ("matrix:\n  method: [mti]\n", "line 2: method 'mti': must be one of dense, kvpress, mit"),
+        ("matrix:\n  method: [mti]\n", "line 2: method 'mti': must be one of dense, kvpress, kvpress_shim, mit"),
         ("matrix:\n  dtype: [float31]\n", "line 2: dtype 'float31': must be one of auto, float32"),
         ("matrix:\n  window_size: 0\n", "line 2: window_size 0: must be a whole number >= 1"),
         ("matrix:\n  n_sink: [4, 4]\n", "line 2: n_sink: a value is given twice"),
@@ -353,7 +358,7 @@ def test_a_failing_cell_is_recorded_and_the_others_go_on(run, evaluations):
 
 
 def test_what_cannot_be_measured_here_is_said_and_no_failure(run, capsys):
-    """kvpress does not know GPT-NeoX, installed or not, and has no place in protocol `fast`."""
+    """kvpress does not know GPT-NeoX, installed or not."""
     text = "matrix: {method: [ours, kvpress], protocol: [decode-loop, fast], window_size: 60}\n"
     assert run(text.replace(", fast", "")) == 0
     states = {name: result["state"] for name, result in run.results().items()}

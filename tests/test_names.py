@@ -37,7 +37,10 @@ def test_what_gains_nothing_is_known_but_not_offered(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--method", "rings"])
     said = capsys.readouterr().err
-    assert "argument --method/--streaming-mode: invalid choice: 'rings' (choose from dense, kvpress, mit" in said
+    assert (
+        "argument --method/--streaming-mode: invalid choice: 'rings' (choose from dense, kvpress, kvpress_shim, mit"
+        in said
+    )
     assert "refresh" not in said
 
 

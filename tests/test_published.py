@@ -84,6 +84,13 @@ def test_cells_stand_beside_their_figures():
     assert published_cells("comprehensive", documents[4:6]) == published_cells("dtype", documents) == {}
 
 
+def test_their_shim_stands_beside_what_they_call_kvpress():
+    documents = [cell("wikitext", "kvpress_shim", "decode-loop"), cell("pg19", "ours", "decode-loop")]
+    (table,) = published_cells("comprehensive_shim", documents).values()
+    kvpress = {(row["dataset"], row["method"]): row for row in table.rows}["wikitext", "kvpress"]
+    assert kvpress["perplexity"] == 9.0 and kvpress["published_0"] == "39.14"
+
+
 def test_attention_is_told_apart():
     documents = [
         cell("wikitext", "ours", "decode-loop", tpot=tpot, backend_requested=attention)

@@ -172,7 +172,7 @@ def test_by_bytes_a_narrower_format_has_more_keys_within_the_trained_length(tmp_
         ("parameters:\n  sinks: [1]\n", "line 2: unknown key 'sinks'"),
         ("parameters:\n  n_sink: [1, -2]\n", "line 2: n_sink -2"),
         ("parameters:\n  n_sink: {low: 5, high: 2}\n", "low 5 is above high 2"),
-        ("parameters:\n  method: [mti]\n", "line 2: method 'mti': must be one of dense, kvpress, mit"),
+        ("parameters:\n  method: [mti]\n", "line 2: method 'mti': must be one of dense, kvpress, kvpress_shim, mit"),
         (GOOD + "known:\n  - {n_sink: 8}\n", "line 3: known n_sink 8 is not among its choices: 0, 4"),
         ("parameters: [", "not YAML"),
         ("parameters:\n  n_sink: {low: 0, high: 8, log: true}\n", "line 2: n_sink low 0: must be a whole number >= 1"),

@@ -23,9 +23,9 @@ BASELINE = "recompute"
 BASELINE_LABEL = "re-computation (baseline)"
 _NAMES = {BASELINE: BASELINE_LABEL, "ours": "StreamingLLM", "streaming": "StreamingLLM", "mit": "MIT"}
 _COLORS = {BASELINE: GREY, "ours": BLUE, "streaming": BLUE, "mit": ORANGE, "kvpress": VERMILLION, "ring": GREEN}
-_COLORS |= {"window": PURPLE, "dense": SKY, "recommended": BLACK}
+_COLORS |= {"kvpress_shim": VERMILLION, "window": PURPLE, "dense": SKY, "recommended": BLACK}
 _HATCHES = {"math": "///", "eager": "xxx", "efficient": "...", "cudnn": "\\\\\\", "flash_attention_2": "---"}
-_ORDER = [BASELINE, "mit", "kvpress", "ours", "streaming", "ring", "window", "dense", "recommended"]
+_ORDER = [BASELINE, "mit", "kvpress", "kvpress_shim", "ours", "streaming", "ring", "window", "dense", "recommended"]
 _KNOBS = tuple(field.name for field in (*POLICY_KNOBS, *POLICY_WORDS))
 _TIMED_AS_ONE = ("fast", "decode-loop", "chunked", None)
 """Protocols of the `fixed_eval` figures, of which that counts of which there are results first."""

@@ -139,7 +139,7 @@ def _table(title: str, description: str, rows: Sequence[AnyRow], measures: Seque
         summary=tuple(line for line in (description, ", ".join(where + fixed)) if line),
         columns=(*shown, *measured, *([_STATE] if reasons else [])),
         rows=noted,
-        notes=(_ABOUT[protocol], *about, *_warnings(rows), *reasons),
+        notes=(_ABOUT[protocol], *about, *_exactness(rows), *_warnings(rows), *reasons),
         data_columns=_data_columns(rows, measured),
     )
 
@@ -158,13 +158,18 @@ def _noted(rows: Sequence[AnyRow]) -> tuple[list[AnyRow], list[str]]:
     return noted, [f"({number}) {reason}" for number, reason in enumerate(reasons, 1)]
 
 
+def _exactness(rows: Sequence[AnyRow]) -> list[str]:
+    told = [row for row in rows if "exactness" in row]
+    return list(dict.fromkeys(f"Method {row['method']} in {row['dtype']}: {row['exactness']}." for row in told))
+
+
 def _warnings(rows: Sequence[AnyRow]) -> list[str]:
     warned = [row for row in rows if "warning" in row]
     return list(dict.fromkeys(f"Warning, {row['configuration'] or row['method']}: {row['warning']}." for row in warned))
 
 
 def _data_columns(rows: Sequence[AnyRow], measured: Sequence[Column]) -> tuple[Column, ...]:
-    names = ("protocol", "model", "device", "n_tokens", "evaluated_tokens", "state", "reason")
+    names = ("protocol", "model", "device", "n_tokens", "evaluated_tokens", "exactness", "state", "reason")
     every = [
         *_SETTINGS,
         *map(Column.of, names),

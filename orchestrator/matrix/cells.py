@@ -55,7 +55,7 @@ def check(planned: Planned) -> None:
     not."""
     from streamllm.engine.methods import check_execution, check_protocol
 
-    check_protocol(planned.cell.method, planned.cell.protocol)
+    check_protocol(planned.cell.method, planned.cell.protocol, planned.cell.dtype)
     check_execution(planned.cell.method, planned.cell.execution)
 
 

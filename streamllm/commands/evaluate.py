@@ -129,7 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ..engine.methods import check_execution, check_protocol
     from ..measuring.quality import NonFiniteLossError
 
-    check_protocol(method, arguments.protocol)
+    check_protocol(method, arguments.protocol, arguments.dtype)
     check_execution(method, arguments.execution)
     loaded, stream = load_asked(arguments)
     policy = _policy(arguments, complete_policy(arguments, loaded))

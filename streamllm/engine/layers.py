@@ -118,6 +118,7 @@ def _noted(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
+    dropout: float = 0.0,  # which kvpress, once it is imported, hands on by its place
     attention_state: dict[int, LayerAttention] | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,

@@ -33,6 +33,10 @@ class LoadedModel:
     """How they were quantised before, as Q4_1 of a GGUF file; None: not that we know."""
 
     @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
     def config(self) -> Any:
         """Configuration of the part that reads and writes text."""
         return text_config(self.model)
@@ -74,7 +78,7 @@ class LoadedModel:
 
     def kept_bytes(self, policy: EvictionPolicy) -> int:
         """Bytes of one token's keys and values, as the policy keeps them."""
-        return policy.kept_bytes(self.kv_bytes, str(self.dtype).removeprefix("torch."))
+        return policy.kept_bytes(self.kv_bytes, self.dtype_name)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, state: AttentionState, logits_to_keep: int = 0) -> Any:
         """input_ids (batch, n), position_ids (n) -> output with `logits` (batch, n or `logits_to_keep`, vocabulary)."""

@@ -59,7 +59,7 @@ def measured_task(loaded: LoadedModel, what: Configuration, task: TaskAsked) -> 
     prepared = Tasks([task.name], _options(task.options), tokenizer, resolve_model(loaded.name)).prepared(task.name)
     if prepared.digest != json.loads(task.key)["task_digest"]:
         raise UsageError(f"task {task.name!r}: its files or documents differ between this node and the sweep's")
-    conventions = _CONVENTIONS if is_evaluated(what.method) else Conventions()
+    conventions = _CONVENTIONS if is_evaluated(what.method, loaded.dtype_name) else Conventions()
     return results_of(StreamingLM(loaded, tokenizer, what, conventions), prepared)
 
 

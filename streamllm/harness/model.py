@@ -83,7 +83,7 @@ class StreamingLM(TemplateLM):  # type: ignore[misc]
         self.loaded, self.tokenizer = loaded, tokenizer
         self.what = runnable(what, loaded, strict=False)
         self.conventions = conventions or Conventions()
-        check_decoder(self.conventions.decoder, what.method)
+        check_decoder(self.conventions.decoder, what.method, loaded.dtype_name)
         if self.prefix_token_id is None:
             raise UsageError(f"model {loaded.name!r}: its tokenizer has no BOS and no EOS; give prefix_token_id")
         self._device = loaded.device

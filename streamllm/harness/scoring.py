@@ -51,7 +51,7 @@ def scored(
 ) -> list[Score]:
     """The requests' scores, in their order. Where nothing is evicted every method is the model itself."""
     policy = what.effective
-    if is_evaluated(what.method):
+    if is_evaluated(what.method, loaded.dtype_name):
         return evaluated(loaded, policy, requests, progress, what.keys)
     dense = method_named("dense").effective(policy)
     short = [request for request in requests if request.queries <= policy.kept]

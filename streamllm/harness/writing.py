@@ -49,11 +49,11 @@ class EvaluatingDecoder(Decoder):
         return torch.cat(parts)
 
 
-def check_decoder(name: str, method: str) -> None:
-    """Raises UsageError for a way that there is not, or that is not the method's."""
+def check_decoder(name: str, method: str, dtype: str = "auto") -> None:
+    """Raises UsageError for a way that there is not, or that is not the method's. dtype: as `is_evaluated`'s."""
     if name not in DECODERS:
         raise UsageError(f"decoder {shown(name)}: must be {' or '.join(DECODERS)}")
-    if name == "evaluator" and not is_evaluated(method):
+    if name == "evaluator" and not is_evaluated(method, dtype):
         raise UsageError(f"decoder 'evaluator': method {method!r} is not what it computes; use decoder method")
 
 

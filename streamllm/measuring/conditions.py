@@ -26,7 +26,7 @@ from functools import cache
 from typing import TYPE_CHECKING, TypedDict
 
 from ..engine.backends import BACKENDS
-from ..engine.methods import METHODS
+from ..engine.methods import METHODS, method_named
 from ..libraries import installed
 from .store import code_digest
 
@@ -76,7 +76,7 @@ class Conditions:
             model=loaded.name,
             model_digest=loaded.digest,
             weights=loaded.weights,
-            dtype=str(loaded.dtype).removeprefix("torch."),
+            dtype=loaded.dtype_name,
             kv_bytes_per_token=loaded.kv_bytes,
             trained_length=loaded.trained_length,
             kind=kind_of_worker(device),
@@ -93,7 +93,9 @@ class Conditions:
     def of_quality(self, method: str | None) -> dict[str, str | None]:
         """For a key. method: None of a quality that the policy alone decides, whatever implements it."""
         names = ["torch", "transformers"]
-        names += ["torchao"] * self.is_quantized + ["kvpress"] * (method == "kvpress")
+        names += ["torchao"] * self.is_quantized
+        if method is not None and (library := method_named(method).library) is not None:
+            names.append(library)
         methods = () if method is None else (method,)
         return {"code": code_digest(*methods)} | {name: self.libraries[name] for name in names}
 

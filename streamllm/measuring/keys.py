@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import __version__
 from ..configuration import Configuration
-from ..engine.methods import is_evaluated, sampled_losses
+from ..engine.methods import check_protocol, exactness, is_evaluated, sampled_losses
 from .conditions import Conditions
 from .jobs import Job
 from .text import TokenStream
@@ -43,8 +43,10 @@ class Keys:
         return identity(self.conditions, self.text, what, protocol)
 
     def _quality(self, job: Job) -> dict[str, Any]:
-        """It depends neither on the cache implementation nor on the hardware: once per policy."""
+        """It depends neither on the cache implementation nor on the hardware: once per policy. Raises UnavailableError
+        for a method that is not the policy's function."""
         what = job.what
+        check_protocol(what.method, "fast", self.conditions.dtype)
         kind = "streaming" if sampled_losses(what.method) is None else what.method
         names = ["model_digest", "text_digest", "protocol", "dtype"]
         if self.conditions.is_quantized:  # its kernels round as the machine has them
@@ -97,7 +99,7 @@ def task_key(
     """A task's result depends neither on the cache implementation nor, unless the weights are quantized, on the
     hardware: but where the method itself decodes, as it does if it `writes`. asked: all that determines it
     besides the model and its policy."""
-    by_method = writes or not is_evaluated(what.method)
+    by_method = writes or not is_evaluated(what.method, conditions.dtype)
     key: dict[str, Any] = {
         "kind": "task",
         **conditions.of_quality(what.method if by_method else None),
@@ -127,6 +129,7 @@ def identity(conditions: Conditions, text: TokenStream, what: Configuration, pro
         "kv_bytes_per_token": what.effective.kept_bytes(conditions.kv_bytes_per_token, conditions.dtype),
         "method": what.method,
         "protocol": protocol,
+        "exactness": exactness(what.method, conditions.dtype),
         **asdict(what.effective),
         "dtype": conditions.dtype,
         **conditions.kind,

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..configuration import Configuration
 from ..engine.decoding import Progress
-from ..engine.methods import sampled_losses
+from ..engine.methods import method_named, sampled_losses
 from ..errors import UsageError
 from ..policy import EvictionPolicy, strict_policy
 from .divergence import MOST_POSITIONS
@@ -92,9 +92,14 @@ def _reference(total: int) -> Job:
 
 
 def _is_reference(what: Configuration, total: int) -> bool:
-    """Whether it predicts what the reference does, whatever implements it."""
+    """Whether it predicts what the reference does, whatever implements it: another library's implementation may, but in
+    some dtypes not, and is asked for as itself."""
     try:
-        return what.quantization is None and what.effective == strict_policy(total)
+        return (
+            what.quantization is None
+            and method_named(what.method).approximate is None
+            and what.effective == strict_policy(total)
+        )
     except UsageError:  # its method can do nothing with the policy
         return False
 

@@ -41,6 +41,7 @@ MEASURING_CODE = (
     "engine.layers",
     "engine.loading",
     "engine.methods",
+    "engine.methods.kvpress",
     "engine.methods.mit",
     "engine.methods.ours",
     "engine.methods.ring",

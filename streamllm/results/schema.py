@@ -48,6 +48,12 @@ class Row(Mapping[str, Any]):
     protocol: str | None = fact("protocol", words=True, mlflow="tag")
     dtype: str | None = fact("dtype", words=True, mlflow="tag")
     version: str | None = fact(about="of streamllm")
+    exactness: str | None = fact(
+        "exactness",
+        words=True,
+        mlflow="tag",
+        about="of a method by another library: exact, the policy's function to rounding; or approximate, and why",
+    )
 
     # Knobs.
     method: str | None = word("method", "ours", viewed=True)

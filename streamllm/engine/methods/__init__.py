@@ -6,7 +6,7 @@ but not offered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -67,6 +67,11 @@ class Method:
     layers alike, not at its place in a layer's cache."""
     losses_at: SampledLosses | None = None
     """If no eviction schedule says what it sees: its quality is then sampled instead of computed block-parallel."""
+    library: str | None = None
+    """Of an implementation that is not ours: the package whose version its results depend on."""
+    approximate: Mapping[str, str] | None = None
+    """Of such a one: dtype -> why it computes no more than nearly the policy's function there.
+    Then the block-parallel evaluator does not speak for it."""
 
 
 def method_named(name: str) -> Method:
@@ -90,9 +95,20 @@ def sampled_losses(method: str) -> SampledLosses | None:
     return method_named(method).losses_at
 
 
-def is_evaluated(method: str) -> bool:
-    """Whether the block-parallel evaluator gives the method's logits; else they come from decoding."""
-    return sampled_losses(method) is None and "fast" in method_named(method).protocols
+def exactness(method: str, dtype: str) -> str | None:
+    """What a row says of an implementation that is not ours: `exact`, the policy's function to rounding, or
+    `approximate` and why."""
+    approximate = method_named(method).approximate
+    if approximate is None:
+        return None
+    return f"approximate: {approximate[dtype]}" if dtype in approximate else "exact"
+
+
+def is_evaluated(method: str, dtype: str = "auto") -> bool:
+    """Whether the block-parallel evaluator gives the method's logits; else they come from decoding. dtype: the model's,
+    where it is known."""
+    one = method_named(method)
+    return one.losses_at is None and "fast" in one.protocols and dtype not in (one.approximate or ())
 
 
 def check_execution(method: str, execution: str) -> None:
@@ -124,8 +140,14 @@ def check_cache(method: str, policy: EvictionPolicy) -> None:
         )
 
 
-def check_protocol(method: str, protocol: str) -> None:
-    """Raises UnavailableError for a method that cannot be measured so."""
+def check_protocol(method: str, protocol: str, dtype: str = "auto") -> None:
+    """Raises UnavailableError for a method that cannot be measured so. dtype: of the model, where it is known."""
+    approximate = method_named(method).approximate or {}
+    if protocol == "fast" and dtype in approximate:
+        raise UnavailableError(
+            f"protocol 'fast': method {method!r} in {dtype} is only nearly the function that is evaluated "
+            f"({approximate[dtype]}); use --protocol decode-loop, or --dtype float32"
+        )
     allowed = method_named(method).protocols
     if protocol not in allowed:
         raise UnavailableError(f"protocol {protocol!r}: method {method!r} is measured by {' or '.join(allowed)} only")
