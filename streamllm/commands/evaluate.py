@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
     method = _method(arguments)
     file = arguments.per_token_losses
     if file is not None and file.suffix not in (".npy", ".parquet"):
-        raise UsageError(f"per_token_losses {str(file)!r}: must end in .npy or .parquet")
+        raise UsageError(f"per_token_losses {shown(str(file))}: must end in .npy or .parquet")
     make_room(file, arguments.output_file)
 
     from ..engine.methods import check_execution, check_protocol

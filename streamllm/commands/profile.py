@@ -19,7 +19,7 @@ from textwrap import wrap
 from typing import TYPE_CHECKING, Any
 
 from ..configuration import Configuration
-from ..errors import UsageError
+from ..errors import UsageError, shown
 from ..options import EXECUTIONS
 from ..policy import EvictionPolicy
 from ..results.schema import knobs_in_short
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> int:
     kind = "fusion" if arguments.fusion else "profile"
     file = arguments.output_file or Path(f"results/profile_kernels/{kind}.json")
     if file.suffix != ".json":
-        raise UsageError(f"output_file {str(file)!r}: must end in .json")
+        raise UsageError(f"output_file {shown(str(file))}: must end in .json")
     if any(interval < 1 for interval in arguments.intervals):
         raise UsageError(f"intervals {' '.join(map(str, arguments.intervals))}: whole numbers >= 1, or none")
     make_room(file)
