@@ -1,11 +1,15 @@
 """A policy by plain forward passes over the tokens that survive, and a StreamingCache to hold against it."""
 
+import re
 from collections import Counter
 
 import torch
 from transformers import DynamicCache
 
 from streamllm.engine.generation import StreamingCache
+
+_ATTENTION = re.compile(r"\b(self_attn|attention|self_attention|attn)(\.\d+)?$")
+"""The end of an attention layer's name; a block may have several (LongCat)."""
 
 
 @torch.no_grad()
@@ -62,7 +66,7 @@ def surviving_logits(model, stream, n_sink, window, keep=False, **policy):
     hooks = [
         module.register_forward_pre_hook(feed(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] in ("self_attn", "attention", "self_attention", "attn") and _has_weights(module)
+        if _ATTENTION.search(name) and _has_weights(module)
     ]
     try:
         for held in survivors(stream.shape[1], n_sink, window, **policy):

@@ -30,7 +30,9 @@ NARROW = {"sliding_window": 12}
 SHARED = {"num_kv_shared_layers": 2}
 ARCHITECTURES = {
     **{name: {} for name in ("llama", "qwen3", "gpt_neox", "olmo2", "phi", "glm4", "gemma", "granite")},
-    **{name: {} for name in ("smollm3", "nanochat")},
+    **{
+        name: {} for name in ("smollm3", "nanochat", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+    },
     **dict.fromkeys(("cohere2", "exaone4", "afmoe", "olmo3", "gemma2", "gemma3_text", "modernbert-decoder"), MIXED),
     **dict.fromkeys(("gpt_oss", "mimo_v2_flash", "granite_swa", "laguna", "ministral", "vaultgemma"), MIXED),
     **dict.fromkeys(("mistral", "mixtral", "starcoder2", "phi3"), NARROW),
@@ -111,7 +113,7 @@ def test_a_window_ends_where_transformers_ends_it(window, policy):
             assert_exact(model, loaded, POLICIES[policy], positions, tokens_of(45))
 
 
-@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2"])
+@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu"])
 def test_in_single_precision(architecture):
     changed, tokens = ARCHITECTURES[architecture], tokens_of(50)
     model = tiny(architecture, torch.float32, **changed)
@@ -119,7 +121,7 @@ def test_in_single_precision(architecture):
     assert_exact(model, loaded, POLICIES["strict"], "compact", tokens, within=2e-4)
 
 
-@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss"])
+@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "deepseek_v2", "deepseek_v3"])
 def test_angles_are_exact_a_million_tokens_away(architecture):
     """A ring in float32, told that a million tokens came and went behind its sinks; layers see some of them."""
     changed, policy, tokens = dict(ARCHITECTURES[architecture]), policy_of(4, 20), tokens_of(60)
@@ -139,7 +141,7 @@ def test_angles_are_exact_a_million_tokens_away(architecture):
 
 @pytest.mark.parametrize("window", [9, 10, 12, 14])
 @pytest.mark.parametrize("how", [{}, {"positions": "keep"}, {"kv_dtype": "float8_e4m3"}], ids=str)
-@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2"])
+@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu"])
 def test_a_prompt_at_once(architecture, how, window):
     """What is fed in one piece is what is fed one by one, before and after evictions."""
     loaded = prepare(tiny(architecture, **ARCHITECTURES[architecture]), "", "")
@@ -164,7 +166,7 @@ def test_recompute_is_the_model_on_its_last_tokens(architecture):
 
 
 @pytest.mark.parametrize("kv_dtype", ["float16", "float8_e4m3"])
-@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2"])
+@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu"])
 def test_in_another_number_format_the_evaluator_is_the_loop(architecture, kv_dtype):
     loaded = prepare(tiny(architecture, **ARCHITECTURES[architecture]), "", "")
     tokens, policy = tokens_of(50), policy_of(3, 10, every=4, drop=3, kv_dtype=kv_dtype)
@@ -175,7 +177,7 @@ def test_in_another_number_format_the_evaluator_is_the_loop(architecture, kv_dty
         torch.testing.assert_close(found, expected, rtol=0, atol=IDENTITY)
 
 
-@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2"])
+@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu"])
 def test_a_compiled_ring(architecture):
     changed, tokens = ARCHITECTURES[architecture], tokens_of(40)
     loaded, policy = prepare(tiny(architecture, torch.float32, **changed), "", ""), policy_of(3, 16)

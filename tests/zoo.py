@@ -61,7 +61,9 @@ def _smaller(kind: type[PretrainedConfig], usual: PretrainedConfig, changed: dic
     names = set(usual.attribute_map) | set(vars(usual)) | set(inspect.signature(kind.__init__).parameters)
     wanted = {name: value for name, value in _SMALL.items() if name in names and _usual(usual, name) is not None}
     if "head_dim" in names:
-        wanted["head_dim"] = 16
+        wanted["head_dim"] = _SMALL["qk_rope_head_dim" if "qk_rope_head_dim" in names else "head_dim"]
+    if "n_routed_experts" in wanted and "num_experts_per_tok" in names:  # DeepSeek-V2 says of neither how many
+        wanted["num_experts_per_tok"] = 2
     if _usual(usual, "head_dim") is _EACH:
         wanted["global_head_dim"] = 32
     if _usual(usual, "num_key_value_heads") == _usual(usual, "num_attention_heads", 0):

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -87,10 +87,6 @@ def check_features(model: PreTrainedModel, own_attention: bool) -> None:
         (getattr(config, "num_hidden_layers", 1) < 1, f"{getattr(config, 'num_hidden_layers', 1)} layers"),
         (getattr(config, "alibi", None), "linear biases (ALiBi) for positions"),
         (bool(unknown), f"layers of another kind: {', '.join(sorted(unknown))}"),
-        (
-            getattr(config, "kv_lora_rank", None),
-            "latent attention: of a key a part is rotated, and values are narrower",
-        ),
         (getattr(config, "is_encoder_decoder", False), "an encoder"),
     ]
     attended = [
@@ -280,7 +276,7 @@ def _failure(rotary: Rotary, at: Tensor, here: _Rotated, zero: _Rotated, far: _R
     for done, what in enumerate(("keys", "queries")):
         raw, rotated, distant = (getattr(state, what).to(at.device) for state in (zero, here, far))
         if not _alike(rotary.rotate(raw, rotary.at(at)), rotated):
-            return 2 * done, _why(rotary, at, what, raw, rotated)
+            return 2 * done, _why(rotary, what, raw, rotated)
         if not _alike(rotary.rotate(rotated, rotary.by(_FAR)), distant):
             return 2 * done + 1, _SCALED.format(what)
     return None
@@ -289,16 +285,13 @@ def _failure(rotary: Rotary, at: Tensor, here: _Rotated, zero: _Rotated, far: _R
 _SCALED = "its {} depend on the position itself, not on distances alone (they are scaled by it)"
 
 
-def _why(rotary: Rotary, at: Tensor, what: str, raw: Tensor, rotated: Tensor) -> str:
+def _why(rotary: Rotary, what: str, raw: Tensor, rotated: Tensor) -> str:
     if not rotary.size:
         return _SCALED.format(what)
-    cos, sin = rotary.at(at)
-    if _alike(rotary.rotate(raw, (cos, -sin)), rotated):
-        return f"its {what} are turned the other way round"
     turned = (raw - rotated).abs().flatten(0, -2).amax(0) > _ROUNDING * raw.abs().amax()
-    if turned[rotary.size :].any():
-        dims = turned.nonzero().flatten().tolist()
-        return f"its {what} are rotated in dimensions {dims[0]} to {dims[-1]}, not in the first {rotary.size}"
+    if turned[rotary.size :].any() and turned[: -rotary.size].any():
+        dims, size = turned.nonzero().flatten().tolist(), rotary.size
+        return f"its {what} are rotated in dimensions {dims[0]} to {dims[-1]}, not in the first or last {size}"
     return f"its {what} are more than rotated: something follows the rotation, as a norm does"
 
 
@@ -326,19 +319,23 @@ def _check_output(where: str, layer: LayerAttention, module: nn.Module, call: _C
         raise UnsupportedModelError(f"{where}: its attention is more than a softmax of queries and keys")
 
 
+Kept = Literal["keys", "values"]
+
+
 @torch.no_grad()
-def check_distance(model: PreTrainedModel, rotaries: Sequence[Rotary], tokens: Tensor) -> None:
+def check_distance(model: PreTrainedModel, rotaries: Sequence[Rotary], tokens: Tensor, turned: Kept = "keys") -> None:
     """Checks by the model's own attention that its first keys turned on by a million positions, and the other tokens
     that far away, give the logits that the model has where nothing is between them.
 
-    The model must rotate by `rotaries`, one for each layer. Raises UnsupportedModelError."""
+    The model must rotate by `rotaries`, one for each layer. turned: under which name a cache keeps what turns. Raises
+    UnsupportedModelError."""
     whole = run(model, tokens)[:, _SINKS:]
     check_finite_weights(model, whole)
-    noise = difference(_parted(model, rotaries, tokens, 0), whole)
+    noise = difference(_parted(model, rotaries, tokens, 0, turned), whole)
     if model.dtype.itemsize < 4:  # what is rotated to another position is rounded to something else
         elsewhere = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         noise = max(noise, difference(run(model, tokens, position_ids=elsewhere[None])[:, _SINKS:], whole))
-    error, limit = difference(_parted(model, rotaries, tokens, _FAR), whole), allowed(whole, noise)
+    error, limit = difference(_parted(model, rotaries, tokens, _FAR, turned), whole), allowed(whole, noise)
     if not error <= limit:
         raise UnsupportedModelError(
             f"{type(model).__name__}: with its first keys turned on to a million positions later its logits differ by "
@@ -346,14 +343,14 @@ def check_distance(model: PreTrainedModel, rotaries: Sequence[Rotary], tokens: T
         )
 
 
-def _parted(model: PreTrainedModel, rotaries: Sequence[Rotary], tokens: Tensor, distance: int) -> Tensor:
+def _parted(model: PreTrainedModel, rotaries: Sequence[Rotary], tokens: Tensor, distance: int, turned: Kept) -> Tensor:
     """The logits of all but the first tokens, `distance` positions behind those."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
     run(model, tokens[:, :_SINKS], past_key_values=cache, use_cache=True)
     for layer, rotary in zip(cache.layers, rotaries, strict=False):
-        layer.keys = rotary.rotate(layer.keys, rotary.by(distance))
+        setattr(layer, turned, rotary.rotate(getattr(layer, turned), rotary.by(distance)))
     positions = torch.arange(_SINKS, tokens.shape[1], device=tokens.device) + distance
     return run(model, tokens[:, _SINKS:], past_key_values=cache, use_cache=True, position_ids=positions[None])
 

@@ -51,6 +51,11 @@ class Layer(LayerAttention):
 
     rotary: Rotary
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a softmax without more, of values as wide as keys whose first dimensions turn."""
+        return self.softmax.is_plain and self.key_size == self.value_size and not self.rotary.at_end
+
 
 def ask_layers(model: PreTrainedModel) -> dict[int, LayerAttention]:
     """By the number of the layer. Leaves the model with an attention function that is good for nothing else. Raises
