@@ -13,7 +13,6 @@ from .zoo import random_model
 DTYPES = [torch.float32, torch.bfloat16]
 BOTH = {
     "hunyuan_v1_dense": "layer 0: its keys are more than rotated: something follows the rotation",
-    "ministral3": "layer 0: its queries depend on the position itself",
     "bloom": "no rotary positions but linear biases",
     "gpt2": "no rotary positions but embedded ones",
     "gptj": "rotary positions that its attention computes in code of its own",
@@ -30,6 +29,8 @@ OF_THE_ENGINE = {
     "mllama": "something else than the text",
 }
 """What the engine refuses; a StreamingCache, with which models use their own attention, may take it."""
+OF_A_CACHE = {"ministral3": "layer 0: its queries depend on the position itself"}
+"""What the engine takes, as it can tell its layers other positions; a StreamingCache cannot."""
 RIGHT = ("llama", "gpt_neox", "cohere", "gemma", "glm4", "mixtral", "granite", "jetmoe", "phi3", "olmo2", "fuyu")
 RIGHT += ("smollm3", "nanochat", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3")
 OF_SEVERAL_KINDS = ("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "mistral", "modernbert-decoder", "olmo3")
@@ -53,6 +54,32 @@ def test_refused_at_both_doors(architecture, scale, dtype):
 def test_refused_by_the_engine(architecture, scale, dtype):
     with pytest.raises(UnsupportedModelError, match=OF_THE_ENGINE[architecture]):
         prepare(random_model(architecture, dtype, scale), architecture, "")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", OF_A_CACHE)
+def test_refused_by_a_streaming_cache(architecture, dtype):
+    prepare(random_model(architecture, dtype), architecture, "")
+    with pytest.raises(UnsupportedModelError, match=OF_A_CACHE[architecture]):
+        StreamingCache(random_model(architecture, dtype), window_size=24)
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
+@torch.no_grad()
+def test_a_norm_after_the_rotation_commutes_with_it_if_its_weights_are_equal(equal):
+    """By the model's own words: a text is the same anywhere, or is not."""
+    model = random_model("hunyuan_v1_dense", torch.float64)
+    for layer in model.model.layers:
+        for norm in (layer.self_attn.query_layernorm, layer.self_attn.key_layernorm) if equal else ():
+            norm.weight.fill_(1.5)
+    stream = torch.arange(3, 40)[None] * 7 % 120
+    here, there = (model(stream, position_ids=torch.arange(37)[None] + at).logits for at in (0, 50))
+    assert torch.allclose(here, there, atol=1e-3) == equal
+    if equal:
+        prepare(model, "", "")
+    else:
+        with pytest.raises(UnsupportedModelError, match="places count and not distances alone"):
+            prepare(model, "", "")
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)

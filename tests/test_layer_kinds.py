@@ -31,7 +31,17 @@ SHARED = {"num_kv_shared_layers": 2}
 ARCHITECTURES = {
     **{name: {} for name in ("llama", "qwen3", "gpt_neox", "olmo2", "phi", "glm4", "gemma", "granite")},
     **{
-        name: {} for name in ("smollm3", "nanochat", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")
+        name: {}
+        for name in (
+            "smollm3",
+            "nanochat",
+            "ministral3",
+            "deepseek_v2",
+            "deepseek_v3",
+            "glm4_moe_lite",
+            "minicpm3",
+            "youtu",
+        )
     },
     **dict.fromkeys(("cohere2", "exaone4", "afmoe", "olmo3", "gemma2", "gemma3_text", "modernbert-decoder"), MIXED),
     **dict.fromkeys(("gpt_oss", "mimo_v2_flash", "granite_swa", "laguna", "ministral", "vaultgemma"), MIXED),

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import UnsupportedModelError
 from .attention import UnseenAttentionError, causal_mask, eager_attention
 from .layers import Layer, LayerAttention, ask_layers, check_windows
+from .model import changes_at
 from .plain_forward import run
 from .rotary import Rotary, RotaryEmbedding, distinct_rotaries, text_config
 
@@ -153,13 +154,44 @@ def _plainly(layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor, s
     return eager_attention(query.float(), key.float(), value.float(), scaling, mask, layer.softmax)
 
 
+def engine_layers(
+    model: PreTrainedModel, embeddings: list[RotaryEmbedding], tokens: Tensor, attention: str
+) -> dict[int, Layer]:
+    """As `checked_layers`, outputs too, of a model that nobody else calls. One that scales queries by their position
+    (Ministral 3) does not do so up to `changes_at`, which is tried: then its layers are told position 0 whatever their
+    angles are, as no cache of the engine's is longer."""
+    try:
+        return checked_layers(model, embeddings, tokens, attention)
+    except UnseenAttentionError:
+        raise
+    except UnsupportedModelError:
+        changes = changes_at(text_config(model))
+        if changes is None:
+            raise
+        checked_layers(model, embeddings, tokens, attention, far=changes[0] - tokens.shape[1])
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.register_forward_pre_hook(_at_zero, with_kwargs=True)
+        return checked_layers(model, embeddings, tokens, attention)
+
+
+def _at_zero(_: nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    positions = options.get("position_ids")
+    return arguments, options if positions is None else options | {"position_ids": torch.zeros_like(positions)}
+
+
 @torch.no_grad()
 def checked_layers(
-    model: PreTrainedModel, embeddings: list[RotaryEmbedding], tokens: Tensor, attention: str, outputs: bool
+    model: PreTrainedModel,
+    embeddings: list[RotaryEmbedding],
+    tokens: Tensor,
+    attention: str,
+    outputs: bool = True,
+    far: int = _FAR,
 ) -> dict[int, Layer]:
     """The attention layers of the model by their numbers; it has the attention function of that name from then on.
-    Single ones are held, in float32, against what is made of them: turned from position 0 to every other, and on by a
-    million positions; with `outputs`, the attention itself against the layer's own.
+    Single ones are held, in float32, against what is made of them: turned from position 0 to every other, and on by
+    `far`; with `outputs`, the attention itself against the layer's own.
 
     The model must rotate by `embeddings`. Raises UnsupportedModelError, with what the layer does; UnseenAttentionError
     if that cannot be seen."""
@@ -168,10 +200,10 @@ def checked_layers(
         check_windows(model, asked)
     model.set_attn_implementation(attention)
     at = torch.arange(tokens.shape[1], device=tokens.device)
-    calls = [_called(model, asked, tokens, positions) for positions in (at, torch.zeros_like(at), at + _FAR)]
+    calls = [_called(model, asked, tokens, positions) for positions in (at, torch.zeros_like(at), at + far)]
     if outputs and calls[0].twice:
         raise UnsupportedModelError(f"{type(model).__name__} computes attention more than once in a layer")
-    here, zero, far = (call.of for call in calls)
+    here, zero, distant = (call.of for call in calls)
     if not here:
         raise UnseenAttentionError(f"{type(model).__name__} has attention code of its own, not transformers' interface")
     rotaries, found = distinct_rotaries(embeddings, model), dict[int, Rotary]()
@@ -180,9 +212,9 @@ def checked_layers(
             first = here[layer]
             with _seen(first.module):
                 module = deepcopy(first.module).float()
-                runs = [_run_alone(module, asked[layer], call, first) for call in (first, zero[layer], far[layer])]
+                runs = [_run_alone(module, asked[layer], call, first) for call in (first, zero[layer], distant[layer])]
             where = f"{type(model).__name__}, layer {layer}"
-            rotary = _rotary_of(where, rotaries, at, *(rotated for rotated, _ in runs))
+            rotary = _rotary_of(where, rotaries, at, far, *(rotated for rotated, _ in runs))
             if outputs:
                 _check_output(where, asked[layer], module, first, runs[0][1])
             if found.setdefault(alike[0], rotary) is not rotary:
@@ -255,29 +287,33 @@ def _with_input_of(call: _Call, first: _Call) -> tuple[Any, dict[str, Any]]:
     return (), options | {name: _in_float32(first.options[name])}
 
 
-def _rotary_of(where: str, rotaries: list[Rotary], at: Tensor, here: _Rotated, zero: _Rotated, far: _Rotated) -> Rotary:
+def _rotary_of(
+    where: str, rotaries: list[Rotary], at: Tensor, far: int, here: _Rotated, zero: _Rotated, distant: _Rotated
+) -> Rotary:
     """The one that turns the layer's keys and queries."""
     failures = []
     for rotary in [rotary for rotary in rotaries if rotary.size <= here.keys.shape[-1]]:
-        failure = _failure(rotary, at, here, zero, far)
+        failure = _failure(rotary, at, far, here, zero, distant)
         if failure is None:
             break
         failures.append(failure)
     else:
         raise UnsupportedModelError(f"{where}: {max(failures, key=lambda failure: failure[0])[1]}")
-    if not (_alike(zero.values, here.values) and _alike(far.values, here.values)):
+    if not (_alike(zero.values, here.values) and _alike(distant.values, here.values)):
         raise UnsupportedModelError(f"{where}: its values depend on positions")
     return rotary
 
 
-def _failure(rotary: Rotary, at: Tensor, here: _Rotated, zero: _Rotated, far: _Rotated) -> tuple[int, str] | None:
+def _failure(
+    rotary: Rotary, at: Tensor, far: int, here: _Rotated, zero: _Rotated, distant: _Rotated
+) -> tuple[int, str] | None:
     """What keys or queries do that is not this rotation, after how much that is."""
     rotary.reserve(len(at))
     for done, what in enumerate(("keys", "queries")):
-        raw, rotated, distant = (getattr(state, what).to(at.device) for state in (zero, here, far))
+        raw, rotated, turned_on = (getattr(state, what).to(at.device) for state in (zero, here, distant))
         if not _alike(rotary.rotate(raw, rotary.at(at)), rotated):
             return 2 * done, _why(rotary, what, raw, rotated)
-        if not _alike(rotary.rotate(rotated, rotary.by(_FAR)), distant):
+        if not _alike(rotary.rotate(rotated, rotary.by(far)), turned_on):
             return 2 * done + 1, _SCALED.format(what)
     return None
 
@@ -292,7 +328,10 @@ def _why(rotary: Rotary, what: str, raw: Tensor, rotated: Tensor) -> str:
     if turned[rotary.size :].any() and turned[: -rotary.size].any():
         dims, size = turned.nonzero().flatten().tolist(), rotary.size
         return f"its {what} are rotated in dimensions {dims[0]} to {dims[-1]}, not in the first or last {size}"
-    return f"its {what} are more than rotated: something follows the rotation, as a norm does"
+    return (
+        f"its {what} are more than rotated: something follows the rotation, as a norm of unequal weights does, so that "
+        f"places count and not distances alone"
+    )
 
 
 def _check_output(where: str, layer: LayerAttention, module: nn.Module, call: _Call, found: Tensor) -> None:

@@ -16,7 +16,7 @@ from .attention import causal_mask
 from .backends import Backend
 from .device import float64_device
 from .execution import static_step
-from .model import LoadedModel
+from .model import LoadedModel, changes_at
 from .rotary import Angles, Rotary
 
 Progress = Callable[[int, int], None]
@@ -145,6 +145,9 @@ class CachedDecoder(Decoder):
     """Decodes with a KV cache that follows the policy's schedule."""
 
     def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, cache: KVCache, execution: str = "eager") -> None:
+        loaded.check_length(policy)
+        endless = policy.keeps_positions or policy.compress_every == 0
+        self._may_change = endless and changes_at(loaded.config) is not None
         self.loaded = loaded
         self.cache = cache
         self.schedule = Schedule(policy)
@@ -155,6 +158,8 @@ class CachedDecoder(Decoder):
         return self.schedule.held
 
     def feed(self, tokens: Tensor, logits_to_keep: int = 1) -> Tensor:
+        if self._may_change:
+            self.loaded.check_length(self.schedule.policy, self.schedule.seen + len(tokens))
         self.cache.begin(self.schedule.held, len(tokens))
         if self._static_step is not None and self.cache.is_static and len(tokens) == 1:
             logits = self._static_step(tokens)

@@ -22,7 +22,7 @@ from ..policy import EvictionPolicy
 from .architecture import Kept, check_distance, check_features, checked_layers, probe_tokens
 from .attention import ATTENTION_NAME, UnseenAttentionError, register_attention
 from .layers import Layer, span_of
-from .model import trained_length
+from .model import changes_at, trained_length
 from .rotary import Rotary, RotaryEmbedding, rotary_embeddings, text_config, text_part
 from .slots import RingSlots
 
@@ -63,8 +63,14 @@ class StreamingCache(Cache):  # type: ignore[misc]
         config = text_config(model)
         if span_of(config) is not None:
             raise UnsupportedModelError(f"{type(model).__name__} has a sliding window of its own, and no use for sinks")
+        self.changes = changes_at(config)
+        if self.changes is not None and policy.kept + 1 > self.changes[0]:
+            raise UsageError(
+                f"n_sink + window_size + 1 = {policy.kept + 1} positions: {type(model).__name__} {self.changes[1]} "
+                f"beyond {self.changes[0]}; use a window_size of {self.changes[0] - n_sink - 1} or less"
+            )
         trained = trained_length(config)
-        if trained is not None and policy.kept + 1 > trained:
+        if trained is not None and self.changes is None and policy.kept + 1 > trained:
             warnings.warn(
                 f"n_sink + window_size + 1 = {policy.kept + 1} is more than the {trained} positions the model was "
                 f"trained on: perplexity will suffer",
@@ -200,12 +206,25 @@ def _refuse(decoder: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
             "its own cache (without a mask, `generate` takes every pad token of a prompt for padding)"
         )
     tokens = options.get("input_ids", arguments[0] if arguments else None)
+    tokens = options.get("inputs_embeds") if tokens is None else tokens
     if isinstance(tokens, Tensor) and tokens.shape[1] == 0:
         raise UsageError(
             f"no new tokens: the cache has seen {cache.get_seq_length()}, the text given is not longer; give all of "
             f"the text so far and what is new, or reset() the cache for another text"
         )
+    if isinstance(tokens, Tensor):
+        _check_length(decoder, cache, tokens.shape[1])
     _check_positions(cache, options.get("position_ids"))
+
+
+def _check_length(decoder: Any, cache: StreamingCache, new: int) -> None:
+    seen, _ = cache.layers[0].get_mask_sizes(new)
+    if cache.changes is not None and seen > cache.changes[0]:
+        length, change = cache.changes
+        raise UsageError(
+            f"{new} tokens in one piece are to see {seen}: {type(decoder).__name__} {change} beyond {length}; give "
+            f"pieces of at most {max(length - seen + new, 1)}"
+        )
 
 
 def _check_positions(cache: StreamingCache, given: Tensor | None) -> None:

@@ -166,13 +166,6 @@ def rotary_embeddings(model: PreTrainedModel) -> list[RotaryEmbedding]:
     if not found:
         raise UnsupportedModelError(f"{name} has {_other_positions(model, modules)}")
     for module in found:
-        named = getattr(module, "rope_type", "default")
-        changing = {"dynamic", "longrope"} & set(named.values() if isinstance(named, dict) else [named])
-        if changing:
-            raise UnsupportedModelError(
-                f"{name} has rope_type {changing.pop()!r}, which changes with the length of the text: no rotation to "
-                f"undo"
-            )
         if not all(_frequencies(module, kind).numel() for kind in _kinds(module)):
             raise UnsupportedModelError(f"{name} has a rotary position embedding of no dimensions")
     return [RotaryEmbedding(module, model) for module in found]
@@ -204,8 +197,15 @@ def _kinds(module: nn.Module) -> list[str | None]:
     return [name.removesuffix(f"_{_INV_FREQ}") for name in names if "original" not in name]
 
 
+CHANGING = ("dynamic", "longrope")
+"""Values of `rope_type`: the angles of a text longer than some length are others, from its first token on."""
+
+
 def _frequencies(module: nn.Module, kind: str | None) -> Tensor:
-    found: Tensor = getattr(module, _named(kind, _INV_FREQ))
+    """Of texts that are not too long, where there are others."""
+    named = getattr(module, "rope_type", None)
+    changes = (named.get(kind) if isinstance(named, dict) else named) in CHANGING
+    found: Tensor = getattr(module, _named(kind, f"original_{_INV_FREQ}" if changes else _INV_FREQ))
     return found.to(float64_device(found.device)).double()
 
 

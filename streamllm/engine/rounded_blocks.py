@@ -24,7 +24,9 @@ from .model import LoadedModel
 
 
 def block_state(loaded: LoadedModel, policy: EvictionPolicy, n_tokens: int, keys: Keys = "raw") -> BlockState:
-    """keys: how the method keeps them; of no consequence to a cache of the model's own number format."""
+    """keys: how the method keeps them; of no consequence to a cache of the model's own number format. Raises
+    UsageError as `LoadedModel.check_length`."""
+    loaded.check_length(policy, n_tokens)
     if policy.kv_dtype == "auto" or keys == "raw":
         return BlockState(loaded, policy, n_tokens)
     if keys == "stream" or policy.keeps_positions:  # then no key is ever moved
