@@ -13,11 +13,12 @@ _ATTENTION = re.compile(r"\b(self_attn|attention|self_attention|attn)(\.\d+)?$")
 
 
 @torch.no_grad()
-def streamed(model, stream, n_sink, window):
-    """The logits after the last token, fed one by one."""
+def streamed(model, stream, n_sink, window, start=0):
+    """The logits after the last token, fed one by one, the first at position `start`."""
     cache = StreamingCache(model, n_sink, window)
-    for token in stream.split(1, dim=1):
-        logits = model(token, past_key_values=cache).logits[0, -1]
+    for at, token in enumerate(stream.split(1, dim=1), start):
+        where = {"position_ids": torch.tensor([[at]])} if start else {}
+        logits = model(token, past_key_values=cache, **where).logits[0, -1]
     return logits
 
 

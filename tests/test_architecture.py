@@ -25,17 +25,16 @@ OF_THE_ENGINE = {
     "moshi": "a sliding window .* that no layer is seen to use",
     "diffllama": "computes attention more than once in a layer",
     "falcon": "attention code of its own",
-    "stablelm": "do not hand on",
     "mllama": "something else than the text",
 }
 """What the engine refuses; a StreamingCache, with which models use their own attention, may take it."""
 OF_A_CACHE = {"ministral3": "layer 0: its queries depend on the position itself"}
 """What the engine takes, as it can tell its layers other positions; a StreamingCache cannot."""
 RIGHT = ("llama", "gpt_neox", "cohere", "gemma", "glm4", "mixtral", "granite", "jetmoe", "phi3", "olmo2", "fuyu")
-RIGHT += ("smollm3", "nanochat", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3")
+RIGHT += ("smollm3", "nanochat", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "stablelm")
 OF_SEVERAL_KINDS = ("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "mistral", "modernbert-decoder", "olmo3")
 """What the engine takes; a StreamingCache has no place for their windows."""
-OWN_ATTENTION = ("doge", "diffllama", "falcon", "stablelm", "gpt_neox_japanese", "mllama")
+OWN_ATTENTION = ("doge", "diffllama", "falcon", "gpt_neox_japanese", "mllama")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,7 +4,9 @@ The reference is the model's own eager forward over the tokens that survive (`pl
 float32 computed in float64.
 """
 
+import gc
 import warnings
+import weakref
 from contextlib import contextmanager
 from unittest.mock import patch
 
@@ -30,19 +32,8 @@ NARROW = {"sliding_window": 12}
 SHARED = {"num_kv_shared_layers": 2}
 ARCHITECTURES = {
     **{name: {} for name in ("llama", "qwen3", "gpt_neox", "olmo2", "phi", "glm4", "gemma", "granite")},
-    **{
-        name: {}
-        for name in (
-            "smollm3",
-            "nanochat",
-            "ministral3",
-            "deepseek_v2",
-            "deepseek_v3",
-            "glm4_moe_lite",
-            "minicpm3",
-            "youtu",
-        )
-    },
+    **{name: {} for name in ("smollm3", "nanochat", "ministral3", "stablelm", "nemotron")},
+    **{name: {} for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")},
     **dict.fromkeys(("cohere2", "exaone4", "afmoe", "olmo3", "gemma2", "gemma3_text", "modernbert-decoder"), MIXED),
     **dict.fromkeys(("gpt_oss", "mimo_v2_flash", "granite_swa", "laguna", "ministral", "vaultgemma"), MIXED),
     **dict.fromkeys(("mistral", "mixtral", "starcoder2", "phi3"), NARROW),
@@ -187,13 +178,23 @@ def test_in_another_number_format_the_evaluator_is_the_loop(architecture, kv_dty
         torch.testing.assert_close(found, expected, rtol=0, atol=IDENTITY)
 
 
-@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu"])
+@pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu", "stablelm"])
 def test_a_compiled_ring(architecture):
     changed, tokens = ARCHITECTURES[architecture], tokens_of(40)
     loaded, policy = prepare(tiny(architecture, torch.float32, **changed), "", ""), policy_of(3, 16)
     expected = streamed_logits("ring", loaded, policy, tokens)
     found = streamed_logits("ring", loaded, policy, tokens, execution="compile")
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-4)
+
+
+def test_a_model_that_is_handed_its_state_lets_go_of_it():
+    decoder = make_decoder(prepare(tiny("stablelm"), "", ""), Configuration("ours", policy_of(3, 16)))
+    with torch.inference_mode():
+        decoder.feed(torch.tensor([3, 4]))
+    cache = weakref.ref(decoder.cache)
+    del decoder
+    gc.collect()
+    assert cache() is None
 
 
 @pytest.mark.parametrize("positions", ["compact", "keep"])

@@ -66,7 +66,7 @@ def _smaller(kind: type[PretrainedConfig], usual: PretrainedConfig, changed: dic
         wanted["num_experts_per_tok"] = 2
     if _usual(usual, "head_dim") is _EACH:
         wanted["global_head_dim"] = 32
-    if _usual(usual, "num_key_value_heads") == _usual(usual, "num_attention_heads", 0):
+    if _usual(usual, "num_key_value_heads") in (None, _usual(usual, "num_attention_heads", 0)):
         wanted.pop("num_key_value_heads", None)
         wanted |= {"num_key_value_heads": 4} if "num_key_value_heads" in names else {}
     for sized in ("attn_config", "ffn_config"):  # dbrx's

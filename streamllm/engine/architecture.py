@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .attention import UnseenAttentionError, causal_mask, eager_attention
-from .layers import Layer, LayerAttention, ask_layers, check_windows
+from .attention import StateDroppedError, UnseenAttentionError, causal_mask, eager_attention
+from .layers import Layer, LayerAttention, ask_layers, check_windows, hand_on_state
 from .model import changes_at
 from .plain_forward import run
 from .rotary import Rotary, RotaryEmbedding, distinct_rotaries, text_config
@@ -160,6 +160,10 @@ def engine_layers(
     """As `checked_layers`, outputs too, of a model that nobody else calls. One that scales queries by their position
     (Ministral 3) does not do so up to `changes_at`, which is tried: then its layers are told position 0 whatever their
     angles are, as no cache of the engine's is longer."""
+    try:
+        ask_layers(model)
+    except StateDroppedError:
+        hand_on_state(model)
     try:
         return checked_layers(model, embeddings, tokens, attention)
     except UnseenAttentionError:

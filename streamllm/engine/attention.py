@@ -27,6 +27,10 @@ class UnseenAttentionError(UnsupportedModelError):
     """The attention that the model's layers compute does not pass through here."""
 
 
+class StateDroppedError(UnseenAttentionError):
+    """The layers above it do not hand on what the model is called with."""
+
+
 class Softmax(NamedTuple):
     """What the softmax of a layer has besides products of queries and keys."""
 
