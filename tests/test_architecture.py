@@ -28,7 +28,7 @@ OF_THE_ENGINE = {
     "mllama": "something else than the text",
 }
 """What the engine refuses; a StreamingCache, with which models use their own attention, may take it."""
-OF_A_CACHE = {"ministral3": "layer 0: its queries depend on the position itself"}
+OF_A_CACHE = {"ministral3": r"scales its queries .* by where in the text they are"}
 """What the engine takes, as it can tell its layers other positions; a StreamingCache cannot."""
 RIGHT = ("llama", "gpt_neox", "cohere", "gemma", "glm4", "mixtral", "granite", "jetmoe", "phi3", "olmo2", "fuyu")
 RIGHT += ("smollm3", "nanochat", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "stablelm")

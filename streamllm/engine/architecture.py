@@ -172,7 +172,7 @@ def engine_layers(
         changes = changes_at(text_config(model))
         if changes is None:
             raise
-        checked_layers(model, embeddings, tokens, attention, far=changes[0] - tokens.shape[1])
+        checked_layers(model, embeddings, tokens, attention, far=changes.length - tokens.shape[1])
         for module in model.modules():
             if hasattr(module, "layer_idx"):
                 module.register_forward_pre_hook(_at_zero, with_kwargs=True)

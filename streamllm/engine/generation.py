@@ -63,14 +63,20 @@ class StreamingCache(Cache):  # type: ignore[misc]
         config = text_config(model)
         if span_of(config) is not None:
             raise UnsupportedModelError(f"{type(model).__name__} has a sliding window of its own, and no use for sinks")
-        self.changes = changes_at(config)
-        if self.changes is not None and policy.kept + 1 > self.changes[0]:
+        changes = self.changes = changes_at(config)
+        if (
+            changes is not None and changes.of_queries
+        ):  # by position, or up to transformers 5.3 by what a cache has seen
+            raise UnsupportedModelError(
+                f"{type(model).__name__} {changes.what} by where in the text they are, not in the cache"
+            )
+        if changes is not None and policy.kept + 1 > changes.length:
             raise UsageError(
-                f"n_sink + window_size + 1 = {policy.kept + 1} positions: {type(model).__name__} {self.changes[1]} "
-                f"beyond {self.changes[0]}; use a window_size of {self.changes[0] - n_sink - 1} or less"
+                f"n_sink + window_size + 1 = {policy.kept + 1} positions: {type(model).__name__} {changes.what} "
+                f"beyond {changes.length}; use a window_size of {changes.length - n_sink - 1} or less"
             )
         trained = trained_length(config)
-        if trained is not None and self.changes is None and policy.kept + 1 > trained:
+        if trained is not None and changes is None and policy.kept + 1 > trained:
             warnings.warn(
                 f"n_sink + window_size + 1 = {policy.kept + 1} is more than the {trained} positions the model was "
                 f"trained on: perplexity will suffer",
@@ -219,11 +225,10 @@ def _refuse(decoder: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
 
 def _check_length(decoder: Any, cache: StreamingCache, new: int) -> None:
     seen, _ = cache.layers[0].get_mask_sizes(new)
-    if cache.changes is not None and seen > cache.changes[0]:
-        length, change = cache.changes
+    if cache.changes is not None and seen > cache.changes.length:
         raise UsageError(
-            f"{new} tokens in one piece are to see {seen}: {type(decoder).__name__} {change} beyond {length}; give "
-            f"pieces of at most {max(length - seen + new, 1)}"
+            f"{new} tokens in one piece are to see {seen}: {type(decoder).__name__} {cache.changes.what} beyond "
+            f"{cache.changes.length}; give pieces of at most {max(cache.changes.length - seen + new, 1)}"
         )
 
 

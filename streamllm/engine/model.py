@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,15 +54,17 @@ class LoadedModel:
             return
         if policy.keeps_positions or policy.compress_every == 0:
             self.check_positions(n_tokens, "use positions compact and a policy that evicts, or a shorter text")
-        elif (peak := peak_without_end(policy) or 0) > changes[0]:
-            widest = with_derived_window(policy, changes[0], "peak")
+        elif (peak := peak_without_end(policy) or 0) > changes.length:
+            widest = with_derived_window(policy, changes.length, "peak")
             self.check_positions(peak, f"use a window_size of {widest.window_size} or less, a total of {widest.kept}")
 
     def check_positions(self, count: int, fix: str) -> None:
         """Raises UsageError for so many positions if the model is another one at the last of them."""
         changes = changes_at(self.config)
-        if changes is not None and count > changes[0]:
-            raise UsageError(f"{count} positions: {type(self.model).__name__} {changes[1]} beyond {changes[0]}; {fix}")
+        if changes is not None and count > changes.length:
+            raise UsageError(
+                f"{count} positions: {type(self.model).__name__} {changes.what} beyond {changes.length}; {fix}"
+            )
 
     @property
     def head_size(self) -> int:
@@ -100,17 +102,26 @@ class LoadedModel:
         )
 
 
-def changes_at(config: Any) -> tuple[int, str] | None:
+class Change(NamedTuple):
+    """What is different in a longer text."""
+
+    length: int
+    what: str
+    of_queries: bool = False
+    """By where each of them is; else of all tokens alike."""
+
+
+def changes_at(config: Any) -> Change | None:
     """By a configuration, the longest text whose positions are rotary ones and nothing else, and what a longer one has;
     None: all are."""
     given = getattr(config, "rope_parameters", None) or {}
     for found in [given, *(value for value in given.values() if isinstance(value, dict))]:
         if found.get("rope_type") == "dynamic":
-            return config.max_position_embeddings, "turns by other angles (rope_type 'dynamic')"
+            return Change(config.max_position_embeddings, "turns by other angles (rope_type 'dynamic')")
         if found.get("rope_type") == "longrope":
-            return found["original_max_position_embeddings"], "turns by other angles (rope_type 'longrope')"
+            return Change(found["original_max_position_embeddings"], "turns by other angles (rope_type 'longrope')")
         if found.get("llama_4_scaling_beta"):
-            return found["original_max_position_embeddings"], "scales its queries (llama_4_scaling_beta)"
+            return Change(found["original_max_position_embeddings"], "scales its queries (llama_4_scaling_beta)", True)
     return None
 
 
@@ -118,7 +129,7 @@ def trained_length(config: Any) -> int | None:
     """A configuration's `max_position_embeddings`, None where it has none (or -1: no limit), or less where a cache of
     that and the next token's key would be longer than `changes_at`. Raises UsageError for one below 2."""
     longest, changes = _trained_length(config), changes_at(config)
-    return longest if changes is None or longest is None else min(longest, changes[0] - 1)
+    return longest if changes is None or longest is None else min(longest, changes.length - 1)
 
 
 def _trained_length(config: Any) -> int | None:
