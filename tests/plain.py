@@ -15,11 +15,17 @@ _ATTENTION = re.compile(r"\b(self_attn|attention|self_attention|attn)(\.\d+)?$")
 @torch.no_grad()
 def streamed(model, stream, n_sink, window, start=0):
     """The logits after the last token, fed one by one, the first at position `start`."""
-    cache = StreamingCache(model, n_sink, window)
+    return streamed_each(model, stream, n_sink, window, start)[-1]
+
+
+@torch.no_grad()
+def streamed_each(model, stream, n_sink, window, start=0):
+    """The same after each token."""
+    cache, found = StreamingCache(model, n_sink, window), []
     for at, token in enumerate(stream.split(1, dim=1), start):
         where = {"position_ids": torch.tensor([[at]])} if start else {}
-        logits = model(token, past_key_values=cache, **where).logits[0, -1]
-    return logits
+        found.append(model(token, past_key_values=cache, **where).logits[0, -1])
+    return torch.stack(found)
 
 
 def by_surviving_inputs(model, stream, n_sink, window):

@@ -13,7 +13,7 @@ import torch
 import transformers
 
 from .benchmarks.architectures import error_in, measure
-from .zoo import ARCHITECTURES
+from .zoo import ARCHITECTURES, known
 
 TABLES = Path(__file__).parent / "benchmarks" / "results"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -33,7 +33,7 @@ POPULAR = (*ACCEPTED, *REFUSED)
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     everything = metafunc.config.getoption("--every-architecture")
-    metafunc.parametrize("name", ARCHITECTURES if everything else [name for name in POPULAR if name in ARCHITECTURES])
+    metafunc.parametrize("name", ARCHITECTURES if everything else known(POPULAR))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

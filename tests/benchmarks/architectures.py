@@ -6,7 +6,7 @@ Tiny random models of standard deviation 2 / sqrt(inputs). `layer`: the largest 
 makes of its keys, queries and outputs in float32 to what it should, 1e-4 allowed.
 `noise`: the whole model's difference by our attention, over what its own noise allows. `ours`, `ring`, `ring_far` (a
 million tokens after its sinks), `generate` (a StreamingCache), `generate_far` (from position a million on): the mean
-difference of log probabilities after 48 tokens of a policy that keeps 15, to plain forward passes of the model itself,
+difference of log probabilities over 48 tokens of a policy that keeps 15, to plain forward passes of the model itself,
 in float32, over the tokens that survive; `own`: that of such passes in the model's dtype.
 
 `tests/test_every_architecture.py` holds this table to what it says: the popular ones always, all if it is asked to.
@@ -33,7 +33,7 @@ from streamllm.engine.generation import StreamingCache
 from streamllm.engine.methods import make_decoder
 from streamllm.errors import UnsupportedModelError
 from streamllm.policy import EvictionPolicy
-from tests.plain import by_surviving_inputs, streamed
+from tests.plain import streamed_each, surviving_logits
 from tests.zoo import ARCHITECTURES, random_model
 
 from .reporting import markdown_table
@@ -133,10 +133,10 @@ def differences_of_policies(name: str, dtype: torch.dtype, engine: bool, cache: 
     if not engine and not cache:
         return {}
     stream = torch.arange(3, 51)[None] * 7 % 120
-    expected = by_surviving_inputs(random_model(name, dtype).float(), stream, _SINKS, _WINDOW)
+    expected = surviving_logits(random_model(name, dtype).float(), stream, _SINKS, _WINDOW)
     found = {}
     if dtype != torch.float32:
-        found["own"] = by_surviving_inputs(random_model(name, dtype), stream, _SINKS, _WINDOW)
+        found["own"] = surviving_logits(random_model(name, dtype), stream, _SINKS, _WINDOW)
     if engine:
         loaded = models.prepare(random_model(name, dtype), name, "")
         found["ours"] = _decoded(loaded, "ours", stream[0])
@@ -144,20 +144,21 @@ def differences_of_policies(name: str, dtype: torch.dtype, engine: bool, cache: 
         found["ring_far"] = _decoded(loaded, "ring", stream[0], _FAR)
     if cache:
         model = random_model(name, dtype)
-        found["generate"] = streamed(model, stream, _SINKS, _WINDOW)
-        found["generate_far"] = streamed(model, stream, _SINKS, _WINDOW, start=_FAR)
+        found["generate"] = streamed_each(model, stream, _SINKS, _WINDOW)
+        found["generate_far"] = streamed_each(model, stream, _SINKS, _WINDOW, start=_FAR)
     return {way: architecture.difference(logits, expected) for way, logits in found.items()}
 
 
 @torch.inference_mode()
 def _decoded(loaded: models.LoadedModel, method: str, stream: torch.Tensor, away: int = 0) -> torch.Tensor:
-    """The logits after the last token; behind the sinks so many tokens were evicted that nobody saw."""
+    """The logits after each token; behind the sinks so many tokens were evicted that nobody saw."""
     decoder: Any = make_decoder(loaded, Configuration(method, EvictionPolicy(n_sink=_SINKS, window_size=_WINDOW)))
+    found = []
     for at, token in enumerate(stream.split(1)):
         if away and at == _SINKS:
             decoder.cache.evict(_SINKS, away)
-        logits: torch.Tensor = decoder.feed(token)[-1]
-    return logits
+        found.append(decoder.feed(token))
+    return torch.cat(found)
 
 
 def main() -> None:
