@@ -41,6 +41,12 @@ def is_gpu_session(markers: str) -> bool:
     return "gpu" in markers.split() and "not gpu" not in markers
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--every-architecture", action="store_true", help="all that transformers knows, not the popular ones alone"
+    )
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """The processes that tests start, Ray's workers among them, inherit what is set here. Of the tests' own processes
     none waits for another's timings: nobody keeps what they time. MLflow's servers do without the eight processes for

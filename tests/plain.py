@@ -1,5 +1,6 @@
 """A policy by plain forward passes over the tokens that survive, and a StreamingCache to hold against it."""
 
+import re
 from collections import Counter
 
 import torch
@@ -7,14 +8,24 @@ from transformers import DynamicCache
 
 from streamllm.engine.generation import StreamingCache
 
+_ATTENTION = re.compile(r"\b(self_attn|attention|self_attention|attn)(\.\d+)?$")
+"""The end of an attention layer's name; a block may have several (LongCat)."""
+
 
 @torch.no_grad()
-def streamed(model, stream, n_sink, window):
-    """The logits after the last token, fed one by one."""
-    cache = StreamingCache(model, n_sink, window)
-    for token in stream.split(1, dim=1):
-        logits = model(token, past_key_values=cache).logits[0, -1]
-    return logits
+def streamed(model, stream, n_sink, window, start=0):
+    """The logits after the last token, fed one by one, the first at position `start`."""
+    return streamed_each(model, stream, n_sink, window, start)[-1]
+
+
+@torch.no_grad()
+def streamed_each(model, stream, n_sink, window, start=0):
+    """The same after each token."""
+    cache, found = StreamingCache(model, n_sink, window), []
+    for at, token in enumerate(stream.split(1, dim=1), start):
+        where = {"position_ids": torch.tensor([[at]])} if start else {}
+        found.append(model(token, past_key_values=cache, **where).logits[0, -1])
+    return torch.stack(found)
 
 
 def by_surviving_inputs(model, stream, n_sink, window):
@@ -62,7 +73,7 @@ def surviving_logits(model, stream, n_sink, window, keep=False, **policy):
     hooks = [
         module.register_forward_pre_hook(feed(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if name.rpartition(".")[2] in ("self_attn", "attention", "self_attention", "attn") and _has_weights(module)
+        if _ATTENTION.search(name) and _has_weights(module)
     ]
     try:
         for held in survivors(stream.shape[1], n_sink, window, **policy):

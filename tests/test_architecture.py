@@ -8,15 +8,11 @@ from streamllm.engine.loading import prepare
 from streamllm.errors import UnsupportedModelError
 
 from .plain import by_surviving_inputs, streamed
-from .zoo import random_model
+from .zoo import known, random_model
 
 DTYPES = [torch.float32, torch.bfloat16]
 BOTH = {
     "hunyuan_v1_dense": "layer 0: its keys are more than rotated: something follows the rotation",
-    "ministral3": "layer 0: its queries depend on the position itself",
-    "deepseek_v3": "latent attention",
-    "glm4_moe_lite": "latent attention",
-    "minicpm3": "latent attention",
     "bloom": "no rotary positions but linear biases",
     "gpt2": "no rotary positions but embedded ones",
     "gptj": "rotary positions that its attention computes in code of its own",
@@ -29,20 +25,21 @@ OF_THE_ENGINE = {
     "moshi": "a sliding window .* that no layer is seen to use",
     "diffllama": "computes attention more than once in a layer",
     "falcon": "attention code of its own",
-    "stablelm": "do not hand on",
     "mllama": "something else than the text",
 }
 """What the engine refuses; a StreamingCache, with which models use their own attention, may take it."""
+OF_A_CACHE = {"ministral3": r"scales its queries .* by where in the text they are"}
+"""What the engine takes, as it can tell its layers other positions; a StreamingCache cannot."""
 RIGHT = ("llama", "gpt_neox", "cohere", "gemma", "glm4", "mixtral", "granite", "jetmoe", "phi3", "olmo2", "fuyu")
-RIGHT += ("smollm3", "nanochat")
+RIGHT += ("smollm3", "nanochat", "deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "stablelm")
 OF_SEVERAL_KINDS = ("cohere2", "exaone4", "gemma2", "gemma3_text", "gpt_oss", "mistral", "modernbert-decoder", "olmo3")
 """What the engine takes; a StreamingCache has no place for their windows."""
-OWN_ATTENTION = ("doge", "diffllama", "falcon", "stablelm", "gpt_neox_japanese", "mllama")
+OWN_ATTENTION = ("doge", "diffllama", "falcon", "gpt_neox_japanese", "mllama")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [0.3, 2.0])
-@pytest.mark.parametrize("architecture", BOTH)
+@pytest.mark.parametrize("architecture", known(BOTH))
 def test_refused_at_both_doors(architecture, scale, dtype):
     with pytest.raises(UnsupportedModelError, match=BOTH[architecture]):
         prepare(random_model(architecture, dtype, scale), architecture, "")
@@ -52,16 +49,42 @@ def test_refused_at_both_doors(architecture, scale, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [0.3, 2.0])
-@pytest.mark.parametrize("architecture", OF_THE_ENGINE)
+@pytest.mark.parametrize("architecture", known(OF_THE_ENGINE))
 def test_refused_by_the_engine(architecture, scale, dtype):
     with pytest.raises(UnsupportedModelError, match=OF_THE_ENGINE[architecture]):
         prepare(random_model(architecture, dtype, scale), architecture, "")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("architecture", known(OF_A_CACHE))
+def test_refused_by_a_streaming_cache(architecture, dtype):
+    prepare(random_model(architecture, dtype), architecture, "")
+    with pytest.raises(UnsupportedModelError, match=OF_A_CACHE[architecture]):
+        StreamingCache(random_model(architecture, dtype), window_size=24)
+
+
+@pytest.mark.parametrize("equal", [True, False], ids=["equal", "unequal"])
+@torch.no_grad()
+def test_a_norm_after_the_rotation_commutes_with_it_if_its_weights_are_equal(equal):
+    """By the model's own words: a text is the same anywhere, or is not."""
+    model = random_model("hunyuan_v1_dense", torch.float64)
+    for layer in model.model.layers:
+        for norm in (layer.self_attn.query_layernorm, layer.self_attn.key_layernorm) if equal else ():
+            norm.weight.fill_(1.5)
+    stream = torch.arange(3, 40)[None] * 7 % 120
+    here, there = (model(stream, position_ids=torch.arange(37)[None] + at).logits for at in (0, 50))
+    assert torch.allclose(here, there, atol=1e-3) == equal
+    if equal:
+        prepare(model, "", "")
+    else:
+        with pytest.raises(UnsupportedModelError, match="places count and not distances alone"):
+            prepare(model, "", "")
+
+
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-@pytest.mark.parametrize("architecture", RIGHT)
+@pytest.mark.parametrize("architecture", known(RIGHT))
 def test_peaked_weights_are_no_reason(architecture, dtype):
-    if dtype == torch.float64 and architecture in ("mixtral", "jetmoe"):
+    if dtype == torch.float64 and architecture in ("mixtral", "jetmoe", "deepseek_v2", "deepseek_v3", "glm4_moe_lite"):
         pytest.skip("transformers' experts know no float64")
     prepare(random_model(architecture, dtype), architecture, "")
     StreamingCache(random_model(architecture, dtype), window_size=24)
@@ -100,7 +123,7 @@ def test_rounding_alone_is_no_reason(seed):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [0.3, 2.0])
-@pytest.mark.parametrize("architecture", OF_SEVERAL_KINDS)
+@pytest.mark.parametrize("architecture", known(OF_SEVERAL_KINDS))
 def test_layers_of_several_kinds(architecture, scale, dtype):
     prepare(random_model(architecture, dtype, scale), architecture, "")
     with pytest.raises(UnsupportedModelError, match="has a sliding window of its own"):
@@ -130,7 +153,7 @@ def test_a_weight_that_is_no_number_is_named():
         prepare(model, "llama", "")
 
 
-@pytest.mark.parametrize("architecture", [*RIGHT, *OWN_ATTENTION])
+@pytest.mark.parametrize("architecture", known([*RIGHT, *OWN_ATTENTION]))
 def test_a_streaming_cache_is_the_policy(architecture):
     """Held against the model's own attention, over the tokens that survive."""
     model = random_model(architecture)

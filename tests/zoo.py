@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 ARCHITECTURES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+
+
+def known(names: Iterable[str]) -> list[str]:
+    """Those that this transformers has."""
+    return [name for name in names if name in ARCHITECTURES]
+
 
 _SMALL: dict[str, Any] = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), 128),
@@ -61,10 +68,12 @@ def _smaller(kind: type[PretrainedConfig], usual: PretrainedConfig, changed: dic
     names = set(usual.attribute_map) | set(vars(usual)) | set(inspect.signature(kind.__init__).parameters)
     wanted = {name: value for name, value in _SMALL.items() if name in names and _usual(usual, name) is not None}
     if "head_dim" in names:
-        wanted["head_dim"] = 16
+        wanted["head_dim"] = _SMALL["qk_rope_head_dim" if "qk_rope_head_dim" in names else "head_dim"]
+    if "n_routed_experts" in wanted and "num_experts_per_tok" in names:  # DeepSeek-V2 says of neither how many
+        wanted["num_experts_per_tok"] = 2
     if _usual(usual, "head_dim") is _EACH:
         wanted["global_head_dim"] = 32
-    if _usual(usual, "num_key_value_heads") == _usual(usual, "num_attention_heads", 0):
+    if _usual(usual, "num_key_value_heads") in (None, _usual(usual, "num_attention_heads", 0)):
         wanted.pop("num_key_value_heads", None)
         wanted |= {"num_key_value_heads": 4} if "num_key_value_heads" in names else {}
     for sized in ("attn_config", "ffn_config"):  # dbrx's

@@ -13,14 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .attention import UnseenAttentionError, causal_mask, eager_attention
-from .layers import Layer, LayerAttention, ask_layers, check_windows
+from .attention import StateDroppedError, UnseenAttentionError, causal_mask, eager_attention
+from .layers import Layer, LayerAttention, ask_layers, check_windows, hand_on_state
+from .model import changes_at
 from .plain_forward import run
 from .rotary import Rotary, RotaryEmbedding, distinct_rotaries, text_config
 
@@ -87,10 +88,6 @@ def check_features(model: PreTrainedModel, own_attention: bool) -> None:
         (getattr(config, "num_hidden_layers", 1) < 1, f"{getattr(config, 'num_hidden_layers', 1)} layers"),
         (getattr(config, "alibi", None), "linear biases (ALiBi) for positions"),
         (bool(unknown), f"layers of another kind: {', '.join(sorted(unknown))}"),
-        (
-            getattr(config, "kv_lora_rank", None),
-            "latent attention: of a key a part is rotated, and values are narrower",
-        ),
         (getattr(config, "is_encoder_decoder", False), "an encoder"),
     ]
     attended = [
@@ -157,13 +154,48 @@ def _plainly(layer: LayerAttention, query: Tensor, key: Tensor, value: Tensor, s
     return eager_attention(query.float(), key.float(), value.float(), scaling, mask, layer.softmax)
 
 
+def engine_layers(
+    model: PreTrainedModel, embeddings: list[RotaryEmbedding], tokens: Tensor, attention: str
+) -> dict[int, Layer]:
+    """As `checked_layers`, outputs too, of a model that nobody else calls. One that scales queries by their position
+    (Ministral 3) does not do so up to `changes_at`, which is tried: then its layers are told position 0 whatever their
+    angles are, as no cache of the engine's is longer."""
+    try:
+        ask_layers(model)
+    except StateDroppedError:
+        hand_on_state(model)
+    try:
+        return checked_layers(model, embeddings, tokens, attention)
+    except UnseenAttentionError:
+        raise
+    except UnsupportedModelError:
+        changes = changes_at(text_config(model))
+        if changes is None:
+            raise
+        checked_layers(model, embeddings, tokens, attention, far=changes.length - tokens.shape[1])
+        for module in model.modules():
+            if hasattr(module, "layer_idx"):
+                module.register_forward_pre_hook(_at_zero, with_kwargs=True)
+        return checked_layers(model, embeddings, tokens, attention)
+
+
+def _at_zero(_: nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    positions = options.get("position_ids")
+    return arguments, options if positions is None else options | {"position_ids": torch.zeros_like(positions)}
+
+
 @torch.no_grad()
 def checked_layers(
-    model: PreTrainedModel, embeddings: list[RotaryEmbedding], tokens: Tensor, attention: str, outputs: bool
+    model: PreTrainedModel,
+    embeddings: list[RotaryEmbedding],
+    tokens: Tensor,
+    attention: str,
+    outputs: bool = True,
+    far: int = _FAR,
 ) -> dict[int, Layer]:
     """The attention layers of the model by their numbers; it has the attention function of that name from then on.
-    Single ones are held, in float32, against what is made of them: turned from position 0 to every other, and on by a
-    million positions; with `outputs`, the attention itself against the layer's own.
+    Single ones are held, in float32, against what is made of them: turned from position 0 to every other, and on by
+    `far`; with `outputs`, the attention itself against the layer's own.
 
     The model must rotate by `embeddings`. Raises UnsupportedModelError, with what the layer does; UnseenAttentionError
     if that cannot be seen."""
@@ -172,10 +204,10 @@ def checked_layers(
         check_windows(model, asked)
     model.set_attn_implementation(attention)
     at = torch.arange(tokens.shape[1], device=tokens.device)
-    calls = [_called(model, asked, tokens, positions) for positions in (at, torch.zeros_like(at), at + _FAR)]
+    calls = [_called(model, asked, tokens, positions) for positions in (at, torch.zeros_like(at), at + far)]
     if outputs and calls[0].twice:
         raise UnsupportedModelError(f"{type(model).__name__} computes attention more than once in a layer")
-    here, zero, far = (call.of for call in calls)
+    here, zero, distant = (call.of for call in calls)
     if not here:
         raise UnseenAttentionError(f"{type(model).__name__} has attention code of its own, not transformers' interface")
     rotaries, found = distinct_rotaries(embeddings, model), dict[int, Rotary]()
@@ -184,9 +216,9 @@ def checked_layers(
             first = here[layer]
             with _seen(first.module):
                 module = deepcopy(first.module).float()
-                runs = [_run_alone(module, asked[layer], call, first) for call in (first, zero[layer], far[layer])]
+                runs = [_run_alone(module, asked[layer], call, first) for call in (first, zero[layer], distant[layer])]
             where = f"{type(model).__name__}, layer {layer}"
-            rotary = _rotary_of(where, rotaries, at, *(rotated for rotated, _ in runs))
+            rotary = _rotary_of(where, rotaries, at, far, *(rotated for rotated, _ in runs))
             if outputs:
                 _check_output(where, asked[layer], module, first, runs[0][1])
             if found.setdefault(alike[0], rotary) is not rotary:
@@ -259,29 +291,33 @@ def _with_input_of(call: _Call, first: _Call) -> tuple[Any, dict[str, Any]]:
     return (), options | {name: _in_float32(first.options[name])}
 
 
-def _rotary_of(where: str, rotaries: list[Rotary], at: Tensor, here: _Rotated, zero: _Rotated, far: _Rotated) -> Rotary:
+def _rotary_of(
+    where: str, rotaries: list[Rotary], at: Tensor, far: int, here: _Rotated, zero: _Rotated, distant: _Rotated
+) -> Rotary:
     """The one that turns the layer's keys and queries."""
     failures = []
     for rotary in [rotary for rotary in rotaries if rotary.size <= here.keys.shape[-1]]:
-        failure = _failure(rotary, at, here, zero, far)
+        failure = _failure(rotary, at, far, here, zero, distant)
         if failure is None:
             break
         failures.append(failure)
     else:
         raise UnsupportedModelError(f"{where}: {max(failures, key=lambda failure: failure[0])[1]}")
-    if not (_alike(zero.values, here.values) and _alike(far.values, here.values)):
+    if not (_alike(zero.values, here.values) and _alike(distant.values, here.values)):
         raise UnsupportedModelError(f"{where}: its values depend on positions")
     return rotary
 
 
-def _failure(rotary: Rotary, at: Tensor, here: _Rotated, zero: _Rotated, far: _Rotated) -> tuple[int, str] | None:
+def _failure(
+    rotary: Rotary, at: Tensor, far: int, here: _Rotated, zero: _Rotated, distant: _Rotated
+) -> tuple[int, str] | None:
     """What keys or queries do that is not this rotation, after how much that is."""
     rotary.reserve(len(at))
     for done, what in enumerate(("keys", "queries")):
-        raw, rotated, distant = (getattr(state, what).to(at.device) for state in (zero, here, far))
+        raw, rotated, turned_on = (getattr(state, what).to(at.device) for state in (zero, here, distant))
         if not _alike(rotary.rotate(raw, rotary.at(at)), rotated):
-            return 2 * done, _why(rotary, at, what, raw, rotated)
-        if not _alike(rotary.rotate(rotated, rotary.by(_FAR)), distant):
+            return 2 * done, _why(rotary, what, raw, rotated)
+        if not _alike(rotary.rotate(rotated, rotary.by(far)), turned_on):
             return 2 * done + 1, _SCALED.format(what)
     return None
 
@@ -289,17 +325,17 @@ def _failure(rotary: Rotary, at: Tensor, here: _Rotated, zero: _Rotated, far: _R
 _SCALED = "its {} depend on the position itself, not on distances alone (they are scaled by it)"
 
 
-def _why(rotary: Rotary, at: Tensor, what: str, raw: Tensor, rotated: Tensor) -> str:
+def _why(rotary: Rotary, what: str, raw: Tensor, rotated: Tensor) -> str:
     if not rotary.size:
         return _SCALED.format(what)
-    cos, sin = rotary.at(at)
-    if _alike(rotary.rotate(raw, (cos, -sin)), rotated):
-        return f"its {what} are turned the other way round"
     turned = (raw - rotated).abs().flatten(0, -2).amax(0) > _ROUNDING * raw.abs().amax()
-    if turned[rotary.size :].any():
-        dims = turned.nonzero().flatten().tolist()
-        return f"its {what} are rotated in dimensions {dims[0]} to {dims[-1]}, not in the first {rotary.size}"
-    return f"its {what} are more than rotated: something follows the rotation, as a norm does"
+    if turned[rotary.size :].any() and turned[: -rotary.size].any():
+        dims, size = turned.nonzero().flatten().tolist(), rotary.size
+        return f"its {what} are rotated in dimensions {dims[0]} to {dims[-1]}, not in the first or last {size}"
+    return (
+        f"its {what} are more than rotated: something follows the rotation, as a norm of unequal weights does, so that "
+        f"places count and not distances alone"
+    )
 
 
 def _check_output(where: str, layer: LayerAttention, module: nn.Module, call: _Call, found: Tensor) -> None:
@@ -326,19 +362,23 @@ def _check_output(where: str, layer: LayerAttention, module: nn.Module, call: _C
         raise UnsupportedModelError(f"{where}: its attention is more than a softmax of queries and keys")
 
 
+Kept = Literal["keys", "values"]
+
+
 @torch.no_grad()
-def check_distance(model: PreTrainedModel, rotaries: Sequence[Rotary], tokens: Tensor) -> None:
+def check_distance(model: PreTrainedModel, rotaries: Sequence[Rotary], tokens: Tensor, turned: Kept = "keys") -> None:
     """Checks by the model's own attention that its first keys turned on by a million positions, and the other tokens
     that far away, give the logits that the model has where nothing is between them.
 
-    The model must rotate by `rotaries`, one for each layer. Raises UnsupportedModelError."""
+    The model must rotate by `rotaries`, one for each layer. turned: under which name a cache keeps what turns. Raises
+    UnsupportedModelError."""
     whole = run(model, tokens)[:, _SINKS:]
     check_finite_weights(model, whole)
-    noise = difference(_parted(model, rotaries, tokens, 0), whole)
+    noise = difference(_parted(model, rotaries, tokens, 0, turned), whole)
     if model.dtype.itemsize < 4:  # what is rotated to another position is rounded to something else
         elsewhere = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
         noise = max(noise, difference(run(model, tokens, position_ids=elsewhere[None])[:, _SINKS:], whole))
-    error, limit = difference(_parted(model, rotaries, tokens, _FAR), whole), allowed(whole, noise)
+    error, limit = difference(_parted(model, rotaries, tokens, _FAR, turned), whole), allowed(whole, noise)
     if not error <= limit:
         raise UnsupportedModelError(
             f"{type(model).__name__}: with its first keys turned on to a million positions later its logits differ by "
@@ -346,14 +386,14 @@ def check_distance(model: PreTrainedModel, rotaries: Sequence[Rotary], tokens: T
         )
 
 
-def _parted(model: PreTrainedModel, rotaries: Sequence[Rotary], tokens: Tensor, distance: int) -> Tensor:
+def _parted(model: PreTrainedModel, rotaries: Sequence[Rotary], tokens: Tensor, distance: int, turned: Kept) -> Tensor:
     """The logits of all but the first tokens, `distance` positions behind those."""
     from transformers import DynamicCache
 
     cache = DynamicCache()
     run(model, tokens[:, :_SINKS], past_key_values=cache, use_cache=True)
     for layer, rotary in zip(cache.layers, rotaries, strict=False):
-        layer.keys = rotary.rotate(layer.keys, rotary.by(distance))
+        setattr(layer, turned, rotary.rotate(getattr(layer, turned), rotary.by(distance)))
     positions = torch.arange(_SINKS, tokens.shape[1], device=tokens.device) + distance
     return run(model, tokens[:, _SINKS:], past_key_values=cache, use_cache=True, position_ids=positions[None])
 

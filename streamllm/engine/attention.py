@@ -27,6 +27,10 @@ class UnseenAttentionError(UnsupportedModelError):
     """The attention that the model's layers compute does not pass through here."""
 
 
+class StateDroppedError(UnseenAttentionError):
+    """The layers above it do not hand on what the model is called with."""
+
+
 class Softmax(NamedTuple):
     """What the softmax of a layer has besides products of queries and keys."""
 
@@ -125,6 +129,10 @@ def attention(
     if not softmax.is_plain and backend.name not in ("auto", "eager"):
         what = "soft caps on its logits" if softmax.cap is not None else "learned sinks in its softmax"
         raise UsageError(f"attention backend {backend.name!r}: the model has {what}; use auto or eager")
+    if key.shape[-1] != value.shape[-1] and not eager:  # fused kernels take them as wide as one another
+        width, asked = max(key.shape[-1], value.shape[-1]), value.shape[-1]
+        query, key, value = (F.pad(x, (0, width - x.shape[-1])) for x in (query, key, value))
+        return attention(backend, query, key, value, scaling, mask, causal)[..., :asked]
     if new == 1 and backend.library == "triton":
         return _triton_attention(backend, query, key, value, scaling, mask)
     if causal and mask is None and new > 1 and backend.library != "flash_attn" and (new != held or eager):

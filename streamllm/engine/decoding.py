@@ -16,7 +16,7 @@ from .attention import causal_mask
 from .backends import Backend
 from .device import float64_device
 from .execution import static_step
-from .model import LoadedModel
+from .model import LoadedModel, changes_at
 from .rotary import Angles, Rotary
 
 Progress = Callable[[int, int], None]
@@ -149,6 +149,10 @@ class CachedDecoder(Decoder):
     """Decodes with a KV cache that follows the policy's schedule."""
 
     def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, cache: KVCache, execution: str = "eager") -> None:
+        loaded.check_length(policy)
+        endless = policy.keeps_positions or policy.compress_every == 0
+        self._may_change = endless and changes_at(loaded.config) is not None
+        self._policy = policy
         self.loaded = loaded
         self.cache = cache
         self._parts = [(part, Schedule(own)) for part, own in cache.parts(policy)]
@@ -162,6 +166,8 @@ class CachedDecoder(Decoder):
         return mean_keys([schedule.held for _, schedule in self._parts], self._sizes)
 
     def feed(self, tokens: Tensor, logits_to_keep: int = 1) -> Tensor:
+        if self._may_change:
+            self.loaded.check_length(self._policy, self.schedule.seen + len(tokens))
         for part, schedule in self._parts:
             part.begin(schedule.held, len(tokens))
         if self._static_step is not None and self.cache.is_static and len(tokens) == 1:

@@ -17,6 +17,7 @@ from ..options import EXECUTIONS
 from .attention import AttentionState
 from .backends import Backend
 from .device import float64_device
+from .layers import HANDS_ON
 from .model import LoadedModel
 from .quantization import Int4Linear
 
@@ -179,9 +180,10 @@ def _for_one_token(model: Any, regions: bool) -> Any:
 
 def _has_regions(loaded: LoadedModel, cache: StaticCache) -> bool:
     """Whether torch can compile a layer as a region of its own. Nobody has tried it on a GPU, or with torch below 2.13;
-    there a region has no operator of our own that changes what it is given, and int4's product loses the size of its
-    groups in it."""
+    there a region has no operator of our own that changes what it is given, int4's product loses the size of its groups
+    in it, and what a layer is not called with does not come into it."""
     is_able = loaded.device.type == "cpu" and torch.__version__ >= "2.13" and cache.backend.library != "triton"
+    is_able = is_able and not hasattr(loaded.model, HANDS_ON)
     return is_able and not any(isinstance(module, Int4Linear) for module in loaded.model.modules())
 
 

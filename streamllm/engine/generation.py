@@ -8,7 +8,7 @@ turned on; here the model keeps its own attention, of whatever implementation.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,10 +19,10 @@ from transformers.utils import logging
 
 from ..errors import UnsupportedModelError, UsageError
 from ..policy import EvictionPolicy
-from .architecture import check_distance, check_features, checked_layers, probe_tokens
+from .architecture import Kept, check_distance, check_features, checked_layers, probe_tokens
 from .attention import ATTENTION_NAME, UnseenAttentionError, register_attention
-from .layers import span_of
-from .model import trained_length
+from .layers import Layer, span_of
+from .model import changes_at, trained_length
 from .rotary import Rotary, RotaryEmbedding, rotary_embeddings, text_config, text_part
 from .slots import RingSlots
 
@@ -63,8 +63,20 @@ class StreamingCache(Cache):  # type: ignore[misc]
         config = text_config(model)
         if span_of(config) is not None:
             raise UnsupportedModelError(f"{type(model).__name__} has a sliding window of its own, and no use for sinks")
+        changes = self.changes = changes_at(config)
+        if (
+            changes is not None and changes.of_queries
+        ):  # by position, or up to transformers 5.3 by what a cache has seen
+            raise UnsupportedModelError(
+                f"{type(model).__name__} {changes.what} by where in the text they are, not in the cache"
+            )
+        if changes is not None and policy.kept + 1 > changes.length:
+            raise UsageError(
+                f"n_sink + window_size + 1 = {policy.kept + 1} positions: {type(model).__name__} {changes.what} "
+                f"beyond {changes.length}; use a window_size of {changes.length - n_sink - 1} or less"
+            )
         trained = trained_length(config)
-        if trained is not None and policy.kept + 1 > trained:
+        if trained is not None and changes is None and policy.kept + 1 > trained:
             warnings.warn(
                 f"n_sink + window_size + 1 = {policy.kept + 1} is more than the {trained} positions the model was "
                 f"trained on: perplexity will suffer",
@@ -72,12 +84,23 @@ class StreamingCache(Cache):  # type: ignore[misc]
             )
         self.offset = 0
         """Offset of the positions that are given to the model: that of the first token."""
-        self.rotaries = _streaming_rotaries(model)
-        turns = {rotary: _SinkTurn(rotary) for rotary in self.rotaries}
-        super().__init__(layers=[_RingLayer(policy, turns[rotary]) for rotary in self.rotaries])
+        self.turning = _streaming_rotation(model)
+        turns = {rotary: _SinkTurn(rotary) for rotary in self.turning.rotaries}
+        layers = [_RingLayer(policy, turns[rotary], self.turning.kept) for rotary in self.turning.rotaries]
+        super().__init__(layers=layers)
 
 
-_KNOWN = "_streaming_rotaries"
+_KNOWN = "_streaming_rotation"
+
+
+class _Turning(NamedTuple):
+    """How what a model gives to its cache turns."""
+
+    rotaries: list[Rotary]
+    """One for each layer."""
+    kept: Kept
+    """Under which name. What latent attention keeps as keys is what keys and values are made of, and as values that
+    part of its keys that turns (transformers 5.2: keys and values)."""
 
 
 class _Known(NamedTuple):
@@ -85,13 +108,12 @@ class _Known(NamedTuple):
 
     where: tuple[torch.device, torch.dtype]
     embeddings: list[RotaryEmbedding]
-    rotaries: list[Rotary]
-    """One for each layer."""
+    turning: _Turning
 
 
-def _streaming_rotaries(model: PreTrainedModel) -> list[Rotary]:
-    """Of each layer. Has the model rotate by exact angles, and refuse what a StreamingCache cannot see; tried once for
-    each dtype and device. Raises UnsupportedModelError, or UsageError for a model of the engine's."""
+def _streaming_rotation(model: PreTrainedModel) -> _Turning:
+    """Has the model rotate by exact angles, and refuse what a StreamingCache cannot see; tried once for each dtype and
+    device. Raises UnsupportedModelError, or UsageError for a model of the engine's."""
     decoder = text_part(model)
     if model.config._attn_implementation == ATTENTION_NAME:
         raise UsageError(f"{type(model).__name__} was loaded for the engine; load another one for `generate`")
@@ -100,14 +122,14 @@ def _streaming_rotaries(model: PreTrainedModel) -> list[Rotary]:
     known: _Known | None = getattr(decoder, _KNOWN, None)
     if known is not None and known.where == (model.device, model.dtype):
         _take_over(known.embeddings, in_its_dtype=True)
-        return known.rotaries
+        return known.turning
     embeddings = rotary_embeddings(model)
     with torch.autocast(model.device.type, enabled=False):
-        rotaries = _tried(model, embeddings)
+        turning = _tried(model, embeddings)
     if known is None:
         decoder.register_forward_pre_hook(_refuse, with_kwargs=True)
-    setattr(decoder, _KNOWN, _Known((model.device, model.dtype), embeddings, rotaries))
-    return rotaries
+    setattr(decoder, _KNOWN, _Known((model.device, model.dtype), embeddings, turning))
+    return turning
 
 
 def _take_over(embeddings: list[RotaryEmbedding], in_its_dtype: bool) -> None:
@@ -115,13 +137,12 @@ def _take_over(embeddings: list[RotaryEmbedding], in_its_dtype: bool) -> None:
         embedding.take_over(in_its_dtype)
 
 
-def _tried(model: PreTrainedModel, embeddings: list[RotaryEmbedding]) -> list[Rotary]:
-    """The rotation of each layer. Leaves the model as it was, but for the angles. Raises UnsupportedModelError."""
+def _tried(model: PreTrainedModel, embeddings: list[RotaryEmbedding]) -> _Turning:
+    """Leaves the model as it was, but for the angles. Raises UnsupportedModelError."""
     register_attention()
     tokens = probe_tokens(model)
     own, training = model.config._attn_implementation, model.training
-    # Of layers that cannot be seen, the whole model says whether they turn so.
-    rotaries = [embeddings[0].rotaries[0]] * text_config(model).num_hidden_layers
+    layers: dict[int, Layer] = {}
     said = logging.get_verbosity()
     logging.set_verbosity_error()  # of a model with attention code of its own, that it has
     model.eval()
@@ -129,10 +150,9 @@ def _tried(model: PreTrainedModel, embeddings: list[RotaryEmbedding]) -> list[Ro
         _take_over(embeddings, in_its_dtype=False)
         with suppress(UnseenAttentionError):
             layers = checked_layers(model, embeddings, tokens, ATTENTION_NAME, outputs=False)
-            rotaries = [layers[n].rotary if n in layers else rotary for n, rotary in enumerate(rotaries)]
         _take_over(embeddings, in_its_dtype=True)
         model.set_attn_implementation(own)
-        check_distance(model, rotaries, tokens)
+        return _first_right(model, _ways_to_turn(embeddings, layers, text_config(model).num_hidden_layers), tokens)
     except BaseException:
         for embedding in embeddings:
             embedding.give_back()
@@ -141,7 +161,28 @@ def _tried(model: PreTrainedModel, embeddings: list[RotaryEmbedding]) -> list[Ro
         model.set_attn_implementation(own)
         model.train(training)
         logging.set_verbosity(said)
-    return rotaries
+
+
+def _ways_to_turn(embeddings: list[RotaryEmbedding], seen: Mapping[int, Layer], count: int) -> list[_Turning]:
+    """All that may be: layers that cannot be seen turn in any way that there is, and a cache of latent attention, whose
+    keys turn at their end, has them under one name or the other."""
+    unseen = embeddings[0].rotaries if len(seen) < count else embeddings[0].rotaries[:1]
+    each = [[seen[n].rotary if n in seen else rotary for n in range(count)] for rotary in unseen]
+    ways = [_Turning(rotaries, "keys") for rotaries in each]
+    return ways + [_Turning(way.rotaries, "values") for way in ways if way.rotaries[0].at_end]
+
+
+def _first_right(model: PreTrainedModel, ways: list[_Turning], tokens: Tensor) -> _Turning:
+    """Raises UnsupportedModelError of the first if none is."""
+    failures = []
+    for way in ways:
+        try:
+            check_distance(model, way.rotaries, tokens, way.kept)
+        except UnsupportedModelError as failure:
+            failures.append(failure)
+        else:
+            return way
+    raise failures[0]
 
 
 def _refuse(decoder: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -150,7 +191,8 @@ def _refuse(decoder: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
     if not isinstance(cache, StreamingCache):
         return
     known: _Known = getattr(decoder, _KNOWN)
-    alike = all(one.turns_like(other) for one, other in zip(known.rotaries, cache.rotaries, strict=False))
+    both = zip(known.turning.rotaries, cache.turning.rotaries, strict=False)
+    alike = all(one.turns_like(other) for one, other in both) and known.turning.kept == cache.turning.kept
     if not alike or len(cache.layers) < text_config(decoder).num_hidden_layers:
         raise UsageError("this StreamingCache was made for another model, of other rotary angles or fewer layers")
     if options.get("use_cache") is False:
@@ -170,12 +212,24 @@ def _refuse(decoder: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -
             "its own cache (without a mask, `generate` takes every pad token of a prompt for padding)"
         )
     tokens = options.get("input_ids", arguments[0] if arguments else None)
+    tokens = options.get("inputs_embeds") if tokens is None else tokens
     if isinstance(tokens, Tensor) and tokens.shape[1] == 0:
         raise UsageError(
             f"no new tokens: the cache has seen {cache.get_seq_length()}, the text given is not longer; give all of "
             f"the text so far and what is new, or reset() the cache for another text"
         )
+    if isinstance(tokens, Tensor):
+        _check_length(decoder, cache, tokens.shape[1])
     _check_positions(cache, options.get("position_ids"))
+
+
+def _check_length(decoder: Any, cache: StreamingCache, new: int) -> None:
+    seen, _ = cache.layers[0].get_mask_sizes(new)
+    if cache.changes is not None and seen > cache.changes.length:
+        raise UsageError(
+            f"{new} tokens in one piece are to see {seen}: {type(decoder).__name__} {cache.changes.what} beyond "
+            f"{cache.changes.length}; give pieces of at most {max(cache.changes.length - seen + new, 1)}"
+        )
 
 
 def _check_positions(cache: StreamingCache, given: Tensor | None) -> None:
@@ -223,10 +277,11 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
     is_sliding = False
     is_croppable = True
 
-    def __init__(self, policy: EvictionPolicy, turn: _SinkTurn) -> None:
+    def __init__(self, policy: EvictionPolicy, turn: _SinkTurn, turned: Kept) -> None:
         super().__init__()
         self.slots = RingSlots(policy.n_sink, policy.kept + 1)
         self.turn = turn
+        self.turned: Kept = turned
         self.seen = 0
         """Tokens of the stream so far."""
         self.piece: _Piece | None = None
@@ -237,8 +292,8 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
         self.dtype, self.device = key_states.dtype, key_states.device
         self.keys = key_states.new_zeros(batch, heads, self.slots.count, size)
         self.values = value_states.new_zeros(batch, heads, self.slots.count, value_states.shape[3])
-        self.sink_keys = self.keys[:, :, : self.slots.n_sink].clone()
-        """The sinks' keys as the model rotated them: each turn starts from these."""
+        self.sink_keys = getattr(self, self.turned)[:, :, : self.slots.n_sink].clone()
+        """What turns of the sinks, as the model rotated it: each turn starts from it."""
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
@@ -253,7 +308,8 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
             )
         sinks = min(self.slots.n_sink - self.seen, key_states.shape[2])
         if sinks > 0:
-            self.sink_keys[:, :, self.seen : self.seen + sinks] = key_states[:, :, :sinks]
+            turned = key_states if self.turned == "keys" else value_states
+            self.sink_keys[:, :, self.seen : self.seen + sinks] = turned[:, :, :sinks]
         if key_states.shape[2] == 1:
             return self._take_one(key_states, value_states)
         return self._take_block(key_states, value_states)
@@ -270,7 +326,8 @@ class _RingLayer(CacheLayerMixin):  # type: ignore[misc]
 
     def _turn_sinks(self) -> None:
         if self.seen > self.slots.count:
-            self.keys[:, :, : self.slots.n_sink] = self.turn(self.sink_keys, self.seen - self.slots.count)
+            sinks = getattr(self, self.turned)[:, :, : self.slots.n_sink]
+            sinks.copy_(self.turn(self.sink_keys, self.seen - self.slots.count))
 
     def _take_block(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         self._turn_sinks()

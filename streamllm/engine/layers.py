@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .attention import Softmax, UnseenAttentionError, for_each_head
+from .attention import Softmax, StateDroppedError, for_each_head
 from .plain_forward import run
 from .rotary import Rotary, text_config
 
@@ -56,6 +56,11 @@ class Layer(LayerAttention):
 
     rotary: Rotary
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a softmax without more, of values as wide as keys whose first dimensions turn."""
+        return self.softmax.is_plain and self.key_size == self.value_size and not self.rotary.at_end
+
 
 def ask_layers(model: PreTrainedModel) -> dict[int, LayerAttention]:
     """By the number of the layer. Leaves the model with an attention function that is good for nothing else. Raises
@@ -69,6 +74,31 @@ def ask_layers(model: PreTrainedModel) -> dict[int, LayerAttention]:
     token = torch.full((1, 1), 7 % model.get_input_embeddings().num_embeddings, device=model.device)
     run(model, token, position_ids=torch.zeros_like(token), attention_state=found)
     return found
+
+
+HANDS_ON = "_streamllm_hands_on"
+"""An attribute of models that `hand_on_state` was done to."""
+
+
+def hand_on_state(model: PreTrainedModel) -> None:
+    """Gives the `attention_state` that the model is called with to its attention layers, where those between drop it
+    (StableLM, Nemotron)."""
+    given: dict[str, Any] = {}
+
+    def take(_: nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if "attention_state" in options:
+            given["attention_state"] = options["attention_state"]
+        return arguments, {name: value for name, value in options.items() if name != "attention_state"}
+
+    def give(_: nn.Module, arguments: Any, options: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return arguments, given | options
+
+    setattr(model, HANDS_ON, True)
+    model.register_forward_pre_hook(take, with_kwargs=True)
+    model.register_forward_hook(lambda *_: given.clear(), always_call=True)
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            module.register_forward_pre_hook(give, with_kwargs=True)
 
 
 def check_windows(model: PreTrainedModel, layers: Mapping[int, LayerAttention]) -> None:
@@ -126,7 +156,7 @@ def _noted(
 ) -> tuple[Tensor, None]:
     """Attention of one token, which sees itself alone."""
     if attention_state is None:
-        raise UnseenAttentionError(
+        raise StateDroppedError(
             f"{type(module).__name__} was called without attention_state: the model's layers do not hand on what the "
             f"model is called with"
         )

@@ -20,7 +20,7 @@ from ..files import is_folder
 from ..libraries import hush_libraries
 from ..policy import EvictionPolicy
 from ..testbed import MODEL_FOLDER
-from .architecture import allowed, check_features, check_finite_weights, checked_layers, difference, probe_tokens
+from .architecture import allowed, check_features, check_finite_weights, difference, engine_layers, probe_tokens
 from .attention import ATTENTION_NAME, register_attention
 from .backends import BACKENDS
 from .block_state import BlockState
@@ -156,7 +156,7 @@ def prepare(model: PreTrainedModel, name: str, digest: str, quantization: str = 
         check_finite_weights(model, expected)
         for embedding in embeddings:
             embedding.take_over()
-        layers = checked_layers(model, embeddings, tokens, ATTENTION_NAME, outputs=True)
+        layers = engine_layers(model, embeddings, tokens, ATTENTION_NAME)
     count = text_config(model).num_hidden_layers
     if len(layers) != count:
         raise UnsupportedModelError(f"{name}: {len(layers)} of {count} layers use transformers' attention interface")

@@ -6,8 +6,6 @@ makes the model's own rotation the identity, so that a state that needs raw keys
 
 from __future__ import annotations
 
-import inspect
-import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -29,11 +27,15 @@ class Rotary:
     """Rotates queries and keys by whole positions. All angles are computed in float64: float32 ones are off by some
     hundredths at position 1,000,000. A device that has no float64 gets them from the CPU."""
 
-    def __init__(self, frequencies: Tensor, interleaved: bool, model: PreTrainedModel) -> None:
+    def __init__(
+        self, frequencies: Tensor, model: PreTrainedModel, interleaved: bool = False, at_end: bool = False
+    ) -> None:
         """frequencies (rotary size / 2): radians per position, in float64; negative where a model turns the other way
-        round (nanochat)."""
+        round (nanochat). interleaved: whether a component's partner is its neighbour, not the one half a size away.
+        at_end: whether a head's last dimensions turn, not the first ones (latent attention)."""
         self.frequencies = frequencies
         self.interleaved = interleaved
+        self.at_end = at_end
         self._device = model.device
         # Half-precision sines would add an error of their own at every rotation.
         self._dtype = torch.promote_types(model.dtype, torch.float32)
@@ -46,8 +48,10 @@ class Rotary:
         return 2 * len(self.frequencies)
 
     def turns_like(self, other: Rotary) -> bool:
-        same = self.frequencies.shape == other.frequencies.shape and self.interleaved == other.interleaved
-        return same and bool((self.frequencies == other.frequencies.to(self.frequencies.device)).all())
+        shapes = [(x.frequencies.shape, x.interleaved, x.at_end) for x in (self, other)]
+        return shapes[0] == shapes[1] and bool(
+            (self.frequencies == other.frequencies.to(self.frequencies.device)).all()
+        )
 
     def turn(self, distances: Tensor) -> Angles:
         """cos and sin (n, rotary size) that turn vectors on by `distances` (n), back where they are negative."""
@@ -79,15 +83,18 @@ class Rotary:
         return self.turn(torch.full((1,), distance, device=self.frequencies.device))
 
     def rotate(self, vectors: Tensor, angles: Angles) -> Tensor:
-        """vectors (..., n, head size) turned by the angles of `at`, `span`, `by` or `turn`; dims past the rotary size,
-        where a model rotates only a part, stay as they are."""
+        """vectors (..., n, head size) turned by the angles of `at`, `span`, `by` or `turn`; the other dims, where a
+        model rotates only a part, stay as they are."""
         cos, sin = angles
         size = cos.shape[-1]
         if not size:
             return vectors
-        turning, fixed = vectors[..., :size], vectors[..., size:]
+        fixed = vectors.shape[-1] - size
+        rest, turning = vectors.tensor_split([fixed], -1) if self.at_end else vectors.tensor_split([size], -1)[::-1]
         turned = (turning * cos + self._quarter_turn(turning) * sin).to(vectors.dtype)
-        return torch.cat((turned, fixed), -1) if fixed.shape[-1] else turned
+        if not fixed:
+            return turned
+        return torch.cat((rest, turned) if self.at_end else (turned, rest), -1)
 
     def _quarter_turn(self, x: Tensor) -> Tensor:
         if self.interleaved:
@@ -111,10 +118,15 @@ class RotaryEmbedding:
             kind: float(getattr(module, _named(kind, "attention_scaling"), 1.0)) for kind in self._frequencies
         }
         """Yarn's."""
-        self.rotaries = []
-        for kind, frequencies in self._frequencies.items():
-            interleaved, direction = _pairing(module, kind)
-            self.rotaries.append(Rotary(direction * frequencies, interleaved, model))
+        self._complex = {kind: len(_given_at_one(module, kind)) == 1 for kind in self._frequencies}
+        self.rotaries = [
+            Rotary(direction * frequencies, model, interleaved, at_end)
+            for frequencies in self._frequencies.values()
+            for at_end in (False, True)
+            for interleaved in (False, True)
+            for direction in (1, -1)
+        ]
+        """All ways to turn by its angles: which of them a layer has, is found by trying."""
         self._dtype = torch.promote_types(model.dtype, torch.float32)
 
     def take_over(self, in_its_dtype: bool = False) -> None:
@@ -127,11 +139,12 @@ class RotaryEmbedding:
         """The model rotates by its own angles again."""
         self.module.forward = self._own
 
-    def _embed(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
-        """The result of the model's rotary embedding: position_ids (batch, n) -> cos and sin (batch, n, _). Models of
-        images and text give positions for time, height and width (3, batch, n), which are one and the same for text."""
+    def _embed(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Angles | Tensor:
+        """The result of the model's rotary embedding: position_ids (batch, n) -> cos and sin (batch, n, _), or both in
+        complex numbers. Models of images and text give positions for time, height and width (3, batch, n), which are
+        one and the same for text."""
         if layer_type not in self._frequencies:  # layers without positions
-            others: tuple[Tensor, Tensor] = self._own(x, position_ids, layer_type)
+            others: Angles = self._own(x, position_ids, layer_type)
             return others
         if position_ids.ndim == 3:
             if not (position_ids == position_ids[:1]).all():
@@ -139,8 +152,10 @@ class RotaryEmbedding:
             position_ids = position_ids[0]
         frequencies, scaling = self._frequencies[layer_type], self._scaling[layer_type]
         angles = self._arrange[layer_type](position_ids[..., None].to(frequencies.device) * frequencies)
-        dtype = x.dtype if self._in_its_dtype else self._dtype
         cos, sin = angles.cos() * scaling, angles.sin() * scaling
+        if self._complex[layer_type]:
+            return torch.complex(cos.to(self._dtype), sin.to(self._dtype)).to(x.device)
+        dtype = x.dtype if self._in_its_dtype else self._dtype
         return cos.to(dtype).to(x.device), sin.to(dtype).to(x.device)
 
 
@@ -151,13 +166,6 @@ def rotary_embeddings(model: PreTrainedModel) -> list[RotaryEmbedding]:
     if not found:
         raise UnsupportedModelError(f"{name} has {_other_positions(model, modules)}")
     for module in found:
-        named = getattr(module, "rope_type", "default")
-        changing = {"dynamic", "longrope"} & set(named.values() if isinstance(named, dict) else [named])
-        if changing:
-            raise UnsupportedModelError(
-                f"{name} has rope_type {changing.pop()!r}, which changes with the length of the text: no rotation to "
-                f"undo"
-            )
         if not all(_frequencies(module, kind).numel() for kind in _kinds(module)):
             raise UnsupportedModelError(f"{name} has a rotary position embedding of no dimensions")
     return [RotaryEmbedding(module, model) for module in found]
@@ -165,7 +173,7 @@ def rotary_embeddings(model: PreTrainedModel) -> list[RotaryEmbedding]:
 
 def distinct_rotaries(embeddings: list[RotaryEmbedding], model: PreTrainedModel) -> list[Rotary]:
     """Those that turn differently, and one that turns nothing."""
-    nothing = Rotary(torch.empty(0, dtype=torch.float64, device=float64_device(model.device)), False, model)
+    nothing = Rotary(torch.empty(0, dtype=torch.float64, device=float64_device(model.device)), model)
     found: list[Rotary] = []
     for rotary in [rotary for embedding in embeddings for rotary in embedding.rotaries]:
         if not any(rotary.turns_like(other) for other in found):
@@ -189,16 +197,24 @@ def _kinds(module: nn.Module) -> list[str | None]:
     return [name.removesuffix(f"_{_INV_FREQ}") for name in names if "original" not in name]
 
 
+CHANGING = ("dynamic", "longrope")
+"""Values of `rope_type`: the angles of a text longer than some length are others, from its first token on."""
+
+
 def _frequencies(module: nn.Module, kind: str | None) -> Tensor:
-    found: Tensor = getattr(module, _named(kind, _INV_FREQ))
+    """Of texts that are not too long, where there are others."""
+    named = getattr(module, "rope_type", None)
+    changes = (named.get(kind) if isinstance(named, dict) else named) in CHANGING
+    found: Tensor = getattr(module, _named(kind, f"original_{_INV_FREQ}" if changes else _INV_FREQ))
     return found.to(float64_device(found.device)).double()
 
 
-def _angles_at_one(module: Any, kind: str | None, x: Tensor) -> Angles:
-    """What the model's own embedding gives for position 1."""
+def _given_at_one(module: Any, kind: str | None) -> tuple[Tensor, ...]:
+    """What the model's own embedding gives for position 1, in float32: cos and sin, or both in complex numbers."""
     which = {} if kind is None else {"layer_type": kind}
-    cos, sin = module(x, position_ids=torch.ones(1, 1, dtype=torch.long, device=x.device), **which)
-    return cos, sin
+    x = torch.zeros(1, device=getattr(module, _named(kind, _INV_FREQ)).device, dtype=torch.float32)
+    found = module(x, position_ids=torch.ones(1, 1, dtype=torch.long, device=x.device), **which)
+    return found if isinstance(found, tuple) else (found,)
 
 
 def _halves(angles: Tensor) -> Tensor:
@@ -247,29 +263,11 @@ def _is_of_positions(name: str) -> bool:
 def _arrangement(module: Any, kind: str | None) -> Callable[[Tensor], Tensor]:
     """How the model's own embedding lays out the angles of position 1."""
     frequencies = _frequencies(module, kind)
-    cos, sin = _angles_at_one(module, kind, torch.zeros(1, device=frequencies.device, dtype=torch.float32))
-    found = torch.atan2(sin, cos).flatten().to(frequencies.device).double()
+    given = _given_at_one(module, kind)
+    angles = given[0].angle() if len(given) == 1 else torch.atan2(given[1], given[0])
+    found = angles.flatten().to(frequencies.device).double()
     for arrange in (_halves, _neighbours, _once):
         expected = arrange(frequencies)
         if found.shape == expected.shape and torch.allclose(found, expected, atol=1e-5):
             return arrange
     raise UnsupportedModelError(f"{type(module).__name__} gives angles that are not position times inv_freq")
-
-
-def _pairing(module: Any, kind: str | None) -> tuple[bool, int]:
-    """Which component the model's own function turns the first one into: whether it is its neighbour, not the one half
-    a size away; and in which direction, 1 or -1."""
-    modelling = sys.modules[type(module).__module__]
-    apply = getattr(modelling, "apply_rotary_pos_emb", None)
-    if apply is None:
-        raise UnsupportedModelError(f"{modelling.__name__} rotates in another way than by apply_rotary_pos_emb")
-    inv_freq = getattr(module, _named(kind, _INV_FREQ))
-    unit = torch.zeros(1, 1, 1, 2 * len(inv_freq), device=inv_freq.device)
-    unit[..., 0] = 1
-    angles = _angles_at_one(module, kind, unit)
-    both = "k" in inspect.signature(apply).parameters
-    turned = (apply(unit, unit, *angles)[0] if both else apply(unit, *angles)).flatten()
-    neighbour = int(turned[1:].abs().argmax()) + 1
-    if neighbour not in (1, len(inv_freq)):
-        raise UnsupportedModelError(f"{modelling.__name__} pairs rotary components in an unknown way")
-    return neighbour == 1 and len(inv_freq) > 1, 1 if turned[neighbour] > 0 else -1

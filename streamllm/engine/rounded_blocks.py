@@ -26,7 +26,8 @@ from .model import LoadedModel
 
 def block_state(loaded: LoadedModel, policy: EvictionPolicy, n_tokens: int, keys: Keys = "raw") -> Blocks:
     """keys: how the method keeps them; of no consequence to a cache of the model's own number format. Raises
-    PolicyError for layer budgets that are not this model's."""
+    PolicyError for layer budgets that are not this model's, UsageError as `LoadedModel.check_length`."""
+    loaded.check_length(policy, n_tokens)
 
     def of(part: LoadedModel, own: EvictionPolicy) -> BlockState:
         return _block_state(part, own, n_tokens, keys)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from ..engine.architecture import checked_layers, probe_tokens
+from ..engine.architecture import engine_layers, probe_tokens
 from ..engine.attention import ATTENTION_NAME, register_attention
 from ..engine.block_parallel import block_parallel_losses
 from ..engine.device import default_device
@@ -100,5 +100,5 @@ def _random_model(config: PretrainedConfig, layers: int, dtype: torch.dtype) -> 
     embeddings = rotary_embeddings(model)
     for embedding in embeddings:
         embedding.take_over()
-    found = checked_layers(model, embeddings, probe_tokens(model), ATTENTION_NAME, outputs=False)
+    found = engine_layers(model, embeddings, probe_tokens(model), ATTENTION_NAME)
     return LoadedModel("random", model, tuple(found.values()), device, model.dtype, "random")

@@ -19,6 +19,8 @@ from ..decoding import Decoder, Progress, negative_log_likelihood
 from ..model import LoadedModel
 from . import Method
 
+_SHORTER = "use a smaller total"
+
 
 class WholeWindow:
     """Attention state of a plain causal forward: every query sees the tokens of its own call, up to itself."""
@@ -34,6 +36,7 @@ class WholeWindow:
 
 class RecomputingDecoder(Decoder):
     def __init__(self, loaded: LoadedModel, window: int, backend: Backend) -> None:
+        loaded.check_positions(window, _SHORTER)
         self.loaded = loaded
         self.window = window
         self.state = WholeWindow(loaded, backend)
@@ -74,6 +77,7 @@ def losses_at(
 ) -> np.ndarray:
     """Losses (float64 nats) of tokens[p + 1], after the window that ends at p, for each p of ascending `positions`.
     see: is shown each p, and the logits (1, vocabulary) there."""
+    loaded.check_positions(window, _SHORTER)
     stream = torch.from_numpy(tokens).to(loaded.device)
     places = torch.tensor(positions, device=loaded.device)
     state = WholeWindow(loaded, backend)

@@ -62,7 +62,7 @@ class RingCache(KVCache):
         self.seen: dict[int | None, Tensor | None] = {}
         """By the window of a layer: what each new token sees (new, slots); None where that is all."""
         self.can_fuse = all(
-            self._shows_all(layer.window) and layer.softmax.is_plain and layer.rotary.size for layer in self.layers
+            self._shows_all(layer.window) and layer.is_plain and layer.rotary.size for layer in self.layers
         )
         self.fused = False
         """Whether a layer's part of the step is one launch of our own (`triton_ring`), from taking the token in on."""
