@@ -130,7 +130,7 @@ DAMAGES = {
         configured(layer_types=["linear_attention"] * 4, model_type="qwen3_next"),
         "m'",
     ),
-    "latent attention": (configured(kv_lora_rank=8), "has latent attention"),
+    "cross attention": (configured(cross_attention_layers=[1]), "has layers that attend to something else"),
     "no tokenizer": (removed("tokenizer.json"), "m'"),
     "a tokenizer torn": (cut("tokenizer.json", 0.5), "not a usable folder"),
     "an empty tokenizer": (written("tokenizer.json", b""), "not a usable folder"),

@@ -95,7 +95,10 @@ def assert_exact(model, loaded, policy, positions, tokens, within=IDENTITY):
 @pytest.mark.parametrize("architecture", known(ARCHITECTURES))
 def test_every_way_is_the_model_over_the_survivors(architecture):
     changed, tokens = ARCHITECTURES[architecture], tokens_of(50)
-    model, loaded = tiny(architecture, **changed), prepare(tiny(architecture, **changed), architecture, "")
+    model = tiny(architecture, **changed)
+    if not model._can_set_attn_implementation():
+        pytest.skip("in this transformers its attention is code of its own")
+    loaded = prepare(tiny(architecture, **changed), architecture, "")
     windows = {layer.window for layer in loaded.layers}
     assert windows == ({None} if not changed else {None, 12} if "layer_types" in changed else {12})
     with in_double():

@@ -111,6 +111,8 @@ class RotaryEmbedding:
             del module.forward  # which was ours: its own is to be asked
         self.module = module
         self._own = module.forward
+        for kind in _kinds(module):
+            _as_in_a_short_text(module, kind)
         self._frequencies = {kind: _frequencies(module, kind) for kind in _kinds(module)}
         """By kind of layer, as the module is told it; None where there is one for all."""
         self._arrange = {kind: _arrangement(module, kind) for kind in self._frequencies}
@@ -201,11 +203,17 @@ CHANGING = ("dynamic", "longrope")
 """Values of `rope_type`: the angles of a text longer than some length are others, from its first token on."""
 
 
-def _frequencies(module: nn.Module, kind: str | None) -> Tensor:
-    """Of texts that are not too long, where there are others."""
+def _as_in_a_short_text(module: Any, kind: str | None) -> None:
+    """Has a module whose frequencies change what it began with: transformers 5.2 may never go back to that itself."""
     named = getattr(module, "rope_type", None)
-    changes = (named.get(kind) if isinstance(named, dict) else named) in CHANGING
-    found: Tensor = getattr(module, _named(kind, f"original_{_INV_FREQ}" if changes else _INV_FREQ))
+    if (named.get(kind) if isinstance(named, dict) else named) in CHANGING:
+        name = _named(kind, _INV_FREQ)
+        original = getattr(module, _named(kind, f"original_{_INV_FREQ}"))
+        setattr(module, name, original.to(getattr(module, name).device))
+
+
+def _frequencies(module: nn.Module, kind: str | None) -> Tensor:
+    found: Tensor = getattr(module, _named(kind, _INV_FREQ))
     return found.to(float64_device(found.device)).double()
 
 
