@@ -64,9 +64,7 @@ class StreamingCache(Cache):  # type: ignore[misc]
         if span_of(config) is not None:
             raise UnsupportedModelError(f"{type(model).__name__} has a sliding window of its own, and no use for sinks")
         changes = self.changes = changes_at(config)
-        if (
-            changes is not None and changes.of_queries
-        ):  # by position, or up to transformers 5.3 by what a cache has seen
+        if changes is not None and changes.of_queries:  # or, up to transformers 5.3, by what a cache has seen
             raise UnsupportedModelError(
                 f"{type(model).__name__} {changes.what} by where in the text they are, not in the cache"
             )
