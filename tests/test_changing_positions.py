@@ -11,12 +11,20 @@ from streamllm.configuration import Configuration
 from streamllm.engine import model as models
 from streamllm.engine.generation import StreamingCache
 from streamllm.engine.loading import prepare
-from streamllm.engine.methods import make_decoder
 from streamllm.engine.methods.recompute import losses_at
 from streamllm.errors import UnsupportedModelError, UsageError
 
 from .plain import streamed, surviving_logits
-from .test_layer_kinds import WAYS, assert_exact, in_double, policy_of, streamed_logits, tiny, tokens_of
+from .test_layer_kinds import (
+    WAYS,
+    assert_exact,
+    in_double,
+    policy_of,
+    ring_logits_far_on,
+    streamed_logits,
+    tiny,
+    tokens_of,
+)
 
 LENGTH = 24
 LONGROPE = {
@@ -100,14 +108,8 @@ def test_recomputation_is_the_model_up_to_the_length(case):
 def test_a_million_tokens_away(case):
     tokens = tokens_of(60)
     expected = streamed_logits("evaluator", prepare(made(case), "", ""), policy_of(4, 19), tokens)
-    decoder = make_decoder(prepare(made(case).float(), "", ""), Configuration("ring", policy_of(4, 19)))
-    found = []
-    with torch.inference_mode():
-        for i, token in enumerate(tokens[:-1]):
-            if i == 4:
-                decoder.cache.evict(4, 1_000_000)
-            found.append(decoder.feed(torch.tensor([token])))
-    torch.testing.assert_close(torch.cat(found).double(), expected, rtol=0, atol=2e-4)
+    found = ring_logits_far_on(prepare(made(case).float(), "", ""), policy_of(4, 19), tokens)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
 
 
 def test_a_compiled_ring_of_scaled_queries():

@@ -39,7 +39,7 @@ from streamllm.results.schema import Row
 from .dispatched import decode, looking, no_waiting
 from .plain import layered_logits, surviving_logits
 from .refusals import run
-from .test_layer_kinds import ARCHITECTURES, IDENTITY, in_double, streamed_logits, tiny, tokens_of
+from .test_layer_kinds import ARCHITECTURES, IDENTITY, in_double, ring_logits_far_on, streamed_logits, tiny, tokens_of
 from .tiny_models import random_models, tiny_model
 
 WAYS = ("evaluator", "ring", "mit")
@@ -192,14 +192,8 @@ def test_a_million_tokens_on():
     """A ring in float32, told that a million tokens came and went behind each layer's sinks."""
     policy, tokens = EvictionPolicy(n_sink=4, window_size=11, layer_budgets="24,12,9,15"), tokens_of(60) % 61
     expected = streamed_logits("evaluator", tiny_model("Llama", num_hidden_layers=4), policy, tokens)
-    decoder = make_decoder(tiny_model("Llama", torch.float32, num_hidden_layers=4), Configuration("ring", policy))
-    found = []
-    with torch.inference_mode():
-        for i, token in enumerate(tokens[:-1]):
-            if i == 4:
-                decoder.cache.evict(4, 1_000_000)
-            found.append(decoder.feed(torch.tensor([token])))
-    torch.testing.assert_close(torch.cat(found).double(), expected, rtol=0, atol=2e-4)
+    found = ring_logits_far_on(tiny_model("Llama", torch.float32, num_hidden_layers=4), policy, tokens)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-4)
 
 
 def test_peaks_are_those_of_the_caches():
