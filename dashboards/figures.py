@@ -53,7 +53,7 @@ def pareto(study: StudyResults) -> Figure:
     x, y = list(study.objectives)[:2]
     front = study.front
     if not front:
-        raise NoDataError("no trial is complete and feasible")
+        raise NoDataError("a matrix has no front" if study.is_matrix else "no trial is complete and feasible")
     on_front = {row["trial"] for row in front}
     others = [row for row in study.trials if row["state"] == "complete" and row["trial"] not in on_front]
     others = [row for row in others if number(row, x) is not None and number(row, y) is not None]

@@ -270,6 +270,7 @@ def test_the_baselines_sample_leaves_nan_elsewhere(tmp_path):
         (("--per-token-losses", "losses.csv"), "must end in .npy or .parquet"),
         (("--prefill-tokens", "64"), "prefill_tokens 64: must be >= 1, and --protocol chunked"),
         (("--protocol", "chunked", "--prefill-tokens", "64", "--window-size", "60"), "prefill_tokens 64: must exceed"),
+        (("--protocol", "chunked", "--prefill-tokens", "31", "--window-size", "9"), "31: must be at least 32, as many"),
         (
             ("--method", "kvpress", "--dtype", "bfloat16"),
             "method 'kvpress' in bfloat16 is only nearly the function that",

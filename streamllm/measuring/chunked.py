@@ -59,6 +59,11 @@ def chunk_losses(
             f"prefill_tokens {prefill}: must exceed n_sink + window_size = {max(kept)}, or there is nothing to "
             f"compress; raise --prefill-tokens or lower --window-size"
         )
+    if prefill < CONTINUATION_TOKENS:
+        raise UsageError(
+            f"prefill_tokens {prefill}: must be at least {CONTINUATION_TOKENS}, as many as continue it at once, or "
+            f"those are compressed too; raise --prefill-tokens"
+        )
     starts = range(0, len(tokens) - prefill - CONTINUATION_TOKENS, prefill + CONTINUATION_TOKENS)
     if not starts:
         raise UsageError(
