@@ -32,7 +32,7 @@ from .model import trained_length as positions_of
 from .plain_forward import run
 from .quantization import quantize
 from .rotary import rotary_embeddings, text_config
-from .weight_files import check_config_file, check_weight_files, lacks, vocabulary_of
+from .weight_files import check_config_file, check_weight_files, class_of, lacks, vocabulary_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,15 +58,13 @@ def load_model(
 
     Raises ModelNotFoundError, UsageError for a dtype that the device does not have, or UnsupportedModelError for what
     the engine cannot evaluate exactly."""
-    from transformers import AutoModelForCausalLM
-
     device = device or default_device()
     if (doubt := unverified(device)) is not None:
         warnings.warn(doubt, stacklevel=2)
     torch_dtype = resolve_dtype(dtype, device)
     check_files(name)
     model, found = _from_pretrained(
-        AutoModelForCausalLM.from_pretrained,
+        class_of(configuration_of(name)).from_pretrained,
         name,
         dtype=torch_dtype,
         use_safetensors=True,

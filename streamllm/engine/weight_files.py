@@ -93,20 +93,29 @@ def _json(name: str, file: Path, most: int = 2**28) -> Any:
 
 def _empty_model(name: str, config: PretrainedConfig) -> PreTrainedModel:
     """The model without memory for its weights. Raises UsageError where the configuration describes none."""
-    from transformers import AutoModelForCausalLM
-
     dtype = getattr(config, "dtype", None)
     if dtype is not None and not isinstance(dtype, torch.dtype):
         raise _unusable(name, f"dtype {shown(dtype)} in config.json is none of torch's")
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = class_of(config).from_config(
                 config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=False
             )
             vocabulary_of(model)
     except Exception as error:  # of a value of the wrong kind, a model's code raises anything
         raise _unusable(name, f"config.json describes no model: {type(error).__name__}: {reason_of(error)}") from error
     return model
+
+
+def class_of(config: PretrainedConfig) -> Any:
+    """transformers' automatic class of a model that writes text; that of one which sees images too, where it has no
+    other."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto import modeling_auto as known
+
+    sees = config.model_type in known.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    reads_text_alone = config.model_type in known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForImageTextToText if sees and not reads_text_alone else AutoModelForCausalLM
 
 
 def vocabulary_of(model: PreTrainedModel) -> int:
