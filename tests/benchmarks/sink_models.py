@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import AttentionInterface, GptOssConfig, GptOssForCausalLM
 
-from streamllm.testbed.train import Muon
+from streamllm.testbed.train import Muon, schedule
 
 FIRST = 0
 """The token that begins windows and streams: the tokenizer's, which is in no text."""
@@ -164,11 +164,6 @@ def optimizers(model: GptOssForCausalLM, recipe: Recipe, sink_rate: float) -> li
         groups.append({"params": sinks, "weight_decay": 0.0, "lr": sink_rate * recipe.learning_rate})
     adamw = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95))
     return [muon, adamw]
-
-
-def schedule(step: int, recipe: Recipe) -> float:
-    """Factor of the learning rates: linear warm-up, constant, linear decay to zero."""
-    return min(1.0, (step + 1) / recipe.warmup, (recipe.steps - step) / (recipe.decay * recipe.steps))
 
 
 def unused_weight(step: int, recipe: Recipe) -> float:
