@@ -14,13 +14,16 @@ import numpy as np
 from ..configuration import Configuration
 from ..engine.decoding import Progress
 from ..engine.device import foreign_processes
+from ..engine.energy import energy_counter
 from ..engine.model import LoadedModel
 from ..engine.probing import runnable
 from ..errors import UsageError
 from ..options import PROTOCOLS, TASK
 from .conditions import Conditions
 from .divergence import Comparing, Distributions, Keeping, comparing, fixed_positions
+from .energy import measure_energy
 from .evaluation import measure_quality, speed_summary, times_summary
+from .first_token import measure_first_token
 from .hits import losses_and_hits
 from .jobs import Job
 from .keys import Keys
@@ -76,7 +79,7 @@ class Bench:
         self, job: Job, strict: bool = False, progress: Progress | None = None, against: Sequence[Arrays] = ()
     ) -> Measurement:
         """strict: an attention backend that does not run is an error. against: the arrays of the entries that the job
-        names. Raises NonFiniteLossError, UnsupportedModelError;
+        names. Raises NonFiniteLossError, UnsupportedModelError; UnavailableError for energy where there is no counter;
         UsageError for a text that is not the model's, and where that cannot be measured here."""
         if (most := int(self.stream.tokens.max())) >= self.loaded.vocabulary:
             raise UsageError(f"text {self.stream.label!r}: token {most} is not one of the {self.loaded.vocabulary}")
@@ -89,6 +92,10 @@ class Bench:
                 return Measurement(TASK.get()(self.loaded, job.what, job.task))
         if job.kind == "speed":
             return self._speed(job, strict)
+        if job.kind == "first_token":
+            return self._first_token(job, strict)
+        if job.kind == "energy":
+            return self._energy(job, strict)
         return self._times(job) if job.kind == "times" else self._whole(job, strict, progress)
 
     def _quality(self, job: Job, progress: Progress | None, against: Sequence[Arrays]) -> Measurement:
@@ -126,6 +133,19 @@ class Bench:
         if foreign := foreign_processes(self.loaded.device):
             record["foreign_processes"] = "; ".join(foreign)
         return Measurement(record)
+
+    def _first_token(self, job: Job, strict: bool) -> Measurement:
+        prepared, beside = self._prepared(job.what, strict), self.beside or self
+        with self.leases.timing():
+            found = measure_first_token(self.loaded, prepared, self.stream.tokens, beside.loaded, self.total)
+        return Measurement(found.summary())
+
+    def _energy(self, job: Job, strict: bool) -> Measurement:
+        counter = energy_counter(self.loaded.device)
+        prepared = self._prepared(job.what, strict)
+        with self.leases.timing():
+            found = measure_energy(self.loaded, prepared, self.stream.tokens, self.reference, counter)
+        return Measurement(found.summary())
 
     def _times(self, job: Job) -> Measurement:
         prepared = self._prepared(job.what)

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_NAMES = {"times": "speed", "first_token": "time to first token"}
+
 
 @dataclass(frozen=True, slots=True)
 class TaskAsked:
@@ -34,10 +36,11 @@ class TaskAsked:
 class Job:
     """One measurement of a model on a text."""
 
-    kind: Literal["quality", "hits", "speed", "whole", "times", "task"]
+    kind: Literal["quality", "hits", "speed", "whole", "times", "task", "first_token", "energy"]
     """quality: of the policy, by protocol `fast`. hits: the same, with whether each token was the likeliest. speed: in
     the steady state. whole: both from one run, by another protocol. times: those of a round of confirming, which are
-    kept with the round and not in the store. task: the scores of one."""
+    kept with the round and not in the store. task: the scores of one. first_token: the time to it. energy: per
+    token, in the steady state."""
     what: Configuration
     protocol: str = "fast"
     run: int = 0
@@ -65,7 +68,7 @@ class Job:
         return self.kind not in ("quality", "hits", "task")
 
     def __str__(self) -> str:
-        kind = "" if self.kind == "whole" else "speed of " if self.kind == "times" else f"{self.kind} of "
+        kind = "" if self.kind == "whole" else f"{_NAMES.get(self.kind, self.kind)} of "
         if self.task is not None:
             kind = f"{self.task.name} under "
         again = f", round {self.run}" if self.kind == "times" else f", run {self.run + 1}" if self.run else ""

@@ -36,7 +36,10 @@ class Keys:
             return self._quality(job) | {"kind": "hits of streaming"}
         if job.task is not None:
             return task_key(self.conditions, job.what, json.loads(job.task.key))
-        key = self._speed(job.what) if job.kind == "speed" else self._whole(job.protocol, job.what)
+        if job.kind in ("speed", "first_token", "energy"):
+            key = self._speed(job.what) | {"kind": job.kind}
+        else:
+            key = self._whole(job.protocol, job.what)
         return key | ({"run": job.run} if job.run else {})
 
     def identity(self, what: Configuration, protocol: str) -> dict[str, Any]:

@@ -124,6 +124,10 @@ class TimedDecoder:
         """Tokens of a segment of about that many seconds (`SEGMENT_SEC`), in whole cycles."""
         return segment_tokens(self.pace, self.period, SEGMENT_SEC if seconds is None else seconds)
 
+    def step(self) -> None:
+        """Decodes a token, and does not wait for the device."""
+        self.decoder.feed(next(self._stream))
+
     def decode(self, count: int) -> float:
         """Seconds per token."""
         tokens = list(islice(self._stream, count))
@@ -186,11 +190,11 @@ def measure_speed(loaded: LoadedModel, what: Configuration, tokens: np.ndarray, 
     """Fills the cache, warms up (compiles, captures), then times segments of whole prune cycles in turn with segments
     of the reference. Speed does not depend on the tokens. Attention's share is taken from eager steps, whatever the
     execution."""
-    started = time.perf_counter()
+    begun = time.perf_counter()
     with what.kernel.active():
         used = used_backend(loaded, what, tokens)  # initialises libraries too
         with peak_memory(loaded.device) as memory:
-            run, filled, first_token, warm_up = _started(loaded, what, tokens)
+            run, filled, first_token, warm_up = start_decoder(loaded, what, tokens)
     times = time_beside(run, reference)
     with what.kernel.active():
         attn_ms = attention_ms(loaded, what, tokens)
@@ -206,7 +210,7 @@ def measure_speed(loaded: LoadedModel, what: Configuration, tokens: np.ndarray, 
         bytes_per_token=needed,
         bandwidth_utilization=needed / (float(np.median(times.ms)) / 1e3) / copy_bandwidth(loaded.device),
         backend_used=used,
-        seconds=time.perf_counter() - started,
+        seconds=time.perf_counter() - begun,
     )
 
 
@@ -225,7 +229,7 @@ def compile_step(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -
 def measure_times(loaded: LoadedModel, what: Configuration, tokens: np.ndarray, reference: Reference) -> PairedTimes:
     """The times alone, of a decoder of their own: what a round of confirming wants."""
     with what.kernel.active():
-        run, *_ = _started(loaded, what, tokens)
+        run, *_ = start_decoder(loaded, what, tokens)
     return time_beside(run, reference)
 
 
@@ -243,7 +247,9 @@ def time_beside(run: TimedDecoder, reference: Reference) -> PairedTimes:
         return take_pairs(segment, lambda: reference.segment(most), reference.execution)
 
 
-def _started(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> tuple[TimedDecoder, float, float, int]:
+def start_decoder(
+    loaded: LoadedModel, what: Configuration, tokens: np.ndarray
+) -> tuple[TimedDecoder, float, float, int]:
     """A warm decoder; its seconds until filled and until the first token, the tokens it warmed up with."""
     with no_garbage_collection():
         run = TimedDecoder(loaded, what, tokens)

@@ -130,6 +130,23 @@ class Row(Mapping[str, Any]):
     decode_sec: float | None = measure("total time", "s")
     prefill_sec: float | None = measure("prefill", "s", 3)
     first_token_latency_sec: float | None = measure("first token", "s", 3, label="first token latency, s")
+    ttft_ms: float | None = measure("TTFT", "ms", interval=True, final=True, label="time to first token, ms",
+                                     objective="minimize", told="ttft_ratio",
+                                     about="an empty cache takes in a prompt as long as the total KV")  # fmt: skip
+    ttft_ratio: float | None = measure("TTFT / strict's", decimals=3, interval=True,
+                                        about="time to first token over strict StreamingLLM's, in turn")  # fmt: skip
+    measured_ttft_ms: float | None = measure("measured TTFT", "ms", interval=True)
+    reference_ttft_ms: float | None = measure("strict's TTFT", "ms")
+    ttft_prompt_tokens: int | None = fact(about="of the prompt whose first token was waited for")
+    joules_per_token: float | None = measure("J/token", decimals=3, interval=True, final=True,
+                                              label="energy per output token, J", objective="minimize",
+                                              told="energy_ratio", about="by the device's counter")  # fmt: skip
+    energy_ratio: float | None = measure("energy / strict's", decimals=3, interval=True,
+                                          about="joules per token over strict StreamingLLM's, in turn")  # fmt: skip
+    measured_joules_per_token: float | None = measure("measured J/token", decimals=3, interval=True)
+    reference_joules_per_token: float | None = measure("strict's J/token", decimals=3)
+    energy_segment_sec: float | None = measure("shortest segment of energy", "s", 1)
+    energy_of: str | None = fact("energy of", words=True, mlflow="tag", about="what the counter counts")
     avg_attn_ms: float | None = measure("attention", "ms/token", label="attention per token, ms")
     bytes_per_token: int | None = fact(about="read for a token: weights and cache")
     bandwidth_utilization: float | None = measure("share of bandwidth", decimals=2)
@@ -421,7 +438,11 @@ def _is_key(key: str) -> bool:
     return any(key.endswith(end) and key.removesuffix(end) in FIELDS for end in ENDS)
 
 
-_POSITIVE = ("time_ratio", "tpot_ms", "measured_tpot_ms", "reference_tpot_ms", "speedup", "perplexity")
+_POSITIVE = (
+    *("time_ratio", "tpot_ms", "measured_tpot_ms", "reference_tpot_ms", "speedup", "perplexity"),
+    *("ttft_ratio", "ttft_ms", "measured_ttft_ms", "reference_ttft_ms"),
+    *("energy_ratio", "joules_per_token", "measured_joules_per_token", "reference_joules_per_token"),
+)
 _DATES = ("finished_at", "timed_at")
 _LARGEST = 1 << 62
 """Of numbers; one over it is the least of those that are above 0."""

@@ -26,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-TIMED = ("speed", "quantized", "evaluator", "lease", "reference", "ring_kernel")
+TIMED = ("speed", "quantized", "evaluator", "lease", "reference", "ring_kernel", "energy")
 PARTS = ("correctness", "exactness", *TIMED)
 """Modules beside this one, each with its `CHECKS`."""
 
