@@ -34,7 +34,8 @@ COSTS = ("ppl_vs_strict_percent", "ppl_increase_percent")
 """Measures of lost quality, 0 being no loss; the first that a row has counts. The former has the narrower interval."""
 QUALITIES = (*COSTS, "perplexity")
 _SPEED = ("tpot_ms", "speedup")
-_SUPERLATIVES = dict.fromkeys(_SPEED, "fastest") | {"peak_kv": "smallest", "peak_memory_mb": "smallest"}
+_SUPERLATIVES = dict.fromkeys(_SPEED, "fastest") | dict.fromkeys(("peak_kv", "peak_memory_mb"), "smallest")
+_SUPERLATIVES |= {"ttft_ms": "first to answer", "joules_per_token": "most frugal"}
 
 
 @dataclass(frozen=True, slots=True)

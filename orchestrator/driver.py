@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
 
     from streamllm.configuration import Configuration
-    from streamllm.measuring.jobs import Done, Plan, TaskAsked
+    from streamllm.measuring.jobs import Done, More, Plan, TaskAsked
     from streamllm.measuring.plans import Evaluated
     from streamllm.measuring.quality import QualityComparison
     from streamllm.measuring.text import TokenStream
@@ -129,10 +129,13 @@ class Driver:
         first trial, unless trials wait for their times."""
         if self._is_fixing:
             return
+        from streamllm.measuring import plans
+
         self._is_fixing = True
-        strict = fixed_configuration(STRICT, self.study.cap)
+        strict, recomputing = (fixed_configuration(name, self.study.cap) for name in (STRICT, BASELINE))
         self.scheduler.start(self._with_tasks(strict), self.subject, partial(self._fixed, STRICT))
-        self.scheduler.start(self._baseline(), self.subject, partial(self._fixed, BASELINE))
+        baseline = plans.with_more(self._baseline(), recomputing, self._more_kinds)
+        self.scheduler.start(baseline, self.subject, partial(self._fixed, BASELINE))
 
     def goes_on(self) -> bool:
         """Searches on where trials that were timed again leave more to find than was asked for. Returns whether they
@@ -215,11 +218,18 @@ class Driver:
         self._see_what_is_left()
 
     def _with_tasks(self, what: Configuration) -> Plan[Evaluated]:
-        """Quality, speed and the scores of tasks."""
+        """Quality, speed, what else is asked for, and the scores of tasks."""
         from streamllm.measuring import plans
 
         fast = plans.fast(what, self._text, total=self.study.cap, recomputed=self._batches)
-        return with_tasks(fast, what, self._tasks, self.study.space.scores)
+        return with_tasks(plans.with_more(fast, what, self._more_kinds), what, self._tasks, self.study.space.scores)
+
+    @property
+    def _more_kinds(self) -> list[More]:
+        """The jobs besides quality and speed that the search goes by."""
+        from streamllm.measuring import plans
+
+        return plans.more_for(self.study.space.measures)
 
     @property
     def _batches(self) -> int:
@@ -227,7 +237,7 @@ class Driver:
         every sample has."""
         from streamllm.measuring import plans
 
-        if not _OF_RECOMPUTATION & {*self.study.space.objectives, *_limited(self.study.space)}:
+        if not _OF_RECOMPUTATION & {*self.study.space.measures}:
             return 0
         tokens = self._sample.least or len(self._text.tokens)
         return plans.comparable_batches(tokens, self.study.cap, self._text)

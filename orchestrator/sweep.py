@@ -129,6 +129,7 @@ def _measure(
     ending: Ending,
 ) -> _Measured:
     """Searches and confirms, and writes how that ended."""
+    from streamllm.measuring.plans import more_for
     from streamllm.measuring.store import MeasurementStore
 
     from .confirming import confirm
@@ -150,7 +151,7 @@ def _measure(
         display.note("starting Ray and its workers")
         setup = _worker_setup(configuration)
         pool = WorkerPool(setup, _with_the_cores_of(study, configuration.workers), note=display.note)
-        kinds = Kinds(study.rows, display.note)
+        kinds = Kinds(study.rows, display.note, "energy" in more_for(what.space.measures))
         turns = Timing(configuration.workers.timing, configuration.folder, display.note)
         scheduler = Scheduler(pool, store, setup.variant, display.note, [display], kinds.check, turns)
         driver = Driver(

@@ -59,10 +59,14 @@ class SearchSpace:
     """How its tasks are put: folder, limit, num_fewshot, apply_chat_template."""
 
     @property
+    def measures(self) -> tuple[str, ...]:
+        """Those that are objectives or constrained."""
+        return tuple(dict.fromkeys([*self.objectives, *(constraint.metric for constraint in self.constraints)]))
+
+    @property
     def scores(self) -> tuple[str, ...]:
-        """Scores of tasks that are objectives or constrained."""
-        names = (*self.objectives, *(constraint.metric for constraint in self.constraints))
-        return tuple(dict.fromkeys(filter(is_score, names)))
+        """Scores of tasks among them."""
+        return tuple(filter(is_score, self.measures))
 
     @property
     def keys_per_total(self) -> int:

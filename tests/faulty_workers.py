@@ -36,6 +36,7 @@ class WithoutModel(Worker):
         return self.place() | {
             "conditions": CONDITIONS,
             "device_type": "cpu",
+            "uncounted": None,
             "visible_devices": visible,
             "cores": self.cores,
             "warnings": warnings,

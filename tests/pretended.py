@@ -48,6 +48,7 @@ def description(host="here", kind=KIND, device_type="cpu", **more):
         "device_type": device_type,
         "visible_devices": "",
         "cores": [0],
+        "uncounted": None,
         "warnings": [],
     }
 

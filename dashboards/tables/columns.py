@@ -70,7 +70,8 @@ COLUMNS = (
     *map(Column.of, ("method", "backend", "backend_requested", "execution", "quantization")),
     *POLICY_COLUMNS,
     *(Column.of(field.name) for field in POLICY_WORDS),
-    *map(Column.of, ("peak_kv", "peak_kv_mib", "peak_memory_mb", "tpot_ms", "speedup", "rounds", "front_probability")),
+    *map(Column.of, ("peak_kv", "peak_kv_mib", "peak_memory_mb", "tpot_ms", "speedup")),
+    *map(Column.of, ("ttft_ms", "joules_per_token", "rounds", "front_probability")),
     *map(Column.of, ("perplexity", "ppl_vs_strict_percent", "ppl_increase_percent")),
     *map(Column.of, ("kl", "kl_p99", "same_top_percent", "dp_rms_percent")),
     *map(Column.of, ("kl_vs_recompute", "kl_vs_recompute_p99")),
@@ -104,6 +105,8 @@ _WHERE_THERE = {
 
 _ASKED_FOR = {
     "peak_memory_mb",
+    "ttft_ms",
+    "joules_per_token",
     "kl",
     "kl_p99",
     "same_top_percent",
@@ -117,9 +120,9 @@ _ASKED_FOR = {
 
 
 def shown_columns(rows: Sequence[AnyRow], objectives: Collection[str] = ()) -> tuple[Column, ...]:
-    """All but those that say nothing: settings that go without saying, memory and details of predictions where they are
-    no objective, the cache's bytes where they are as its tokens, the rounds of confirming where they are the same in
-    every row."""
+    """All but those that say nothing: settings that go without saying, memory, energy, the first token and details of
+    predictions where they are no objective, the cache's bytes where they are as its tokens, the rounds of confirming
+    where they are the same in every row."""
     present = {key for row in rows for key in _WHERE_THERE if row.get(key) is not None}
     needless = (_WHERE_THERE - present) | unsaid_settings(rows) | (_ASKED_FOR - {*objectives})
     if "peak_kv_mib" not in objectives and not bytes_differ(rows):

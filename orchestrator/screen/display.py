@@ -248,6 +248,8 @@ _LABELS = {
     "perplexity": "PPL",
     "peak_memory_mb": "peak memory MB",
     "peak_kv": "peak KV",
+    "ttft_ms": "TTFT ms",
+    "joules_per_token": "J/token",
 }
 
 

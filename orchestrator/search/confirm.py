@@ -27,6 +27,8 @@ FEWEST = 2
 _PAIRED = {
     "tpot_ms": ("time_ratio", "minimize"),
     "speedup": ("time_ratio", "minimize"),
+    "ttft_ms": ("ttft_ratio", "minimize"),
+    "joules_per_token": ("energy_ratio", "minimize"),
     "perplexity": ("ppl_vs_strict_percent", "minimize"),
     "ppl_increase_percent": ("ppl_vs_strict_percent", "minimize"),
 }
@@ -179,6 +181,8 @@ def _objective_draws(
         return comparison.draws([losses_of(row) for row in rows])
     if paired.startswith("kl") and (tables := _divergences(rows, arrays_of, paired)) is not None:
         return mean_draws(tables, rows[0]["n_tokens"] - 1, len(times))
+    if paired in ("ttft_ratio", "energy_ratio"):
+        return _ratio_draws(paired, rows, times.shape)
     sign = -1.0 if direction == "maximize" else 1.0
     if is_score(name):
         return sign * _score_draws(name, rows, times.shape)
@@ -204,6 +208,13 @@ def _score_draws(name: str, rows: Sequence[AnyRow], shape: tuple[int, ...]) -> n
     that fewer are told apart than could be."""
     errors = np.array([float(row.get(f"{name}{STDERR}", 0.0)) for row in rows])
     return np.array([float(row[name]) for row in rows]) + errors * np.random.default_rng(0).standard_normal(shape)
+
+
+def _ratio_draws(name: str, rows: Sequence[AnyRow], shape: tuple[int, ...]) -> np.ndarray:
+    """Log ratios that rounds do not take again: by the search's own interval, of each by itself."""
+    ends = np.log([[float(row.get(f"{name}{end}", row[name])) for end in ("", "_low", "_high")] for row in rows])
+    errors = (ends[:, 2] - ends[:, 1]) / (2 * 1.96)
+    return ends[:, 0] + errors * np.random.default_rng(1).standard_normal(shape)
 
 
 def _equally_long(series: Sequence[Sequence[float]]) -> list[list[float]]:

@@ -52,7 +52,10 @@ _FIRST = 4
 _WELL_MEASURED, _WELL_EXPLAINED = 12, 0.5
 """Measurements of an objective, and the share of their variance that the others let expect, before it is said what
 decides it."""
-_TIMED = ("time_ratio", "speedup", "peak_memory_mb")
+_TIMED = (
+    *("time_ratio", "tpot_ms", "speedup", "peak_memory_mb"),
+    *("ttft_ratio", "ttft_ms", "energy_ratio", "joules_per_token"),
+)
 """Measures that a configuration has to be timed for; others are of its policy, but for scores of tasks."""
 
 

@@ -28,9 +28,11 @@ def unquantized(digest: str) -> str:
 class Kinds:
     """Of a study's workers."""
 
-    def __init__(self, rows: Iterable[Row], note: Callable[[str], None]) -> None:
-        """rows: what the study has measured; note: is told of workers whose times do not compare with those."""
+    def __init__(self, rows: Iterable[Row], note: Callable[[str], None], counts_energy: bool = False) -> None:
+        """rows: what the study has measured; note: is told of workers whose times do not compare with those;
+        counts_energy: whether each has to."""
         known = list(rows)
+        self._counts_energy = counts_energy
         self._note = note
         self.first: Kind | None = next((kind_of(row) for row in known if "device" in row), None)
         """That of the workers when the study began; in a new study, the first one's."""
@@ -40,7 +42,9 @@ class Kinds:
     def check(self, worker: int, description: WorkerDescription) -> bool:
         """A study is of one model, whoever measures and whenever; tables tell the kinds apart, and one confirms. Raises
         UsageError."""
-        conditions = description["conditions"]
+        conditions, uncounted = description["conditions"], description["uncounted"]
+        if self._counts_energy and uncounted is not None:
+            raise UsageError(f"{description['host']}: {uncounted}")
         found = unquantized(conditions.model_digest)
         self._model = self._model or found
         if found != self._model:

@@ -83,6 +83,8 @@ class WorkerDescription(WorkerPlace):
     """Its accelerator, as Ray has it; empty if it has none."""
     cores: list[int]
     """Those it is pinned to; empty if it is not."""
+    uncounted: str | None
+    """Why it cannot count energy; None where it can."""
     warnings: list[str]
 
 

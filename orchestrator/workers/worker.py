@@ -66,6 +66,7 @@ class Worker:
         warnings = self._claim(accelerator.name, accelerator.near) if accelerator else self._claim()
 
         from streamllm.engine.device import limit_threads, unverified
+        from streamllm.engine.energy import why_uncounted
 
         if self.setup.directory is not None:
             with suppress(OSError):  # where it is missing, so is what would be looked for in it
@@ -79,6 +80,7 @@ class Worker:
             "device_type": loaded.device.type,
             "visible_devices": accelerator.visible if accelerator else "",
             "cores": self.cores,
+            "uncounted": why_uncounted(loaded.device),
             "warnings": [*warnings, *_mismatches(self.cores), *filter(None, [unverified(loaded.device)])],
         }
 

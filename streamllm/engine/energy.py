@@ -42,6 +42,15 @@ def energy_counter(device: torch.device) -> EnergyCounter:
     return GpuCounter.of(str(torch.cuda.get_device_properties(device).uuid))
 
 
+def why_uncounted(device: torch.device) -> str | None:
+    """None where there is a counter."""
+    try:
+        energy_counter(device)
+    except UnavailableError as error:
+        return str(error)
+    return None
+
+
 @dataclass(frozen=True)
 class GpuCounter:
     """NVML's total energy of a GPU, in millijoules since the driver was loaded (Volta and later)."""

@@ -40,6 +40,8 @@ class Energy:
     """The shortest segment."""
     covers: str
     """What the counter counts."""
+    seconds: float
+    """Time to measure all this."""
 
     @property
     def ratio(self) -> Estimate:
@@ -52,6 +54,7 @@ class Energy:
             "reference_joules_per_token": float(np.median(self.reference_joules)),
             "energy_segment_sec": self.segment_sec,
             "energy_of": self.covers,
+            "speed_sec": self.seconds,
         }
 
 
@@ -60,6 +63,7 @@ def measure_energy(
     loaded: LoadedModel, what: Configuration, tokens: np.ndarray, reference: Reference, counter: EnergyCounter
 ) -> Energy:
     """Of the steady state of a full cache, as times are. Raises UnavailableError for a counter that hardly moves."""
+    begun = time.perf_counter()
     with what.kernel.active():
         run, *_ = start_decoder(loaded, what, tokens)
     lengths: list[float] = []
@@ -73,7 +77,7 @@ def measure_energy(
     with no_garbage_collection():
         turns = in_turn((lambda: segment(run), lambda: segment(reference.decoder)))
         own, theirs = zip(*(next(turns) for _ in range(FEWEST_PAIRS)), strict=True)
-    return Energy(list(own), list(theirs), min(lengths), counter.covers)
+    return Energy(list(own), list(theirs), min(lengths), counter.covers, time.perf_counter() - begun)
 
 
 def segment_joules(run: TimedDecoder, counter: EnergyCounter) -> tuple[float, float]:

@@ -36,6 +36,8 @@ class FirstToken:
     times: PairedTimes
     """Milliseconds for the whole prompt."""
     prompt_tokens: int
+    seconds: float
+    """Time to measure all this."""
 
     def summary(self) -> dict[str, float | int]:
         return {
@@ -43,6 +45,7 @@ class FirstToken:
             **median_interval(np.array(self.times.ms)).flat("measured_ttft_ms"),
             "reference_ttft_ms": float(np.median(self.times.reference_ms)),
             "ttft_prompt_tokens": self.prompt_tokens,
+            "speed_sec": self.seconds,
         }
 
 
@@ -51,13 +54,14 @@ def measure_first_token(
     loaded: LoadedModel, what: Configuration, tokens: np.ndarray, beside: LoadedModel, total: int
 ) -> FirstToken:
     """A prompt of `total` tokens, from a text over and over. beside: the model of the reference."""
+    started = time.perf_counter()
     own = _prompted(loaded, what, tokens, total)
     reference = _prompted(beside, Configuration("ring", strict_policy(total)), tokens, total)
     with no_garbage_collection():
         for _ in range(WARMUP):
             own()
             reference()
-        return FirstToken(take_pairs(own, reference), total)
+        return FirstToken(take_pairs(own, reference), total, time.perf_counter() - started)
 
 
 def _prompted(loaded: LoadedModel, what: Configuration, tokens: np.ndarray, total: int) -> Callable[[], float]:

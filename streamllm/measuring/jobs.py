@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+More = Literal["first_token", "energy"]
+"""Kinds of jobs that take times of their own."""
 _NAMES = {"times": "speed", "first_token": "time to first token"}
 
 

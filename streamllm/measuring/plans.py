@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..policy import EvictionPolicy, strict_policy
 from .divergence import MOST_POSITIONS
 from .evaluation import Quality, fast_record
-from .jobs import Done, Job, Plan
+from .jobs import Done, Job, More, Plan
 from .keys import Keys
 from .sample import BATCH, FixedSize, SampleSize
 from .store import Measurement, MeasurementStore, entry_name
@@ -219,6 +219,34 @@ def with_speed(known: Evaluated, speed: Done) -> Evaluated:
         is_fresh=known.is_fresh or speed.is_fresh,
         seconds=known.seconds + speed.seconds,
         worker=speed.worker,
+    )
+
+
+_MORE: dict[str, More] = {"ttft_ms": "first_token", "joules_per_token": "energy"}
+
+
+def more_for(measures: Iterable[str]) -> list[More]:
+    """The jobs besides quality and speed that these measures come from: they are measured where they are asked for."""
+    return [_MORE[name] for name in dict.fromkeys(measures) if name in _MORE]
+
+
+def with_more(plan: Plan[Evaluated], what: Configuration, kinds: Sequence[More]) -> Plan[Evaluated]:
+    """What the plan finds out, and what such jobs do."""
+    known = yield from plan
+    if not kinds:
+        return known
+    done = yield [Job(kind, what) for kind in kinds]
+    record = dict(known.record)
+    for one in done:
+        found = one.measurement.record
+        taken = record["speed_sec"] + found["speed_sec"]
+        record |= {**found, "speed_sec": taken, **{name: record[name] for name in ("timing",) if name in record}}
+    return replace(
+        known,
+        record=record,
+        is_fresh=known.is_fresh or any(one.is_fresh for one in done),
+        seconds=known.seconds + sum(one.seconds for one in done),
+        worker=done[-1].worker,
     )
 
 

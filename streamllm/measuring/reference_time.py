@@ -1,4 +1,5 @@
-"""A study's milliseconds: each timing's ratio to the reference beside it, times one pooled time of the reference.
+"""A study's milliseconds, and joules: each timing's ratio to the reference beside it, times one pooled time of the
+reference.
 
 A ratio holds whatever else the machine did in that minute; milliseconds do not. So whatever is ranked, is ranked by
 ratios, and all milliseconds of a table are ratios in one unit: the median time of the reference on that kind of worker.
@@ -19,6 +20,12 @@ Kind = tuple[Any, ...]
 
 WORKER = ("device", "threads", "software")
 """The properties that tell the kinds of workers apart: times of different kinds do not compare."""
+_PAIRED = {
+    "tpot_ms": ("time_ratio", "reference_tpot_ms"),
+    "ttft_ms": ("ttft_ratio", "reference_ttft_ms"),
+    "joules_per_token": ("energy_ratio", "reference_joules_per_token"),
+}
+"""What a table shows -> the ratio that it is told from, and what the reference had beside it."""
 _KIND = ("model", "model_digest", "dtype", "quantization", "reference_total", "reference_execution", *WORKER)
 """Everything that the reference's time depends on."""
 
@@ -61,20 +68,21 @@ def kind(row: AnyRow) -> Kind:
 
 
 class ReferencePool:
-    """The reference's time on each kind of worker, over all rows added so far."""
+    """The reference's time, time to first token and energy on each kind of worker, over all rows added so far."""
 
     def __init__(self, rows: Iterable[AnyRow] = ()) -> None:
-        self._ordered: dict[Kind, list[float]] = defaultdict(list)
+        self._ordered: dict[str, dict[Kind, list[float]]] = {name: defaultdict(list) for name in _PAIRED}
         for row in rows:
             self.add(row)
 
     def add(self, row: AnyRow) -> None:
-        """Takes in the row's `reference_tpot_ms`, if it has one."""
-        if "reference_tpot_ms" in row:
-            insort(self._ordered[kind(row)], row["reference_tpot_ms"])
+        """Takes in what the reference had beside the row."""
+        for name, (_, beside) in _PAIRED.items():
+            if beside in row:
+                insort(self._ordered[name][kind(row)], row[beside])
 
     def time(self, of: Kind) -> ReferenceTime | None:
-        ordered = self._ordered.get(of)
+        ordered = self._ordered["tpot_ms"].get(of)
         if not ordered:
             return None
         low, median, high = (_quantile(ordered, share) for share in (0.05, 0.5, 0.95))
@@ -84,19 +92,24 @@ class ReferencePool:
 
     def times(self) -> list[ReferenceTime]:
         """One time for each kind, the one with the most timings first."""
-        found = [time for of in self._ordered if (time := self.time(of)) is not None]
+        found = [time for of in self._ordered["tpot_ms"] if (time := self.time(of)) is not None]
         alike = Counter((time.device, time.threads, time.execution) for time in found)
         found = [replace(time, told=alike[time.device, time.threads, time.execution] > 1) for time in found]
         return sorted(found, key=lambda time: -time.timings)
 
     def with_time(self, row: Row) -> Row:
-        """The row with `tpot_ms` and what follows from it; as it is if it was not timed."""
-        reference = self.time(kind(row))
-        if reference is None or "time_ratio" not in row:
-            return row
-        ends = ("", "_low", "_high", "_std")
-        times = {f"tpot_ms{end}": row[f"time_ratio{end}"] * reference.ms for end in ends if f"time_ratio{end}" in row}
-        return row | times | {"decode_toks_per_sec": 1e3 / times["tpot_ms"]}
+        """The row with `tpot_ms` and what follows from it, with `ttft_ms` and `joules_per_token`: of these, what was
+        measured of it."""
+        of = kind(row)
+        found: dict[str, float] = {}
+        for name, (ratio, _) in _PAIRED.items():
+            if (ordered := self._ordered[name].get(of)) and ratio in row:
+                unit = _quantile(ordered, 0.5)
+                ends = (end for end in ("", "_low", "_high", "_std") if f"{ratio}{end}" in row)
+                found |= {f"{name}{end}": row[f"{ratio}{end}"] * unit for end in ends}
+        if "tpot_ms" in found:
+            found["decode_toks_per_sec"] = 1e3 / found["tpot_ms"]
+        return row | found
 
 
 def with_times(rows: Sequence[Row]) -> list[Row]:
