@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from .engine.model import LoadedModel
     from .measuring.baseline import Measured
+    from .measuring.jobs import More
     from .measuring.measurements import Measurements
     from .measuring.quality import QualityComparison
     from .measuring.sample import SampleSize
@@ -47,12 +48,18 @@ class Measuring:
     """An attention backend that does not run is an error, not a warning."""
     baseline_tokens: int | None = None
     """Size of the baseline's sample; 0: all; None: until it is known to 0.5%, or for `BASELINE_SEC`."""
+    more: Sequence[More] = ()
+    """What is measured besides, of protocol `fast`."""
 
     def __post_init__(self) -> None:
         if self.protocol not in PROTOCOLS:
             raise UsageError(f"protocol {shown(self.protocol)}: must be one of {', '.join(PROTOCOLS)}")
         if self.baseline_tokens is not None and self.baseline_tokens < 0:
             raise UsageError(f"baseline_tokens {shown(self.baseline_tokens)}: must be a whole number >= 0")
+        if self.more and self.protocol != "fast":
+            raise UsageError(
+                f"{self.more[0]} with protocol {self.protocol!r}: it is measured by protocol fast; leave one out"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,6 +201,8 @@ def _measured_now(measurements: Measurements, what: Configuration, how: Measurin
     predictions are compared with, as with strict StreamingLLM's; None: with neither."""
     from .engine.methods import sampled_losses
     from .engine.probing import runnable
+    from .measuring.jobs import Job
+    from .measuring.plans import with_found
     from .measuring.timing import compile_step
 
     loaded, stream = measurements.loaded, measurements.stream
@@ -211,6 +220,8 @@ def _measured_now(measurements: Measurements, what: Configuration, how: Measurin
             beside = [partial(measurements.compared_with, batches)] if batches is not None else []
             quality, record = evaluator(loaded, prepared, stream, measurements.bench.reference, progress, *beside)
             losses = quality.table
+        for kind in how.more:
+            record = with_found(record, measurements.bench.measure(Job(kind, what), how.strict).record)
     asked = {"backend_requested": what.backend, "reference_total": measurements.total}
     return with_bytes(Row.of(measurements.keys.identity(what, how.protocol) | record)) | asked, losses
 

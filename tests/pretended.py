@@ -10,6 +10,7 @@ from orchestrator.workers.messages import Assignment, Subject, Variant
 from orchestrator.workers.pool import Finished
 from streamllm.engine.methods import METHODS
 from streamllm.measuring.conditions import Conditions
+from streamllm.measuring.jobs import MORE
 from streamllm.measuring.sample import sample_batches
 from streamllm.measuring.store import Measurement, MeasurementStore, code_digest
 from streamllm.measuring.text import TokenStream
@@ -68,6 +69,11 @@ def measured(job, text=TEXT, **more):
         times = RAW | {"time_ratio": ratio, "speed_sec": 0.5, "prefill_sec": 0.1}
         times |= {"first_token_latency_sec": 0.1, "avg_attn_ms": 0.1, "peak_memory_mb": 9.0}
         return Measurement(times | backends | more)
+    if job.kind in MORE:
+        ratio, reference = {"first_token": ("ttft_ratio", "reference_ttft_ms"),
+                            "energy": ("energy_ratio", "reference_joules_per_token")}[job.kind]  # fmt: skip
+        ends = {f"{ratio}_low": 0.9, f"{ratio}_high": 1.0 + policy.n_sink}
+        return Measurement({ratio: 1.0 + policy.n_sink / 10, **ends, reference: 5.0, "speed_sec": 0.25} | more)
     table = losses(policy.n_sink, len(text.tokens))
     if job.batch is not None:
         table = table[list(sample_batches(len(text.tokens), policy.kept))[job.batch]]

@@ -26,6 +26,7 @@ from ..terminal.arguments import (
     add_measuring_arguments,
     add_method_argument,
     add_model_arguments,
+    add_more_arguments,
     add_policy_arguments,
     add_sample_argument,
     add_text_arguments,
@@ -89,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_measuring_arguments(how, protocol=None)
     add_sample_argument(how, "five minutes")
+    add_more_arguments(how)
     how.add_argument(
         "--execution",
         choices=EXECUTIONS,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from ..configuration import Configuration
 
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 More = Literal["first_token", "energy"]
-"""Kinds of jobs that take times of their own."""
+"""Kinds of jobs that take what is measured where it is asked for."""
+MORE: tuple[More, ...] = get_args(More)
 _NAMES = {"times": "speed", "first_token": "time to first token"}
 
 

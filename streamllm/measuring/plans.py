@@ -236,11 +236,9 @@ def with_more(plan: Plan[Evaluated], what: Configuration, kinds: Sequence[More])
     if not kinds:
         return known
     done = yield [Job(kind, what) for kind in kinds]
-    record = dict(known.record)
+    record = known.record
     for one in done:
-        found = one.measurement.record
-        taken = record["speed_sec"] + found["speed_sec"]
-        record |= {**found, "speed_sec": taken, **{name: record[name] for name in ("timing",) if name in record}}
+        record = with_found(record, one.measurement.record)
     return replace(
         known,
         record=record,
@@ -248,6 +246,11 @@ def with_more(plan: Plan[Evaluated], what: Configuration, kinds: Sequence[More])
         seconds=known.seconds + sum(one.seconds for one in done),
         worker=done[-1].worker,
     )
+
+
+def with_found(record: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+    """The record of both; of how it was timed (`timing`), what the speed's says."""
+    return found | record | {"speed_sec": record["speed_sec"] + found["speed_sec"]}
 
 
 def whole(

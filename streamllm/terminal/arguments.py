@@ -15,6 +15,7 @@ from ..engine.methods import METHODS, OFFERED
 from ..environment import default_dataset, default_knob, default_model
 from ..errors import UsageError, shown
 from ..evaluating import STORE, Measuring
+from ..measuring.jobs import MORE
 from ..measuring.tables import JOINS
 from ..measuring.text import TextSource
 from ..options import DTYPES, PROTOCOLS, QUANTIZATIONS
@@ -152,6 +153,16 @@ def add_backend_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_more_arguments(group: argparse._ArgumentGroup) -> None:
+    """For measures that are taken where they are asked for."""
+    group.add_argument(
+        "--first-token", action="store_true", help="time to first token too: of a prompt as long as the total KV"
+    )
+    group.add_argument(
+        "--energy", action="store_true", help="joules per token too, where the device has a counter (15 seconds)"
+    )
+
+
 def add_sample_argument(group: argparse._ArgumentGroup, auto: str) -> None:
     group.add_argument(
         "--baseline-tokens",
@@ -270,7 +281,8 @@ def load_asked_with(
 def measuring(arguments: argparse.Namespace) -> Measuring:
     """Raises UsageError."""
     tokens = sample_size(arguments.baseline_tokens, arguments.protocol)
-    return Measuring(protocol=arguments.protocol, strict=arguments.strict, baseline_tokens=tokens)
+    more = [kind for kind in MORE if getattr(arguments, kind, False)]
+    return Measuring(protocol=arguments.protocol, strict=arguments.strict, baseline_tokens=tokens, more=more)
 
 
 def given_policy(arguments: argparse.Namespace) -> EvictionPolicy:
