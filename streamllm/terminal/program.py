@@ -18,6 +18,7 @@ COMMANDS = {
     "sync": ("orchestrator.sync", "bring MLflow up to date with a study"),
     "pareto": ("dashboards.pareto", "a study's Pareto table, what is recommended, and why"),
     "report": ("dashboards.report", "a study as one HTML file"),
+    "deploy": ("dashboards.deploy", "the recommended trial as a script, a custom_generate folder, flags of llama.cpp"),
     "figures": ("dashboards.figures", "figures of studies, PNG and PDF"),
     "summarize": ("dashboards.summarize", "tables of evaluations' JSON files"),
     "published": ("dashboards.published", "the source documents' tables beside a study or matrix of them"),
