@@ -36,7 +36,7 @@ __all__ = [
     "evaluate",
     "load_model",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOME = {
     "Configuration": "configuration",
