@@ -21,6 +21,7 @@ from .drawing.comparisons import BASELINE_LABEL, backends, comparison, runtime
 from .drawing.expectations import expectations
 from .drawing.importance import importance
 from .drawing.kv_length import kv_length
+from .drawing.planes import planes
 from .drawing.style import BLUE, GREY, LABELS, VERMILLION, NoDataError, interval_errors, new_figure, save, style
 from .loading import load_all
 from .recommendation import QUALITIES, recommended
@@ -99,6 +100,7 @@ def pareto_figure(study: StudyResults, path: Path) -> Path:
 
 STUDY_FIGURES: dict[str, Callable[[StudyResults], Figure]] = {
     "pareto": pareto,
+    "planes": planes,
     "importance": importance,
     "expectations": expectations,
     "kv_length": kv_length,

@@ -248,7 +248,7 @@ def test_what_there_is_data_for_is_written_and_the_rest_named(tmp_path, monkeypa
     assert main(["s", "results", "--output", "figures", "--format", "png"]) == 0
     output = capsys.readouterr()
     missing = {"importance", "ablation_window_size", "ablation_cache_slack", "ablation_max_drop"}
-    missing |= {"ablation_compress_every", "expectations"}
+    missing |= {"ablation_compress_every", "expectations", "planes"}
     written = {path.name for path in (tmp_path / "figures").iterdir()}
     assert written == {f"{name}.png" for name in {*STUDY_FIGURES, *ROW_FIGURES} - missing}
     assert {line.split(":")[0] for line in output.out.splitlines() if "left out" in line} == {
