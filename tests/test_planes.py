@@ -84,7 +84,7 @@ def test_what_is_far_behind_is_said_to_be_out_of_sight(study, monkeypatch):
     with style():
         figure = planes(study())
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["on the front, ours", "behind it; 1 are out of sight", "recommended", "best in this plane alone"]
+    assert labels == ["on the front, ours", "behind it; 1 out of sight", "recommended", "best in this plane alone"]
     assert figure.axes[0].get_ylim()[1] < 10
 
 

@@ -54,9 +54,8 @@ def planes(study: StudyResults) -> Figure:
         axes.set(xlabel=LABELS[x], ylabel=LABELS[y], xlim=spans[x], ylim=spans[y])
         _number(axes, front, x, y)
     _legend(figure, shapes, sum(_is_outside(row, spans) for row in others))
-    figure.suptitle(
-        f"{study.configuration['summary']}: {len(front)} trials on the front", x=0.01, ha="left", fontsize=9
-    )
+    title = f"{study.configuration['summary']}: Pareto front, {len(front)} of {len(study.trials)} trials"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=9)
     return figure
 
 
@@ -120,7 +119,7 @@ def _legend(figure: Figure, shapes: dict[str, str], outside: int) -> None:
     def mark(shape: str, label: str, color: str = "k", size: int = 6) -> Line2D:
         return Line2D([], [], color=color, marker=shape, linestyle="", fillstyle="none", markersize=size, label=label)
 
-    behind = f"behind it; {outside} are out of sight" if outside else "behind it"
+    behind = f"behind it; {outside} out of sight" if outside else "behind it"
     handles = [
         *(mark(shape, f"on the front, {method}") for method, shape in shapes.items()),
         mark("o", behind, GREY, 4),
