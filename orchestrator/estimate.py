@@ -10,7 +10,10 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from streamllm.errors import UsageError
-from streamllm.measuring.pairing import seconds_of_pairs
+from streamllm.measuring.energy import LEAST_SEC
+from streamllm.measuring.first_token import WARMUP
+from streamllm.measuring.pairing import FEWEST_PAIRS, seconds_of_pairs
+from streamllm.measuring.plans import more_for
 from streamllm.measuring.sample import LEAST_TOKENS, MOST_TOKENS
 from streamllm.measuring.timing import WARMUP_TOKENS, segment_tokens
 from streamllm.policy import EvictionPolicy, steady_state, strict_policy
@@ -74,7 +77,7 @@ def estimate(
     trials = configuration.trials
     policies = _policies(configuration)
     losses = pace.losses(n_tokens) * len(set(policies)) / len(policies)
-    timing = fmean(timing_sec(pace, policy) for policy in policies)
+    timing = fmean(timing_sec(pace, policy) for policy in policies) + _more_sec(pace, configuration)
     source = "a few layers of this shape were run"
     if like:
         losses, timing = (median(row[name] for row in like) for name in ("quality_sec", "speed_sec"))
@@ -104,6 +107,16 @@ def timing_sec(pace: Pace, policy: EvictionPolicy) -> float:
     tokens = 3 * growing + min(cycle, 256) + 3 * warm + cycle
     segment = segment_tokens(token, cycle) * token
     return 3 * pace.losses(policy.kept) + tokens * token + seconds_of_pairs(segment)
+
+
+def _more_sec(pace: Pace, configuration: SweepConfiguration) -> float:
+    """Seconds for what else is measured of one configuration, where the space asks for it."""
+    prompt = pace.losses(configuration.identity.cap)
+    each = {
+        "first_token": 2 * WARMUP * prompt + seconds_of_pairs(prompt),
+        "energy": 2 * FEWEST_PAIRS * LEAST_SEC,
+    }
+    return sum(each[kind] for kind in more_for(configuration.identity.space.measures))
 
 
 def _sample_sec(configuration: SweepConfiguration, n_tokens: int, window: float, trials_sec: float) -> float:

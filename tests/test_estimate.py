@@ -64,6 +64,17 @@ def test_the_parts_of_an_estimate():
     assert many.baseline - few.baseline == pytest.approx(1000 * PACE.window() / 2)
 
 
+def test_what_else_is_measured_takes_its_time(tmp_path):
+    def timing(*objectives):
+        space = tmp_path / "space.yaml"
+        space.write_text(f"objectives: [{', '.join(objectives)}]\nparameters: {{method: ours, n_sink: [0, 4]}}\n")
+        return estimate(PACE, 8192, configuration("--space", str(space), "--trials", "2"), 1, ()).timing
+
+    prompt, usual = PACE.losses(128), timing("tpot_ms", "perplexity")
+    assert timing("tpot_ms", "perplexity", "joules_per_token") - usual == pytest.approx(14), "seven pairs of a second"
+    assert timing("perplexity", "ttft_ms") - usual == pytest.approx(4 * prompt + seconds_of_pairs(prompt))
+
+
 def test_what_was_measured_is_believed_more():
     like = [{"quality_sec": 3.0, "speed_sec": seconds} for seconds in (5.0, 7.0, 100.0)]
     found = estimate(PACE, 8192, configuration(), 1, like)

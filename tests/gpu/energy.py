@@ -7,8 +7,9 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
-from streamllm.engine.device import copy_bandwidth
+from streamllm.engine.device import synchronize
 from streamllm.engine.energy import EnergyCounter, energy_counter
 from streamllm.errors import UnavailableError
 from streamllm.measuring.energy import measure_energy
@@ -88,23 +89,24 @@ def steps(scale: Scale) -> Result:
         counter = energy_counter(scale.device)
     except UnavailableError as error:
         return {"ok": None, "rows": [], "skipped": str(error)}
-    copy_bandwidth(scale.device)
-    rows = [{"while": "copying", **_watched(counter, lambda: copy_bandwidth.__wrapped__(scale.device))}]
-    return {
-        "ok": None,
-        "rows": [*rows, {"while": "idle", **_watched(counter, lambda: None)}],
-        "counter": counter.covers,
-    }
+    source = torch.ones(2**26, device=scale.device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        target.copy_(source)
+        synchronize(scale.device)
+
+    rows = [{"while": "copying", **_watched(counter, copy)}, {"while": "idle", **_watched(counter, lambda: None)}]
+    return {"ok": None, "rows": rows, "counter": counter.covers}
 
 
 def _watched(counter: EnergyCounter, work: Callable[[], object]) -> dict[str, float]:
-    """Reads it for some seconds, with `work` in between."""
+    """Reads it for some seconds, with `work` before each reading."""
     seen: list[tuple[float, float]] = []
     reads: list[float] = []
     start = time.perf_counter()
-    while (now := time.perf_counter()) - start < _WATCHED_SEC:
-        if len(seen) % 10 == 0:
-            work()
+    while time.perf_counter() - start < _WATCHED_SEC:
+        work()
         now = time.perf_counter()
         joules = counter.joules()
         reads.append(1e3 * (time.perf_counter() - now))
