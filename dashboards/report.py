@@ -24,6 +24,9 @@ from streamllm.results.study import FIXED, StudyResults
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
+from .attainment import Band, band
+from .attainment import data as band_data
+from .drawing.style import NoDataError
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
 from .findings import Findings, findings
 from .loading import load
@@ -50,6 +53,8 @@ _ENDS = {None: "running, or killed", "": "how it ended is not known"}
 _DIGITS = 6
 """Significant ones in the page's data: what the chart and the table can show."""
 
+_BAND_DIGITS = 5
+
 
 def write_report(study: StudyResults, path: Path | None = None, figures: Sequence[Path] | None = None) -> Path:
     """Writes the report, `report.html` in the study's folder unless given. Returns the file.
@@ -67,6 +72,7 @@ def report(study: StudyResults, figures: Sequence[Path] | None = None) -> str:
         return _matrix_report(study)
     front = study.front
     found = findings(study, front)
+    sure = _band(study)
     script = (_PAGE / "report.js").read_text(encoding="utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return string.Template((_PAGE / "report.html").read_text(encoding="utf-8")).substitute(
@@ -78,7 +84,8 @@ def report(study: StudyResults, figures: Sequence[Path] | None = None) -> str:
         summary=_summary(found),
         front_table=_front_table(study, front, found.recommended),
         front_note=_front_note(study, front),
-        data=_data(study, front, found.recommended),
+        band=_band_words(sure),
+        data=_data(study, front, found.recommended, sure),
         figures=_figures(study, figures),
         measured=_measured(study),
         failures=_failures(study),
@@ -147,7 +154,22 @@ def _front_note(study: StudyResults, front: Sequence[AnyRow]) -> str:
     return escape(" ".join([text, *kinds.notes(kinds.letters([[*front, *study.fixed]]))]))
 
 
-def _data(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | None) -> str:
+def _band(study: StudyResults) -> Band | str:
+    """How sure the front is; why that is not known, or nothing for one that was not confirmed."""
+    try:
+        return band(study)
+    except NoDataError as reason:
+        return f"How sure the front is cannot be drawn: {reason}." if study.is_confirmed else ""
+
+
+def _band_words(sure: Band | str) -> str:
+    if isinstance(sure, str):
+        return escape(sure)
+    key = '<span class="key band-key"></span> nine of ten drawn fronts, and what half of them attain.'
+    return f"{key} {escape(sure.words)}"
+
+
+def _data(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | None, sure: Band | str = "") -> str:
     """The data that the script draws and sorts, as JSON that cannot end its element: no `<` is left in it."""
     rows = list(study.trials)
     index = {row["trial"]: place for place, row in enumerate(rows)}
@@ -164,6 +186,7 @@ def _data(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | No
         "recommended": None if recommended is None else index[recommended["trial"]],
         "baseline": {name: _shown(study.baseline.get(name)) for name in measures} if study.baseline else None,
         "objectives": study.objectives,
+        "band": None if isinstance(sure, str) else band_data(sure, _BAND_DIGITS),
         "axes": measures if len(measures) > 1 else [*study.objectives][:2],
         "labels": {key: _LABELS.get(key, key) for key in keys},
         "decimals": _DECIMALS,

@@ -56,7 +56,14 @@ def test_the_front_with_all_trials_intervals_knee_and_hypervolume(tmp_path):
     assert vertical[1].tolist() == [[3.0, 1.0], [3.0, 3.0]]
     assert "recommended" in texts(figure)
     # up to (9, 30): (9-3)(30-2) + (9-6)(2-1.5), the ends being no better than the corner in one of them
-    assert axes.get_title(loc="left").endswith("hypervolume up to the worst trial 169.5; lines are 95% intervals")
+    assert (
+        axes.get_title(loc="left")
+        .replace("\n", " ")
+        .endswith(
+            "Hypervolume 169.5 up to the reference point (ms/token 9.00, PPL increase % 30.0), the worst of each. "
+            "Lines are 95% intervals."
+        )
+    )
     assert {text.get_text() for text in axes.texts} == {"0", "3", "1", "4"}
 
 

@@ -89,6 +89,7 @@
     const beyond = rows.length - plotted.length;
     element("beyond").textContent = beyond ? `${beyond} trials are beyond the edge` : "";
 
+    band(x, y, across, up);
     baseline(x, y, [left, right], [bottom, top], across, up);
     const dots = plotted.filter((mark) => !onFront.has(mark.row.index));
     const feasible = dots.filter((mark) => mark.row.feasible !== false);
@@ -118,6 +119,24 @@
     svg("text", { x: (box.left + box.right) / 2, y: 450, "text-anchor": "middle" }).textContent = labels[x];
     const title = svg("text", { x: 16, y: middle, "text-anchor": "middle", transform: `rotate(-90 16 ${middle})` });
     title.textContent = labels[y];
+  }
+
+  /** What nine of ten drawn fronts attain or miss, between two staircases, and the edge of what half of them attain. */
+  function band(x, y, across, up) {
+    const names = Object.keys(study.objectives);
+    if (!study.band || x === y || !names.includes(x) || !names.includes(y)) return;
+    const clamp = (value, low, high) => Math.min(Math.max(value, low), high).toFixed(1);
+    const worstX = study.objectives[x] === "minimize" ? box.right : box.left;
+    const worstY = study.objectives[y] === "minimize" ? box.top : box.bottom;
+    const stairs = (corners) => {
+      const places = x === names[0] ? corners : corners.map(([a, b]) => [b, a]).reverse();
+      const steps = places.map(([a, b]) => `H${clamp(across(a), box.left, box.right)}V${clamp(up(b), box.top, box.bottom)}`);
+      return `M${clamp(across(places[0][0]), box.left, box.right)} ${worstY}${steps.join("")}H${worstX}`;
+    };
+    const [hardly, half, surely] = study.band.map(stairs);
+    const close = `V${worstY}Z`;
+    svg("path", { class: "band", "fill-rule": "evenodd", d: hardly + close + surely + close });
+    svg("path", { class: "half", d: half });
   }
 
   function baseline(x, y, [left, right], [bottom, top], across, up) {
