@@ -1,4 +1,5 @@
-"""`python -m dashboards.figures STUDY`: figures for people who would rather look than read, as PNG and PDF."""
+"""`python -m dashboards.figures STUDY`: figures for people who would rather look than read, as PNG, PDF and
+SVG."""
 
 from __future__ import annotations
 
@@ -29,9 +30,12 @@ from .drawing.style import (
     BLUE,
     GREY,
     LABELS,
+    PAPER,
+    SCREEN,
     SHAPES,
     SKY,
     VERMILLION,
+    Medium,
     NoDataError,
     interval_errors,
     medium,
@@ -63,6 +67,9 @@ _APART = (36, 18)
 """Pixels, of which there are a hundred to the inch, between numbered points, across and upwards."""
 _OF_TITLE = 88
 """Letters in a line above the axes."""
+_NOTHING = 1e4
+"""What is so many times smaller than the largest value of an axis is no value that an axis is bent for: a policy's
+own distance to itself, such as 0."""
 _WITH_INTERVALS = 300
 """Dominated trials; of more, intervals would cover everything."""
 
@@ -184,6 +191,8 @@ class Written:
     paths: list[Path]
     left_out: dict[str, str]
     """Figure -> why."""
+    captions: dict[str, str]
+    """Figure -> what it says of itself, if anything."""
 
 
 def write_figures(
@@ -192,8 +201,10 @@ def write_figures(
     suffixes: Sequence[str] = ("png", "pdf"),
     evaluations: Sequence[AnyRow] = (),
     only: Collection[str] | None = None,
+    media: Sequence[Medium] = (SCREEN,),
 ) -> Written:
-    """Writes the figures that there is data for. Of several studies, each has those of a study under its own name.
+    """Writes the figures that there is data for, for each of the media. Of several studies, each has those of a study
+    under its own name.
 
     evaluations: rows of `read_results`; only: names of figures."""
     drawn: dict[str, Callable[[], Figure]] = {}
@@ -202,14 +213,18 @@ def write_figures(
             drawn[name if len(studies) == 1 else f"{name}-{study.name}"] = partial(draw, study)
     rows = [*(row for study in studies for row in _rows(study)), *evaluations]
     drawn |= {name: partial(draw, rows) for name, draw in ROW_FIGURES.items()}
-    written = Written([], {})
-    with style():
-        for name, draw_it in drawn.items():
-            if only is None or name in only:
-                try:
-                    written.paths.extend(save(draw_it(), folder / name, suffixes))
-                except NoDataError as reason:
-                    written.left_out[name] = str(reason)
+    written = Written([], {}, {})
+    of = ", ".join(study.name for study in studies)
+    for made_for in media:
+        with style(made_for):
+            for name, draw_it in drawn.items():
+                if only is None or name in only:
+                    try:
+                        figure = draw_it()
+                        written.paths.extend(save(figure, folder / name, suffixes, f"{name} of {of}" if of else name))
+                        written.captions[name] = str(figure.get_label())
+                    except NoDataError as reason:
+                        written.left_out[name] = str(reason)
     return written
 
 
@@ -227,7 +242,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                     print(f"warning: left out {problem}", file=sys.stderr)
         folder = arguments.output or (studies[0].folder if len(arguments.study) == len(studies) == 1 else Path())
         folder.mkdir(parents=True, exist_ok=True)
-        written = write_figures(studies, folder, tuple(arguments.format), evaluations)
+        formats = tuple(arguments.format or (("pdf", "svg") if arguments.paper else ("png", "pdf")))
+        media = PAPER if arguments.paper else (SCREEN,)
+        written = write_figures(studies, folder, formats, evaluations, media=media)
     except OSError as error:
         print(f"error: output {error.filename!r}: cannot be written ({error.strerror})", file=sys.stderr)
         return 2
@@ -235,6 +252,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(f"written {path}")
     for name, reason in written.left_out.items():
         say(f"left out {name}: {reason}")
+    for name, caption in written.captions.items():
+        if arguments.paper and caption:
+            say(f"caption of {name}: {caption}")
     return 0
 
 
@@ -252,7 +272,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help="where files are written (the study's folder; of several, here)"
     )
-    parser.add_argument("--format", nargs="+", choices=("png", "pdf"), default=["png", "pdf"], help="formats (both)")
+    parser.add_argument(
+        "--paper",
+        action="store_true",
+        help="3.3 and 7 inches wide, text of 7 and 8 points, captions printed instead of drawn; PDF and SVG",
+    )
+    parser.add_argument(
+        "--format", nargs="+", choices=("png", "pdf", "svg"), metavar="FORMAT", help="of png, pdf, svg (png pdf)"
+    )
     return parser.parse_args(argv)
 
 
@@ -366,7 +393,8 @@ def _limit(axes: Axes, rows: Sequence[AnyRow], x: str, y: str) -> None:
         margin = 0.08 * (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
         set_limits(min(values) - margin, max(values) + margin)
     size = sorted(abs(row[y]) for row in rows)
-    usual = max(size[len(size) // 2], 1e-9)
+    size = [one for one in size if one > size[-1] / _NOTHING] or [1.0]
+    usual = size[len(size) // 2]
     if size[-1] > 10 * usual:
         from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 

@@ -98,7 +98,7 @@ def new_figure(width: float, height: float, panels: int = 1) -> Figure:
     from matplotlib.figure import Figure
 
     if (there := medium().width) is not None:
-        height *= max(there / width, _LEAST_SHRINK) * grid(panels)[0] / math.ceil(panels / 2)
+        height *= min(max(there / width, _LEAST_SHRINK), 1) * grid(panels)[0] / math.ceil(panels / 2)
         width = there
     return Figure(figsize=(width, height), layout="constrained")
 
@@ -130,15 +130,16 @@ def save(figure: Figure, stem: Path, suffixes: Sequence[str], title: str = "") -
 
 _DPI = {False: 150, True: 300}
 """On paper or not."""
-_LETTER = 0.55
+_LETTER = 0.53
 """Width of a letter, in its size: the mean of a text in DejaVu Sans."""
 
 
 def _wrap_words(figure: Figure) -> None:
     """Breaks titles and labels of axes that are longer than what they stand at."""
-    rows, columns = grid(len(figure.axes))
-    width, height = 0.85 * figure.get_figwidth() / columns, 0.6 * figure.get_figheight() / rows
+    figure.draw_without_rendering()  # type: ignore[no-untyped-call]
     for axes in figure.axes:
+        place = axes.get_window_extent()
+        width, height = place.width / figure.dpi, place.height / figure.dpi
         for location in ("left", "center"):
             if title := axes.get_title(location):
                 axes.set_title(_in_lines(title, width), loc=location)
@@ -150,5 +151,5 @@ def _in_lines(text: str, inches: float) -> str:
     """In the current size of text."""
     import matplotlib
 
-    letters = int(72 * inches / (_LETTER * matplotlib.rcParams["font.size"]))
+    letters = max(int(72 * inches / (_LETTER * matplotlib.rcParams["font.size"])), 10)
     return "\n".join(part for line in text.split("\n") for part in wrap(line, letters))
