@@ -21,6 +21,7 @@ from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
 
 from .columns import Column
+from .latex import latex
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -70,32 +71,6 @@ def markdown(table: Table) -> str:
         "|" + "|".join("---:" if _is_right(column) else "---" for column in table.columns) + "|",
         *(line(cells) for cells in table.cells),
         *(f"\n{text}" for text in table.notes),
-        "",
-    ]
-    return "\n".join(lines)
-
-
-def latex(table: Table) -> str:
-    """For \\input{}; the units are a row of the header. Long tables break over pages."""
-    long = len(table.cells) > _ROWS_OF_A_PAGE
-    kind, package = ("longtable", "booktabs,longtable") if long else ("tabular", "booktabs")
-    alignment = "".join("r" if _is_right(column) else "l" for column in table.columns)
-    units = [f"({column.unit})" if column.unit else "" for column in table.columns]
-    about = [table.title, *table.summary, f"needs \\usepackage{{{package}}}", *table.notes]
-    lines = [
-        *(f"% {' '.join(line.split())}" for line in about),
-        "{\\footnotesize\\setlength{\\tabcolsep}{3pt}%",
-        f"\\begin{{{kind}}}{{@{{}}{alignment}@{{}}}}",
-        "\\toprule",
-        _latex_line([column.header for column in table.columns], table.columns),
-        *([_latex_line(units, table.columns)] if any(units) else []),
-        "\\midrule",
-        *(["\\endhead"] if long else []),
-        *(_latex_line(cells, table.columns) for cells in table.cells[: len(table.rows)]),
-        *(["\\midrule"] if table.baselines else []),
-        *(_latex_line(cells, table.columns) for cells in table.cells[len(table.rows) :]),
-        "\\bottomrule",
-        f"\\end{{{kind}}}}}",
         "",
     ]
     return "\n".join(lines)
@@ -175,26 +150,12 @@ def write_file(path: Path, content: str | bytes) -> None:
         raise UsageError(f"output {str(path)!r}: cannot be written ({error.strerror})") from error
 
 
-_ROWS_OF_A_PAGE = 50
 _STYLE = (
     "body{font:14px system-ui,sans-serif;margin:2em;color-scheme:light dark}"
     "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
     "th,td{padding:.25em .6em;text-align:left;white-space:nowrap;border-bottom:1px solid #8884}"
     "thead,tbody+tbody{border-top:1px solid;border-bottom:1px solid}.r{text-align:right}"
 )
-_LATEX = {
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "<": "\\textless{}",
-    ">": "\\textgreater{}",
-    "|": "\\textbar{}",
-    "×": "$\\times$",
-    "*": "{*}",  # after the end of a line it, and an opening bracket, would be read as its option
-    "[": "{[}",
-    "]": "{]}",
-} | {character: f"\\{character}" for character in "&%$#_{}"}
-_BEYOND_OT1 = "ÐÞ÷ðþ"
 
 
 def _is_right(column: Column) -> bool:
@@ -204,20 +165,6 @@ def _is_right(column: Column) -> bool:
 def _markdown(text: str) -> str:
     escaped = html.escape(" ".join(text.split()), quote=False)
     return "".join(f"\\{c}" if c in "|\\`*" else c for c in escaped)
-
-
-def _latex_line(cells: Sequence[str], columns: Sequence[Column]) -> str:
-    pairs = zip(cells, columns, strict=True)
-    return " & ".join(_latex(text).replace("-", "-" if column.words else "$-$") for text, column in pairs) + " \\\\"
-
-
-def _latex(text: str) -> str:
-    """Characters that the standard fonts lack become question marks."""
-    return "".join(_LATEX.get(c, c if _in_standard_fonts(c) else "?") for c in " ".join(text.split()))
-
-
-def _in_standard_fonts(character: str) -> bool:
-    return " " <= character <= "~" or ("À" <= character <= "ÿ" and character not in _BEYOND_OT1)
 
 
 def _finite(value: object) -> object:
