@@ -203,10 +203,10 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.addresses += [value for name, value in attributes if name in ("src", "href")]
-        self.inside = tag in ("td", "th")
         if tag == "tr":
             self.lines.append([])
-        if self.inside:
+        if tag in ("td", "th"):
+            self.inside = True
             self.lines[-1].append("")
 
     def handle_data(self, data):
@@ -214,7 +214,7 @@ class Page(HTMLParser):
             self.lines[-1][-1] += data
 
     def handle_endtag(self, tag):
-        self.inside = False
+        self.inside &= tag not in ("td", "th")
 
 
 def latex_cells(text):
