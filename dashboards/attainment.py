@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 _SAME = 0.005
 """By how much a P(front) may differ from the one that is stored: of draws made elsewhere, by another version."""
 
+_FARTHEST = 50.0
+"""Logarithm of a ratio: of few rounds t has such tails that a draw's own ratio may be beyond what a float holds."""
+
 
 @dataclass(frozen=True)
 class Band:
@@ -103,10 +106,11 @@ def _in_units(name: str, rows: Sequence[AnyRow], draws: np.ndarray) -> np.ndarra
         return np.array([float(row[of]) for row in rows])
 
     ranked_by, _ = PAIRED.get(name, (name, ""))
+    ratios = np.exp(np.clip(draws, -_FARTHEST, _FARTHEST))
     if ranked_by == "time_ratio":
-        factor = np.exp(draws) / column("time_ratio")
+        factor = ratios / column("time_ratio")
     elif ranked_by == "ppl_vs_strict_percent":
-        factor = np.exp(draws) / (1 + column("ppl_vs_strict_percent") / 100)
+        factor = ratios / (1 + column("ppl_vs_strict_percent") / 100)
     else:
         return draws
     if name in COSTS:

@@ -329,10 +329,9 @@ def _draw_band(axes: Axes, study: StudyResults) -> str:
     except NoDataError as reason:
         return f"How sure the front is cannot be drawn: {reason}."
     limits = (axes.get_xlim(), axes.get_ylim())
-    corners = np.concatenate([*found.corners, np.transpose(limits)])
-    ways = found.objectives.values()
-    worst = [(max if way == "minimize" else min)(column) for way, column in zip(ways, corners.T, strict=True)]
-    surely, half, hardly = (_stairs(region, worst) for region in reversed(found.corners))
+    lowest, highest = np.sort(limits).T
+    worst = np.where([way == "minimize" for way in found.objectives.values()], highest, lowest).tolist()
+    surely, half, hardly = (_stairs(np.clip(region, lowest, highest), worst) for region in reversed(found.corners))
     axes.fill(*zip(*hardly, *reversed(surely), strict=True), color=SKY, alpha=0.35, linewidth=0, label=_BAND, zorder=0)
     axes.plot(*zip(*half, strict=True), color=SKY, linewidth=1.2, linestyle="-.", label=_HALF, zorder=0.5)
     axes.set(xlim=limits[0], ylim=limits[1])

@@ -132,8 +132,10 @@ def test_it_is_said_in_a_sentence_and_drawn_behind_the_front(tmp_path):
         axes = pareto(study).axes[0]
     (area,) = axes.patches
     corners = area.get_xy()
-    assert corners[:, 0].min() == found.corners[0][0][0] and corners[:, 0].max() >= axes.get_xlim()[1]
-    assert corners[:, 1].min() == found.corners[0][-1][1] and corners[:, 1].max() >= axes.get_ylim()[1]
+    assert tuple(np.array([corners.min(axis=0), corners.max(axis=0)]).T.ravel()) == pytest.approx((
+        max(found.corners[0][0][0], axes.get_xlim()[0]), axes.get_xlim()[1],
+        max(found.corners[0][-1][1], axes.get_ylim()[0]), axes.get_ylim()[1],
+    )), "from the best that is drawn, within the axes, to their worst"  # fmt: skip
     assert area.get_zorder() == 0 and found.words in axes.get_title(loc="left").replace("\n", " ")
     shown = data(found, 5)
     assert shown[1][0] == [float(f"{value:.5g}") for value in found.corners[1][0]]
