@@ -330,7 +330,7 @@ def _draw_band(axes: Axes, study: StudyResults) -> str:
         return f"How sure the front is cannot be drawn: {reason}."
     limits = (axes.get_xlim(), axes.get_ylim())
     lowest, highest = np.sort(limits).T
-    worst = np.where([way == "minimize" for way in found.objectives.values()], highest, lowest).tolist()
+    worst = np.where([way == "minimize" for way in found.objectives.values()], highest, lowest)
     surely, half, hardly = (_stairs(np.clip(region, lowest, highest), worst) for region in reversed(found.corners))
     axes.fill(*zip(*hardly, *reversed(surely), strict=True), color=SKY, alpha=0.35, linewidth=0, label=_BAND, zorder=0)
     axes.plot(*zip(*half, strict=True), color=SKY, linewidth=1.2, linestyle="-.", label=_HALF, zorder=0.5)
@@ -338,12 +338,13 @@ def _draw_band(axes: Axes, study: StudyResults) -> str:
     return found.words
 
 
-def _stairs(region: np.ndarray, worst: Sequence[float]) -> list[tuple[float, float]]:
-    """The edge of a region with these corners, and no end but the worst of each axis."""
-    edge = [(float(region[0][0]), worst[1])]
-    for x, y in region.tolist():
-        edge += [(x, edge[-1][1]), (x, y)]
-    return [*edge, (worst[0], edge[-1][1])]
+def _stairs(region: np.ndarray, worst: np.ndarray) -> list[tuple[float, float]]:
+    """The edge of a region with these corners, of which those on the worst edges of the axes say nothing; it ends at
+    these edges."""
+    edge = [(float(worst[0]), float(worst[1]))]
+    for x, y in region[(region != worst).all(axis=1)].tolist():
+        edge = [*edge, (x, edge[-1][1]), (x, y)] if len(edge) > 1 else [(x, edge[0][1]), (x, y)]
+    return [*edge, (float(worst[0]), edge[-1][1])]
 
 
 def _number(axes: Axes, rows: Sequence[AnyRow], x: str, y: str) -> None:
@@ -392,8 +393,7 @@ def _limit(axes: Axes, rows: Sequence[AnyRow], x: str, y: str) -> None:
         margin = 0.08 * (max(values) - min(values)) or 0.1 * abs(values[0]) or 1.0
         set_limits(min(values) - margin, max(values) + margin)
     size = sorted(abs(row[y]) for row in rows)
-    size = [one for one in size if one > size[-1] / _NOTHING] or [1.0]
-    usual = size[len(size) // 2]
+    usual = next((one for one in size[len(size) // 2 :] if one > size[-1] / _NOTHING), 1.0)
     if size[-1] > 10 * usual:
         from matplotlib.ticker import FixedLocator, NullLocator, StrMethodFormatter
 

@@ -125,13 +125,15 @@
   function band(x, y, across, up) {
     const names = Object.keys(study.objectives);
     if (!study.band || x === y || !names.includes(x) || !names.includes(y)) return;
-    const clamp = (value, low, high) => Math.min(Math.max(value, low), high).toFixed(1);
+    const clamp = (value, low, high) => Number(Math.min(Math.max(value, low), high).toFixed(1));
     const worstX = study.objectives[x] === "minimize" ? box.right : box.left;
     const worstY = study.objectives[y] === "minimize" ? box.top : box.bottom;
     const stairs = (corners) => {
-      const places = x === names[0] ? corners : corners.map(([a, b]) => [b, a]).reverse();
-      const steps = places.map(([a, b]) => `H${clamp(across(a), box.left, box.right)}V${clamp(up(b), box.top, box.bottom)}`);
-      return `M${clamp(across(places[0][0]), box.left, box.right)} ${worstY}${steps.join("")}H${worstX}`;
+      const places = (x === names[0] ? corners : corners.map(([a, b]) => [b, a]).reverse())
+        .map(([a, b]) => [clamp(across(a), box.left, box.right), clamp(up(b), box.top, box.bottom)])
+        .filter(([h, v]) => h !== worstX && v !== worstY);
+      if (!places.length) return `M${worstX} ${worstY}`;
+      return `M${places[0][0]} ${worstY}${places.map(([h, v]) => `H${h}V${v}`).join("")}H${worstX}`;
     };
     const [hardly, half, surely] = study.band.map(stairs);
     const close = `V${worstY}Z`;
