@@ -23,23 +23,10 @@ from streamllm.policy import EvictionPolicy
 
 from .dispatched import decode, looking, no_waiting
 from .plain import surviving_logits
-from .zoo import known, random_model
+from .zoo import KINDS, MIXED, known, tiny
 
 IDENTITY = 1e-9
 WAYS = ("evaluator", "ours", "mit", "ring")
-MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 12}
-NARROW = {"sliding_window": 12}
-SHARED = {"num_kv_shared_layers": 2}
-ARCHITECTURES = {
-    **{name: {} for name in ("llama", "qwen3", "gpt_neox", "olmo2", "phi", "glm4", "gemma", "granite")},
-    **{name: {} for name in ("smollm3", "nanochat", "ministral3", "stablelm", "nemotron")},
-    **{name: {} for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")},
-    **dict.fromkeys(("cohere2", "exaone4", "afmoe", "olmo3", "gemma2", "gemma3_text", "modernbert-decoder"), MIXED),
-    **dict.fromkeys(("gpt_oss", "mimo_v2_flash", "granite_swa", "laguna", "ministral", "vaultgemma"), MIXED),
-    **dict.fromkeys(("mistral", "mixtral", "starcoder2", "phi3"), NARROW),
-}
-"""And what is changed of their own configurations: of windows, that some layers have one, of fewer tokens than any
-policy holds."""
 POLICIES = {
     "strict": {"n_sink": 4, "window": 20},
     "softlite": {"n_sink": 2, "window": 9, "every": 4, "slack": 2, "drop": 3},
@@ -54,14 +41,6 @@ def in_double():
     double = {"float32": torch.float64, "float": torch.float64}
     with patch.multiple(torch, **double), patch.object(torch.Tensor, "float", torch.Tensor.double):
         yield
-
-
-def tiny(architecture, dtype=torch.float64, **changed):
-    model = random_model(architecture, dtype, scale=1.0, **changed)
-    if dtype == torch.float64 and model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")  # the others do not know it
-    model.set_attn_implementation("eager")
-    return model
 
 
 def tokens_of(count):
@@ -101,9 +80,9 @@ def assert_exact(model, loaded, policy, positions, tokens, within=IDENTITY):
         torch.testing.assert_close(found, expected, rtol=0, atol=within, msg=lambda text, way=way: f"{way}: {text}")
 
 
-@pytest.mark.parametrize("architecture", known(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", known(KINDS))
 def test_every_way_is_the_model_over_the_survivors(architecture):
-    changed, tokens = ARCHITECTURES[architecture], tokens_of(50)
+    changed, tokens = KINDS[architecture], tokens_of(50)
     model = tiny(architecture, **changed)
     if not model._can_set_attn_implementation():
         pytest.skip("in this transformers its attention is code of its own")
@@ -128,7 +107,7 @@ def test_a_window_ends_where_transformers_ends_it(window, policy):
 
 @pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu"])
 def test_in_single_precision(architecture):
-    changed, tokens = ARCHITECTURES[architecture], tokens_of(50)
+    changed, tokens = KINDS[architecture], tokens_of(50)
     model = tiny(architecture, torch.float32, **changed)
     loaded = prepare(tiny(architecture, torch.float32, **changed), "", "")
     assert_exact(model, loaded, POLICIES["strict"], "compact", tokens, within=2e-4)
@@ -137,7 +116,7 @@ def test_in_single_precision(architecture):
 @pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "deepseek_v2", "deepseek_v3"])
 def test_angles_are_exact_a_million_tokens_away(architecture):
     """A ring in float32, told that a million tokens came and went behind its sinks; layers see some of them."""
-    changed, policy, tokens = dict(ARCHITECTURES[architecture]), policy_of(4, 20), tokens_of(60)
+    changed, policy, tokens = dict(KINDS[architecture]), policy_of(4, 20), tokens_of(60)
     if changed:
         changed["sliding_window"] = 23
     expected = streamed_logits("evaluator", prepare(tiny(architecture, **changed), "", ""), policy, tokens)
@@ -150,7 +129,7 @@ def test_angles_are_exact_a_million_tokens_away(architecture):
 @pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu"])
 def test_a_prompt_at_once(architecture, how, window):
     """What is fed in one piece is what is fed one by one, before and after evictions."""
-    loaded = prepare(tiny(architecture, **ARCHITECTURES[architecture]), "", "")
+    loaded = prepare(tiny(architecture, **KINDS[architecture]), "", "")
     policy, tokens = policy_of(3, window, every=16, **how), torch.from_numpy(tokens_of(70))
     for way in WAYS[1:]:
         expected = streamed_logits(way, loaded, policy, tokens.numpy())
@@ -162,7 +141,7 @@ def test_a_prompt_at_once(architecture, how, window):
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_oss", "gemma2"])
 def test_recompute_is_the_model_on_its_last_tokens(architecture):
-    changed, tokens = ARCHITECTURES[architecture], tokens_of(40)
+    changed, tokens = KINDS[architecture], tokens_of(40)
     model, loaded = tiny(architecture, **changed), prepare(tiny(architecture, **changed), "", "")
     with in_double(), torch.inference_mode():
         found = streamed_logits("recompute", loaded, policy_of(4, 20), tokens)
@@ -174,7 +153,7 @@ def test_recompute_is_the_model_on_its_last_tokens(architecture):
 @pytest.mark.parametrize("kv_dtype", ["float16", "float8_e4m3"])
 @pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu"])
 def test_in_another_number_format_the_evaluator_is_the_loop(architecture, kv_dtype):
-    loaded = prepare(tiny(architecture, **ARCHITECTURES[architecture]), "", "")
+    loaded = prepare(tiny(architecture, **KINDS[architecture]), "", "")
     tokens, policy = tokens_of(50), policy_of(3, 10, every=4, drop=3, kv_dtype=kv_dtype)
     for way in WAYS[1:]:
         keys = Configuration(way, policy).keys
@@ -185,7 +164,7 @@ def test_in_another_number_format_the_evaluator_is_the_loop(architecture, kv_dty
 
 @pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu", "stablelm"])
 def test_a_compiled_ring(architecture):
-    changed, tokens = ARCHITECTURES[architecture], tokens_of(40)
+    changed, tokens = KINDS[architecture], tokens_of(40)
     loaded, policy = prepare(tiny(architecture, torch.float32, **changed), "", ""), policy_of(3, 16)
     expected = streamed_logits("ring", loaded, policy, tokens)
     found = streamed_logits("ring", loaded, policy, tokens, execution="compile")
@@ -207,7 +186,7 @@ def test_a_model_that_is_handed_its_state_lets_go_of_it():
 @pytest.mark.parametrize("window", [8, 20])
 @pytest.mark.parametrize("architecture", known(["smollm3", "gemma3_text", "granite_swa", "gemma2"]))
 def test_no_step_and_no_prune_waits_for_the_device(architecture, window, positions):
-    loaded = prepare(tiny(architecture, torch.float32, **ARCHITECTURES[architecture]), "", "")
+    loaded = prepare(tiny(architecture, torch.float32, **KINDS[architecture]), "", "")
     stream = torch.from_numpy(tokens_of(40))
     for way in WAYS[1:]:
         decoder = make_decoder(loaded, Configuration(way, policy_of(3, window, every=4, positions=positions)))
