@@ -8,6 +8,7 @@ import gc
 import warnings
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_logits
+from streamllm.engine.experts import experts_for
 from streamllm.engine.loading import prepare
 from streamllm.engine.methods import make_decoder
 from streamllm.errors import UsageError
@@ -192,6 +194,30 @@ def test_no_step_and_no_prune_waits_for_the_device(architecture, window, positio
         decoder = make_decoder(loaded, Configuration(way, policy_of(3, window, every=4, positions=positions)))
         with looking(no_waiting):
             decode(decoder, stream)
+
+
+MIXTURES = ("mixtral", "gpt_oss", "deepseek_v3", "mimo_v2_flash", "laguna", "afmoe", "glm4_moe_lite")
+
+
+@pytest.mark.parametrize("architecture", known(MIXTURES))
+def test_experts_of_one_token_wait_for_no_device(architecture):
+    loaded = prepare(tiny(architecture, torch.float32, **KINDS[architecture]), "", "")
+    if not hasattr(loaded.config, "_experts_implementation"):
+        pytest.skip("this transformers computes experts in one way")
+    policy, tokens = policy_of(3, 16), tokens_of(40)
+    expected = streamed_logits("ring", loaded, policy, tokens)
+    elsewhere = replace(loaded, device=torch.device("meta"))
+    chosen = loaded.config._experts_implementation
+    for count in (1, 2):
+        with experts_for(elsewhere, count), experts_for(loaded, 1):
+            assert loaded.config._experts_implementation == ("batched_mm" if count == 1 else chosen)
+    decoder, stream = make_decoder(loaded, Configuration("ring", policy)), torch.from_numpy(tokens)
+    with experts_for(elsewhere, 1):
+        found = streamed_logits("ring", loaded, policy, tokens)
+        with looking(no_waiting):
+            decode(decoder, stream)
+    assert loaded.config._experts_implementation == chosen == "grouped_mm"
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 def test_a_ring_keeps_no_more_than_a_layers_window():

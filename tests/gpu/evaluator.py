@@ -18,7 +18,7 @@ from tests.benchmarks.reporting import interleaved, random_model, summary
 
 from .scale import Result, Scale
 
-BLOCKS = (256, 512, 1024, 2048)
+BLOCKS = (256, 512, 1024, 2048, 4096)
 
 
 @torch.inference_mode()
@@ -65,7 +65,7 @@ def _one_or_many(loaded: LoadedModel, scale: Scale) -> Iterator[tuple[str, tuple
     """With the number of policies it is for."""
     tokens = scale.tokens(scale.evaluated_tokens + 1)
     policy = EvictionPolicy(n_sink=4, window_size=scale.total - 4)
-    for block in (256, default_block(loaded)):
+    for block in sorted({256, default_block(loaded), scale.evaluated_tokens // 2, scale.evaluated_tokens}):
         yield f"evaluator, blocks of {block}", (1, partial(block_parallel_losses, loaded, tokens, policy, block))
     for streams, block in STREAMS:
         work = partial(plain_losses, loaded, tokens, scale.total, block, streams)
