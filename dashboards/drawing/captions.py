@@ -9,7 +9,7 @@ _CAPTIONS = {
     "pareto": "Every trial by the first two objectives; the joined marks are the front, from which one chooses. Look "
     "for the point after which the line turns: beyond it a little of one costs much of the other. Where the lines "
     "through two marks overlap, the measurements do not tell which is better.",
-    "results_summary": "Methods and attention kernels at one policy: speed above, what it costs in quality below. Methods "
+    "results_summary": "Methods and attention kernels at one policy: speed above, its cost in quality below. Methods "
     "that compute the same function have bars of equal height for quality and differ in speed alone.",
     "importance": "How much of an objective's variation each knob accounts for by itself. What has a short bar can be "
     "left as it is; what has a long one is worth more values in the next search.",
