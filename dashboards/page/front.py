@@ -24,7 +24,7 @@ def front_table(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRo
         cells = "".join(f'<td class="{_alignment(column)}">{_cell(column.text(row))}</td>' for column in columns)
         lines.append(f'<tr class="{kind}">{cells}<td class="sources" data-trial="{row["trial"]}"></td></tr>')
     heads = "".join(f'<th scope="col" class="{_alignment(column)}">{escape(column.heading)}</th>' for column in columns)
-    heads += '<th scope="col">command, sources</th>'
+    heads += '<th scope="col">source</th>'
     return f'<table id="front-table"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
 
 

@@ -111,7 +111,7 @@ const table = (() => {
         draw();
       });
     }
-    for (const text of ["command, sources", ...(hasNotes ? ["failed, violates, warns"] : [])]) html("th", text, line).scope = "col";
+    for (const text of ["source", ...(hasNotes ? ["failed, violates, warns"] : [])]) html("th", text, line).scope = "col";
   }
 
   function inCommon() {
