@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from streamllm.terminal.program import command, program
 from .loading import load_all
 from .tables import kinds
 from .tables.columns import shown_columns
+from .tables.conditions import GRAMMAR
 from .tables.formats import FORMATS, Table, write_file
 from .tables.table import dispensable, pareto_table
 from .tables.terminal import Line, View, lines, wrapped
@@ -121,7 +123,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("dashboards.pareto"),
         description="Export the Pareto tables of studies.",
-        epilog=_EXAMPLES,
+        epilog="\n\n".join((_EXAMPLES.rstrip(), *(textwrap.fill(text, 100) for text in GRAMMAR))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(

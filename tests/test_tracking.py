@@ -15,11 +15,13 @@ from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import SimpleQueue
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from dashboards.page.sources import runs_address
 from orchestrator import sync
 from orchestrator.conclusion import report_of, write_outputs
 from orchestrator.tracking import mlflow_runs as tracking
@@ -236,6 +238,28 @@ def test_what_mlflows_ui_makes_of_it(study, tmp_path):
         chromium.until(f"{_NAMES} == '001 ours,000 ours,002 ours,baseline,s,003 ours'")
         shown = chromium.run(f"return {text}").split("\n")
         assert {"pareto", "tpot_ms", "ppl_vs_strict_percent", "backend.used", "n_sink", "Dataset"} <= set(shown)
+        chromium.open(trials_page("2").replace(":5000", f":{port}"))
+        chromium.until(f"{_NAMES}.includes('002 ours') && !{_NAMES}.includes('001 ours')")
+
+
+def trials_page(trial):
+    """Where the report links to."""
+    told = runs_address(load_study("s"))
+    assert told["command"] == "mlflow ui" and told["address"].startswith("http://127.0.0.1:5000/#/experiments/1/runs?")
+    return f"{told['address']}'{trial}'"
+
+
+def test_the_study_notes_where_its_runs_are_for_the_report_to_link_to(study):
+    assert runs_address(load_study("s")) is None
+    assert synchronise() == 0
+    condition = unquote(trials_page("2").partition("&searchFilter=")[2])
+    assert search(condition) == ["2"]
+    folder = StudyFolder(study)
+    assert folder.read_tracking() == (store(), "1")
+    folder.write_tracking("https://there", "2")
+    assert folder.read_tracking() == ("https://there", "2")
+    folder.tracking.write_text('{"uri": 3}')
+    assert runs_address(load_study("s")) is None
 
 
 _NAMES = (

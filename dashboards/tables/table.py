@@ -12,7 +12,7 @@ from streamllm.results.study import StudyResults
 from ..recommendation import advice, recommended
 from . import kinds
 from .columns import COLUMNS, shown_columns
-from .filters import select
+from .filters import filtered
 from .formats import Table
 
 _PLACES = ("front", "tied", "no better", "dominated", "unconfirmed", "not finite", "infeasible", "failed")
@@ -80,14 +80,6 @@ def pareto_table(
 def dispensable(objectives: Collection[str]) -> tuple[str, ...]:
     """Keys of columns that a narrow terminal can do without, the first first."""
     return tuple(name for name in _DISPENSABLE if name not in objectives)
-
-
-def filtered(study: StudyResults, where: str | None) -> StudyResults:
-    """The study as if it had only those trials. Raises UsageError."""
-    if where is None:
-        return study
-    trials = select(study.trials, where)
-    return StudyResults(study.name, study.folder, study.configuration, study.baseline, trials)  # no strict: not its own
 
 
 def _placed(study: StudyResults, front: Sequence[AnyRow]) -> list[AnyRow]:

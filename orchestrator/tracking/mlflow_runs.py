@@ -21,6 +21,7 @@ from streamllm.results.mlflow_address import (
     runs_page,
     shown_at,
     store_uri,
+    without_password,
 )
 from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow, Row, told_name
 from streamllm.results.study import STRICT, VIEW, StudyResults, view_of
@@ -137,6 +138,7 @@ class Projection:
             with opening(self._uri, waiting):
                 self._client = mlflow_client(self._uri)
                 experiment = self._find_experiment()
+            self._folder.write_tracking(without_password(self._uri), self._experiment)
             self._describe_experiment(experiment.tags)
             self._find_runs()
             self._begin_to_write()

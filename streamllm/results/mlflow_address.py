@@ -60,14 +60,26 @@ def runs_page(experiment: str, study: str) -> str:
     return f"/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={view}"
 
 
+def page_of(experiment: str) -> str:
+    """Where MLflow shows runs of the experiment, which a `&searchFilter=` chooses."""
+    return f"/#/experiments/{experiment}/runs?workflowType=machine_learning"
+
+
 def shown_at(uri: str, page: str) -> str:
     """The whole address of a page, and what has to run if it is to answer; "" where only Databricks knows."""
-    if is_server(uri):
-        return f"{without_password(uri).rstrip('/')}{page}"
     if is_databricks(uri):
         return ""
-    server = "mlflow ui" if uri == _store_here() else f"mlflow ui --backend-store-uri {without_password(uri)}"
-    return f"{_USUAL_ADDRESS}{page} while `{server}` runs"
+    address, command = server_of(uri)
+    return f"{address}{page}" + (f" while `{command}` runs" if command else "")
+
+
+def server_of(uri: str) -> tuple[str, str]:
+    """The address of a server that shows the store, and the command that has to run if it is to answer; "" for one that
+    runs anyway. Not of Databricks'."""
+    if is_server(uri):
+        return without_password(uri).rstrip("/"), ""
+    here = uri == _store_here()
+    return _USUAL_ADDRESS, "mlflow ui" if here else f"mlflow ui --backend-store-uri {without_password(uri)}"
 
 
 def without_password(uri: str) -> str:
