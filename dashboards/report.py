@@ -23,6 +23,7 @@ from .drawing.captions import caption
 from .figures import ROW_FIGURES, STUDY_FIGURES, write_figures
 from .findings import findings
 from .loading import load
+from .page.band import band_note, band_or_reason
 from .page.data import data
 from .page.front import front_call, front_note, front_table
 from .page.sections import environment, failures, measured, summary
@@ -55,6 +56,7 @@ def report(study: StudyResults, figures: Sequence[Path] | None = None, at: Path 
         return _matrix_report(study)
     front = study.front
     found = findings(study, front)
+    sure = band_or_reason(study)
     script = _script()
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return string.Template((_PAGE / "report.html").read_text(encoding="utf-8")).substitute(
@@ -69,7 +71,8 @@ def report(study: StudyResults, figures: Sequence[Path] | None = None, at: Path 
         front_call=escape(front_call(study, front)),
         grammar="".join(f"<p>{escape(text)}</p>" for text in GRAMMAR),
         example=escape(EXAMPLE),
-        data=data(study, front, found.recommended, at or study.folder),
+        band=band_note(sure),
+        data=data(study, front, found.recommended, at or study.folder, sure),
         figures=_figures(study, figures),
         measured=measured(study),
         failures=failures(study),

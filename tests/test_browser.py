@@ -2,9 +2,12 @@
 
 import pytest
 
+from dashboards.pareto import write
 from dashboards.recommendation import reproduce_command
 from dashboards.report import write_report
+from dashboards.tables.table import pareto_table
 from tests.browser import browser, needs_browser
+from tests.test_attainment import made
 from tests.test_report import BASELINE, EVIL, ROWS, failed, row, study
 
 pytestmark = needs_browser
@@ -50,6 +53,51 @@ def test_points_are_shown_pinned_and_reached_without_errors(chromium, tmp_path, 
     assert EVIL in text("all")
     assert chromium.messages() == []
     assert {address.split(":")[0] for address in chromium.requests()} <= {"file", "data", "chrome", "chrome-untrusted"}
+
+
+@pytest.mark.parametrize(("theme", "paper"), [("light", "rgb(255, 255, 255)"), ("dark", "rgb(20, 24, 28)")])
+def test_a_table_scrolls_by_itself_and_is_dark_where_that_is_wanted(chromium, tmp_path, theme, paper):
+    found = study(tmp_path, [*ROWS, failed(5, EVIL)])
+    (page,) = write(pareto_table([found], everything=True), ["html"], tmp_path)
+    chromium.theme(theme)
+    chromium.open(page.as_uri())
+    chromium.until(f"location.href.endsWith('{tmp_path.name}/pareto.html') && document.readyState == 'complete'")
+    assert chromium.run("return getComputedStyle(document.body).backgroundColor") == paper
+    intervals = chromium.run("return [...document.querySelectorAll('td span')].map(i => i.getClientRects().length)")
+    assert {*intervals} == {1}, "each in one piece"
+    assert chromium.run("document.body.style.width = '400px'; return document.documentElement.scrollWidth") == 1280
+    wide = "const t = document.querySelector('.wide'); return [t.clientWidth, t.scrollWidth]"
+    there, needed = chromium.run(wide)
+    assert there <= 400 < needed
+
+
+def test_a_front_is_drawn_with_its_band(chromium, tmp_path):
+    found = made(tmp_path, {"tpot_ms": "minimize", "ppl_vs_strict_percent": "minimize"})
+    chromium.theme("light")
+    chromium.open(write_report(found).as_uri())
+    chromium.until(f"document.title == 's' && {_LOADED} && document.querySelector('#plot .band')")
+    ends = (
+        "return ['.grid', '.band'].map(name => { const c = document.querySelector('#plot ' + name).getBBox(); "
+        "return [c.x, c.y, c.x + c.width, c.y + c.height] })"
+    )
+    axes, band = chromium.run(ends)
+    assert band[1:3] == pytest.approx(axes[1:3]) and band[0] >= axes[0] - 0.1 and band[3] <= axes[3] + 0.1
+    middle = "return ['.half', '[data-trial=\"0\"]'].map(n => document.querySelector('#plot ' + n).getBBox())"
+    half, mark = chromium.run(middle)
+    assert half["x"] == pytest.approx(mark["x"] + mark["width"] / 2, abs=6), "half of them are as fast as the fastest"
+    swapped = (
+        "const s = document.getElementById(arguments[0]); s.value = arguments[1]; s.dispatchEvent(new Event('change'))"
+    )
+    chromium.run(swapped, "x-axis", "ppl_vs_strict_percent")
+    assert chromium.run("return document.querySelectorAll('#plot .band').length") == 0, "of one objective twice"
+    chromium.run(swapped, "y-axis", "tpot_ms")
+    axes, turned = chromium.run(ends)
+    assert turned[1:3] == pytest.approx(axes[1:3]) and turned != band
+    half, mark = chromium.run(middle.replace("0", "1"))
+    assert half["x"] == pytest.approx(mark["x"] + mark["width"] / 2, abs=12), "as good as the best, which is now left"
+    begins = chromium.run("return document.querySelector('#plot .half').getAttribute('d').split(/[M ]/)[1]")
+    assert float(begins) == pytest.approx(half["x"], abs=0.1), "its stairs go down from there"
+    assert [text for text in chromium.messages() if "SEVERE" in text] == []
 
 
 def test_the_table_is_sorted_filtered_and_paged_with_ten_thousand_trials(chromium, tmp_path):

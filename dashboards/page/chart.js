@@ -45,6 +45,7 @@ const chart = (() => {
       covers: (row) => across.covers(row[x]) && up.covers(row[y]),
     };
     axes(x, y, across, up, place);
+    band(x, y, place);
     baseline(x, y, across, up, place);
     plotted = rows.map((row) => ({ row, x: place.x(row[x]), y: place.y(row[y]), within: place.covers(row) }));
     const beyond = plotted.filter((mark) => !mark.within).length;
@@ -73,6 +74,23 @@ const chart = (() => {
     const title = (key, axis) => short(key) + (axis.note ? ` (${axis.note})` : "");
     svg("text", { x: (box.left + box.right) / 2, y: box.height - 8, "text-anchor": "middle" }).textContent = title(x, across);
     svg("text", { x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})` }).textContent = title(y, up);
+  }
+
+  /** What nine of ten drawn fronts attain or miss, between two staircases, and the edge of what half of them attain. */
+  function band(x, y, place) {
+    const names = Object.keys(study.objectives);
+    if (!study.band || x === y || !names.includes(x) || !names.includes(y)) return;
+    const worstX = study.objectives[x] === "minimize" ? box.right : box.left;
+    const worstY = study.objectives[y] === "minimize" ? box.top : box.bottom;
+    const stairs = (corners) => {
+      const places = (x === names[0] ? corners : corners.map(([a, b]) => [b, a]).reverse())
+        .map(([a, b]) => [place.x(a).toFixed(1), place.y(b).toFixed(1)]);
+      return `M${places[0][0]} ${worstY}${places.map(([px, py]) => `H${px}V${py}`).join("")}H${worstX}`;
+    };
+    const [hardly, half, surely] = study.band.map(stairs);
+    const close = `V${worstY}Z`;
+    svg("path", { class: "band", "fill-rule": "evenodd", d: hardly + close + surely + close });
+    svg("path", { class: "half", d: half });
   }
 
   /** The whole label where there is room for it. */

@@ -11,6 +11,8 @@ from pathlib import Path
 from streamllm.results.schema import FIELDS, OBJECTIVES, AnyRow
 from streamllm.results.study import StudyResults
 
+from ..attainment import Band
+from ..attainment import data as corners
 from ..recommendation import reproduce_command
 from ..tables.columns import COLUMNS, shown_columns, unsaid_settings
 from ..tables.conditions import EXAMPLE
@@ -28,11 +30,13 @@ _NOT_OF_A_TRIAL = {"study", "trial", "recommended", "place", "dominated_by", "no
 _VALUES = tuple(column.key for column in COLUMNS if column.key not in _NOT_OF_A_TRIAL)
 _DETAILS = (*_VALUES, "state", "violated", "reason", "warning")
 _SETTINGS = ("method", "backend", "backend_requested", "execution", "quantization")
-_DIGITS = 6
+_BAND_DIGITS, _DIGITS = 5, 6
 """Significant ones: what the chart and the table can show, and conditions compare."""
 
 
-def data(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | None, at: Path) -> str:
+def data(
+    study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | None, at: Path, sure: Band | str = ""
+) -> str:
     """JSON that cannot end its element: no `<` is left in it. at: the folder that the page lies in."""
     rows = list(study.trials)
     names = [name for name in columns_of([*rows, *study.fixed]) if name != FRONT]
@@ -51,6 +55,7 @@ def data(study: StudyResults, front: Sequence[AnyRow], recommended: AnyRow | Non
         "front": [index[row["trial"]] for row in front],
         "recommended": None if recommended is None else index[recommended["trial"]],
         "objectives": study.objectives,
+        "band": None if isinstance(sure, str) else corners(sure, _BAND_DIGITS),
         "axes": measures if len(measures) > 1 else [*study.objectives][:2],
         "labels": {key: LABELS.get(key, key) for key in {*measures, *details}},
         "headings": {key: _HEADINGS.get(key, key) for key in ("trial", *details, *measures)},
