@@ -239,7 +239,6 @@ def test_digests_versions_and_who_measured_are_tags_of_trials_and_of_the_study(s
 
 
 def test_studies_are_told_apart_and_compared_by_what_is_recommended(study):
-    """A study that MLflow gets when it is over began when it did."""
     for name in ("s", "other"):
         (study / "sweep.json").write_text(json.dumps(CONFIGURATION | {"study": name, "study_id": name}))
         assert synchronise() == 0
@@ -251,7 +250,6 @@ def test_studies_are_told_apart_and_compared_by_what_is_recommended(study):
     assert [run.data.tags["recommended"] for run in parents] == ["0", "0"]
     compared = parents[0].data.metrics
     assert (compared["recommended/tpot_ms"], compared["recommended/ppl_vs_strict_percent"]) == (3.0, 0.5)
-    assert {run.info.start_time for run in parents} == {1_699_999_997_500}
 
 
 def test_the_machine_is_watched_while_a_study_is_followed(study, monkeypatch):
@@ -289,14 +287,13 @@ def test_what_mlflows_ui_makes_of_it(study, tmp_path):
             chromium.run("document.querySelector('.ag-pinned-left-cols-container button').click()")
         chromium.until(f"{_NAMES}.split(',').length == 6")
         chromium.open(link)
-        chromium.until(f"{_NAMES} == '001 ours,000 ours,002 ours,baseline,003 ours,s'")
+        chromium.until(f"{_NAMES} == '001 ours,000 ours,002 ours,baseline,s,003 ours'")
         shown = chromium.run(f"return {text}").split("\n")
         assert {"pareto", "tpot_ms", "ppl_vs_strict_percent", "backend.used", "n_sink", "Dataset"} <= set(shown)
         chromium.open(f"http://127.0.0.1:{port}{fronts_page('1')}")
         chromium.until(f"{text}.includes('tpot_ms vs. ppl_vs_strict_percent')")
         chromium.until(f"{_NAMES} == '001 ours,000 ours'")
-        sections = chromium.run(f"return {text}.match(/^.+ \\(\\d+\\)$/gm)")
-        assert sections == ["Fronts (2)"], "and none with a bar chart of each metric"
+        assert "Model metrics" not in chromium.run(f"return {text}"), "a bar chart of each metric"
 
 
 _NAMES = (

@@ -20,7 +20,7 @@ from streamllm.measuring.reference_time import ReferencePool
 from streamllm.results.mlflow_address import artifact_page, fronts_page, runs_page, shown_at, store_uri
 from streamllm.results.schema import FIELDS, AnyRow, Row
 from streamllm.results.study import STRICT, StudyResults
-from streamllm.results.study_folder import StudyFolder, read_rows
+from streamllm.results.study_folder import StudyFolder
 
 from .child_runs import DIGEST, PARENT, Destination, RunWriter, Writer
 from .client import find_experiment, is_refusal, mlflow_client, one_line
@@ -331,16 +331,10 @@ class Projection:
         tags |= {COLOR: self._color}
         if versions := settings.get("versions"):
             tags["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-        began = self._began()
-        run = self._client.create_run(self._experiment, began, tags, settings["study"]).info.run_id
+        run = self._client.create_run(self._experiment, tags=tags, run_name=settings["study"]).info.run_id
         params = [Param(name, str(settings[name])) for name in PARENT_PARAMS]
         self._client.log_batch(run, params=[*params, Param("space", str(settings["space"]["name"]))])
         return str(run)
-
-    def _began(self) -> int | None:
-        """When the first trial that is finished by now began, in milliseconds since 1970."""
-        began = [row["finished_at"] - row.get("measuring_sec", 0) for row in read_rows(self._folder.trials)]
-        return int(1000 * min(began)) if began else None
 
     def _describe_experiment(self, before: Mapping[str, str]) -> None:
         """Says what the experiment is, unless its owner has said it, and keeps the views of it."""
