@@ -131,7 +131,7 @@ def test_the_first_page_says_of_each_study_what_it_has_come_to_and_where_to_look
 @needs_browser
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_the_first_page_fits_any_width(tmp_path, theme):
-    studies = [study(tmp_path / name, study=name + "-long" * 8) for name in "abc"]
+    studies = [study(tmp_path / name, study=name + "_long" * 12) for name in "abc"]
     (tmp_path / "page.html").write_text(landing(studies, lambda one: {"report": f"/{one.name}.html"}))
     with browser() as chromium:
         chromium.theme(theme)

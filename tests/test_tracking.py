@@ -223,7 +223,7 @@ def test_mlflows_own_view_shows_what_matters_at_once(study):
     assert "| ours | math |" in note, "the front"
 
 
-def test_digests_versions_and_who_measured_are_tags_of_trials_and_of_the_study(study):
+def test_digests_versions_and_who_measured_are_tags_of_trials_and_of_the_study(study, monkeypatch):
     alike = {"model_digest": "da7a", "text_digest": "7e47", "version": "0.1", "software": "torch 2, omp PASSIVE"}
     first = row(0, 3.0, 0.5, worker=0, host="n1", **alike)
     second = row(1, 2.0, 1.0, worker=1, host="n2", **alike | {"device": "GPU"})
@@ -236,6 +236,9 @@ def test_digests_versions_and_who_measured_are_tags_of_trials_and_of_the_study(s
     assert search("tags.model_digest = 'da7a' and tags.text_digest = '7e47' and tags.version = '0.1'") == ["", "0", "1"]
     tags = contents()[""][3]
     assert (tags["device"], tags["host"], tags["software"]) == ("CPU; GPU", "n1; n2", "torch 2, omp PASSIVE")
+    set_again = []
+    monkeypatch.setattr(MlflowClient, "set_tag", lambda _, run, name, value: set_again.append(name))
+    assert synchronise() == 0 and set_again == []
 
 
 def test_studies_are_told_apart_and_compared_by_what_is_recommended(study):
