@@ -53,7 +53,7 @@ def pareto_table(
     rows: list[AnyRow] = []
     baselines: list[AnyRow] = []
     advised: list[str] = []
-    for study, front, name in zip(chosen, fronts, _names(studies), strict=True):
+    for study, front, name in zip(chosen, fronts, names_of(studies), strict=True):
         more = {"study": name} if name else {}
         found = recommended(study, front, max_ppl_increase)
         marked = found.row["trial"] if found.row is not None else None
@@ -117,7 +117,7 @@ def _place(row: AnyRow, values: tuple[float, ...], front: Sequence[AnyRow]) -> s
     return "tied" if tied else "no better"
 
 
-def _names(studies: Sequence[StudyResults]) -> list[str]:
+def names_of(studies: Sequence[StudyResults]) -> list[str]:
     """Names that tell the studies apart; empty if there is only one."""
     if len(studies) < 2:
         return [""] * len(studies)

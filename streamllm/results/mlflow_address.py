@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from .study import EXPERIMENT, view_of
+from .study import EXPERIMENT, FRONTS, view_of
 
 _USUAL_ADDRESS = "http://127.0.0.1:5000"
 """Of `mlflow ui`."""
@@ -56,8 +56,20 @@ def runs_page(experiment: str, study: str) -> str:
     that its browser was in last, at first that of GenAI; the address says which it shall be.
 
     experiment: its id."""
-    view = quote(view_of(study), safe="")
-    return f"/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={view}"
+    return _page(experiment, view_of(study))
+
+
+def fronts_page(experiment: str) -> str:
+    """Where MLflow shows the fronts of all studies, in charts."""
+    return f"{_page(experiment, FRONTS)}&compareRunsMode=CHART"
+
+
+def artifact_page(experiment: str, run: str, name: str) -> str:
+    return f"/#/experiments/{experiment}/runs/{run}/artifacts/{quote(name)}"
+
+
+def _page(experiment: str, view: str) -> str:
+    return f"/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={quote(view, safe='')}"
 
 
 def page_of(experiment: str) -> str:
