@@ -363,7 +363,7 @@ def test_filters(study, where, trials):
         ("backnd = 'math'", "no column 'backnd'; there are backend, backend_requested, cache_slack"),
         ("metrics.tpot = 1", "no column 'tpot'; there are"),
         ("`tpot ms` < 3", "no column 'tpot ms'; there are"),
-        ("backend ==", "syntax error; write for example"),
+        ("backend ==", "expected a column or a value, found the end; write for example"),
         ("1) union select 1 --", "where '1) union select 1 --':"),
         ("1; drop table trials", "where '1; drop table trials':"),
         ("__import__('os').system('true')", "where"),

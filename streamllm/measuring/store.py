@@ -35,6 +35,7 @@ MEASURING_CODE = (
     "engine.decoding",
     "engine.device",
     "engine.execution",
+    "engine.experts",
     "engine.gguf",
     "engine.gguf_header",
     "engine.layered",
