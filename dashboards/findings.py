@@ -75,11 +75,11 @@ def _best(points: Sequence[AnyRow]) -> tuple[str, ...]:
     if not all("speedup" in point and "ppl_increase_percent" in point for point in points):
         return (f"{len(points)} configurations are on the front: no other beats one of them in every objective.",)
     fastest = max(points, key=lambda row: row["speedup"])
-    said = [f"{_speed(fastest)} {_cost(fastest)} (trial {fastest['trial']}): the fastest."]
+    said = [f"{_speed(fastest)} {cost_words(fastest)} (trial {fastest['trial']}): the fastest."]
     free = [point for point in points if costs_nothing(point)]
     if free and not costs_nothing(fastest):
         other = max(free, key=lambda row: row["speedup"])
-        said.append(f"{_speed(other)} {_cost(other)} (trial {other['trial']}).")
+        said.append(f"{_speed(other)} {cost_words(other)} (trial {other['trial']}).")
     if not free:
         said.append("No configuration on the front is free: each costs some quality, by more than its interval.")
     return tuple(said)
@@ -110,7 +110,7 @@ def _speed(row: AnyRow) -> str:
     return f"{row['speedup']:.1f} times as fast as re-computing"
 
 
-def _cost(row: AnyRow) -> str:
+def cost_words(row: AnyRow) -> str:
     name = cost_of(row) or COSTS[-1]
     value = row[name]
     low, high = row.get(f"{name}_low", value), row.get(f"{name}_high", value)

@@ -23,12 +23,16 @@ def load(study: str) -> StudyResults:
 
 
 def load_all(studies: Sequence[str]) -> list[StudyResults]:
-    """Those of several that can be read, with a line on stderr for each of the others. Raises DamagedError or
-    NewerFormatError if none can, UsageError for one that is none."""
-    found, damaged = [], list[UsageError]()
+    """Those of several that can be read, each once, with a line on stderr for each of the others. Raises DamagedError
+    or NewerFormatError if none can, UsageError for one that is none."""
+    found, damaged = list[StudyResults](), list[UsageError]()
     for study in studies:
         try:
-            found.append(load(study))
+            one = load(study)
+            if any(one.folder.resolve() == other.folder.resolve() for other in found):
+                _warn(f"study {study!r}: named twice, counts once")
+            else:
+                found.append(one)
         except (DamagedError, NewerFormatError) as error:
             damaged.append(error)
     if damaged and not found:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
+import textwrap
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from streamllm.terminal.program import command, program
 from .loading import load_all
 from .tables import kinds
 from .tables.columns import shown_columns
+from .tables.conditions import GRAMMAR
 from .tables.formats import FORMATS, Table, write_file
 from .tables.table import dispensable, pareto_table
 from .tables.terminal import Line, View, lines, wrapped
@@ -27,6 +29,7 @@ _EXAMPLES = """examples:
   python -m dashboards.pareto testbed-testbed-default --max-ppl-increase 3
   python -m dashboards.pareto STUDY --format latex,parquet --all
   python -m dashboards.pareto STUDY --trace 5                       where the numbers of trial 5 come from
+  python -m dashboards.pareto STUDY OTHER --joint                   one front of both
   python -m dashboards.pareto STUDY OTHER --output tables --where "backend = 'flash' and ppl_increase_percent < 3"
 """
 _SHOWN = 60
@@ -72,12 +75,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.trace is not None:
         say(_traced(studies, arguments.trace))
         return 0
-    if any(study.is_matrix for study in studies):
+    if any(study.is_matrix for study in studies) and not arguments.joint:
         return _matrix_tables(studies, formats, arguments.output)
     limit = None if arguments.max_ppl_increase is None else percent(arguments.max_ppl_increase)
-    table = pareto_table(studies, arguments.all, arguments.where, limit)
-    here = studies[0].folder if len(arguments.study) == 1 else Path()
-    paths = write(table, formats, arguments.output or here)
+    if arguments.joint:
+        from .joint import joint_table
+
+        table, stem = joint_table(studies, arguments.all, arguments.where, limit), "pareto_joint"
+    else:
+        table, stem = pareto_table(studies, arguments.all, arguments.where, limit), "pareto"
+    here = studies[0].folder if len(studies) == 1 else Path()
+    paths = write(table, formats, arguments.output or here, stem)
     show(table, "\n".join(table.summary), table.notes)
     say(" ".join(("written:", *map(str, paths))))
     return 0
@@ -121,7 +129,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog=program("dashboards.pareto"),
         description="Export the Pareto tables of studies.",
-        epilog=_EXAMPLES,
+        epilog="\n\n".join((_EXAMPLES.rstrip(), *(textwrap.fill(text, 100) for text in GRAMMAR))),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -130,6 +138,11 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--format", default="md,csv", metavar="LIST", help=f"formats, of {', '.join(FORMATS)} (md,csv)")
     parser.add_argument(
         "--all", action="store_true", help="every finished trial, with the one of the front that dominates it"
+    )
+    parser.add_argument(
+        "--joint",
+        action="store_true",
+        help="one front of all the studies: of the same model, text, total KV and device",
     )
     parser.add_argument(
         "--where",

@@ -41,9 +41,12 @@ from streamllm.results.study import VIEW, StudyResults, load_study, view_of
 from streamllm.results.study_folder import StudyFolder
 from streamllm.terminal.program import command, program
 
+from . import read_only_journals
+from .landing import landing
 from .loading import load_all, studies_here
 
 _HOST = "127.0.0.1"
+_MLFLOW, _OPTUNA = "MLflow", "optuna-dashboard"
 _PORTS = 100
 """Ports tried, from the one that is wanted."""
 _START_SEC, _END_SEC = 120.0, 8.0
@@ -81,20 +84,27 @@ class Child:
 
 
 class Reports(ThreadingHTTPServer):
-    """The reports of some studies and a page that links to them; nothing else that lies on the disk."""
+    """The reports of some studies, a page that leads to them and to what else is served; nothing else that lies on the
+    disk."""
 
     daemon_threads = True
 
-    def __init__(self, port: int, studies: Sequence[StudyResults]) -> None:
-        self._folders = {f"/{study.name}.html": study.folder for study in studies}
+    def __init__(self, port: int, studies: Sequence[StudyResults], said: Sequence[str] = ()) -> None:
+        """said: sentences about what is not served."""
+        self.others: dict[str, str] = {}
+        """Addresses of other servers, by their names."""
+        self._said = said
+        self._folders = {study.name: study.folder for study in studies}
+        self._known = {study.name: (_newest(study.folder), study) for study in studies}
         self._writing = threading.Lock()
         super().__init__((_HOST, port), _Handler)
 
     def page(self, path: str) -> bytes | None:
         """Anew where its study has gone on since; None if there is no such page."""
         if path == "/":
-            return self._index().encode()
-        folder = self._folders.get(path)
+            with self._writing:
+                return landing([self._current(name) for name in self._folders], self._links, self._said).encode()
+        folder = self._folders.get(path.removeprefix("/").removesuffix(".html")) if path.endswith(".html") else None
         if folder is None:
             return None
         with self._writing:
@@ -103,15 +113,31 @@ class Reports(ThreadingHTTPServer):
             except UsageError as error:  # damaged since
                 return f'<!doctype html><meta charset="utf-8"><title>Damaged</title><p>{escape(str(error))}'.encode()
 
-    def _index(self) -> str:
-        links = "".join(
-            f'<li><a href="{quote(path)}">{escape(path.strip("/").removesuffix(".html"))}</a></li>'
-            for path in self._folders
-        )
-        return (
-            '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
-            f'<link rel="icon" href="data:,"><title>Reports</title><h1>Reports</h1><ul>{links}</ul></html>'
-        )
+    def elsewhere(self, path: str) -> str | None:
+        """The address that a path `/SERVER/STUDY` leads to; None if there is none."""
+        server, _, name = path.removeprefix("/").partition("/")
+        address = self.others.get(server)
+        if address is None or name not in self._folders:
+            return None
+        if server == _MLFLOW:
+            return address + mlflow_view(name, address)
+        with_journal = [name for name, folder in self._folders.items() if StudyFolder(folder).journal.is_file()]
+        return f"{address}/dashboard/studies/{with_journal.index(name)}" if name in with_journal else None
+
+    def _current(self, name: str) -> StudyResults:
+        """As its files say by now; as they said before, where they are damaged since."""
+        newest, study = self._known[name]
+        with suppress(UsageError, OSError):
+            if (now := _newest(study.folder)) != newest:
+                study = load_study(str(study.folder))
+                self._known[name] = now, study
+        return study
+
+    def _links(self, study: StudyResults) -> dict[str, str]:
+        """optuna-dashboard has no matrices."""
+        servers = [name for name in self.others if name == _MLFLOW or study.files.journal.is_file()]
+        name = quote(study.name, safe="")
+        return {"report": f"/{name}.html"} | {server: f"/{server}/{name}" for server in servers}
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -122,7 +148,13 @@ class _Handler(BaseHTTPRequestHandler):
         if host not in (_HOST, "localhost"):  # a page elsewhere whose name was made to point here
             self.send_error(403)
             return
-        page = self.server.page(unquote(urlsplit(self.path).path))
+        path = unquote(urlsplit(self.path).path)
+        if (address := self.server.elsewhere(path)) is not None:
+            self.send_response(302)
+            self.send_header("Location", address)
+            self.end_headers()
+            return
+        page = self.server.page(path)
         if page is None:
             self.send_error(404)
             return
@@ -141,12 +173,16 @@ def up_to_date_report(folder: Path) -> Path:
     from .report import write_report
 
     path = folder / "report.html"
-    files = StudyFolder(folder)
-    inputs = [files.trials, files.increases, files.confirmed, files.outcome, files.configuration]
-    newest = max(file.stat().st_mtime_ns for file in inputs if file.is_file())
-    if path.is_file() and path.stat().st_mtime_ns > newest:
+    if path.is_file() and path.stat().st_mtime_ns > _newest(folder):
         return path
     return write_report(load_study(str(folder)), path)
+
+
+def _newest(folder: Path) -> int:
+    """When one of the files that a report is made of was last written, in nanoseconds since 1970."""
+    files = StudyFolder(folder)
+    inputs = [files.trials, files.increases, files.confirmed, files.outcome, files.configuration]
+    return max(file.stat().st_mtime_ns for file in inputs if file.is_file())
 
 
 def free_port(wanted: int) -> int:
@@ -192,16 +228,16 @@ def commands(studies: Sequence[StudyResults], uri: str) -> tuple[list[tuple[str,
     else:
         command = [sys.executable, "-P", "-m", "mlflow", "ui", "--workers", "1", "--host", _HOST]
         command += ["--uvicorn-opts", f"--app-dir {tempfile.gettempdir()}"]  # else modules are looked for here too
-        start.append(("MLflow", [*command, "--backend-store-uri", uri]))
-    journal = studies[0].files.journal
+        start.append((_MLFLOW, [*command, "--backend-store-uri", uri]))
+    journals = [str(study.files.journal) for study in studies if study.files.journal.is_file()]
     if importlib.util.find_spec("optuna_dashboard") is None:
         said.append("optuna-dashboard  not started: not installed; pip install 'streamllm-sweep[dashboard]' brings it")
-    elif not journal.is_file():
-        said.append(f"optuna-dashboard  not started: study {studies[0].name!r} has no journal")
+    elif not journals:
+        said.append("optuna-dashboard  not started: no study has a journal")
     else:
-        program = "import sys; from optuna_dashboard._cli import main; sys.exit(main())"
-        command = [sys.executable, "-P", "-c", program, "--host", _HOST, "--storage-class", "JournalFileStorage"]
-        start.append(("optuna-dashboard", [*command, str(journal)]))
+        reader = f"from {read_only_journals.__name__} import main; main(sys.argv[1:])"
+        program = f"import sys; sys.path[:] = {sys.path!r}; {reader}"
+        start.append((_OPTUNA, [sys.executable, "-P", "-c", program, _HOST, *journals]))
     return start, said
 
 
@@ -315,7 +351,7 @@ def serve(studies: Sequence[StudyResults], first_port: int, tracking_uri: str | 
     children: list[Child] = []
     with tempfile.TemporaryDirectory() as logs, asked_to_end() as stop:
         port = _next_port("reports", first_port)
-        reports = Reports(port, studies)
+        reports = Reports(port, studies, said)
         threading.Thread(target=reports.serve_forever, name="reports", daemon=True).start()
         try:
             say(f"reports           http://{_HOST}:{port}/")
@@ -324,8 +360,9 @@ def serve(studies: Sequence[StudyResults], first_port: int, tracking_uri: str | 
             for name, command in start:
                 port = _next_port(name, port + 1)
                 children.append(launch(name, command, port, Path(logs)))
+                reports.others[name] = children[-1].address
             say("Ctrl-C ends all of them")
-            watch(children, stop, {"MLflow": partial(mlflow_view, studies[0].name)})
+            watch(children, stop, {_MLFLOW: partial(mlflow_view, studies[0].name)})
         finally:
             end(children)
             reports.server_close()
@@ -346,7 +383,7 @@ def say(text: str) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog=program("dashboards.serve"),
-        description="Open MLflow's UI, optuna-dashboard (of the first study) and the reports, on this machine only.",
+        description="Serve a page that leads to reports, MLflow and (read-only) optuna-dashboard, here only.",
     )
     parser.add_argument(
         "studies", metavar="STUDY", nargs="*", help="names or folders (all under sweeps/, newest first)"

@@ -337,7 +337,13 @@ class Driver:
     def _announce_fixed(self, name: str) -> None:
         assert self.comparison is not None
         row = fixed_row(name, self.study.cap, self.fixed[name], self.fixed.get(BASELINE), self.comparison)
-        self._announce(row)
+        self._announce(row | self._measured_by(self.fixed[name]))
+
+    def _measured_by(self, evaluated: Evaluated) -> dict[str, object]:
+        """Nobody, where the store had all of it."""
+        if not evaluated.is_fresh:
+            return {}
+        return {"worker": evaluated.worker, "host": self.scheduler.host_of(evaluated.worker)}
 
     def _measured(self, trial: OpenTrial, result: Evaluated | JobError) -> None:
         self._open -= 1
@@ -356,7 +362,8 @@ class Driver:
         waiting, self._unpaired = self._unpaired, []
         of_baseline = None if baseline is None else fixed_row(BASELINE, self.study.cap, baseline, None, self.comparison)
         for trial, result in waiting:
-            self._tell(trial, trial_row(trial, result, of_baseline, self.comparison))
+            row = trial_row(trial, result, of_baseline, self.comparison)
+            self._tell(trial, row | self._measured_by(result))
 
     def _died(self, number: int) -> int:
         """How many workers have ended on a trial, this one included."""

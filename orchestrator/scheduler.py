@@ -108,6 +108,8 @@ class Scheduler:
         """Of workers that have the same with the model as loaded first."""
         self._nodes: dict[str, Node] = {}
         self._members: dict[int, Member] = {}
+        self._hosts: dict[int, str] = {}
+        """Of workers, those that are no more included."""
         self._starting: set[int] = set()
         """Workers that died, in whose place others are started."""
         self._waiting = Waiting(self._enqueue)
@@ -146,6 +148,10 @@ class Scheduler:
                 if member.node is node:
                     found.setdefault(member.kind, {}).setdefault(name, []).append(worker)
         return found
+
+    def host_of(self, worker: int | None) -> str | None:
+        """The machine that the worker is on, or was."""
+        return None if worker is None else self._hosts.get(worker)
 
     @property
     def timed_in_turn(self) -> int:
@@ -248,6 +254,7 @@ class Scheduler:
         kind = kind_of(conditions.kind)
         alike = json.dumps(asdict(conditions), sort_keys=True)
         self._conditions[alike, self._first] = conditions
+        self._hosts[worker] = description["host"]
         self._members[worker] = Member(node, kind, alike, {self._first})
         node.workers[kind] += 1
         for watcher in self._watchers:

@@ -73,6 +73,12 @@ class Browser:
         feature = {"features": [{"name": "prefers-color-scheme", "value": name}]}
         self._send("POST", "/goog/cdp/execute", {"cmd": "Emulation.setEmulatedMedia", "params": feature})
 
+    def width(self, pixels):
+        """Of the window's inside."""
+        size = {"width": pixels, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+        command = "Emulation.setDeviceMetricsOverride"
+        self._send("POST", "/goog/cdp/execute", {"cmd": command, "params": size})
+
     def messages(self):
         """What the console has said since the last time."""
         return [entry["message"] for entry in self._send("POST", "/se/log", {"type": "browser"})]

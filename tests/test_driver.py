@@ -83,6 +83,8 @@ def test_trials_wait_for_the_reference_only_and_are_paired_with_the_baseline_lat
     assert found["strict"]["ppl_increase_percent"] == pytest.approx(100 * math.expm1(0.04))
     assert baseline["perplexity"] == pytest.approx(math.e), "over all tokens, by the reference's"
     assert baseline["evaluated_tokens"] == 50
+    for row in (*study.rows, strict):
+        assert row["host"] == f"node {row['worker']}", "who measured it"
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -1,4 +1,7 @@
 import json
+import re
+import shutil
+import subprocess
 
 import pytest
 
@@ -7,8 +10,8 @@ from dashboards.drawing.comparisons import Series, comparable, comparison
 from dashboards.drawing.expectations import expectations
 from dashboards.drawing.importance import importance, main_effects
 from dashboards.drawing.kv_length import keys_attended, kv_length
-from dashboards.drawing.style import NoDataError, style
-from dashboards.figures import ROW_FIGURES, STUDY_FIGURES, main, pareto, write_figures
+from dashboards.drawing.style import HATCHES, PAPER, NoDataError, style
+from dashboards.figures import ROW_FIGURES, STUDY_FIGURES, bent_ticks, main, pareto, write_figures
 from streamllm.policy import EvictionPolicy, peak_kv
 from streamllm.results.schema import told_name
 from streamllm.results.study import load_study
@@ -56,7 +59,14 @@ def test_the_front_with_all_trials_intervals_knee_and_hypervolume(tmp_path):
     assert vertical[1].tolist() == [[3.0, 1.0], [3.0, 3.0]]
     assert "recommended" in texts(figure)
     # up to (9, 30): (9-3)(30-2) + (9-6)(2-1.5), the ends being no better than the corner in one of them
-    assert axes.get_title(loc="left").endswith("hypervolume up to the worst trial 169.5; lines are 95% intervals")
+    assert (
+        axes.get_title(loc="left")
+        .replace("\n", " ")
+        .endswith(
+            "Hypervolume 169.5 up to the reference point (ms/token 9.00, PPL increase % 30.0), the worst of each. "
+            "Lines are 95% intervals."
+        )
+    )
     assert {text.get_text() for text in axes.texts} == {"0", "3", "1", "4"}
 
 
@@ -281,3 +291,61 @@ def test_a_study_without_a_front_has_no_figures(tmp_path, monkeypatch, capsys):
     assert "written" not in output and "left out pareto: no trial is complete and feasible" in output
     assert main(["nowhere"]) == 2
     assert main(["s", "--output", "/dev/null/x"]) == 2
+
+
+def test_on_paper_in_two_widths_with_embedded_fonts_and_without_a_place(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    load(tmp_path, summary=f"{tmp_path}/models/mine on ./books/one.txt and EleutherAI/pythia-2.8b, space default")
+    assert main(["s", "--paper", "--output", "paper"]) == 0
+    said = capsys.readouterr().out
+    assert "caption of pareto: mine on one.txt and EleutherAI/pythia-2.8b, space default. Hypervolume" in said
+    files = {path.name: path.read_bytes() for path in (tmp_path / "paper").iterdir()}
+    assert {"pareto-3.3in.pdf", "pareto-3.3in.svg", "pareto-7in.pdf", "pareto-7in.svg"} <= {*files}
+    for name, content in files.items():
+        width = 72 * float(re.search(r"-([\d.]+)in", name)[1])
+        box = rb"MediaBox \[ 0 0 ([\d.]+)" if name.endswith("pdf") else rb'<svg [^>]*width="([\d.]+)pt"'
+        assert float(re.search(box, content)[1]) == pytest.approx(width), name
+        assert not re.search(str(tmp_path).encode(), content) and b"streamllm-sweep" in content, name
+        assert b"/Type3" not in content.replace(b" ", b""), name
+    if shutil.which("pdffonts"):
+        fonts = subprocess.run(["pdffonts", "paper/pareto-3.3in.pdf"], capture_output=True, text=True).stdout
+        assert {line[-21:-18].strip() for line in fonts.splitlines()[2:]} == {"yes"}, fonts
+
+
+@pytest.mark.parametrize("medium", PAPER, ids=str)
+def test_on_paper_nothing_is_listed_and_text_is_of_7_or_8_points(tmp_path, medium):
+    with style(medium):
+        study = load(tmp_path)
+        figures = [draw(study) for draw in (STUDY_FIGURES["pareto"], STUDY_FIGURES["kv_length"])]
+        figures += [draw(TRIALS) for draw in (ROW_FIGURES["results_summary"], ROW_FIGURES["ablation_n_sink"])]
+        for figure in figures:
+            figure.draw_without_rendering()
+            sizes = {text.get_fontsize() for text in figure.findobj(lambda a: hasattr(a, "get_fontsize"))
+                     if text.get_text()}  # fmt: skip
+            assert sizes <= {7, 8} and figure.get_figwidth() == medium.width
+    (legend,) = figures[0].legends
+    assert legend.get_title().get_text() == "" == figures[0].axes[0].get_title(loc="left")
+    below = [axes.get_position().y0 for axes in figures[1].axes]
+    assert (below[0] > below[1] + 0.1) == medium.is_narrow, "of a pair, one stands below the other in a column"
+
+
+def test_in_grey_series_are_told_apart_by_hatch_and_methods_by_shape(tmp_path):
+    axes = comparison([load(tmp_path).baseline, *TRIALS], ("speedup",)).axes[0]
+    hatches = [bars.patches[0].get_hatch() or "" for bars in axes.containers if hasattr(bars, "patches")]
+    assert len(hatches) == 5 == len({*hatches}) and {*hatches} <= {*HATCHES}
+    marks = {}
+    for line in pareto(load(tmp_path / "other")).axes[0].get_lines():
+        for x, _ in line.get_xydata():
+            if line.get_linestyle() == "None" and line.get_marker() not in ("None", "o", " "):
+                marks[x] = line.get_marker()
+    assert marks == {2.0: "D", 9.0: "^"}, "ring and mit; ours is round"
+
+
+def test_a_bent_axis_has_labels_where_the_data_are(tmp_path):
+    ticks = bent_ticks(-0.4, 0.5, 90.0)
+    assert ticks == sorted({*ticks}) and ticks[0] >= -0.4 and {0.0, 1.0, 2.0, 5.0, 10.0, 50.0} <= {*ticks}
+    assert 3 <= sum(tick <= 0.5 for tick in ticks) <= 6
+    zeros = [row(n, 3.0 + n, 0.0) for n in range(4)]
+    assert pareto(load(tmp_path, [row(9, 2.0, 0.2), *zeros])).axes[0].get_yscale() == "linear", "0 bends no axis"
+    far = pareto(load(tmp_path, [*TRIALS, row(20, 30.0, 900.0)], "far")).axes[0]
+    assert far.get_yscale() == "symlog" and {500.0, 100.0, 0.0} <= {*far.get_yticks()}

@@ -39,8 +39,9 @@ from streamllm.results.schema import Row
 from .dispatched import decode, looking, no_waiting
 from .plain import layered_logits, surviving_logits
 from .refusals import run
-from .test_layer_kinds import ARCHITECTURES, IDENTITY, in_double, ring_logits_far_on, streamed_logits, tiny, tokens_of
+from .test_layer_kinds import IDENTITY, in_double, ring_logits_far_on, streamed_logits, tokens_of
 from .tiny_models import random_models, tiny_model
+from .zoo import KINDS, tiny
 
 WAYS = ("evaluator", "ring", "mit")
 WORDS = ("pyramid:50", "pyramid:-80", "retrieval:1/2:25", "retrieval:3:40", "9,18,4+5,0+24", "2+1,30,14,13")
@@ -134,7 +135,7 @@ def test_what_the_model_cannot_have_is_refused(word, reason):
 def test_every_way_is_the_models_own_forward(architecture, word, positions):
     """Against `plain`, which knows nothing of ours: each layer over its own survivors, at places in its own cache. Two
     of four layers of the last two architectures have a window of their own, which some budgets exceed."""
-    changed, tokens = ARCHITECTURES[architecture] | {"num_hidden_layers": 4}, tokens_of(60)
+    changed, tokens = KINDS[architecture] | {"num_hidden_layers": 4}, tokens_of(60)
     model, loaded = tiny(architecture, **changed), prepare(tiny(architecture, **changed), architecture, "")
     policy = policy_of(word, positions=positions, **SOFTLITE)
     alone = [
@@ -153,7 +154,7 @@ def test_every_way_is_the_models_own_forward(architecture, word, positions):
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_the_two_references_are_one_where_all_layers_are_alike(architecture):
-    model, stream = tiny(architecture, **ARCHITECTURES[architecture]), torch.from_numpy(tokens_of(50))[None]
+    model, stream = tiny(architecture, **KINDS[architecture]), torch.from_numpy(tokens_of(50))[None]
     policy = {"n_sink": 2, "window": 9, "every": 4, "slack": 2, "drop": 3}
     count = model.config.num_hidden_layers
     for keep in (False, True):

@@ -8,6 +8,7 @@ import gc
 import warnings
 import weakref
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest.mock import patch
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_logits
+from streamllm.engine.experts import experts_for
 from streamllm.engine.loading import prepare
 from streamllm.engine.methods import make_decoder
 from streamllm.errors import UsageError
@@ -23,23 +25,10 @@ from streamllm.policy import EvictionPolicy
 
 from .dispatched import decode, looking, no_waiting
 from .plain import surviving_logits
-from .zoo import known, random_model
+from .zoo import KINDS, MIXED, known, tiny
 
 IDENTITY = 1e-9
 WAYS = ("evaluator", "ours", "mit", "ring")
-MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 12}
-NARROW = {"sliding_window": 12}
-SHARED = {"num_kv_shared_layers": 2}
-ARCHITECTURES = {
-    **{name: {} for name in ("llama", "qwen3", "gpt_neox", "olmo2", "phi", "glm4", "gemma", "granite")},
-    **{name: {} for name in ("smollm3", "nanochat", "ministral3", "stablelm", "nemotron")},
-    **{name: {} for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")},
-    **dict.fromkeys(("cohere2", "exaone4", "afmoe", "olmo3", "gemma2", "gemma3_text", "modernbert-decoder"), MIXED),
-    **dict.fromkeys(("gpt_oss", "mimo_v2_flash", "granite_swa", "laguna", "ministral", "vaultgemma"), MIXED),
-    **dict.fromkeys(("mistral", "mixtral", "starcoder2", "phi3"), NARROW),
-}
-"""And what is changed of their own configurations: of windows, that some layers have one, of fewer tokens than any
-policy holds."""
 POLICIES = {
     "strict": {"n_sink": 4, "window": 20},
     "softlite": {"n_sink": 2, "window": 9, "every": 4, "slack": 2, "drop": 3},
@@ -54,14 +43,6 @@ def in_double():
     double = {"float32": torch.float64, "float": torch.float64}
     with patch.multiple(torch, **double), patch.object(torch.Tensor, "float", torch.Tensor.double):
         yield
-
-
-def tiny(architecture, dtype=torch.float64, **changed):
-    model = random_model(architecture, dtype, scale=1.0, **changed)
-    if dtype == torch.float64 and model._can_set_experts_implementation():
-        model.set_experts_implementation("eager")  # the others do not know it
-    model.set_attn_implementation("eager")
-    return model
 
 
 def tokens_of(count):
@@ -101,9 +82,9 @@ def assert_exact(model, loaded, policy, positions, tokens, within=IDENTITY):
         torch.testing.assert_close(found, expected, rtol=0, atol=within, msg=lambda text, way=way: f"{way}: {text}")
 
 
-@pytest.mark.parametrize("architecture", known(ARCHITECTURES))
+@pytest.mark.parametrize("architecture", known(KINDS))
 def test_every_way_is_the_model_over_the_survivors(architecture):
-    changed, tokens = ARCHITECTURES[architecture], tokens_of(50)
+    changed, tokens = KINDS[architecture], tokens_of(50)
     model = tiny(architecture, **changed)
     if not model._can_set_attn_implementation():
         pytest.skip("in this transformers its attention is code of its own")
@@ -128,7 +109,7 @@ def test_a_window_ends_where_transformers_ends_it(window, policy):
 
 @pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu"])
 def test_in_single_precision(architecture):
-    changed, tokens = ARCHITECTURES[architecture], tokens_of(50)
+    changed, tokens = KINDS[architecture], tokens_of(50)
     model = tiny(architecture, torch.float32, **changed)
     loaded = prepare(tiny(architecture, torch.float32, **changed), "", "")
     assert_exact(model, loaded, POLICIES["strict"], "compact", tokens, within=2e-4)
@@ -137,7 +118,7 @@ def test_in_single_precision(architecture):
 @pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "deepseek_v2", "deepseek_v3"])
 def test_angles_are_exact_a_million_tokens_away(architecture):
     """A ring in float32, told that a million tokens came and went behind its sinks; layers see some of them."""
-    changed, policy, tokens = dict(ARCHITECTURES[architecture]), policy_of(4, 20), tokens_of(60)
+    changed, policy, tokens = dict(KINDS[architecture]), policy_of(4, 20), tokens_of(60)
     if changed:
         changed["sliding_window"] = 23
     expected = streamed_logits("evaluator", prepare(tiny(architecture, **changed), "", ""), policy, tokens)
@@ -150,7 +131,7 @@ def test_angles_are_exact_a_million_tokens_away(architecture):
 @pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu"])
 def test_a_prompt_at_once(architecture, how, window):
     """What is fed in one piece is what is fed one by one, before and after evictions."""
-    loaded = prepare(tiny(architecture, **ARCHITECTURES[architecture]), "", "")
+    loaded = prepare(tiny(architecture, **KINDS[architecture]), "", "")
     policy, tokens = policy_of(3, window, every=16, **how), torch.from_numpy(tokens_of(70))
     for way in WAYS[1:]:
         expected = streamed_logits(way, loaded, policy, tokens.numpy())
@@ -162,7 +143,7 @@ def test_a_prompt_at_once(architecture, how, window):
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "gpt_oss", "gemma2"])
 def test_recompute_is_the_model_on_its_last_tokens(architecture):
-    changed, tokens = ARCHITECTURES[architecture], tokens_of(40)
+    changed, tokens = KINDS[architecture], tokens_of(40)
     model, loaded = tiny(architecture, **changed), prepare(tiny(architecture, **changed), "", "")
     with in_double(), torch.inference_mode():
         found = streamed_logits("recompute", loaded, policy_of(4, 20), tokens)
@@ -174,7 +155,7 @@ def test_recompute_is_the_model_on_its_last_tokens(architecture):
 @pytest.mark.parametrize("kv_dtype", ["float16", "float8_e4m3"])
 @pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu"])
 def test_in_another_number_format_the_evaluator_is_the_loop(architecture, kv_dtype):
-    loaded = prepare(tiny(architecture, **ARCHITECTURES[architecture]), "", "")
+    loaded = prepare(tiny(architecture, **KINDS[architecture]), "", "")
     tokens, policy = tokens_of(50), policy_of(3, 10, every=4, drop=3, kv_dtype=kv_dtype)
     for way in WAYS[1:]:
         keys = Configuration(way, policy).keys
@@ -185,7 +166,7 @@ def test_in_another_number_format_the_evaluator_is_the_loop(architecture, kv_dty
 
 @pytest.mark.parametrize("architecture", ["smollm3", "gemma3_text", "gpt_oss", "gemma2", "youtu", "stablelm"])
 def test_a_compiled_ring(architecture):
-    changed, tokens = ARCHITECTURES[architecture], tokens_of(40)
+    changed, tokens = KINDS[architecture], tokens_of(40)
     loaded, policy = prepare(tiny(architecture, torch.float32, **changed), "", ""), policy_of(3, 16)
     expected = streamed_logits("ring", loaded, policy, tokens)
     found = streamed_logits("ring", loaded, policy, tokens, execution="compile")
@@ -207,12 +188,36 @@ def test_a_model_that_is_handed_its_state_lets_go_of_it():
 @pytest.mark.parametrize("window", [8, 20])
 @pytest.mark.parametrize("architecture", known(["smollm3", "gemma3_text", "granite_swa", "gemma2"]))
 def test_no_step_and_no_prune_waits_for_the_device(architecture, window, positions):
-    loaded = prepare(tiny(architecture, torch.float32, **ARCHITECTURES[architecture]), "", "")
+    loaded = prepare(tiny(architecture, torch.float32, **KINDS[architecture]), "", "")
     stream = torch.from_numpy(tokens_of(40))
     for way in WAYS[1:]:
         decoder = make_decoder(loaded, Configuration(way, policy_of(3, window, every=4, positions=positions)))
         with looking(no_waiting):
             decode(decoder, stream)
+
+
+MIXTURES = ("mixtral", "gpt_oss", "deepseek_v3", "mimo_v2_flash", "laguna", "afmoe", "glm4_moe_lite")
+
+
+@pytest.mark.parametrize("architecture", known(MIXTURES))
+def test_experts_of_one_token_wait_for_no_device(architecture):
+    loaded = prepare(tiny(architecture, torch.float32, **KINDS[architecture]), "", "")
+    if not hasattr(loaded.config, "_experts_implementation"):
+        pytest.skip("this transformers computes experts in one way")
+    policy, tokens = policy_of(3, 16), tokens_of(40)
+    expected = streamed_logits("ring", loaded, policy, tokens)
+    elsewhere = replace(loaded, device=torch.device("meta"))
+    chosen = loaded.config._experts_implementation
+    for count in (1, 2):
+        with experts_for(elsewhere, count), experts_for(loaded, 1):
+            assert loaded.config._experts_implementation == ("batched_mm" if count == 1 else chosen)
+    decoder, stream = make_decoder(loaded, Configuration("ring", policy)), torch.from_numpy(tokens)
+    with experts_for(elsewhere, 1):
+        found = streamed_logits("ring", loaded, policy, tokens)
+        with looking(no_waiting):
+            decode(decoder, stream)
+    assert loaded.config._experts_implementation == chosen == "grouped_mm"
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
 
 
 def test_a_ring_keeps_no_more_than_a_layers_window():

@@ -18,7 +18,8 @@ from dashboards.pareto import main
 from dashboards.recommendation import reproduce_command
 from dashboards.tables.columns import BY_KEY, Column, interval_decimals
 from dashboards.tables.filters import select
-from dashboards.tables.formats import FORMATS, Table, latex
+from dashboards.tables.formats import FORMATS, Table
+from dashboards.tables.latex import latex
 from dashboards.tables.table import pareto_table
 from streamllm.commands import evaluate
 from streamllm.policy import EvictionPolicy
@@ -181,10 +182,17 @@ def test_every_format_is_read_back_as_the_same_rows(study, capsys):
     page.feed((folder / "pareto.html").read_text())
     assert page.lines == [titles, *cells]
     assert not page.addresses, "opens offline"
-    assert latex_cells((folder / "pareto.tex").read_text()) == cells
+    source, kept = (folder / "pareto.tex").read_text(), [n for n, t in enumerate(titles) if t not in NO_ROOM]
+    starred = [["*" * (line[1] != "") + line[0], *line[1:]] for line in cells]
+    assert titles[:2] == ["#", "recommended"] and starred[1][0] == "*4"
+    assert latex_cells(source) == [[line[n] for n in kept] for line in starred]
+    assert "needs \\begin{sidewaystable}" in source
+    assert "% left out for its width: peak KV, PPL; CSV, JSON and Parquet have all" in source
     assert "written:" in capsys.readouterr().out
 
 
+NO_ROOM = {"recommended", "PPL", "peak KV (tokens)"}
+"""What the LaTeX table of all trials does without."""
 PLACES_BY_4 = {0: 4, 2: 1, 5: 7}
 
 
@@ -195,10 +203,10 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.addresses += [value for name, value in attributes if name in ("src", "href")]
-        self.inside = tag in ("td", "th")
         if tag == "tr":
             self.lines.append([])
-        if self.inside:
+        if tag in ("td", "th"):
+            self.inside = True
             self.lines[-1].append("")
 
     def handle_data(self, data):
@@ -206,7 +214,7 @@ class Page(HTMLParser):
             self.lines[-1][-1] += data
 
     def handle_endtag(self, tag):
-        self.inside = False
+        self.inside &= tag not in ("td", "th")
 
 
 def latex_cells(text):
@@ -219,11 +227,17 @@ def latex_cells(text):
     columns = re.search(r"\\begin\{\w+\}\{@\{\}([lr]+)@\{\}\}", source)[1]
     assert [source.count(rule) for rule in ("\\toprule", "\\bottomrule")] == [1, 1]
     body = source.split("\\midrule", 1)[1].split("\\bottomrule")[0]
-    lines = [line for line in body.splitlines() if line and not line.startswith(("\\midrule", "\\endhead"))]
-    assert all(line.endswith(" \\\\") for line in lines)
-    cells = [re.split(r"(?<!\\)&", line[:-3]) for line in lines]
-    assert {len(line) for line in cells} == {len(columns)}
-    return [[plain(cell.strip()) for cell in line] for line in cells]
+    rows = []
+    for line in body.splitlines():
+        if line and not line.startswith(("\\midrule", "\\endhead", "\\addlinespace")):
+            assert line.endswith(" \\\\")
+            cells = [plain(cell.strip()) for cell in re.split(r"(?<!\\)&", line[:-3])]
+            assert len(cells) == len(columns)
+            if cells[0]:
+                rows.append(cells)
+            else:  # intervals, below their values
+                rows[-1] = [f"{above} {below}".strip() for above, below in zip(rows[-1], cells, strict=True)]
+    return rows
 
 
 def balanced(source):
@@ -269,14 +283,59 @@ def test_nothing_in_a_cell_is_taken_for_markup(count):
     assert next(csv.reader(io.StringIO(FORMATS["csv"].write(table).split("\n", 1)[1])))[0] == NASTY
 
 
+def wide_table(count, dispensable=()):
+    """Of so many columns, each 29.5 points wide with its interval beside it and 22.5 below it, and 6 between two."""
+    columns = tuple(Column(f"x{n}", "x", "", 0, interval=True) for n in range(count))
+    return Table("T", (), columns, [{f"x{n}{end}": 1.0 for n in range(count) for end in ("", "_low")} |
+                                    {f"x{n}_high": 30.0 for n in range(count)}], dispensable=dispensable)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("count", "says", "below"),
+    [
+        (8, "in \\footnotesize: fits the 345 pt of an article's text", False),
+        (11, "in \\footnotesize: fits the 345 pt of an article's text", True),
+        (13, "in \\footnotesize: needs \\begin{table*}", True),
+        (17, "needs \\begin{sidewaystable} (\\usepackage{rotating})", True),
+        (30, "and fewer columns, as a page is 550 pt high", True),
+    ],
+)
+def test_a_latex_table_fits_where_it_says(count, says, below):
+    source = latex(wide_table(count))
+    assert says in source, source.split("\n")[2]
+    assert ("\n{[}1, 30{]} &" in source) == below
+    assert len(latex_cells(source)[0]) == count, "nothing is left out but what is dispensable"
+
+
+def test_a_latex_table_leaves_out_what_is_dispensable_before_it_is_turned():
+    source = latex(wide_table(17, ("x3", "x4", "x5")))
+    assert "needs \\begin{table*}" in source and "left out for its width: x; CSV" in source
+    assert len(latex_cells(source)[0]) == 16
+
+
+def typeset(source, folder):
+    (folder / "t.tex").write_text(source)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:]
+    return done.stdout
+
+
 @pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
 @pytest.mark.parametrize("count", [1, 80])
 def test_latex_compiles(count, tmp_path):
     head = "\\documentclass{article}\\usepackage{booktabs,longtable}\\begin{document}\n"
-    (tmp_path / "t.tex").write_text(head + latex(nasty_table(count)) + "\\end{document}\n")
-    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "t.tex"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:]
+    typeset(head + latex(nasty_table(count)) + "\\end{document}\n", tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("pdflatex") is None, reason="needs pdflatex")
+def test_a_latex_table_is_as_wide_as_it_says(study, tmp_path):
+    for table in (pareto_table([study]), pareto_table([study], everything=True), wide_table(8), wide_table(12)):
+        source = latex(table)
+        head = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}\\newsavebox\\here\\savebox\\here{%\n"
+        said = typeset(head + source.strip() + "}\\typeout{WIDTH \\the\\wd\\here}\\end{document}\n", tmp_path)
+        width = float(re.search(r"about (\d+) pt wide", source)[1])
+        assert float(re.search(r"WIDTH ([\d.]+)pt", said)[1]) == pytest.approx(width, rel=0.01)
 
 
 @pytest.mark.parametrize(
@@ -304,7 +363,7 @@ def test_filters(study, where, trials):
         ("backnd = 'math'", "no column 'backnd'; there are backend, backend_requested, cache_slack"),
         ("metrics.tpot = 1", "no column 'tpot'; there are"),
         ("`tpot ms` < 3", "no column 'tpot ms'; there are"),
-        ("backend ==", "syntax error; write for example"),
+        ("backend ==", "expected a column or a value, found the end; write for example"),
         ("1) union select 1 --", "where '1) union select 1 --':"),
         ("1; drop table trials", "where '1; drop table trials':"),
         ("__import__('os').system('true')", "where"),

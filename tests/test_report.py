@@ -6,8 +6,10 @@ from html.parser import HTMLParser
 
 import pytest
 
+from dashboards.drawing.captions import caption
 from dashboards.findings import costs_nothing, findings
-from dashboards.report import main, report, write_report
+from dashboards.recommendation import reproduce_command
+from dashboards.report import FIGURES, main, report, write_report
 from streamllm.results.study import load_study
 
 EVIL = "</script><script>alert('x')</script><img src=x onerror=alert(1)>&"
@@ -85,6 +87,15 @@ class Page(HTMLParser):
     def data(self):
         return json.loads(self.text["data"], parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
 
+    @property
+    def trials(self):
+        """As the script has them."""
+        data = self.data
+        return [data["shared"] | dict(zip(data["keys"], values, strict=True)) for values in data["rows"]]
+
+    def command(self, place):
+        return " ".join(self.data["commands"]["words"][word] for word in self.data["commands"]["of"][place])
+
 
 def test_the_page_is_whole_and_asks_nobody_for_anything(tmp_path):
     text = report(study(tmp_path))
@@ -102,15 +113,64 @@ def test_the_page_is_whole_and_asks_nobody_for_anything(tmp_path):
 def test_data_is_that_of_the_study(tmp_path):
     page = Page(report(study(tmp_path, [*ROWS, row(4, float("nan"), 1.0), failed(5, "RuntimeError: nope")])))
     data = page.data
-    trials = [dict(zip(data["keys"], values, strict=True)) for values in data["rows"]]
+    trials = page.trials
     assert [one["trial"] for one in trials] == [0, 1, 2, 3, 4, 5]
     assert [trials[place]["trial"] for place in data["front"]] == [0, 1, 2]
     assert trials[1]["tpot_ms"] == 5.5 and trials[1]["tpot_ms_high"] == 5.6
     assert trials[4]["tpot_ms"] is None, "NaN is no JSON"
     assert trials[5]["reason"] == "RuntimeError: nope"
-    assert data["baseline"]["tpot_ms"] == 40.0
+    assert [(row["trial"], row["tpot_ms"]) for row in data["fixed"]] == [("baseline", 40.0)]
     assert data["axes"][:2] == ["tpot_ms", "ppl_increase_percent"]
-    assert {"trial", "method", "tpot_ms", "reason"} <= set(data["table"])
+    assert "tpot_ms" in data["table"] and data["inCommon"][:2] == ["method", "backend"]
+    assert {trials[0][name] for name in ("method", "device", "evaluated_tokens")} == {"ours", "CPU", 23012}
+
+
+def test_each_row_has_its_command_its_run_and_its_files(tmp_path):
+    """The commands are those of `reproduce_command`; of runs nothing is said where nobody noted where they are."""
+    folder = tmp_path / "the study"
+    entry = "ab" * 32
+    rows = [BASELINE, row(0, 5.0, 4.2, speed_entry=entry), row(1, 5.5, 1.5, n_sink=8)]
+    results = study(folder, rows)
+    page = Page(report(results, at=tmp_path))
+    told = [*results.trials, *results.fixed]
+    assert [page.command(place) for place in range(3)] == [reproduce_command(results, one) for one in told]
+    assert "--n-sink 8" in page.command(1) and "--n-sink 8" not in page.command(0)
+    assert (page.data["folder"], page.data["mlflow"]) == ("the study", None)
+    assert page.trials[0]["speed_entry"] == entry
+    assert page.data["trace"] == f"python -m dashboards.pareto '{folder}' --trace"
+    results.files.write_tracking("sqlite:////somewhere/mlflow.db", "7")
+    told = Page(report(results)).data["mlflow"]
+    assert told["command"] == "mlflow ui --backend-store-uri sqlite:////somewhere/mlflow.db"
+    filter = "tags.study_id%20%3D%20%275711d%27%20and%20tags.trial%20%3D%20"
+    shown = "http://127.0.0.1:5000/#/experiments/7/runs?workflowType=machine_learning"
+    assert told["address"] == f"{shown}&searchFilter={filter}"
+    results.files.write_tracking("https://mlflow.example/", "7")
+    told = Page(report(results)).data["mlflow"]
+    assert told["command"] == "" and told["address"].startswith("https://mlflow.example/#/experiments/7/")
+    results.files.write_tracking("databricks", "7")
+    assert Page(report(results)).data["mlflow"] is None
+    results.files.tracking.write_text("[]")
+    assert Page(report(results)).data["mlflow"] is None
+
+
+def test_the_python_call_gives_the_fronts_table(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "sweeps").mkdir()
+    study(tmp_path / "sweeps/s")
+    call = Page(report(load_study("s"))).text["front-call"]
+    assert "load_study('s')" in call
+    *before, last = call.splitlines()
+    names = {}
+    exec("\n".join(before), names)
+    found = eval(last, names)
+    assert list(found["trial"]) == [0, 1, 2] and list(found["tpot_ms_high"]) == [5.1, 5.6, 8.1]
+    assert list(found.columns)[:3] == ["trial", "method", "backend"]
+
+
+def test_every_figure_has_a_caption():
+    assert {name: caption(name) for name in FIGURES if len(caption(name)) < 60} == {}
+    assert caption("ablation_n_sink").startswith("Time, left, and quality, right, over sinks S, tokens;")
+    assert caption("of_someone_else") == "of someone else"
 
 
 def test_whatever_is_in_a_study_stays_text(tmp_path):
@@ -123,7 +183,7 @@ def test_whatever_is_in_a_study_stays_text(tmp_path):
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert EVIL in page.text["front"] and EVIL in page.text["failed"] and EVIL in page.text["environment"]
     assert EVIL in page.text["summary"]
-    assert any(EVIL in values for values in page.data["rows"])
+    assert EVIL in page.trials[-2].values()
 
 
 def test_the_summary_says_what_was_found(tmp_path):
@@ -171,7 +231,7 @@ def test_confirmed_values_count_and_are_said(tmp_path):
     assert "measured again, 3 times" in found.certainty[0] and "between 6.1 and 7.0" in found.certainty[0]
     assert "92%" in found.certainty[0]
     page = Page(report(results))
-    trials = [dict(zip(page.data["keys"], values, strict=True)) for values in page.data["rows"]]
+    trials = page.trials
     assert (trials[1]["tpot_ms"], trials[1]["tpot_ms_low"], trials[0]["tpot_ms"]) == (6.0, 5.8, 5.0)
     assert "6.00 [5.80, 6.30]" in page.text["front-table"]
     assert "3 rounds" in page.text["measured"]

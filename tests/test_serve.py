@@ -1,5 +1,6 @@
 """One command for all UIs: real processes, real ports."""
 
+import html
 import http.server
 import json
 import os
@@ -14,11 +15,19 @@ import urllib.request
 from contextlib import contextmanager
 from pathlib import Path
 
+import optuna
 import pytest
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 
 from dashboards import serve
+from dashboards.landing import landing
+from dashboards.read_only_journals import ReadOnlyJournals
+from dashboards.study_state import state
+from orchestrator.workers.lease import study_lease
 from streamllm.results.mlflow_address import store_uri
-from tests.test_report import ROWS, row, study
+from tests.browser import browser, needs_browser
+from tests.test_report import BASELINE, EVIL, ROWS, Page, failed, row, study
 from tests.waiting import wait_until
 
 CHILD = """
@@ -71,7 +80,7 @@ def reports(tmp_path):
 
 def test_reports_and_nothing_else_are_served(reports):
     address, folder = reports
-    assert '<a href="/s.html">s</a>' in get(f"{address}/")
+    assert '<a href="/s.html">report</a>' in get(f"{address}/")
     assert "<title>s</title>" in get(f"{address}/s.html")
     for path in ("/secret.txt", "/s/trials.jsonl", "/../secret.txt", "/%2e%2e/secret.txt", "/s/", "/t.html"):
         assert status(f"{address}{path}") == 404
@@ -88,6 +97,126 @@ def test_a_report_follows_its_study(reports):
     assert (folder / "report.html").stat().st_mtime_ns == before, "written once as long as nothing changes"
     study(folder, [*ROWS, row(7, 1.0, -2.0)])
     assert "trial 7" in get(f"{address}/s.html")
+
+
+def test_the_first_page_says_of_each_study_what_it_has_come_to_and_where_to_look(tmp_path):
+    studies = [
+        study(tmp_path / "a", study="a"),
+        study(tmp_path / "b", [*ROWS, row(7, 4.0, -2.0)], study="b", status="KILLED"),
+        study(tmp_path / "c", [BASELINE, failed(0, "no")], study="c", status="FAILED"),
+        study(tmp_path / "m", study="m", space={"name": "x", "columns": {"fast": ["tpot_ms"]}, "description": EVIL}),
+    ]
+    text = landing(studies, lambda one: {"report": f"/{one.name}.html"}, ["MLflow is not here"])
+    page = Page(text)
+    words = " ".join(re.sub("<[^>]+>", " ", text.partition("<main>")[2]).split())
+    assert re.findall(r"(finished|interrupted|failed) *</span>", text) == [
+        "finished",
+        "interrupted",
+        "failed",
+        "finished",
+    ]
+    assert "10.0× as fast as re-computing with 2.0% less perplexity" in words
+    assert "Recommended: trial 7: ours, math attention" in words and "nothing is recommended yet" in words
+    assert "4 of 4 cells measured. </script>" in html.unescape(words) and "<script" not in text
+    assert text.count('class="thumb"') == 3 and "no front yet" in text and "MLflow is not here" in words
+    links = [attributes["href"] for tag, attributes in page.tags if tag == "a"]
+    assert links == ["/a.html", "/b.html", "/c.html", "/m.html"]
+    together = text.partition('id="together"')[2]
+    assert together.count("<title>") == len(studies[0].front) + len(studies[1].front) == 4
+    assert "b, trial 7: ms/token 4.00 [3.90, 4.10], PPL increase % -2.0 [-3.0, -1.0]" in together
+    assert "pareto a b --joint" in together
+    assert "together" not in landing(studies[:1], lambda _: {})
+
+
+@needs_browser
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_the_first_page_fits_any_width(tmp_path, theme):
+    studies = [study(tmp_path / name, study=name + "_long" * 12) for name in "abc"]
+    (tmp_path / "page.html").write_text(landing(studies, lambda one: {"report": f"/{one.name}.html"}))
+    with browser() as chromium:
+        chromium.theme(theme)
+        chromium.open((tmp_path / "page.html").as_uri())
+        chromium.until("document.querySelectorAll('article').length == 3")
+        for width in (400, 800, 1280):
+            chromium.width(width)
+            assert chromium.run("return document.documentElement.scrollWidth") <= width
+            smallest = chromium.run(_SMALLEST_TEXT)
+            assert smallest >= 10, f"pixels of the chart's letters at a width of {width}"
+        assert chromium.messages() == []
+
+
+_SMALLEST_TEXT = """
+return Math.min(...[...document.querySelectorAll('.overlay text')].map(text => {
+  const svg = text.ownerSVGElement;
+  return parseFloat(getComputedStyle(text).fontSize) * svg.getBoundingClientRect().width / svg.viewBox.baseVal.width;
+}))
+"""
+
+
+def test_a_study_runs_while_its_sweep_has_it_locked(tmp_path, monkeypatch):
+    files = study(tmp_path / "s", status=None).files
+    assert state(files) == "interrupted", "no sweep has begun it here"
+    with study_lease(files):
+        assert state(files) == "running"
+    assert state(files) == "interrupted"
+    files.lock.write_text("process 7 on another-machine")
+    assert state(files) == "running", "there, as far as anybody knows: it has just gone on"
+    os.utime(files.trials, (1, 1))
+    assert state(files) == "interrupted"
+    for status, expected in (("FINISHED", "finished"), ("FAILED", "failed"), ("KILLED", "interrupted")):
+        files.write_outcome(status)
+        assert state(files) == expected
+    files.outcome.write_text("{")
+    assert state(files) == "end unknown"
+
+
+def test_other_servers_pages_of_a_study_are_led_to(tmp_path):
+    studies = [study(tmp_path / name, study=name) for name in ("a b", "c")]
+    studies[1].files.journal.touch()
+    server = serve.Reports(0, studies)
+    with server:
+        assert server.elsewhere("/MLflow/c") is None, "it is not served"
+        server.others |= {"MLflow": "http://127.0.0.1:9", "optuna-dashboard": "http://127.0.0.1:8"}
+        assert server.elsewhere("/MLflow/c") == "http://127.0.0.1:9", "which does not answer yet"
+        assert server.elsewhere("/optuna-dashboard/c") == "http://127.0.0.1:8/dashboard/studies/0"
+        assert server.elsewhere("/optuna-dashboard/a b") is None, "without a journal"
+        assert server.elsewhere("/MLflow/d") is server.elsewhere("/x/c") is None
+        page = server.page("/").decode()
+        assert [*re.findall('href="(/[^"]+)"', page)] == [
+            "/a%20b.html", "/MLflow/a%20b", "/c.html", "/MLflow/c", "/optuna-dashboard/c"
+        ]  # fmt: skip
+
+
+def test_journals_are_read_as_they_grow_and_nobody_can_write_to_them(tmp_path):
+    paths = [tmp_path / "one.log", tmp_path / "other.log"]
+    written = [optuna.create_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(p)))) for p in paths]
+    for one, values in zip(written, ([1.0, 2.0], [3.0]), strict=True):
+        for value in values:
+            one.tell(one.ask(), value)
+    storage = JournalStorage(ReadOnlyJournals(paths))
+
+    def known():
+        return {
+            one.study_name: [trial.value for trial in storage.get_all_trials(one._study_id)]
+            for one in storage.get_all_studies()
+        }
+
+    assert known() == {"s": [1.0, 2.0], "s (2)": [3.0]}
+    trial = written[0].ask()
+    with paths[1].open("a") as file:
+        file.write('{"op_code":')  # being written
+    written[0].tell(trial, 4.0)
+    assert known() == {"s": [1.0, 2.0, 4.0], "s (2)": [3.0]}
+    before = [path.read_bytes() for path in paths]
+    for write in (
+        lambda: storage.delete_study(0),
+        lambda: storage.set_study_user_attr(0, "note", "x"),
+        lambda: storage.create_new_trial(0),
+        lambda: optuna.create_study(storage=storage),
+    ):
+        with pytest.raises(PermissionError, match="read-only"):
+            write()
+    assert [path.read_bytes() for path in paths] == before and list(known()) == ["s", "s (2)"]
 
 
 def test_a_port_in_use_is_passed_over():

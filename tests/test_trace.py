@@ -98,7 +98,8 @@ def test_what_all_is_compared_with_failures_and_old_rows_are_traced_too(traced):
     assert traced("2").count("the entry was not noted when this was measured") == 2
 
 
-def test_a_trial_that_is_not_there_is_one_line(traced):
+def test_a_trial_that_is_not_there_is_one_line(traced, tmp_path):
     text = traced("17", code=2)
     assert text == "error: trace '17': no such trial; study 's' has 4 trials, up to 3, strict, baseline"
-    assert "of one study, 2 are given; name one" in traced("1", "s", code=2)
+    write_study(tmp_path, [row(0, 1.0, 1.0)], "other")
+    assert "of one study, 2 are given; name one" in traced("1", "other", code=2)

@@ -15,11 +15,13 @@ from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from queue import SimpleQueue
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
 from mlflow import MlflowClient
 
+from dashboards.page.sources import runs_address
 from orchestrator import sync
 from orchestrator.conclusion import report_of, write_outputs
 from orchestrator.tracking import mlflow_runs as tracking
@@ -28,11 +30,12 @@ from orchestrator.tracking.client import WriterError
 from orchestrator.tracking.follower import Tracker
 from orchestrator.tracking.locks import opening, writing
 from orchestrator.tracking.mlflow_runs import Projection, Report
+from orchestrator.tracking.system_metrics import system_metrics
 from orchestrator.tracking.writers import Pace
 from orchestrator.trials_file import TrialsFile
 from orchestrator.workers.lease import study_lease
 from streamllm.measuring.store import Measurement, MeasurementStore, entry_name
-from streamllm.results.mlflow_address import runs_page, shown_at, store_uri
+from streamllm.results.mlflow_address import artifact_page, fronts_page, runs_page, shown_at, store_uri
 from streamllm.results.schema import POLICY_KNOBS, Row
 from streamllm.results.study import EXPERIMENT, load_study, view_of
 from streamllm.results.study_folder import StudyFolder, write_rows
@@ -136,6 +139,7 @@ def contents(uri=None):
         trial = run.data.tags.get("trial", "")
         assert trial not in found, "two runs of one trial"
         tags = {name: value for name, value in run.data.tags.items() if name != "mlflow.parentRunId"}
+        tags = {name: value.replace(run.info.run_id, "itself") for name, value in tags.items()}
         history = {
             name: [(m.value, m.timestamp, m.step) for m in client.get_metric_history(run.info.run_id, name)]
             for name in run.data.metrics
@@ -180,7 +184,7 @@ def test_runs_are_found_by_what_they_are_and_carry_what_was_measured(study):
     result = client.download_artifacts(runs["1"].info.run_id, "")
     assert Row.from_json(json.loads(Path(result, "result.json").read_text()), "MLflow") == ROWS[2]
     assert np.array_equal(np.load(f"{result}/losses.npy"), LOSSES)
-    assert {"pareto.md", "pareto.csv", "pareto.png", "results_summary.png", "report.html", "sweep.json"} <= {
+    assert {"pareto.md", "pareto.csv", "pareto.png", "results_summary.png", "Report.html", "sweep.json"} <= {
         file.path for file in client.list_artifacts(runs[""].info.run_id)
     }
     assert runs[""].data.params["cap"] == "48"
@@ -192,7 +196,10 @@ def test_mlflows_own_view_shows_what_matters_at_once(study):
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment.tags["mlflow.experimentKind"] == "custom_model_development"
     link = "[All runs of study s](#/experiments/1/runs?workflowType=machine_learning&viewStateShareKey=s)"
-    assert experiment.tags["mlflow.note.content"].startswith(f"{link}\n\nSweeps of streamllm-sweep: a parent run per")
+    fronts = f"[The fronts of all studies]({fronts_page('1')[1:]})"
+    assert experiment.tags["mlflow.note.content"].startswith(
+        f"{link}\n\n{fronts}\n\nSweeps of streamllm-sweep: a parent"
+    )
     view = json.loads(experiment.tags["mlflow.sharedViewState.s"])
     assert (view["orderByKey"], view["orderByAsc"]) == ("metrics.`time_ratio`", True)
     assert search(view["searchFilter"]) == ["", "0", "1", "2", "3", "baseline"]
@@ -210,9 +217,61 @@ def test_mlflows_own_view_shows_what_matters_at_once(study):
         "tags.`pareto`", "metrics.`tpot_ms`", "metrics.`front_probability`", "metrics.`ppl_vs_strict_percent`",
         "tags.`method`", "tags.`backend.used`", *(f"params.`{knob.name}`" for knob in POLICY_KNOBS),
     ]  # fmt: skip
-    note = next(run for run in runs if "trial" not in run.data.tags).data.tags["mlflow.note.content"]
-    assert note.startswith(f"{link}\n\nHow fast can m stream") and "4 configurations were tried" in note
+    parent = next(run for run in runs if "trial" not in run.data.tags)
+    note = parent.data.tags["mlflow.note.content"]
+    report = f"[The report]({artifact_page('1', parent.info.run_id, 'Report.html')[1:]})"
+    assert client.list_artifacts(parent.info.run_id)[0].path == "Report.html"
+    assert note.startswith(f"{link}\n\n{report}\n\nHow fast can m stream") and "4 configurations were tried" in note
     assert "| ours | math |" in note, "the front"
+
+
+def test_digests_versions_and_who_measured_are_tags_of_trials_and_of_the_study(study, monkeypatch):
+    alike = {"model_digest": "da7a", "text_digest": "7e47", "version": "0.1", "software": "torch 2, omp PASSIVE"}
+    first = row(0, 3.0, 0.5, worker=0, host="n1", **alike)
+    second = row(1, 2.0, 1.0, worker=1, host="n2", **alike | {"device": "GPU"})
+    write_rows(study / "trials.jsonl", [first])
+    assert synchronise() == 0
+    assert contents()[""][3]["device"] == "CPU"
+    write_rows(study / "trials.jsonl", [first, second])
+    assert synchronise() == 0
+    assert search("tags.host = 'n2' and tags.worker = '1' and tags.software LIKE 'torch 2%'") == ["1"]
+    assert search("tags.model_digest = 'da7a' and tags.text_digest = '7e47' and tags.version = '0.1'") == ["", "0", "1"]
+    tags = contents()[""][3]
+    assert (tags["device"], tags["host"], tags["software"]) == ("CPU; GPU", "n1; n2", "torch 2, omp PASSIVE")
+    set_again = []
+    monkeypatch.setattr(MlflowClient, "set_tag", lambda _, run, name, value: set_again.append(name))
+    assert synchronise() == 0 and set_again == []
+
+
+def test_studies_are_told_apart_and_compared_by_what_is_recommended(study):
+    for name in ("s", "other"):
+        (study / "sweep.json").write_text(json.dumps(CONFIGURATION | {"study": name, "study_id": name}))
+        assert synchronise() == 0
+    client = MlflowClient(store())
+    runs = client.search_runs([client.get_experiment_by_name(EXPERIMENT).experiment_id])
+    colors = {(run.data.tags["study"], run.data.tags["mlflow.runColor"]) for run in runs}
+    assert len(colors) == len(dict(colors)) == len({color for _, color in colors}) == 2
+    parents = [run for run in runs if "trial" not in run.data.tags]
+    assert [run.data.tags["recommended"] for run in parents] == ["0", "0"]
+    compared = parents[0].data.metrics
+    assert (compared["recommended/tpot_ms"], compared["recommended/ppl_vs_strict_percent"]) == (3.0, 0.5)
+
+
+def test_the_machine_is_watched_while_a_study_is_followed(study, monkeypatch):
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.1")
+    client = MlflowClient(store())
+    run = client.create_run(client.create_experiment("x")).info.run_id
+    for _ in range(2):
+        before = len(client.get_metric_history(run, "system/cpu_utilization_percentage"))
+        with system_metrics(run, store()):
+            wait_until(
+                lambda before=before: len(client.get_metric_history(run, "system/cpu_utilization_percentage")) > before
+            )
+    steps = [metric.step for metric in client.get_metric_history(run, "system/cpu_utilization_percentage")]
+    assert steps == [*range(len(steps))], "it goes on where it was"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with system_metrics(run, "nowhere"):
+        pass
 
 
 @needs_browser
@@ -236,6 +295,32 @@ def test_what_mlflows_ui_makes_of_it(study, tmp_path):
         chromium.until(f"{_NAMES} == '001 ours,000 ours,002 ours,baseline,s,003 ours'")
         shown = chromium.run(f"return {text}").split("\n")
         assert {"pareto", "tpot_ms", "ppl_vs_strict_percent", "backend.used", "n_sink", "Dataset"} <= set(shown)
+        chromium.open(trials_page("2").replace(":5000", f":{port}"))
+        chromium.until(f"{_NAMES}.includes('002 ours') && !{_NAMES}.includes('001 ours')")
+        chromium.open(f"http://127.0.0.1:{port}{fronts_page('1')}")
+        chromium.until(f"{text}.includes('tpot_ms vs. ppl_vs_strict_percent')")
+        chromium.until(f"{_NAMES} == '001 ours,000 ours'")
+        assert "Model metrics" not in chromium.run(f"return {text}"), "a bar chart of each metric"
+
+
+def trials_page(trial):
+    """Where the report links to."""
+    told = runs_address(load_study("s"))
+    assert told["command"] == "mlflow ui" and told["address"].startswith("http://127.0.0.1:5000/#/experiments/1/runs?")
+    return f"{told['address']}'{trial}'"
+
+
+def test_the_study_notes_where_its_runs_are_for_the_report_to_link_to(study):
+    assert runs_address(load_study("s")) is None
+    assert synchronise() == 0
+    condition = unquote(trials_page("2").partition("&searchFilter=")[2])
+    assert search(condition) == ["2"]
+    folder = StudyFolder(study)
+    assert folder.read_tracking() == (store(), "1")
+    folder.write_tracking("https://there", "2")
+    assert folder.read_tracking() == ("https://there", "2")
+    folder.tracking.write_text('{"uri": 3}')
+    assert runs_address(load_study("s")) is None
 
 
 _NAMES = (

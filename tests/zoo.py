@@ -14,6 +14,21 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 ARCHITECTURES = tuple(sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
 
 
+MIXED = {"layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 12}
+NARROW = {"sliding_window": 12}
+SHARED = {"num_kv_shared_layers": 2}
+KINDS: dict[str, dict[str, Any]] = {
+    **{name: {} for name in ("llama", "qwen3", "gpt_neox", "olmo2", "phi", "glm4", "gemma", "granite")},
+    **{name: {} for name in ("smollm3", "nanochat", "ministral3", "stablelm", "nemotron")},
+    **{name: {} for name in ("deepseek_v2", "deepseek_v3", "glm4_moe_lite", "minicpm3", "youtu")},
+    **dict.fromkeys(("cohere2", "exaone4", "afmoe", "olmo3", "gemma2", "gemma3_text", "modernbert-decoder"), MIXED),
+    **dict.fromkeys(("gpt_oss", "mimo_v2_flash", "granite_swa", "laguna", "ministral", "vaultgemma"), MIXED),
+    **dict.fromkeys(("mistral", "mixtral", "starcoder2", "phi3"), NARROW),
+}
+"""Architectures with layers of several kinds, and popular ones without; and what is changed of their own:
+of windows, that some layers have one, of fewer tokens than any policy holds."""
+
+
 def known(names: Iterable[str]) -> list[str]:
     """Those that this transformers has."""
     return [name for name in names if name in ARCHITECTURES]
@@ -106,3 +121,12 @@ def random_model(architecture: str, dtype: torch.dtype = torch.float32, scale: f
             else:
                 weight.add_(0.3 * torch.randn_like(weight))
     return model.eval()
+
+
+def tiny(architecture: str, dtype: torch.dtype = torch.float64, **changed: Any) -> Any:
+    """To be held to transformers' own eager attention."""
+    model = random_model(architecture, dtype, scale=1.0, **changed)
+    if dtype == torch.float64 and model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")  # the others do not know it
+    model.set_attn_implementation("eager")
+    return model

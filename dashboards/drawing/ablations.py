@@ -10,7 +10,7 @@ from streamllm.files import Scalar
 from streamllm.results.schema import POLICY_KNOBS, AnyRow, knobs_in_short, number, words_of
 
 from ..recommendation import COSTS, QUALITIES
-from .style import CYCLE, LABELS, MARKERS, NoDataError, interval_errors, new_figure
+from .style import CYCLE, LABELS, MARKERS, NoDataError, grid, interval_errors, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,8 +31,8 @@ def ablation(rows: Sequence[AnyRow], knob: str) -> Figure:
         raise NoDataError(f"no two trials that differ in {knob} alone")
     every = [row for _, line in lines for row in line]
     quality = next((name for name in QUALITIES if all(name in row for row in every)), COSTS[-1])
-    figure = new_figure(8.4, 3.4)
-    panels = figure.subplots(1, 2)
+    figure = new_figure(8.4, 3.4, panels=2)
+    panels = figure.subplots(*grid(2))
     for metric, axes in zip((time, quality), panels, strict=True):
         for (label, line), color, marker in zip(lines, CYCLE, MARKERS, strict=False):
             _draw(axes, line, knob, metric, color, marker, label)
@@ -44,7 +44,7 @@ def ablation(rows: Sequence[AnyRow], knob: str) -> Figure:
         axes.set_xlabel(LABELS[knob])
         axes.set_title(LABELS[metric] + _untold([line for _, line in lines], metric))
     handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    figure.legend(handles, labels, loc="outside lower center", ncols=grid(2)[1])
     return figure
 
 

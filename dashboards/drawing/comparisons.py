@@ -6,13 +6,29 @@ import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 from streamllm.files import Scalar
 from streamllm.results.schema import FIELDS, POLICY_KNOBS, POLICY_WORDS, AnyRow, knobs_in_short, number, words_of
 
 from ..tables.columns import interval_decimals
-from .style import BLACK, BLUE, GREEN, GREY, LABELS, ORANGE, PURPLE, SKY, VERMILLION, NoDataError, new_figure
+from .style import (
+    BLACK,
+    BLUE,
+    GREEN,
+    GREY,
+    HATCHES,
+    LABELS,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    NoDataError,
+    grid,
+    medium,
+    new_figure,
+)
 
 if TYPE_CHECKING:
     from matplotlib.artist import Artist
@@ -24,7 +40,6 @@ BASELINE_LABEL = "re-computation (baseline)"
 _NAMES = {BASELINE: BASELINE_LABEL, "ours": "StreamingLLM", "streaming": "StreamingLLM", "mit": "MIT"}
 _COLORS = {BASELINE: GREY, "ours": BLUE, "streaming": BLUE, "mit": ORANGE, "kvpress": VERMILLION, "ring": GREEN}
 _COLORS |= {"kvpress_shim": VERMILLION, "window": PURPLE, "dense": SKY, "recommended": BLACK}
-_HATCHES = {"math": "///", "eager": "xxx", "efficient": "...", "cudnn": "\\\\\\", "flash_attention_2": "---"}
 _ORDER = [BASELINE, "mit", "kvpress", "kvpress_shim", "ours", "streaming", "ring", "window", "dense", "recommended"]
 _KNOBS = tuple(field.name for field in (*POLICY_KNOBS, *POLICY_WORDS))
 _TIMED_AS_ONE = ("fast", "decode-loop", "chunked", None)
@@ -71,11 +86,13 @@ def comparison(
     """A panel per metric. Raises NoDataError if nothing but a baseline has the first of them."""
     groups = comparable(rows, protocols, metrics[0])
     kinds = sorted({series for group in groups for series in group.rows}, key=lambda series: series.order)
-    columns = 2 if len(metrics) > 1 else 1
-    lines = math.ceil(len(metrics) / columns)
+    lines, columns = grid(len(metrics))
     count = sum(len(group.rows) for group in groups)
     width = max(5.0 if columns == 1 else 3.8, 0.45 * count + 1.2)
-    figure = new_figure(columns * width, 2.9 * lines + 0.25 * math.ceil(len(kinds) / (2 * columns)))
+    across = min(len(metrics), 2)
+    ncols = 1 if medium().is_narrow else 2 * columns
+    legend = 0.25 * math.ceil(len(kinds) / ncols)
+    figure = new_figure(across * width, 2.9 * math.ceil(len(metrics) / 2) + legend, len(metrics))
     panels = figure.subplots(lines, columns, squeeze=False).flat
     for metric, axes in zip(metrics, panels, strict=False):
         bars(axes, groups, kinds, metric)
@@ -85,8 +102,7 @@ def comparison(
     for axes in figure.axes:
         handles |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     names = [series.label for series in kinds if series.label in handles]
-    ncols = min(2 * columns, len(names))
-    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=ncols)
+    figure.legend([handles[name] for name in names], names, loc="outside lower center", ncols=min(ncols, len(names)))
     return figure
 
 
@@ -149,11 +165,12 @@ def bars(
     metric: str,
     colors: Mapping[Series, str] | None = None,
 ) -> None:
-    """Next to one another within a group, with their values and intervals; in the methods' colours, or `colors`."""
+    """Next to one another within a group, with their values and intervals; in the methods' colours, or `colors`, and
+    each with a hatch of its own."""
     place, ticks = 0.0, []
     for group in groups:
         start = place
-        for series in kinds:
+        for series, hatch in zip(kinds, cycle(HATCHES)):
             row = group.rows.get(series)
             value = number(row, metric) if row is not None else None
             if row is None or value is None or (series.method == BASELINE and metric == "ppl_increase_percent"):
@@ -165,9 +182,10 @@ def bars(
             color = (colors or {}).get(series) or _COLORS.get(series.method, SKY)
             axes.bar(
                 place, value, 0.85, yerr=errors, label=series.label, color=color, edgecolor="white",
-                hatch=_HATCHES.get(series.backend), error_kw={"elinewidth": 0.8, "capsize": 2, "ecolor": "0.35"},
+                hatch=hatch, error_kw={"elinewidth": 0.8, "capsize": 2, "ecolor": "0.35"},
             )  # fmt: skip
             text = f"{value:.3g}" if errors is None else f"{value:.{interval_decimals(low, high, 2)}f}"
+            text = text.lstrip("-") if float(text) == 0 else text
             end, side, at = (
                 (min(low, value), "top", -2) if value < 0 and high < 0 else (max(value, high, 0), "bottom", 2)
             )

@@ -11,7 +11,7 @@ from streamllm.results.front import pareto_front
 from streamllm.results.schema import FIELDS, AnyRow, is_score, number, told_name
 from streamllm.results.study import StudyResults
 
-from .style import BLUE, GREY, LABELS, VERMILLION, NoDataError, interval_errors, new_figure
+from .style import BLUE, GREY, LABELS, VERMILLION, NoDataError, grid, interval_errors, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,8 +37,8 @@ def expectations(study: StudyResults) -> Figure:
     timed = [row for row in rows if row["timed"] and all(number(row, name) is not None for name in _COMPARED)]
     if len(timed) < _FEWEST:
         raise NoDataError(f"no model of the search, or fewer than {_FEWEST} trials")
-    figure = new_figure(11, 4.5)
-    left, right = figure.subplots(1, 2)
+    figure = new_figure(11, 4.5, panels=2)
+    left, right = figure.subplots(*grid(2))
     _calibration(left, timed)
     _left_to_gain(right, rows, directions)
     return figure
@@ -84,7 +84,7 @@ def _left_to_gain(axes: Axes, rows: Sequence[AnyRow], directions: dict[str, str]
     _look_at(axes, [*front, *best], x, y)
     axes.set_xlabel(_label(x))
     axes.set_ylabel(_label(y))
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=7)
     axes.set_title(f"of the rest, the {len(rest)} that may add most")
 
 

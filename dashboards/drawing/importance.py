@@ -14,7 +14,7 @@ from streamllm.results.schema import POLICY_WORDS, AnyRow, number, told_name, wo
 from streamllm.results.study import StudyResults
 
 from ..recommendation import COSTS
-from .style import BLUE, LABELS, ORANGE, PURPLE, NoDataError, new_figure
+from .style import BLUE, HATCHES, LABELS, ORANGE, PURPLE, NoDataError, medium, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -77,7 +77,7 @@ def importance(study: StudyResults) -> Figure:
             height,
             color=color,
             label=LABELS[name].partition(",")[0],
-            hatch="///" * (index % 2),
+            hatch=HATCHES[index],
             edgecolor="white",
         )
         untold = [by_knob.get(knob, 0) <= chance.get(knob, 0) and not is_expected for knob in knobs]
@@ -94,7 +94,7 @@ def importance(study: StudyResults) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.set_xlabel(_OF_SPACE if is_expected else _OF_TRIALS)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=3)
+    figure.legend(handles, labels, loc="outside upper left", ncols=1 if medium().is_narrow else 3)
     return figure
 
 

@@ -10,7 +10,7 @@ from streamllm.policy import WORDS, EvictionPolicy, evicted_before
 from streamllm.results.schema import knobs_in_short
 from streamllm.results.study import StudyResults
 
-from .style import CYCLE, NoDataError, new_figure
+from .style import CYCLE, NoDataError, grid, new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -32,8 +32,8 @@ def kv_length(study: StudyResults) -> Figure:
     cycle = max(p.compress_every for p in policies)
     filled = max(p.kept + p.cache_slack for p in policies) + 2 * cycle
     n_tokens = filled + max(3 * cycle, 64)
-    figure = new_figure(8.4, 3.4)
-    whole, steady = figure.subplots(1, 2)
+    figure = new_figure(8.4, 3.4, panels=2)
+    whole, steady = figure.subplots(*grid(2))
     for policy, color, dashes in zip(policies, CYCLE, _DASHES, strict=False):
         tokens, keys = keys_attended(policy, n_tokens)
         how = {"color": color, "linestyle": dashes, "linewidth": 1.3}
@@ -46,7 +46,7 @@ def kv_length(study: StudyResults) -> Figure:
     whole.set_ylim(bottom=0)
     whole.set_title("keys that a token's query attends to")
     steady.set_title("the same when the cache is full")
-    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    figure.legend(*whole.get_legend_handles_labels(), loc="outside lower center", ncols=grid(2)[1])
     return figure
 
 

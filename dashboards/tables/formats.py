@@ -21,6 +21,7 @@ from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
 
 from .columns import Column
+from .latex import latex
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,56 +76,43 @@ def markdown(table: Table) -> str:
     return "\n".join(lines)
 
 
-def latex(table: Table) -> str:
-    """For \\input{}; the units are a row of the header. Long tables break over pages."""
-    long = len(table.cells) > _ROWS_OF_A_PAGE
-    kind, package = ("longtable", "booktabs,longtable") if long else ("tabular", "booktabs")
-    alignment = "".join("r" if _is_right(column) else "l" for column in table.columns)
-    units = [f"({column.unit})" if column.unit else "" for column in table.columns]
-    about = [table.title, *table.summary, f"needs \\usepackage{{{package}}}", *table.notes]
-    lines = [
-        *(f"% {' '.join(line.split())}" for line in about),
-        "{\\footnotesize\\setlength{\\tabcolsep}{3pt}%",
-        f"\\begin{{{kind}}}{{@{{}}{alignment}@{{}}}}",
-        "\\toprule",
-        _latex_line([column.header for column in table.columns], table.columns),
-        *([_latex_line(units, table.columns)] if any(units) else []),
-        "\\midrule",
-        *(["\\endhead"] if long else []),
-        *(_latex_line(cells, table.columns) for cells in table.cells[: len(table.rows)]),
-        *(["\\midrule"] if table.baselines else []),
-        *(_latex_line(cells, table.columns) for cells in table.cells[len(table.rows) :]),
-        "\\bottomrule",
-        f"\\end{{{kind}}}}}",
-        "",
-    ]
-    return "\n".join(lines)
-
-
 def html_page(table: Table) -> str:
-    """A page of its own, which needs nothing else."""
+    """A page of its own, which needs nothing else: its table breaks lines rather than run wide, and scrolls by itself
+    where that is not enough."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         pairs = zip(cells, table.columns, strict=True)
-        return "".join(f"<{tag}{' class=r' if _is_right(c) else ''}>{html.escape(text)}</{tag}>" for text, c in pairs)
+        return "".join(f"<{tag}{' class=r' if _is_right(c) else ''}>{_html_cell(text)}</{tag}>" for text, c in pairs)
 
-    body = [f"<tr>{line(cells, 'td')}</tr>" for cells in table.cells]
+    body = [
+        f"<tr{' class=recommended' if row.get('recommended') else ''}>{line(cells, 'td')}</tr>"
+        for row, cells in zip((*table.rows, *table.baselines), table.cells, strict=True)
+    ]
     body.insert(len(table.rows), "</tbody><tbody>")
+    title = html.escape(table.title)
     return "\n".join(
         (
             "<!doctype html>",
-            f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(table.title)}</title>',
+            f'<html lang="en"><head><meta charset="utf-8"><title>{title}</title>',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
             f"<style>{_STYLE}</style></head><body>",
-            f"<h1>{html.escape(table.title)}</h1>",
+            f"<h1>{title}</h1>",
             *(f"<p>{html.escape(text)}</p>" for text in table.summary),
+            f'<div class="wide" tabindex="0" role="region" aria-label="{title}">',
             f"<table><thead><tr>{line([column.title for column in table.columns], 'th')}</tr></thead><tbody>",
             *body,
-            "</tbody></table>",
+            "</tbody></table></div>",
             *(f"<p>{html.escape(text)}</p>" for text in table.notes),
             "</body></html>",
             "",
         )
     )
+
+
+def _html_cell(text: str) -> str:
+    """An interval stays in one piece, on a line of its own where there is no room beside its value."""
+    value, bracket, interval = text.partition(" [")
+    return f"{html.escape(value)} <span>[{html.escape(interval)}</span>" if bracket else html.escape(text)
 
 
 def comma_separated(table: Table) -> str:
@@ -175,26 +163,19 @@ def write_file(path: Path, content: str | bytes) -> None:
         raise UsageError(f"output {str(path)!r}: cannot be written ({error.strerror})") from error
 
 
-_ROWS_OF_A_PAGE = 50
-_STYLE = (
-    "body{font:14px system-ui,sans-serif;margin:2em;color-scheme:light dark}"
-    "table{border-collapse:collapse;font-variant-numeric:tabular-nums}"
-    "th,td{padding:.25em .6em;text-align:left;white-space:nowrap;border-bottom:1px solid #8884}"
-    "thead,tbody+tbody{border-top:1px solid;border-bottom:1px solid}.r{text-align:right}"
-)
-_LATEX = {
-    "\\": "\\textbackslash{}",
-    "~": "\\textasciitilde{}",
-    "^": "\\textasciicircum{}",
-    "<": "\\textless{}",
-    ">": "\\textgreater{}",
-    "|": "\\textbar{}",
-    "×": "$\\times$",
-    "*": "{*}",  # after the end of a line it, and an opening bracket, would be read as its option
-    "[": "{[}",
-    "]": "{]}",
-} | {character: f"\\{character}" for character in "&%$#_{}"}
-_BEYOND_OT1 = "ÐÞ÷ðþ"
+_STYLE = """
+:root{color-scheme:light dark;--paper:#fff;--ink:#1c2024;--quiet:#5f6b76;--line:#d9dee3;--accent:#eaf3fa}
+@media(prefers-color-scheme:dark){
+:root{--paper:#14181c;--ink:#e6e9ec;--quiet:#9aa6b2;--line:#343c44;--accent:#1b2f3e}}
+body{font:14px/1.4 system-ui,sans-serif;margin:1.5em;background:var(--paper);color:var(--ink)}
+h1{font-size:1.5em}p{max-width:90ch;overflow-wrap:anywhere}.wide{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;font-size:.93em}
+th,td{padding:.25em .4em;text-align:left;vertical-align:top;border-bottom:1px solid var(--line);max-width:24em}
+th{vertical-align:bottom}td span{white-space:nowrap}.r{text-align:right}
+thead,tbody+tbody{border-top:1px solid;border-bottom:1px solid}
+td:first-child,th:first-child{position:sticky;left:0;background:var(--paper)}
+tbody+tbody{color:var(--quiet)}.recommended,.recommended td:first-child{background:var(--accent)}
+"""
 
 
 def _is_right(column: Column) -> bool:
@@ -204,20 +185,6 @@ def _is_right(column: Column) -> bool:
 def _markdown(text: str) -> str:
     escaped = html.escape(" ".join(text.split()), quote=False)
     return "".join(f"\\{c}" if c in "|\\`*" else c for c in escaped)
-
-
-def _latex_line(cells: Sequence[str], columns: Sequence[Column]) -> str:
-    pairs = zip(cells, columns, strict=True)
-    return " & ".join(_latex(text).replace("-", "-" if column.words else "$-$") for text, column in pairs) + " \\\\"
-
-
-def _latex(text: str) -> str:
-    """Characters that the standard fonts lack become question marks."""
-    return "".join(_LATEX.get(c, c if _in_standard_fonts(c) else "?") for c in " ".join(text.split()))
-
-
-def _in_standard_fonts(character: str) -> bool:
-    return " " <= character <= "~" or ("À" <= character <= "ÿ" and character not in _BEYOND_OT1)
 
 
 def _finite(value: object) -> object:

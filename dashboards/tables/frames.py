@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 from streamllm.results import study as studies
 from streamllm.results.schema import FIELDS, SCORE, Row, dtype_of
 
+from .filters import select
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -28,6 +30,11 @@ class StudyFrames:
     def trials(self) -> pd.DataFrame:
         """All finished trials, failed ones included."""
         return frame(self.results.trials, self.results.name)
+
+    def select(self, where: str) -> pd.DataFrame:
+        """The trials that meet a condition, such as `front and ppl_increase_percent < 3`: those that the box of the
+        report finds. `python -m dashboards.pareto --help` tells the grammar. Raises UsageError."""
+        return frame(select(self.results.trials, where, self.results.front), self.results.name)
 
     @property
     def front(self) -> pd.DataFrame:

@@ -12,7 +12,7 @@ from streamllm.results.study import StudyResults
 from ..recommendation import advice, recommended
 from . import kinds
 from .columns import COLUMNS, shown_columns
-from .filters import select
+from .filters import filtered
 from .formats import Table
 
 _PLACES = ("front", "tied", "no better", "dominated", "unconfirmed", "not finite", "infeasible", "failed")
@@ -53,7 +53,7 @@ def pareto_table(
     rows: list[AnyRow] = []
     baselines: list[AnyRow] = []
     advised: list[str] = []
-    for study, front, name in zip(chosen, fronts, _names(studies), strict=True):
+    for study, front, name in zip(chosen, fronts, names_of(studies), strict=True):
         more = {"study": name} if name else {}
         found = recommended(study, front, max_ppl_increase)
         marked = found.row["trial"] if found.row is not None else None
@@ -80,14 +80,6 @@ def pareto_table(
 def dispensable(objectives: Collection[str]) -> tuple[str, ...]:
     """Keys of columns that a narrow terminal can do without, the first first."""
     return tuple(name for name in _DISPENSABLE if name not in objectives)
-
-
-def filtered(study: StudyResults, where: str | None) -> StudyResults:
-    """The study as if it had only those trials. Raises UsageError."""
-    if where is None:
-        return study
-    trials = select(study.trials, where)
-    return StudyResults(study.name, study.folder, study.configuration, study.baseline, trials)  # no strict: not its own
 
 
 def _placed(study: StudyResults, front: Sequence[AnyRow]) -> list[AnyRow]:
@@ -125,7 +117,7 @@ def _place(row: AnyRow, values: tuple[float, ...], front: Sequence[AnyRow]) -> s
     return "tied" if tied else "no better"
 
 
-def _names(studies: Sequence[StudyResults]) -> list[str]:
+def names_of(studies: Sequence[StudyResults]) -> list[str]:
     """Names that tell the studies apart; empty if there is only one."""
     if len(studies) < 2:
         return [""] * len(studies)

@@ -10,11 +10,12 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 
 from streamllm.measuring.certainty import front_probabilities, not_told_from, time_draws
-from streamllm.measuring.quality import QualityComparison, mean_draws
+from streamllm.measuring.draws import PAIRED, candidate_times, equally_long, objective_draws
+from streamllm.measuring.quality import QualityComparison
 from streamllm.measuring.reference_time import WORKER
-from streamllm.measuring.store import Arrays, StoreError
+from streamllm.measuring.store import Arrays
 from streamllm.results.front import objective_values, pareto_front
-from streamllm.results.schema import STDERR, AnyRow, Row, is_score
+from streamllm.results.schema import AnyRow, Row
 from streamllm.results.study import HARDLY
 
 from .rounds import Round
@@ -24,23 +25,13 @@ OTHERS = 4
 FEWEST = 2
 """Rounds that all candidates are in; what after them is hardly on the front is in no more."""
 
-_PAIRED = {
-    "tpot_ms": ("time_ratio", "minimize"),
-    "speedup": ("time_ratio", "minimize"),
-    "ttft_ms": ("ttft_ratio", "minimize"),
-    "joules_per_token": ("energy_ratio", "minimize"),
-    "perplexity": ("ppl_vs_strict_percent", "minimize"),
-    "ppl_increase_percent": ("ppl_vs_strict_percent", "minimize"),
-}
-"""Objective -> what it is ranked by and which way: where all that configurations share cancels."""
-
 
 def candidates(
     rows: Sequence[AnyRow], objectives: Mapping[str, str], earlier: Collection[str] = (), others: int = OTHERS
 ) -> list[AnyRow]:
     """The front; the `earlier` candidates, so that none leaves the front unmeasured; and the `others` nearest to it
     among the trials that no row of the front beats for certain: in some objective, the two intervals overlap."""
-    paired = dict(_PAIRED.get(name, (name, direction)) for name, direction in objectives.items())
+    paired = dict(PAIRED.get(name, (name, direction)) for name, direction in objectives.items())
     fit = [row for row in rows if objective_values(row, paired) is not None]
     front = pareto_front(fit, paired)
     rest = [row for row in fit if row not in front]
@@ -68,7 +59,7 @@ def comparable(
 def unconfirmed_better(rows: Sequence[AnyRow], objectives: Mapping[str, str]) -> list[AnyRow]:
     """Trials that were not confirmed, and that are better than each confirmed one in some objective for certain, by
     their intervals: they are to be confirmed too. One that may be no better than one of those adds nothing."""
-    paired = dict(_PAIRED.get(name, (name, direction)) for name, direction in objectives.items())
+    paired = dict(PAIRED.get(name, (name, direction)) for name, direction in objectives.items())
     fit = [row for row in rows if objective_values(row, paired) is not None]
     confirmed = [row for row in fit if row.get("rounds")]
     return [
@@ -124,12 +115,11 @@ def confirmed_rows(
     memory: the baseline's time is by itself."""
     names = [str(row["trial"]) for row in (baseline, *rows)]
     of_each = [[one for one in rounds if name in one.ratios] for name in names]
-    series = [
-        np.array(_equally_long([one.ratios[name] for one in own])) for name, own in zip(names, of_each, strict=True)
-    ]
-    logs, draws = time_draws(series[:1])
+    logs, draws = time_draws([equally_long([one.ratios[names[0]] for one in of_each[0]])])
     if rows:
-        own_logs, own_draws = time_draws(series[1:], [[one.line for one in own] for own in of_each[1:]], seed=1)
+        own_logs, own_draws = candidate_times(
+            [{one.line: one.ratios[name] for one in own} for name, own in zip(names[1:], of_each[1:], strict=True)]
+        )
         logs, draws = np.append(logs, own_logs), np.hstack((draws, own_draws))
     added = [
         Row.of(
@@ -152,7 +142,7 @@ def confirmed_rows(
         return added
     points = np.stack(
         [
-            _objective_draws(name, direction, rows, draws[:, 1:], comparison, losses_of, arrays_of)
+            objective_draws(name, direction, rows, draws[:, 1:], comparison, losses_of, arrays_of)
             for name, direction in objectives.items()
         ],
         axis=-1,
@@ -162,65 +152,6 @@ def confirmed_rows(
         values | {"front_probability": float(probability), "not_told_from": [rows[other]["trial"] for other in others]}
         for values, probability, others in beside
     ]
-
-
-def _objective_draws(
-    name: str,
-    direction: str,
-    rows: Sequence[AnyRow],
-    times: np.ndarray,
-    comparison: QualityComparison,
-    losses_of: Callable[[AnyRow], np.ndarray],
-    arrays_of: Callable[[AnyRow], Arrays],
-) -> np.ndarray:
-    """(draws, rows), to be minimised. times: (draws, rows), log ratios."""
-    paired, _ = _PAIRED.get(name, (name, direction))
-    if paired == "time_ratio":
-        return times
-    if paired == "ppl_vs_strict_percent":
-        return comparison.draws([losses_of(row) for row in rows])
-    if paired.startswith("kl") and (tables := _divergences(rows, arrays_of, paired)) is not None:
-        return mean_draws(tables, rows[0]["n_tokens"] - 1, len(times))
-    if paired in ("ttft_ratio", "energy_ratio"):
-        return _ratio_draws(paired, rows, times.shape)
-    sign = -1.0 if direction == "maximize" else 1.0
-    if is_score(name):
-        return sign * _score_draws(name, rows, times.shape)
-    return np.broadcast_to([sign * float(row[name]) for row in rows], times.shape)
-
-
-def _divergences(rows: Sequence[AnyRow], arrays_of: Callable[[AnyRow], Arrays], name: str) -> list[np.ndarray] | None:
-    """Of each row (n, 2): position, nats; None where they cannot be read any more, or the measure is no mean of any."""
-    places = name.replace("kl", "positions")
-    found = []
-    for row in rows:
-        try:
-            arrays = arrays_of(row)
-            positions = arrays[places]
-        except (StoreError, KeyError):
-            return None
-        found.append(np.column_stack((positions, arrays.get(name, np.zeros(len(positions))))))  # the reference has none
-    return found
-
-
-def _score_draws(name: str, rows: Sequence[AnyRow], shape: tuple[int, ...]) -> np.ndarray:
-    """By the harness' standard errors, of each by itself: what configurations share in their documents is not known, so
-    that fewer are told apart than could be."""
-    errors = np.array([float(row.get(f"{name}{STDERR}", 0.0)) for row in rows])
-    return np.array([float(row[name]) for row in rows]) + errors * np.random.default_rng(0).standard_normal(shape)
-
-
-def _ratio_draws(name: str, rows: Sequence[AnyRow], shape: tuple[int, ...]) -> np.ndarray:
-    """Log ratios that rounds do not take again: by the search's own interval, of each by itself."""
-    ends = np.log([[float(row.get(f"{name}{end}", row[name])) for end in ("", "_low", "_high")] for row in rows])
-    errors = (ends[:, 2] - ends[:, 1]) / (2 * 1.96)
-    return ends[:, 0] + errors * np.random.default_rng(1).standard_normal(shape)
-
-
-def _equally_long(series: Sequence[Sequence[float]]) -> list[list[float]]:
-    """Rounds of as many pairs as the shortest has."""
-    length = min(map(len, series))
-    return [list(one[:length]) for one in series]
 
 
 def _raw(times: Sequence[AnyRow]) -> AnyRow:

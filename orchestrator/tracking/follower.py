@@ -186,7 +186,7 @@ class _Follower:
         gc.freeze()  # MLflow's half a million objects stay; to look through them for garbage costs a sixth of all time
         self._done = 0
         self._say()
-        with self._trials.open() as file:
+        with self._trials.open() as file, self._projection.system_metrics():
             while True:
                 closing = self._report is not None
                 for _ in self._projection.log_all(_whole_lines(file)):

@@ -11,19 +11,22 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from streamllm.measuring.reference_time import ReferencePool
 from streamllm.results.mlflow_address import (
+    artifact_page,
+    fronts_page,
     runs_page,
     shown_at,
     store_uri,
+    without_password,
 )
-from streamllm.results.schema import FIELDS, POLICY_KNOBS, AnyRow, Row, told_name
-from streamllm.results.study import STRICT, VIEW, StudyResults, view_of
+from streamllm.results.schema import FIELDS, AnyRow, Row
+from streamllm.results.study import STRICT, StudyResults
 from streamllm.results.study_folder import StudyFolder
 
 from .child_runs import DIGEST, PARENT, Destination, RunWriter, Writer
@@ -31,6 +34,8 @@ from .client import find_experiment, is_refusal, mlflow_client, one_line
 from .locks import opening, writing
 from .remedies import ExperimentDeletedError, with_remedy
 from .row_in_mlflow import PARAMS, digest_of, is_number
+from .system_metrics import system_metrics
+from .views import COLOR, RECOMMENDED, next_color, views
 from .writers import Writers, pace_for
 
 if TYPE_CHECKING:
@@ -44,27 +49,22 @@ _MOVED = 1e-3
 each trial moves those of all others by some millionths."""
 _PAGE = 200
 """Runs that are asked for at a time."""
+_OF_ALL = ("device", "host", "model_digest", "text_digest", "version", "software")
+"""Tags of the study's run: what its trials say there, each value once."""
+_BETWEEN = "; "
 PARENT_PARAMS = ("model", "dtype", "quantization", "cap", "seed")
-_FIRST = ("tpot_ms", "front_probability", "ppl_vs_strict_percent", "method", "backend", *(k.name for k in POLICY_KNOBS))
-_VIEWED = [*(FIELDS[name] for name in _FIRST), *(f for f in FIELDS.values() if f.viewed and f.name not in _FIRST)]
-_COLUMNS = (
-    "tags.`pareto`",
-    *(
-        "attributes.`Dataset`" if field.name == "dataset" else f"{field.mlflow}s.`{field.tag or field.name}`"
-        for field in _VIEWED
-    ),
-)
-"""Columns of the table of runs that MLflow's UI shows at a study's own address, in this order: what a trial came to,
-what it is, the rest."""
 NOTE = "mlflow.note.content"
+REPORT, _REPORT_THERE = "report.html", "Report.html"
+"""MLflow lists capitals first."""
 _ABOUT = (
     "Sweeps of streamllm-sweep: a parent run per study, with the front in its description and artifacts, and a run per "
     "configuration. `tags.pareto = 'True'` finds the front."
 )
 _LONGEST_NOTE = 8000
 """Characters of a tag's value that MLflow keeps."""
-_LOGGED = "2"
-"""Version of what is logged of a row; of an older one all is logged again. 1: no data set."""
+_LOGGED = "3"
+"""Version of what is logged of a row; of an older one all is logged again. 1: no data set; 2: no tags for digests,
+versions and who measured."""
 _REPLACED = "replaced"
 """Tag of a run whose trial came to be another configuration, and in front of those by which it would be found."""
 
@@ -137,6 +137,8 @@ class Projection:
             with opening(self._uri, waiting):
                 self._client = mlflow_client(self._uri)
                 experiment = self._find_experiment()
+            self._folder.write_tracking(without_password(self._uri), self._experiment)
+            self._color = next_color(experiment.tags, self._configuration["study"])
             self._describe_experiment(experiment.tags)
             self._find_runs()
             self._begin_to_write()
@@ -145,7 +147,7 @@ class Projection:
     def _begin_to_write(self) -> None:
         if self._writers is not None:
             self._writers.close()
-        tags = self._common() | {"quantization": self._configuration["quantization"]}
+        tags = self._common() | {COLOR: self._color, "quantization": self._configuration["quantization"]}
         to = Destination(self._uri, self._experiment, self._runs[""], str(self._folder.store), tags)
         assert self._lock is not None
         self._writers = Writers(RunWriter(self._client, to), to, self._pace, self._lock.fileno())
@@ -164,17 +166,21 @@ class Projection:
         self._runs: dict[str, str] = {}
         self._digests: dict[str, str] = {}
         self._on_front: set[str] = set()
+        self._of_all: dict[str, list[str]] = {name: [] for name in _OF_ALL}
         below: dict[str, str | None] = {}
         twice: list[str] = []
         for run in self._known_runs():
             tags = run.data.tags
             trial = tags.get("trial", "")
+            self._color = tags.get(COLOR, self._color)
             if trial in self._runs:
                 twice.append(run.info.run_id)
                 continue
             self._runs[trial] = run.info.run_id
             if trial:
                 below[run.info.run_id] = tags.get(PARENT)
+            else:
+                self._of_all = {name: tags[name].split(_BETWEEN) if name in tags else [] for name in _OF_ALL}
             if run.info.status != "RUNNING":
                 self._digests[trial] = tags.get(DIGEST, "")
             if tags.get("pareto") == "True":
@@ -190,6 +196,10 @@ class Projection:
     def reopen_parent(self) -> None:
         """Marks the study as running."""
         self._client.update_run(self._runs[""], status="RUNNING")
+
+    def system_metrics(self) -> AbstractContextManager[None]:
+        """Logs what this machine does meanwhile."""
+        return system_metrics(self._runs[""], self._uri)
 
     def log(self, row: Row) -> None:
         """Makes the child run of a finished trial. What MLflow will never take, `refused` says why."""
@@ -212,7 +222,17 @@ class Projection:
 
         assert self._writers is not None
         for row, _ in self._writers.all_written(timed(), write, lambda both: both[0].trial):
+            self._describe_parent(row)
             yield row
+
+    def _describe_parent(self, row: AnyRow) -> None:
+        """What is said of trials that the study's run does not say yet."""
+        for name in _OF_ALL:
+            value, known = row.get(name), self._of_all[name]
+            if value is not None and str(value) not in known:
+                known.append(str(value))
+                with self._advising():
+                    self._client.set_tag(self._runs[""], name, _BETWEEN.join(known)[:5000])
 
     def _log_or_say(self, writer: Writer, row: Row, timed: Row) -> None:
         try:
@@ -270,10 +290,12 @@ class Projection:
         for trial in sorted((front ^ self._on_front) & self._runs.keys()):
             self._client.set_tag(self._runs[trial], "pareto", str(trial in front))
         self._on_front = front
-        whole: dict[str, float] = {"trials": len(results.trials), "pareto_trials": len(results.front)}
+        by_trial = {str(row["trial"]): row for row in rows if row is not None}
+        best = by_trial.get(str(report.recommended), Row())
+        whole = {f"recommended/{name}": float(best[name]) for name in RECOMMENDED if is_number(best.get(name))}
+        whole |= {"trials": float(len(results.trials)), "pareto_trials": float(len(results.front))}
         if results.references:
             whole["reference_tpot_ms"] = results.references[0].ms
-        by_trial = {str(row["trial"]): row for row in rows if row is not None}
 
         def update(writer: Writer, run: Run) -> None:
             row, before = by_trial.get(run.data.tags.get("trial", "")), run.data.metrics
@@ -314,29 +336,20 @@ class Projection:
         settings = self._configuration
         source = {"mlflow.source.name": "python -m orchestrator.sweep", "mlflow.source.type": "LOCAL"}
         tags = self._common() | source | {"commit": settings["commit"], "model": settings["model"], NOTE: self._link}
+        tags |= {COLOR: self._color}
+        if versions := settings.get("versions"):
+            tags["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
         run = self._client.create_run(self._experiment, tags=tags, run_name=settings["study"]).info.run_id
         params = [Param(name, str(settings[name])) for name in PARENT_PARAMS]
         self._client.log_batch(run, params=[*params, Param("space", str(settings["space"]["name"]))])
         return str(run)
 
     def _describe_experiment(self, before: Mapping[str, str]) -> None:
-        """Says what the experiment is, unless its owner has said it, and keeps the view of it that shows this study:
-        what MLflow's "share" button keeps, under the study's name.
-
-        MLflow 3.17 puts filter and order into the page's address, unless that has some already, and takes the columns;
-        which parents are unfolded, `runsExpanded`, it leaves out of a view on purpose."""
-        study = self._configuration["study"]
-        first, direction = next(iter(self._configuration["objectives"].items()))
-        view = {
-            "searchFilter": f"tags.study = '{study}'",
-            "orderByKey": f"metrics.`{told_name(first)}`",
-            "orderByAsc": direction == "minimize",
-            "selectedColumns": _COLUMNS,
-            "columnOrder": _COLUMNS,
-        }
-        tags = {f"{VIEW}{view_of(study)}": json.dumps(view)}
+        """Says what the experiment is, unless its owner has said it, and keeps the views of it."""
+        tags = views(self._configuration["study"], self._configuration["objectives"])
         if _ABOUT in before.get(NOTE, _ABOUT):
-            tags[NOTE] = f"{self._link}\n\n{_ABOUT}"
+            fronts = fronts_page(self._experiment).removeprefix("/")
+            tags[NOTE] = f"{self._link}\n\n[The fronts of all studies]({fronts})\n\n{_ABOUT}"
         if "inferred" in before.get("mlflow.experimentKind", "inferred"):
             tags["mlflow.experimentKind"] = "custom_model_development"
         for name, value in tags.items():
@@ -354,14 +367,21 @@ class Projection:
 
     def _attach(self, report: Report) -> None:
         """Files for the parent, unless it has just these; the description says what was found and shows the front."""
-        digest = digest_of(self._link, *report.findings, *(path.read_bytes() for path in report.files))
+        digest = digest_of(_LOGGED, self._link, *report.findings, *(path.read_bytes() for path in report.files))
         parent = self._runs[""]
         if self._client.get_run(parent).data.tags.get(DIGEST) == digest:
             return
-        for path in report.files:
-            self._client.log_artifact(parent, str(path))
+        links = [self._link]
+        if any(path.name == REPORT for path in report.files):
+            there = artifact_page(self._experiment, parent, _REPORT_THERE).removeprefix("/")
+            links.append(f"[The report]({there})")
+        for path in sorted(report.files, key=lambda path: path.name != REPORT):  # the report is there first
+            if path.name == REPORT:
+                self._client.log_text(parent, path.read_text(encoding="utf-8"), _REPORT_THERE)
+            else:
+                self._client.log_artifact(parent, str(path))
             if path.suffix == ".md":
-                note = "\n\n".join([self._link, *report.findings, path.read_text(encoding="utf-8")])
+                note = "\n\n".join([*links, *report.findings, path.read_text(encoding="utf-8")])
                 self._client.set_tag(parent, NOTE, shortened(note))
         self._client.set_tag(parent, DIGEST, digest)
 

@@ -16,6 +16,7 @@ from .attention import causal_mask
 from .backends import Backend
 from .device import float64_device
 from .execution import static_step
+from .experts import experts_for
 from .model import LoadedModel, changes_at
 from .rotary import Angles, Rotary
 
@@ -170,10 +171,11 @@ class CachedDecoder(Decoder):
             self.loaded.check_length(self._policy, self.schedule.seen + len(tokens))
         for part, schedule in self._parts:
             part.begin(schedule.held, len(tokens))
-        if self._static_step is not None and self.cache.is_static and len(tokens) == 1:
-            logits = self._static_step(tokens)
-        else:
-            logits = _step(self.loaded, self.cache, tokens, logits_to_keep)
+        with experts_for(self.loaded, len(tokens)):
+            if self._static_step is not None and self.cache.is_static and len(tokens) == 1:
+                logits = self._static_step(tokens)
+            else:
+                logits = _step(self.loaded, self.cache, tokens, logits_to_keep)
         for part, schedule in self._parts:
             drops = [schedule.after_token() for _ in range(len(tokens))]
             assert not any(drops[:-1]), "several tokens at once go past an eviction"

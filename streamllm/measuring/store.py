@@ -36,6 +36,7 @@ MEASURING_CODE = (
     "engine.device",
     "engine.energy",
     "engine.execution",
+    "engine.experts",
     "engine.gguf",
     "engine.gguf_header",
     "engine.layered",

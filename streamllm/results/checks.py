@@ -99,6 +99,12 @@ def checked_outcome(values: object) -> tuple[str, float]:
     return found["status"], found["ended_at"]
 
 
+def checked_tracking(values: object) -> tuple[str, str]:
+    """Where MLflow has a study's runs: the store's URI and the experiment. Raises ValueError."""
+    found = _object(values, "an address", uri=str, experiment=str)
+    return found["uri"], found["experiment"]
+
+
 def checked_timing(values: object) -> list[dict[str, Any]]:
     """What was found out about accelerators that are timed at once. Raises ValueError."""
     nodes = _object(values, "a calibration", nodes=list)["nodes"]

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
-from .study import EXPERIMENT, view_of
+from .study import EXPERIMENT, FRONTS, view_of
 
 _USUAL_ADDRESS = "http://127.0.0.1:5000"
 """Of `mlflow ui`."""
@@ -56,18 +56,42 @@ def runs_page(experiment: str, study: str) -> str:
     that its browser was in last, at first that of GenAI; the address says which it shall be.
 
     experiment: its id."""
-    view = quote(view_of(study), safe="")
-    return f"/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={view}"
+    return _page(experiment, view_of(study))
+
+
+def fronts_page(experiment: str) -> str:
+    """Where MLflow shows the fronts of all studies, in charts."""
+    return f"{_page(experiment, FRONTS)}&compareRunsMode=CHART"
+
+
+def artifact_page(experiment: str, run: str, name: str) -> str:
+    return f"/#/experiments/{experiment}/runs/{run}/artifacts/{quote(name)}"
+
+
+def _page(experiment: str, view: str) -> str:
+    return f"/#/experiments/{experiment}/runs?workflowType=machine_learning&viewStateShareKey={quote(view, safe='')}"
+
+
+def page_of(experiment: str) -> str:
+    """Where MLflow shows runs of the experiment, which a `&searchFilter=` chooses."""
+    return f"/#/experiments/{experiment}/runs?workflowType=machine_learning"
 
 
 def shown_at(uri: str, page: str) -> str:
     """The whole address of a page, and what has to run if it is to answer; "" where only Databricks knows."""
-    if is_server(uri):
-        return f"{without_password(uri).rstrip('/')}{page}"
     if is_databricks(uri):
         return ""
-    server = "mlflow ui" if uri == _store_here() else f"mlflow ui --backend-store-uri {without_password(uri)}"
-    return f"{_USUAL_ADDRESS}{page} while `{server}` runs"
+    address, command = server_of(uri)
+    return f"{address}{page}" + (f" while `{command}` runs" if command else "")
+
+
+def server_of(uri: str) -> tuple[str, str]:
+    """The address of a server that shows the store, and the command that has to run if it is to answer; "" for one that
+    runs anyway. Not of Databricks'."""
+    if is_server(uri):
+        return without_password(uri).rstrip("/"), ""
+    here = uri == _store_here()
+    return _USUAL_ADDRESS, "mlflow ui" if here else f"mlflow ui --backend-store-uri {without_password(uri)}"
 
 
 def without_password(uri: str) -> str:

@@ -39,15 +39,15 @@ class Row(Mapping[str, Any]):
     state: str | None = fact("state", words=True, mlflow="tag", about="complete or failed")
     cell: str | None = fact("cell", words=True, mlflow="tag", about="of a matrix: the name of its file")
     model: str | None = fact("model", words=True, mlflow="tag")
-    model_digest: str | None = fact()
+    model_digest: str | None = fact(mlflow="tag")
     weights: str | None = fact(about="how a GGUF file had quantised them")
     dataset: str | None = fact("data set", words=True, mlflow="tag", viewed=True)
-    text_digest: str | None = fact()
+    text_digest: str | None = fact(mlflow="tag")
     n_tokens: int | None = fact("text", unit="tokens")
     bos: bool | None = fact(about="whether a BOS is the text's first token")
     protocol: str | None = fact("protocol", words=True, mlflow="tag")
     dtype: str | None = fact("dtype", words=True, mlflow="tag")
-    version: str | None = fact(about="of streamllm")
+    version: str | None = fact(mlflow="tag", about="of streamllm")
     exactness: str | None = fact(
         "exactness",
         words=True,
@@ -102,8 +102,9 @@ class Row(Mapping[str, Any]):
     device: str | None = fact("device", words=True, mlflow="tag", viewed=True)
     threads: int | None = fact("threads", about="of a CPU")
     cpu_capability: str | None = fact(about="torch's CPU kernels")
-    software: str | None = fact("software", words=True, about="versions that a time depends on")
-    worker: int | None = fact()
+    software: str | None = fact("software", words=True, mlflow="tag", about="versions that a time depends on")
+    worker: int | None = fact(mlflow="tag")
+    host: str | None = fact(words=True, mlflow="tag", about="where the worker is; none where all was in the store")
     foreign_processes: str | None = fact(
         words=True, mlflow="tag", about="others on the accelerator, just after the timing"
     )

@@ -23,6 +23,8 @@ EXPERIMENT = "streamllm-sweep"
 """The name of the experiment in MLflow that holds all studies."""
 VIEW = "mlflow.sharedViewState."
 """Tag of an MLflow experiment: a view of it, at the address `#/experiments/ID/runs?viewStateShareKey=NAME`."""
+FRONTS = ":fronts"
+"""The name of the view of all studies' fronts: none that `view_of` makes of a study's."""
 STRICT, BASELINE = "strict", "baseline"
 """Names for what trials are compared with, in place of a trial's number."""
 FIXED = (STRICT, BASELINE)

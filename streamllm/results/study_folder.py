@@ -4,7 +4,8 @@
 MLflow: `trials.jsonl` has a row per finished trial, `increases.jsonl` what they cost beside the baseline, which becomes
 better known while the sweep runs, `timing.json` whether accelerators disturb one another, `rounds.jsonl` the rounds of
 confirming, `confirmed.jsonl` what they say of some trials, `fronts.jsonl` the front each time a sweep ended,
-`expected.jsonl` what its sampler expected of all else, `outcome.json` how the last one did.
+`expected.jsonl` what its sampler expected of all else, `outcome.json` how the last one did, `mlflow.json` where MLflow
+has its runs.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, NotRequired, TypedDict, TypeVar
 
 from ..files import Scalar, write_atomically
-from .checks import checked_front, checked_outcome, checked_round, checked_row, checked_settings
+from .checks import checked_front, checked_outcome, checked_round, checked_row, checked_settings, checked_tracking
 from .damaged import DamagedError, keep_aside, read_json, read_lines
 from .schema import NewerFormatError, Row
 
@@ -60,6 +61,7 @@ class StudySettings(TypedDict):
     """The keys of `sweep.json` that tables, figures and the report read; older studies lack some."""
 
     study: str
+    study_id: NotRequired[str]
     summary: str
     model: str
     quantization: str
@@ -126,6 +128,11 @@ class StudyFolder:
         return self.path / "outcome.json"
 
     @property
+    def tracking(self) -> Path:
+        """Where MLflow has the study's runs."""
+        return self.path / "mlflow.json"
+
+    @property
     def timing(self) -> Path:
         """What was found out about accelerators that are timed at once."""
         return self.path / "timing.json"
@@ -189,6 +196,18 @@ class StudyFolder:
 
     def write_outcome(self, status: str) -> None:
         write_atomically(self.outcome, json.dumps({"status": status, "ended_at": time.time()}) + "\n")
+
+    def read_tracking(self) -> tuple[str, str]:
+        """The URI of MLflow's store, without a password, and the experiment with the study's runs; both empty where
+        that was not noted, or cannot be read."""
+        try:
+            return read_json(self.tracking, checked_tracking)
+        except DamagedError:
+            return "", ""
+
+    def write_tracking(self, uri: str, experiment: str) -> None:
+        if self.read_tracking() != (uri, experiment):
+            write_atomically(self.tracking, json.dumps({"uri": uri, "experiment": experiment}) + "\n")
 
     def forget_the_end(self) -> None:
         """A sweep goes on: how it ended, and what was confirmed, holds no more. What is damaged of the files that are

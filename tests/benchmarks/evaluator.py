@@ -26,17 +26,17 @@ BLOCK = 256
 
 
 @BACKENDS["auto"].active()  # the kernels that the evaluator is held to
-def plain_losses(loaded: LoadedModel, tokens: np.ndarray, cache: int, block: int = BLOCK) -> None:
+def plain_losses(loaded: LoadedModel, tokens: np.ndarray, cache: int, block: int = BLOCK, streams: int = 1) -> None:
     """Causal forwards of `block` tokens over the last `cache` tokens, at wrong positions: only the work is right.
-    No policy's losses can be had from less."""
-    stream = torch.from_numpy(tokens).to(loaded.device)
+    No policy's losses can be had from less. streams: that many times, as a batch."""
+    stream = torch.from_numpy(tokens).to(loaded.device).expand(streams, -1)
     state = RerotatedCache(loaded, BACKENDS["auto"])
     held = 0
     for start in range(0, len(tokens) - 1, block):
         stop = min(start + block, len(tokens) - 1)
         state.begin(held, stop - start)
-        logits = loaded.forward(stream[None, start:stop], state.position_ids(stop - start), state).logits[0]
-        negative_log_likelihood(logits, stream[start + 1 : stop + 1])
+        logits = loaded.forward(stream[:, start:stop], state.position_ids(stop - start), state).logits
+        negative_log_likelihood(logits.flatten(0, 1), stream[:, start + 1 : stop + 1].flatten())
         held += stop - start
         if held > cache:
             surplus = held - cache

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 TIMED = ("speed", "quantized", "evaluator", "lease", "reference", "ring_kernel", "energy")
-PARTS = ("correctness", "exactness", *TIMED)
+PARTS = ("correctness", "exactness", "kinds", *TIMED)
 """Modules beside this one, each with its `CHECKS`."""
 
 

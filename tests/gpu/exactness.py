@@ -66,17 +66,17 @@ def synchronisation(scale: Scale) -> Result:
                 policy = EvictionPolicy(n_sink=4, window_size=44, compress_every=every, positions=positions)
                 for execution in ("eager", "cudagraph") if method == "ring" else ("eager",):
                     row = {"heads": f"8/{kv_heads}x64", "method": method, "R": every, "positions": positions}
-                    row["execution"] = execution
-                    rows.append(row | {"raised": _first_wait(loaded, method, policy, execution)})
+                    what = Configuration(method, policy, execution=execution)
+                    rows.append(row | {"execution": execution, "raised": waits(loaded, what)})
     return {"ok": not any(row["raised"] for row in rows), "rows": rows}
 
 
 @torch.inference_mode()
-def _first_wait(loaded: LoadedModel, method: str, policy: EvictionPolicy, execution: str) -> str:
-    """What raised, in forty tokens of a full cache; empty if nothing did."""
+def waits(loaded: LoadedModel, what: Configuration) -> str:
+    """The first wait for the device in forty tokens of a full cache, of fewer than seventy; empty if nothing waits."""
     tokens = torch.arange(110, device=loaded.device).split(1)
     with BACKENDS["auto"].active():
-        decoder = make_decoder(loaded, Configuration(method, policy, execution=execution))
+        decoder = make_decoder(loaded, what)
         for token in tokens[:70]:
             decoder.feed(token)
         try:

@@ -19,7 +19,7 @@ from streamllm.engine.block_parallel import block_parallel_losses
 from streamllm.engine.device import copy_bandwidth, seconds_of
 from streamllm.explain.profiling import profile_decoding
 from streamllm.measuring.timing import Reference, compile_step, no_garbage_collection, time_beside
-from streamllm.policy import EvictionPolicy
+from streamllm.policy import EvictionPolicy, KvDtype
 from tests.benchmarks.reporting import warm
 
 from .correctness import VOCABULARY, WITH_POSITIONS, float64_on_cpu, loop, small_model
@@ -181,8 +181,8 @@ def _replayed(way: Callable[[Ring], Tensor], rings: list[Ring]) -> float:
     return float(np.median([seconds_of(graph.replay, rings[0].position.device) for _ in range(REPLAYS)]))
 
 
-def steps(execution: str, *every: int) -> Callable[[Scale], Result]:
-    """Whole steps with both kernels, beside the same reference."""
+def steps(execution: str, *variants: tuple[int, KvDtype]) -> Callable[[Scale], Result]:
+    """Whole steps with both kernels, beside the same reference: R, and the number format of keys and values."""
 
     @torch.inference_mode()
     def check(scale: Scale) -> Result:
@@ -191,9 +191,10 @@ def steps(execution: str, *every: int) -> Callable[[Scale], Result]:
         loaded, tokens, rows = scale.model(), scale.tokens(4096), []
         reference = Reference.start(loaded, scale.total, tokens)
         policy = EvictionPolicy(n_sink=4, window_size=scale.total - 4)
-        for interval in every:
+        for every, kv_dtype in variants:
             for backend in ("triton", "ring_triton"):
-                what = Configuration("ring", replace(policy, compress_every=interval), backend, execution)
+                kept = replace(policy, compress_every=every, kv_dtype=kv_dtype)
+                what = Configuration("ring", kept, backend, execution)
                 compile_step(loaded, what, tokens)
                 with no_garbage_collection():
                     decoder = warm(loaded, what)
@@ -222,6 +223,8 @@ def steps(execution: str, *every: int) -> Callable[[Scale], Result]:
 CHECKS: dict[str, tuple[Callable[[Scale], Result], float]] = {
     "right": (right, 120),
     "layer": (layer, 120),
-    "captured": (steps("cudagraph", 1, 64), 120),
-    "compiled": (steps("compile", 1), 240),
+    "captured": (steps("cudagraph", (1, "auto"), (64, "auto")), 120),
+    "compiled": (steps("compile", (1, "auto")), 240),
+    "float8 captured": (steps("cudagraph", (1, "float8_e4m3"), (64, "float8_e4m3")), 120),
+    "float8 compiled": (steps("compile", (1, "float8_e4m3")), 240),
 }
