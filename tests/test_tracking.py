@@ -322,6 +322,14 @@ def test_the_study_notes_where_its_runs_are_for_the_report_to_link_to(study):
     assert runs_address(load_study("s")) is None
 
 
+_NAMES = (
+    "[...document.querySelectorAll('.ag-pinned-left-cols-container [role=row]')]"
+    ".sort((one, other) => one.getAttribute('row-index') - other.getAttribute('row-index'))"
+    ".map(row => row.querySelector('a')?.innerText.split(' S=')[0]).join(',')"
+)
+"""Of the runs in the table, in its order."""
+
+
 def answers(port):
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
