@@ -213,7 +213,7 @@ def test_nothing_is_wider_than_the_page(chromium, tmp_path, width):
 
 
 def test_labels_do_not_collide(chromium, tmp_path):
-    near = [row(n, 5.0 + n / 40, 4.0 - n / 20) for n in range(20)]
+    near = [row(100 + n, 5.0 + n / 40 + n % 2 / 50, 4.0 - n / 20) for n in range(40)]
     opened(chromium, tmp_path, [BASELINE, *near])
     covered = chromium.run(
         "const boxes = [...document.querySelectorAll('#plot .label')].map((one) => one.getBoundingClientRect());"

@@ -17,7 +17,7 @@ import pytest
 from dashboards.pareto import main
 from dashboards.recommendation import reproduce_command
 from dashboards.tables.columns import BY_KEY, Column, interval_decimals
-from dashboards.tables.filters import select
+from dashboards.tables.filters import filtered, select
 from dashboards.tables.formats import FORMATS, Table
 from dashboards.tables.latex import latex
 from dashboards.tables.table import pareto_table
@@ -374,6 +374,12 @@ def test_a_filter_that_cannot_be_meant_is_one_line_with_exit_code_2(study, where
     assert main(["s", "--where", where]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: where") and message in error and error.count("\n") == 1
+
+
+def test_the_front_can_be_asked_for(study):
+    on_front = {row["trial"] for row in study.front}
+    assert {row["trial"] for row in filtered(study, "front").trials} == on_front
+    assert {row["trial"] for row in filtered(study, "not front").trials} == {*range(10)} - on_front
 
 
 def test_the_front_of_a_filter_is_that_of_what_it_leaves(study):

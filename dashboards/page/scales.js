@@ -91,7 +91,7 @@ const scales = (() => {
   /** Where labels go, so that none covers another, a mark or the edge, nor one of the others where that can be: null for
    * one that has no room. marks: { x, y, size, text }, the first first; others: { x, y }; box: left, right, top, bottom.
    * Each place is the label's left end and baseline. */
-  function labelPlaces(marks, others, box, letter = 7.5, height = 13) {
+  function labelPlaces(marks, others, box, letter = 8.5, height = 13) {
     const taken = marks.map(({ x, y, size }) => [x - size, y - size, x + size, y + size]);
     const better = others.map(({ x, y }) => [x - 4, y - 4, x + 4, y + 4]);
     return marks.map(({ x, y, size, text }) => {
