@@ -7,7 +7,6 @@ writes fails. Needs the packages optuna and optuna_dashboard.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -81,7 +80,3 @@ def main(arguments: Sequence[str]) -> None:
 
     host, *journals, _, port = arguments
     run_server(JournalStorage(ReadOnlyJournals([*map(Path, journals)])), host, int(port))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

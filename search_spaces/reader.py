@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TypeVar
 
@@ -137,7 +138,18 @@ class Reader:
         for word in allowed:
             if word == value:
                 return word
-        raise self.fail(node, f"{key} {shown(value)}: must be one of {', '.join(map(str, allowed))}")
+        raise self.fail(node, f"{key} {shown(value)}: must be one of {_listed(str(value), list(map(str, allowed)))}")
+
+
+def _listed(given: str, words: list[str]) -> str:
+    """All, or of many those that are spelled most like it."""
+    if len(words) <= _MANY:
+        return ", ".join(words)
+    near = get_close_matches(given, words, _MANY // 4, cutoff=0.0)
+    return f"{', '.join(near)} or {len(words) - len(near)} others"
+
+
+_MANY = 32
 
 
 def _tag(node: yaml.Node) -> str:

@@ -373,7 +373,7 @@ def test_a_sweep_by_it_end_to_end(tmp_path, monkeypatch, capsys):
 
 def test_confirming_tells_policies_apart_by_differences_at_the_same_positions():
     """What neighbouring text does to all of them alike cancels."""
-    from orchestrator.search.confirm import _objective_draws
+    from streamllm.measuring.draws import objective_draws
 
     random, n = np.random.default_rng(0), 4000
     places = np.arange(0, n, 4)
@@ -382,8 +382,8 @@ def test_confirming_tells_policies_apart_by_differences_at_the_same_positions():
     rows = [{"trial": trial, "n_tokens": n + 1, "kl": float(values.mean())} for trial, values in kl.items()]
     kept = {0: {"positions": places, "values": places}, **{t: {"positions": places, "kl": kl[t]} for t in (1, 2)}}
     times, gone = np.zeros((500, 3)), {1: {}}
-    drawn = _objective_draws("kl", "minimize", rows, times, None, None, lambda row: kept[row["trial"]])
+    drawn = objective_draws("kl", "minimize", rows, times, None, None, lambda row: kept[row["trial"]])
     assert (drawn[:, 0] == 0).all() and drawn[:, 1].std() > 0.002
     assert (drawn[:, 2] > drawn[:, 1]).all() and drawn[:, 1].mean() == pytest.approx(rows[1]["kl"], rel=0.02)
-    constant = _objective_draws("kl", "minimize", rows, times, None, None, lambda row: (kept | gone)[row["trial"]])
+    constant = objective_draws("kl", "minimize", rows, times, None, None, lambda row: (kept | gone)[row["trial"]])
     assert (constant == [[row["kl"] for row in rows]] * 500).all()

@@ -196,7 +196,7 @@ def test_windows_are_what_the_total_leaves():
         ("matrix:\n  n_sink: [4, 4]\n", "line 2: n_sink: a value is given twice"),
         ("matrix: {window_size: 5, total_kv: 9}\n", "line 1: window_size 5, total_kv 9: give one of them"),
         ("matrix: {n_sink: 4}\nbaseline: mit\n", "line 2: baseline 'mit': must be one of recompute, dense"),
-        ("matrix: {}\ncolumns: [joy]\n", "line 2: columns 'joy': must be one of tpot_ms"),
+        ("matrix: {}\ncolumns: [perplexty]\n", "line 2: columns 'perplexty': must be one of perplexity, "),
         ("matrix: {n_sink: [0, 4]}\nfile: '{method}'\n", "line 2: file 'ours': 2 cells have it; name all of n_sink"),
         ("matrix: {}\nfile: '{sinks}'\n", "line 2: file '{sinks}': may name {dataset}, {configuration}"),
         ("matrix: {}\nconfigurations:\n  - {n_sink: 4}\n", "line 3: a configuration needs a name"),

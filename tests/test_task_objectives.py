@@ -9,12 +9,12 @@ import pytest
 from dashboards.tables.columns import BY_KEY, shown_columns
 from dashboards.tables.frames import frame
 from orchestrator.driver import Driver
-from orchestrator.search.confirm import _objective_draws
 from orchestrator.search.study import Study
 from search_spaces import load_space
 from search_spaces.reader import SpaceError
 from streamllm.configuration import Configuration
 from streamllm.errors import UsageError
+from streamllm.measuring.draws import objective_draws
 from streamllm.measuring.jobs import Job, TaskAsked
 from streamllm.measuring.keys import Keys
 from streamllm.measuring.store import Measurement, MeasurementStore
@@ -153,7 +153,7 @@ def test_a_score_is_shown_with_its_standard_error():
 
 def test_confirming_draws_scores_by_their_standard_errors():
     rows = [Row.of(ROW), Row.of(ROW | {SCORE: 0.5})]
-    draws = _objective_draws(SCORE, "maximize", rows, np.zeros((20_000, 2)), None, None, None)
+    draws = objective_draws(SCORE, "maximize", rows, np.zeros((20_000, 2)), None, None, None)
     np.testing.assert_allclose(draws.mean(axis=0), [-0.75, -0.5], atol=0.002)
     np.testing.assert_allclose(draws.std(axis=0), 0.04321, rtol=0.03)
 
