@@ -28,6 +28,7 @@ from urllib.request import Request, urlopen
 
 from streamllm.errors import UsageError
 from streamllm.results.mlflow_address import (
+    USUAL_ADDRESS,
     database_path,
     experiment_id,
     experiment_name,
@@ -109,9 +110,14 @@ class Reports(ThreadingHTTPServer):
             return None
         with self._writing:
             try:
-                return up_to_date_report(folder).read_bytes()
+                return self._linked(up_to_date_report(folder).read_bytes())
             except UsageError as error:  # damaged since
                 return f'<!doctype html><meta charset="utf-8"><title>Damaged</title><p>{escape(str(error))}'.encode()
+
+    def _linked(self, report: bytes) -> bytes:
+        """With links to runs where MLflow is served now, in place of where it usually is."""
+        usual, now = (f'"address":"{address}/'.encode() for address in (USUAL_ADDRESS, self.others.get(_MLFLOW, "")))
+        return report.replace(usual, now, 1) if _MLFLOW in self.others else report
 
     def elsewhere(self, path: str) -> str | None:
         """The address that a path `/SERVER/STUDY` leads to; None if there is none."""

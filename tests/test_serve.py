@@ -187,6 +187,17 @@ def test_other_servers_pages_of_a_study_are_led_to(tmp_path):
         ]  # fmt: skip
 
 
+def test_a_reports_links_to_runs_lead_to_the_mlflow_that_is_served(tmp_path):
+    one = study(tmp_path / "c", study="c")
+    one.files.write_configuration(one.files.read_configuration() | {"study_id": "7"})
+    one.files.write_tracking("sqlite:///runs.db", "1")
+    with serve.Reports(0, [one]) as server:
+        assert b'"address":"http://127.0.0.1:5000/#/experiments/1/runs?' in server.page("/c.html")
+        server.others["MLflow"] = "http://127.0.0.1:5001"
+        page = server.page("/c.html")
+        assert b'"address":"http://127.0.0.1:5001/#/experiments/1/runs?' in page and b":5000" not in page
+
+
 def test_journals_are_read_as_they_grow_and_nobody_can_write_to_them(tmp_path):
     paths = [tmp_path / "one.log", tmp_path / "other.log"]
     written = [optuna.create_study(study_name="s", storage=JournalStorage(JournalFileBackend(str(p)))) for p in paths]

@@ -8,7 +8,7 @@ from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from .study import EXPERIMENT, FRONTS, view_of
 
-_USUAL_ADDRESS = "http://127.0.0.1:5000"
+USUAL_ADDRESS = "http://127.0.0.1:5000"
 """Of `mlflow ui`."""
 
 
@@ -91,7 +91,7 @@ def server_of(uri: str) -> tuple[str, str]:
     if is_server(uri):
         return without_password(uri).rstrip("/"), ""
     here = uri == _store_here()
-    return _USUAL_ADDRESS, "mlflow ui" if here else f"mlflow ui --backend-store-uri {without_password(uri)}"
+    return USUAL_ADDRESS, "mlflow ui" if here else f"mlflow ui --backend-store-uri {without_password(uri)}"
 
 
 def without_password(uri: str) -> str:
