@@ -12,7 +12,7 @@ from streamllm.results.schema import KNOBS, AnyRow, Row
 from streamllm.results.study import StudyResults
 
 from .tables.columns import BY_KEY
-from .tables.formats import Table
+from .tables.content import Table
 from .tables.table import names_of, pareto_table
 
 _RANKED_BY = {"ppl_increase_percent": "ppl_vs_strict_percent", "speedup": "tpot_ms"}

@@ -21,7 +21,8 @@ from .loading import load_all
 from .tables import kinds
 from .tables.columns import shown_columns
 from .tables.conditions import GRAMMAR
-from .tables.formats import FORMATS, Table, write_file
+from .tables.content import Table
+from .tables.formats import FORMATS, write_file
 from .tables.table import dispensable, pareto_table
 from .tables.terminal import Line, View, lines, wrapped
 

@@ -18,7 +18,8 @@ from .loading import load
 from .pareto import parse_formats, show, write
 from .published_cells import TABLES, published_cells
 from .tables.columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column
-from .tables.formats import FORMATS, Table
+from .tables.content import Table
+from .tables.formats import FORMATS
 from .tables.matrix_html import documents_of
 
 _COLUMNS = (

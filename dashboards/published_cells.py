@@ -10,7 +10,7 @@ from streamllm.results.schema import AnyRow
 
 from .summarize import EVALUATION_COLUMNS
 from .tables.columns import Column
-from .tables.formats import Table
+from .tables.content import Table
 from .tables.matrix_tables import matrix_rows
 
 _COLUMNS = {column.key: column for column in EVALUATION_COLUMNS}

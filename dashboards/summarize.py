@@ -13,8 +13,9 @@ from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
 from .tables.columns import BY_KEY, POLICY_COLUMNS, SPEEDUP, Column, unsaid_settings
+from .tables.content import Table
 from .tables.evaluations import read_results
-from .tables.formats import FORMATS, Table, write_file
+from .tables.formats import FORMATS, write_file
 
 EVALUATION_COLUMNS = (
     *map(Column.of, ("model", "dataset", "n_tokens", "protocol")),

@@ -17,8 +17,9 @@ import pytest
 from dashboards.pareto import main
 from dashboards.recommendation import reproduce_command
 from dashboards.tables.columns import BY_KEY, Column, interval_decimals
+from dashboards.tables.content import Table
 from dashboards.tables.filters import filtered, select
-from dashboards.tables.formats import FORMATS, Table
+from dashboards.tables.formats import FORMATS
 from dashboards.tables.latex import latex
 from dashboards.tables.table import pareto_table
 from streamllm.commands import evaluate

@@ -16,7 +16,7 @@ from streamllm.results.schema import AnyRow
 
 if TYPE_CHECKING:
     from .columns import Column
-    from .formats import Table
+    from .content import Table
 
 COLUMN, PAGE, SIDEWAYS = 345.0, 455.0, 550.0
 """Points: the text of LaTeX's `article`; across both columns of a paper, the narrowest of the usual ones (16 cm); the

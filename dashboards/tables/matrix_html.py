@@ -10,7 +10,7 @@ from typing import Any
 from streamllm.results.study import StudyResults
 
 from .columns import Column
-from .formats import Table
+from .content import Table
 from .matrix_tables import matrix_tables
 
 

@@ -14,7 +14,7 @@ from ..drawing.comparisons import Group, Series, bars
 from ..drawing.style import CYCLE, new_figure, save, style
 from ..summarize import EVALUATION_COLUMNS
 from .columns import BY_KEY, POLICY_COLUMNS, Column, bytes_differ
-from .formats import Table
+from .content import Table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,8 +12,8 @@ from streamllm.results.study import StudyResults
 from ..recommendation import advice, recommended
 from . import kinds
 from .columns import COLUMNS, shown_columns
+from .content import Table
 from .filters import filtered
-from .formats import Table
 
 _PLACES = ("front", "tied", "no better", "dominated", "unconfirmed", "not finite", "infeasible", "failed")
 """In the order in which they are listed. tied: confirmed, and neither it nor one of the front is better than the other

@@ -15,7 +15,7 @@ from streamllm.results.schema import FIELDS, POLICY_KNOBS, POLICY_WORDS, AnyRow,
 
 from ..recommendation import MEASURED_BY
 from .columns import Column
-from .formats import Table
+from .content import Table
 
 if TYPE_CHECKING:
     from rich.console import Console, ConsoleOptions
