@@ -187,7 +187,9 @@ def test_where_no_distance_differs_positions_are_compact():
     ):
         assert Configuration(method, policy).effective.positions == "compact", (method, policy)
     assert Configuration("mit", KEEP).effective == KEEP
-    with pytest.raises(UsageError, match="positions 'keep': method 'kvpress' is the press that re-rotates"):
+    with pytest.raises(
+        UsageError, match="positions 'keep': methods 'kvpress' and 'kvpress_shim' are the press that re-rotates"
+    ):
         _ = Configuration("kvpress", KEEP).effective
     with pytest.raises(PolicyError, match="positions 'absolute': must be one of compact, keep"):
         EvictionPolicy(positions="absolute")
