@@ -49,8 +49,8 @@ def configuration_words(row: AnyRow) -> str:
     """For people who know the knobs."""
     return (
         f"trial {row['trial']}: {row['method']}, {row.get('backend', row['backend_requested'])} attention, "
-        f"{row['n_sink']} sink{'s' * (row['n_sink'] != 1)}, window {row['window_size']}, prune every {row['compress_every']}, "
-        f"slack {row['cache_slack']}, max drop {row['max_drop']}"
+        f"{row['n_sink']} sink{'s' * (row['n_sink'] != 1)}, window {row['window_size']}, "
+        f"prune every {row['compress_every']}, slack {row['cache_slack']}, max drop {row['max_drop']}"
         f"{''.join(f', {word}' for word in unusual_words(row))}"
     )
 

@@ -109,8 +109,8 @@ def effective(policy: EvictionPolicy) -> EvictionPolicy:
     would take others for sinks."""
     if policy.canonical.keeps_positions:
         raise UsageError(
-            "positions 'keep': methods 'kvpress' and 'kvpress_shim' are the press that re-rotates, the one that does not "
-            "loses sinks at its second prune; use --positions compact, or --method ring, ours or mit"
+            "positions 'keep': methods 'kvpress' and 'kvpress_shim' are the press that re-rotates, the one that does "
+            "not loses sinks at its second prune; use --positions compact, or --method ring, ours or mit"
         )
     return policy
 
