@@ -270,7 +270,9 @@ def test_the_machine_is_watched_while_a_study_is_followed(study, monkeypatch):
             )
     steps = [metric.step for metric in client.get_metric_history(run, "system/cpu_utilization_percentage")]
     assert steps == [*range(len(steps))], "it goes on where it was"
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in [name for name in sys.modules if name.startswith("mlflow.system_metrics")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "psutil", None)
     with system_metrics(run, "nowhere"):
         pass
 

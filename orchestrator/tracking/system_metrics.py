@@ -16,10 +16,12 @@ _EVERY_SEC = 10.0
 def system_metrics(run: str, uri: str) -> Iterator[None]:
     """Logs them to that run of the store at `uri`, after those that it has; nothing where psutil is not installed, or
     with an MLflow whose monitor knows no other store than the usual one (3.5)."""
+    if importlib.util.find_spec("psutil") is None:  # without which the monitor cannot even be imported
+        yield
+        return
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-    there = "tracking_uri" in inspect.signature(SystemMetricsMonitor).parameters
-    if not there or importlib.util.find_spec("psutil") is None:
+    if "tracking_uri" not in inspect.signature(SystemMetricsMonitor).parameters:
         yield
         return
     monitor = SystemMetricsMonitor(run, _EVERY_SEC, resume_logging=True, tracking_uri=uri)
