@@ -22,8 +22,13 @@ def state(folder: StudyFolder) -> str:
     if ended is not None:
         return _ENDS[ended]
     if _is_elsewhere(folder.lock) or not _LOCKS.is_file():
-        return RUNNING if time.time() - folder.trials.stat().st_mtime < _FRESH_SEC else INTERRUPTED
+        return RUNNING if time.time() - _went_on(folder) < _FRESH_SEC else INTERRUPTED
     return RUNNING if _is_locked(folder.lock) else INTERRUPTED
+
+
+def _went_on(folder: StudyFolder) -> float:
+    """When it began, or had its newest result: seconds since 1970."""
+    return max((file.stat().st_mtime for file in (folder.configuration, folder.trials) if file.is_file()), default=0.0)
 
 
 def _is_elsewhere(lock: Path) -> bool:

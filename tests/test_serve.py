@@ -161,7 +161,12 @@ def test_a_study_runs_while_its_sweep_has_it_locked(tmp_path, monkeypatch):
     assert state(files) == "interrupted"
     files.lock.write_text("process 7 on another-machine")
     assert state(files) == "running", "there, as far as anybody knows: it has just gone on"
-    os.utime(files.trials, (1, 1))
+    trials = files.trials.read_bytes()
+    files.trials.unlink()
+    assert state(files) == "running", "it has just begun"
+    files.trials.write_bytes(trials)
+    for file in (files.trials, files.configuration):
+        os.utime(file, (1, 1))
     assert state(files) == "interrupted"
     for status, expected in (("FINISHED", "finished"), ("FAILED", "failed"), ("KILLED", "interrupted")):
         files.write_outcome(status)

@@ -1,7 +1,7 @@
 """The device's own energy counter, where it has one: joules since some time in the past.
 
 A counter counts all that it covers, idle power and other processes included, and says what that is. It moves in steps:
-NVML's every 20 to 100 ms, depending on the GPU; so whoever reads it has to let many steps pass (`measuring.energy`).
+NVML's of an H100 every 100 ms; so whoever reads it has to let many steps pass (`measuring.energy`).
 """
 
 from __future__ import annotations

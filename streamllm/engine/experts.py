@@ -24,5 +24,5 @@ def experts_for(loaded: LoadedModel, new_tokens: int) -> Iterator[None]:
 
 
 _CHOSEN = "_experts_implementation"
-"""By this name every version of transformers that has several reads it (`set_experts_implementation` sets it, in a walk
-through all modules that takes longer than a step)."""
+"""By this name every version of transformers that has several reads it (`set_experts_implementation` sets it, and walks
+through all modules every time)."""

@@ -1,6 +1,6 @@
 """Joules per token, by the device's counter over long segments, in turn with the reference's.
 
-A counter moves in steps of some 20 to 100 ms, and a segment of a few tokens would fall between two of them. So it is
+A counter moves in steps (of 100 ms on an H100), and a segment of a few tokens would fall between two of them. So it is
 read every few milliseconds while a segment is decoded, and what counts is its power from one of its steps to a later
 one: a segment lasts at least `LEAST_SEC` and `LEAST_STEPS` of them. Power times seconds per token is joules per token.
 """
