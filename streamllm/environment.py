@@ -39,7 +39,7 @@ HELP = """environment:
   STREAMLLM_MODEL, STREAMLLM_DATASET  defaults of --model and --dataset-name
   STREAMLLM_N_SINK, ..._WINDOW_SIZE   defaults of --n-sink and --window-size, where a command has them
   STREAMLLM_DATA                      a folder with data sets, asked before the hub: NAME.txt, .jsonl, .parquet or NAME/
-  STREAMLLM_CACHE                     where GGUF files are converted to (~/.cache/streamllm)
+  STREAMLLM_CACHE                     where converted GGUF files and our kernels for CPUs are kept (~/.cache/streamllm)
   FLASH_SDPA, HF_HOME, HF_*           attention kernel (1: flash, 0: math); the Hugging Face libraries' own
   A file .env in the working directory may say the same, a line NAME=VALUE each; there MODEL_NAME, DATASET_NAME, N_SINK
   and WINDOW_SIZE mean the first four. Arguments win over the environment, the environment over the file.
@@ -121,6 +121,12 @@ def wait_passively() -> None:
             "waiting threads take cores from others; import streamllm first, or set the variable outside",
             stacklevel=3,
         )
+
+
+def cache_folder() -> Path:
+    """$STREAMLLM_CACHE, or `streamllm` where the system keeps what can be made again."""
+    given = os.environ.get("STREAMLLM_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamllm"
 
 
 def default_model() -> str:

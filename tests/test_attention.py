@@ -9,6 +9,7 @@ from streamllm.configuration import Configuration
 from streamllm.engine.attention import attention, eager_attention, fused_attention, recorded_kernel
 from streamllm.engine.backends import BACKENDS, default_backend
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.cpu_kernels import has_kernels
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.loading import load_model
 from streamllm.engine.methods import make_decoder
@@ -68,12 +69,13 @@ def test_math_and_flash_agree_in_logits(family, golden_model, golden_tokens):
 
 def test_a_probe_says_what_runs_and_why_the_rest_does_not():
     probes = {name: probe_backend(b, torch.device("cpu"), torch.float32, 16) for name, b in BACKENDS.items()}
+    ours = {"cpp": "cpp"} if has_kernels() else {}
     assert {name: probe.kernel for name, probe in probes.items() if probe.kernel} == {
         "auto": "flash",
         "eager": "eager",
         "math": "math",
         "flash": "flash",
-    }
+    } | ours
     assert all(probe.error for probe in probes.values() if probe.kernel is None)
     assert "flash_attn" in probes["flash_attention_2"].error
 

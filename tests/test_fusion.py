@@ -6,6 +6,7 @@ import pytest
 
 from streamllm.commands import profile
 from streamllm.configuration import Configuration
+from streamllm.engine.cpu_kernels import has_kernels
 from streamllm.errors import UsageError
 from streamllm.explain import fusion
 from streamllm.explain.fusion import fused_kernels, fusion_of, kind_of, kinds_of, operators_in
@@ -26,6 +27,7 @@ def profiled(kernels, launches=3.0):
 
 EAGER = profiled({"aten::addmm": (24, 4.0), "aten::add": (12, 1.0), "aten::view": (90, 3.0)}, 389.0)
 COMPILED = profiled({FUSED: (6, 0.75), "graph_0_cpp_fused_mul_sum_2": (1, 0.25), "aten::fill_": (2, 0.1),
+                     "aten::empty": (7, 0.1), "streamllm::matrix_vector": (7, 0.5),
                      "Pregraph bytecode": (1, 1.0)})  # fmt: skip
 
 
@@ -108,8 +110,9 @@ def test_every_execution_is_profiled(steps, golden_model, golden_tokens):
         ("eager", "eager"), ("eager", "math"), ("compile", "math"),
     ]  # fmt: skip
     assert [run.launches_per_token for run in found.runs] == [389, 389, 3]
-    assert [run.computing_per_token for run in found.runs] == [126, 126, 9], "calls of torch's own making are none"
+    assert [run.computing_per_token for run in found.runs] == [126, 126, 16 + 7], "calls of torch's own making are none"
     assert [kernel.name for kernel in found.left] == ["aten::fill_"]
+    assert [kernel.name for kernel in found.own] == ["streamllm::matrix_vector"]
 
 
 def test_the_command(steps, tmp_path, monkeypatch, capsys):
@@ -118,7 +121,11 @@ def test_the_command(steps, tmp_path, monkeypatch, capsys):
     assert profile.run(parsed("--fusion", *what)) == 0
     shown = capsys.readouterr().out
     result = json.loads((tmp_path / "results" / "profile_kernels" / "fusion.json").read_text())
-    assert (result["method"], result["execution"], result["backend"]) == ("ring", "compile", "fused")
+    assert (result["method"], result["execution"], result["backend"]) == (
+        "ring",
+        "compile",
+        "cpp" if has_kernels() else "fused",
+    )
     assert result["kinds"][0]["most_speedup"] == 2 and result["fused"][0]["operators"][0] == "_to_copy"
     for line in ("  _to_copy, add, gelu, index_copy, native_layer_norm, matmul", "called one by one still: fill_ 2",
                  f"{'matrix products':30}{24:12}{4.0:10.3f}{0.5:8.0%}{2.0:11.2f}x"):  # fmt: skip

@@ -231,6 +231,8 @@ def _fusion_report(result: dict[str, Any], file: Path) -> str:
     for number, kernel in enumerate(result["fused"], 1):
         lines.append(f"{f'kernel {number}':30}{kernel['calls_per_token']:12.0f}{kernel['ms_per_token']:10.3f}")
         lines += wrap(", ".join(kernel["operators"]), 100, initial_indent="  ", subsequent_indent="  ")
+    for kernel in result["own"]:
+        lines.append(f"{kernel['name']:30}{kernel['calls_per_token']:12.0f}{kernel['ms_per_token']:10.3f}")
     left = ", ".join(f"{kernel['name'].removeprefix('aten::')} {kernel['calls_per_token']:.0f}"
                      for kernel in result["left"])  # fmt: skip
     return "\n".join([*lines, f"called one by one still: {left or 'nothing'}", "", f"file: {file}"])

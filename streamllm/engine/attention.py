@@ -122,11 +122,15 @@ def attention(
         else:
             mask = causal_mask(query.shape[-2], key.shape[-2], query.device, window)
     new, held = query.shape[-2], key.shape[-2]
+    if new == 1 and backend.library == "cpp":
+        from .cpu_kernels import decode_attention
+
+        return decode_attention(query, key, value, mask, scaling, softmax)
     if new == 1 and torch.compiler.is_compiling() and fuses(backend, query.device):
         return fused_attention(query, key, value, scaling, mask, softmax)
     key, value = key.to(query.dtype), value.to(query.dtype)
     eager = backend.library == "eager" or not softmax.is_plain
-    if not softmax.is_plain and backend.name not in ("auto", "eager"):
+    if not softmax.is_plain and backend.name not in ("auto", "eager", "cpp"):
         what = "soft caps on its logits" if softmax.cap is not None else "learned sinks in its softmax"
         raise UsageError(f"attention backend {backend.name!r}: the model has {what}; use auto or eager")
     if key.shape[-1] != value.shape[-1] and not eager:  # fused kernels take them as wide as one another
@@ -185,7 +189,7 @@ def _triton_attention(
 
 
 def fuses(backend: Backend, device: torch.device) -> bool:
-    """Whether compiled steps use `fused_attention`: on a CPU, unless a kernel is asked for."""
+    """Whether compiled steps use `fused_attention`: on a CPU, unless there is a kernel (`probing.replayed`)."""
     return backend.name == "auto" and device.type == "cpu"
 
 

@@ -20,9 +20,10 @@ class Backend:
     name: str
     kernel: str | None = None
     """Name in `torch.nn.attention.SDPBackend`; None for `auto`, and for what is not torch's."""
-    library: Literal["sdpa", "eager", "flash_attn", "triton"] = "sdpa"
+    library: Literal["sdpa", "eager", "flash_attn", "triton", "cpp"] = "sdpa"
     """torch's scaled_dot_product_attention, plain matrix products and a softmax, the flash-attn package, or our own
-    kernels for one new token (`triton_attention`, `triton_ring`; several are torch's)."""
+    kernels for one new token, on GPUs (`triton_attention`, `triton_ring`) and CPUs (`cpu_kernels`); several are
+    torch's."""
     operators: tuple[str, ...] = ()
     """The operators that torch's dispatcher is seen to run when this kernel runs; empty if it is made of ordinary
     operators."""
@@ -83,6 +84,7 @@ BACKENDS = {
         Backend("flash_attention_2", library="flash_attn", operators=("flash_attn::_flash_attn_forward",)),
         Backend("triton", library="triton", operators=("streamllm::flash_decoding",)),
         Backend("ring_triton", library="triton", operators=("streamllm::ring_attention",)),
+        Backend("cpp", library="cpp", operators=("streamllm::decode_attention",)),
     )
 }
 

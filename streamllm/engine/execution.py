@@ -16,10 +16,11 @@ from ..errors import UsageError
 from ..options import EXECUTIONS
 from .attention import AttentionState
 from .backends import Backend
+from .cpu_kernels import has_kernels, matrix_vector
 from .device import float64_device
 from .layers import HANDS_ON
 from .model import LoadedModel
-from .quantization import Int4Linear
+from .quantization import Int4Linear, Int8Linear
 
 Step = Callable[[LoadedModel, Any, Tensor], Tensor]
 """(model, cache, token (1)) -> logits (1, vocabulary)"""
@@ -151,16 +152,29 @@ class _GraphedStep:
 
 
 class MatrixVectorLinear(nn.Linear):
-    """A linear layer that, compiled for one token, is a multiply and a sum: inductor streams the weights through that
-    at memory bandwidth, where a matrix product with one row is far from it."""
+    """A linear layer that, compiled for one token, reads its weights at the pace of memory, far from which a matrix
+    product with one row is: by our own kernel, or by a multiply and a sum, which inductor streams them through."""
+
+    has_kernel = False
 
     def forward(self, input: Tensor) -> Tensor:
         if not torch.compiler.is_compiling() or input.numel() != self.in_features:
             return super().forward(input)
-        output = (self.weight * input.reshape(-1)).sum(-1)
+        if self.has_kernel:
+            output = matrix_vector(self.weight, input.reshape(-1))
+        else:
+            output = (self.weight * input.reshape(-1)).sum(-1)
         if self.bias is not None:
             output = output + self.bias
         return output.view(*input.shape[:-1], self.out_features)
+
+
+_WORTH_A_CALL = 2**16
+"""Bytes of weights for which calling our own kernel pays: the call takes 5 us."""
+
+
+def _is_read(weight: Tensor) -> bool:
+    return weight.is_cpu and weight.dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int8)
 
 
 _COPIES: WeakKeyDictionary[nn.Module, dict[bool, Any]] = WeakKeyDictionary()
@@ -173,6 +187,9 @@ def _for_one_token(model: Any, regions: bool) -> Any:
     copies = _COPIES.setdefault(model, {})
     if regions not in copies:
         copies[regions] = _with_matrix_vector_products(model, {})
+        for module in copies[regions].modules():
+            if isinstance(module, (MatrixVectorLinear, Int8Linear)) and module.weight.nbytes >= _WORTH_A_CALL:
+                module.has_kernel = _is_read(module.weight) and has_kernels()
         for layer in _repeated(copies[regions]) if regions else ():
             layer.forward = MethodType(torch.compiler.nested_compile_region(type(layer).forward), layer)
     return copies[regions]

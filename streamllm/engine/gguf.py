@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import shutil
 import sys
 import tempfile
@@ -15,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ..environment import cache_folder
 from ..errors import UnsupportedModelError, UsageError, reason_of, shown
 from ..files import is_file, is_folder
 from ..libraries import hush_libraries
@@ -113,12 +113,6 @@ def _digest(file: Path, size: int, changed: int) -> str:
     """sha256 of a file, for as long as it has that size and was changed at that time: a command asks several times."""
     with file.open("rb") as content:
         return hashlib.file_digest(content, "sha256").hexdigest()
-
-
-def cache_folder() -> Path:
-    """$STREAMLLM_CACHE, or `streamllm` where the system keeps what can be made again."""
-    given = os.environ.get("STREAMLLM_CACHE")
-    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "streamllm"
 
 
 def _read(file: Path) -> dict[str, str]:

@@ -86,14 +86,15 @@ def probe_layers(backend: Backend, loaded: LoadedModel, held: int, head_size: in
 
 
 def replayed(backend: Backend, loaded: LoadedModel, held: int) -> Backend:
-    """The backend that `auto` stands for in a ring's step that is captured as a graph: our own kernel, where it runs.
-    There its launches cost nothing (from Python, 150 us each). On an H100 a captured step takes 14% less time with it
-    than with `triton`, a compiled one 4%."""
-    if backend.name != "auto" or loaded.device.type != "cuda" or find_spec("triton") is None:
+    """The backend that `auto` stands for in a ring's step that is compiled, or captured as a graph: our own kernel,
+    where it runs. On a GPU its launches cost nothing there (from Python, 150 us each): on an H100 a captured step takes
+    14% less time with it than with `triton`, a compiled one 4%."""
+    own = {"cuda": "ring_triton", "cpu": "cpp"}.get(loaded.device.type)
+    if backend.name != "auto" or own is None:
         return backend
-    if not loaded.has_plain_softmax:
+    if own == "ring_triton" and (find_spec("triton") is None or not loaded.has_plain_softmax):
         return backend
-    ours, shapes = BACKENDS["ring_triton"], {(x.key_size, x.heads, x.kv_heads) for x in loaded.layers}
+    ours, shapes = BACKENDS[own], {(x.key_size, x.heads, x.kv_heads) for x in loaded.layers}
     return ours if all(_probed(ours, loaded.device, loaded.dtype, *shape, held) for shape in shapes) else backend
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..options import QUANTIZATIONS
+from .cpu_kernels import matrix_vector
 from .device import cpu_capability, device_name
 
 if TYPE_CHECKING:
@@ -49,6 +50,9 @@ class QuantizedLinear(nn.Module):
 class Int8Linear(QuantizedLinear):
     """y = x (scale * weight)^T + bias, weight (out, in) int8, scale (out)."""
 
+    has_kernel = False
+    """Whether our own computes it, compiled for one token."""
+
     def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
@@ -58,6 +62,9 @@ class Int8Linear(QuantizedLinear):
 
     def product(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and input.numel() == self.in_features:
+            if self.has_kernel:
+                output = matrix_vector(self.weight, input.reshape(-1), self.scale)
+                return output.view(*input.shape[:-1], self.out_features)
             # For one token a sum of products, into which inductor puts the conversion: weights are read once, as bytes.
             # On a CPU in float32 at least: there bytes become bfloat16 at a quarter of that speed.
             dtype = torch.promote_types(input.dtype, torch.float32) if input.is_cpu else input.dtype

@@ -35,6 +35,8 @@ _KINDS = {
     ACTIVATIONS: r"gelu|silu|relu|tanh|sigmoid",
 }
 """Kind of an eager step's operators -> their names, without `aten::`."""
+OURS = "streamllm::"
+"""How names of our own operators begin."""
 _FUSED = re.compile(r"(?:graph_\d+_)?(?:cpp|triton_[a-z]+)_fused_(.+?)(?:_\d+)?$")
 
 
@@ -118,7 +120,7 @@ class Run:
     launches_per_token: float
     """As `Profile.launches`."""
     computing_per_token: float
-    """Calls of ATen's operators and of inductor's kernels, each in whatever calls it."""
+    """Calls of ATen's operators, of inductor's kernels and of ours, each in whatever calls it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,8 @@ class Fusion:
     """Of the eager step with the kernel asked for."""
     fused: list[FusedKernel]
     """Of the compiled step."""
+    own: list[Kernel]
+    """Our own kernels, which it calls."""
     left: list[Kernel]
     """ATen's operators that it still calls one by one."""
 
@@ -149,7 +153,8 @@ def fusion_of(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> F
         runs=[_run(step, profiled, _used(loaded, step, tokens)) for step, profiled in found],
         kinds=kinds_of(eager),
         fused=fused_kernels(compiled.kernels),
-        left=[kernel for kernel in compiled.kernels if kernel.name.startswith("aten::")],
+        own=[kernel for kernel in compiled.kernels if kernel.name.startswith(OURS)],
+        left=[one for one in compiled.kernels if one.name.startswith("aten::") and one.name != "aten::empty"],
     )
 
 
@@ -161,4 +166,5 @@ def _used(loaded: LoadedModel, step: Configuration, tokens: np.ndarray) -> str:
 def _run(step: Configuration, profiled: Profile, backend: str) -> Run:
     called = sum(one.calls_per_token for one in profiled.operators)
     called += sum(one.calls_per_token for one in fused_kernels(profiled.kernels))
+    called += sum(one.calls_per_token for one in profiled.kernels if one.name.startswith(OURS))
     return Run(step.execution, backend, profiled.tpot_ms, profiled.launches, called)

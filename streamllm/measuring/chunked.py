@@ -16,6 +16,7 @@ from ..engine.decoding import Progress, negative_log_likelihood
 from ..engine.device import synchronize
 from ..engine.methods import make_decoder
 from ..engine.model import LoadedModel
+from ..engine.probing import replayed
 from ..errors import UsageError
 from ..policy import mean_keys
 from .timing import attention_spans
@@ -75,7 +76,7 @@ def chunk_losses(
     # A first chunk that warms up and does not count.
     with recorded_kernel(what.kernel, loaded.has_plain_softmax) as recorder:
         _chunk(loaded, what, first)
-    if what.execution == "compile" and fuses(what.kernel, loaded.device):
+    if what.execution == "compile" and fuses(replayed(what.kernel, loaded, what.policy.kept), loaded.device):
         recorder.kernels.add("fused")
 
     def timed_chunk(timed: LoadedModel, begin: Callable[[], object]) -> None:

@@ -11,6 +11,7 @@ import ast
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ MEASURING_CODE = (
     "engine.backends",
     "engine.block_parallel",
     "engine.block_state",
+    "engine.cpu_kernels",
     "engine.decoding",
     "engine.device",
     "engine.energy",
@@ -88,6 +90,8 @@ MEASURING_CODE = (
 reference's method, and methods that others are made of. A test holds them to the imports. Not the package itself, which
 is its version; nor the words that a configuration is shown in (`results.schema`)."""
 
+KERNELS = Path(__file__).parent.parent / "engine" / "cpu"
+"""Where those of its C++ are."""
 
 Arrays = Mapping[str, np.ndarray]
 """A measurement's arrays besides its losses, by name."""
@@ -222,7 +226,10 @@ def entry_name(key: Mapping[str, object]) -> str:
 def code_digest(*methods: str) -> str:
     """Names the code that determines a number, that of the given methods included: results of different code are
     different measurements. Comments, docstrings and layout are no code."""
-    return digest_of_modules(*sorted({*MEASURING_CODE, *map(module_of, methods)}))
+    modules = digest_of_modules(*sorted({*MEASURING_CODE, *map(module_of, methods)}))
+    kernels = [path.read_text(encoding="utf-8") for path in sorted(KERNELS.iterdir()) if path.suffix in (".h", ".cpp")]
+    words = [word for text in kernels for word in re.sub("//.*", "", text).split()]
+    return hashlib.sha256(" ".join((modules, *words)).encode()).hexdigest()[:16]
 
 
 def digest_of_modules(*modules: str) -> str:

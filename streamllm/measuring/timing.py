@@ -272,7 +272,7 @@ def bytes_per_token(loaded: LoadedModel, policy: EvictionPolicy) -> int:
 def used_backend(loaded: LoadedModel, what: Configuration, tokens: np.ndarray) -> str:
     """The attention kernels seen in a cycle of the steady state, or in its first `_RECORDED_TOKENS` tokens, run
     eagerly; or `fused`, if the compiler makes one."""
-    if what.execution == "compile" and fuses(what.kernel, loaded.device):
+    if what.execution == "compile" and fuses(replayed(what.kernel, loaded, what.policy.kept), loaded.device):
         return "fused"
     what = _by_eager_steps(what, loaded)
     with recorded_kernel(what.kernel, loaded.has_plain_softmax) as recorder:
