@@ -9,11 +9,13 @@ import torch
 from streamllm.configuration import Configuration
 from streamllm.engine import cpu_kernels
 from streamllm.engine.attention import Softmax, eager_attention
+from streamllm.engine.backends import BACKENDS
 from streamllm.engine.cpu_kernels import decode_attention, has_kernels, matrix_vector
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.execution import MatrixVectorLinear, _for_one_token
 from streamllm.engine.loading import load_model
 from streamllm.engine.methods import make_decoder
+from streamllm.engine.probing import probe_backend
 from streamllm.engine.quantization import Int8Linear
 from streamllm.policy import EvictionPolicy
 
@@ -114,6 +116,12 @@ def test_a_matrix_times_a_vector(shape, kept, threads):
         torch.testing.assert_close(
             matrix_vector(weight, vector, of_rows).double(), expected, rtol=0, atol=1e-6 * float(expected.abs().max())
         )
+
+
+@pytest.mark.parametrize("softmax", [Softmax(), Softmax(cap=20.0), Softmax(sinks=torch.ones(4))])
+def test_a_probe_finds_it_whatever_the_softmax(softmax):
+    probe = probe_backend(BACKENDS["cpp"], torch.device("cpu"), torch.bfloat16, 24, 4, 2, 70, softmax)
+    assert (probe.kernel, probe.available) == ("cpp", True)
 
 
 def test_another_number_format_is_an_error_that_says_so():

@@ -264,7 +264,7 @@ class KernelRecorder(TorchDispatchMode):
     def used(self) -> str:
         """Several joined by "+": a cache may need another kernel while it is not full."""
         # Eager and math are compositions of ordinary operators: no kernel of their own shows up.
-        eager = self.requested.library == "eager" or not self.plain
+        eager = self.requested.library == "eager" or not (self.plain or "cpp" in self.kernels)
         return "+".join(sorted(self.kernels | ({"eager"} if eager else set()))) or "math"
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -14,6 +14,7 @@
 namespace streamllm {
 
 constexpr int tile = 128;  // keys between two looks at the largest logit
+constexpr int64_t ahead = 4096;  // bytes
 constexpr int most_queries = 4;  // whose sums fit the registers together
 
 inline int64_t padded(int64_t size) { return (size + lanes - 1) / lanes * lanes; }
@@ -52,7 +53,7 @@ inline void products(const float* query, int64_t width, const char* keys, int64_
   constexpr int rows = queries == 3 ? 4 : queries, at_once = lanes / rows;
   for (int k = 0; k < count; k += at_once) {
     Floats partial[lanes] = {};
-    prefetch<kept>(keys, (first + k) * size, at_once * size);
+    prefetch<kept>(keys + ahead, (first + k) * size, at_once * size);
     const auto add = [&](int64_t i, auto loaded) {
       for (int j = 0; j < at_once; j++) {
         const Floats key = loaded((first + std::min(k + j, count - 1)) * size + i);
@@ -79,7 +80,7 @@ inline void add_values(const char* values, int64_t size, int64_t column, int64_t
   const auto add = [&](auto loaded) {
     for (int k = 0; k < count; k++) {
       const int64_t row = (first + k) * size + column;
-      prefetch<kept>(values, row, vectors * lanes);
+      prefetch<kept>(values + ahead, row, vectors * lanes);
       for (int i = 0; i < vectors; i++) {
         const Floats value = loaded(row + i * lanes);
         for (int q = 0; q < queries; q++) sum[q][i] += weights[q * tile + k] * value;

@@ -6,7 +6,7 @@
 
 namespace streamllm {
 
-constexpr int rows_at_once = 8;  // whose sums, with AVX2 too, fit the registers and hide what an addition takes
+constexpr int rows_at_once = 4;  // whose sums hide what an addition takes
 
 // found[i] = weights[first + i] . vector, of `rows` rows of `columns` numbers.
 template <Kept kept, int rows>
@@ -18,7 +18,7 @@ inline void products_of_rows(const char* weights, const float* vector, int64_t f
   int64_t i = 0;
   for (; i + lanes <= columns; i += lanes) {
     if (i * bytes_of(kept) % 64 == 0)
-      for (int row = 0; row < rows; row++) prefetch<kept>(weights, (first + row) * columns + i, 1);
+      for (int row = 0; row < rows; row++) prefetch<kept>(weights, (first + rows + row) * columns + i, 1);
     add(i, at<Floats>(vector + i), [&](int64_t place) { return load<kept>(weights, place); });
   }
   if (i < columns) {

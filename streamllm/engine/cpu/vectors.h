@@ -25,7 +25,6 @@ constexpr int lanes = 8;
 #else
 constexpr int lanes = 4;
 #endif
-constexpr int ahead = 4096;  // bytes that are asked for before their turn: hardware stops at the end of a page
 constexpr float infinity = std::numeric_limits<float>::infinity();
 
 typedef float Floats __attribute__((vector_size(4 * lanes)));
@@ -130,10 +129,10 @@ inline Floats load_some(const char* numbers, int64_t index, int64_t count) {
   return load<kept>(padded, 0);
 }
 
-// What will be read from there on, of so many numbers.
+// Asks for numbers before their turn: by itself hardware stops at the end of a page.
 template <Kept kept>
 inline void prefetch(const char* numbers, int64_t index, int64_t count) {
-  const char* place = numbers + index * bytes_of(kept) + ahead;
+  const char* place = numbers + index * bytes_of(kept);
   for (int64_t i = 0; i < count * bytes_of(kept); i += 64) __builtin_prefetch(place + i);
 }
 
