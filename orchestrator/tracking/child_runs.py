@@ -23,7 +23,7 @@ from streamllm.measuring.store import MeasurementStore
 from streamllm.results.mlflow_address import is_databricks
 from streamllm.results.schema import FORMAT, AnyRow, Row
 
-from .client import WriterError, is_refusal, mlflow_client, one_line
+from .client import WriterError, is_refusal, mlflow_client, told
 from .remedies import with_remedy
 from .row_in_mlflow import dataset_of, metrics_of, params_of, run_name, tags_of
 
@@ -198,7 +198,7 @@ def _write_all(lines: SimpleQueue[str], answers: IO[str], to: Destination) -> No
                 _answer(answers, run=None)
         except Exception as error:  # MLflow raises anything
             with_remedy(error, to.uri, to.experiment)
-            _answer(answers, error=one_line(error), is_refusal=is_refusal(error))
+            _answer(answers, error=told(error), is_refusal=is_refusal(error))
 
 
 def _answer(answers: IO[str], **what: object) -> None:

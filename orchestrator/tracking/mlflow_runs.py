@@ -30,7 +30,7 @@ from streamllm.results.study import STRICT, StudyResults
 from streamllm.results.study_folder import StudyFolder
 
 from .child_runs import DIGEST, PARENT, Destination, RunWriter, Writer
-from .client import find_experiment, is_refusal, mlflow_client, one_line
+from .client import find_experiment, is_refusal, mlflow_client, told
 from .locks import opening, writing
 from .remedies import ExperimentDeletedError, with_remedy
 from .row_in_mlflow import PARAMS, digest_of, is_number
@@ -241,7 +241,7 @@ class Projection:
         except Exception as error:
             if not is_refusal(error):
                 raise
-            self.refused.append(f"trial {row['trial']}: {one_line(error)}")
+            self.refused.append(f"trial {row['trial']}: {told(error)}")
 
     def _log(self, writer: Writer, row: Row, timed: Row) -> None:
         """timed: the row with its milliseconds, which are no part of its digest: they move with every trial."""
