@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import string
@@ -16,6 +15,7 @@ from pathlib import Path
 from streamllm.errors import UsageError
 from streamllm.files import write_atomically
 from streamllm.results.study import StudyResults
+from streamllm.terminal.parser import CommandParser
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
@@ -127,7 +127,7 @@ def _figure(path: Path) -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("dashboards.report"),
         description="Write the report of a study: one HTML file, which opens offline.",
     )

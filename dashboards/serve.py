@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -40,6 +39,7 @@ from streamllm.results.mlflow_address import (
 )
 from streamllm.results.study import VIEW, StudyResults, load_study, view_of
 from streamllm.results.study_folder import StudyFolder
+from streamllm.terminal.parser import CommandParser
 from streamllm.terminal.program import command, program
 
 from . import read_only_journals
@@ -387,7 +387,7 @@ def say(text: str) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("dashboards.serve"),
         description="Serve a page that leads to reports, MLflow and (read-only) optuna-dashboard, here only.",
     )
