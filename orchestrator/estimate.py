@@ -113,8 +113,8 @@ def timing_sec(pace: Pace, policy: EvictionPolicy) -> float:
 
 
 def _baseline_timing_sec(window: float) -> float:
-    """Seconds for re-computation beside the reference, a window a token: its kernel, three stretches to warm up, pairs."""
-    warm = math.ceil(max(LONGEST_SEGMENT_SEC / window, 1))
+    """Seconds for re-computation beside the reference, a window a token: finding its kernel, warming it, pairs."""
+    warm = math.ceil(min(WARMUP_TOKENS, max(LONGEST_SEGMENT_SEC / window, 1)))
     return (1 + 3 * warm) * window + seconds_of_pairs(segment_tokens(window, 1) * window)
 
 

@@ -36,7 +36,7 @@ from ..finished_study import TRIALS, configuration_in, go_on, write_finished
 from ..made_studies import row
 
 FILES = ("trials.jsonl", "journal.log", "sweep.json", "outcome.json", "confirmed.jsonl", "increases.jsonl",
-         "rounds.jsonl", "fronts.jsonl", "driver.lock", "../../results/one.json")  # fmt: skip
+         "rounds.jsonl", "fronts.jsonl", "timing.json", "driver.lock", "../../results/one.json")  # fmt: skip
 _VALUES = (None, True, False, 0, -1, 1, 7, 1 << 40, 1 << 70, 0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), "",
            "x", "0", "é", "\ud800", "\0", "a\nb", [], [0], ["x"], [[]], {}, {"trial": 0}, {"": None})  # fmt: skip
 _FIGURES_EVERY = 100
