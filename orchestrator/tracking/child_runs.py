@@ -69,6 +69,11 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
+def started_at(row: AnyRow) -> int:
+    """When its measuring began, in milliseconds since 1970; where nothing was measured, when it was found."""
+    return int(1000 * row["finished_at"]) - (0 if row.get("reused") else int(1000 * row.get("measuring_sec", 0)))
+
+
 class RunWriter:
     """Writes in this process."""
 
@@ -83,9 +88,8 @@ class RunWriter:
         ended = int(1000 * row["finished_at"])
         tags, files = {**self._to.tags, **tags_of(row), **_UNFOLDED, DIGEST: digest}, ""
         if run is None:
-            started = ended - (0 if row.get("reused") else int(1000 * row.get("measuring_sec", 0)))
             tags |= {PARENT: self._to.parent, "pareto": "False"}
-            created = self._client.create_run(self._to.experiment, started, tags, run_name(row)).info
+            created = self._client.create_run(self._to.experiment, started_at(row), tags, run_name(row)).info
             run, files = str(created.run_id), created.artifact_uri
             tags = {}
         self._client.log_batch(

@@ -109,7 +109,8 @@ def checked_timing(values: object) -> list[dict[str, Any]]:
     """What was found out about accelerators that are timed at once. Raises ValueError."""
     nodes = _object(values, "a calibration", nodes=list)["nodes"]
     numbers = dict.fromkeys(("alone", "beside", "quotient", "quotient_low", "quotient_high"), (int, float))
-    kind = {"device": str, "threads": (int, type(None)), "software": (str, type(None))}
+    kind: dict[str, type | tuple[type, ...]] = {"device": str, "software": (str, type(None))}
+    kind["threads"] = (int, type(None))
     for one in nodes:
         _object(one, "a calibration", workers=int, repetitions=int, timing=str, **kind, **numbers)
         if one["timing"] not in ("exclusive", "concurrent"):
