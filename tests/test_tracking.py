@@ -300,23 +300,39 @@ def test_what_mlflows_ui_makes_of_it(study, tmp_path):
     """In a browser that has never been there."""
     assert synchronise() == 0
     port = free_port()
-    text = "(document.body?.innerText ?? '')"
     with server(tmp_path, port), browser("--window-size=3600,1000") as chromium:
         wait_until(lambda: answers(port), 300)
-        chromium.open(f"http://127.0.0.1:{port}/#/experiments/1")
-        chromium.until(f"{text}.includes('All runs of study s')")
+        open_in_mlflow(chromium, f"http://127.0.0.1:{port}/#/experiments/1", f"{_TEXT}.includes('All runs of study s')")
         link = chromium.run("return [...document.links].find(link => link.innerText == 'All runs of study s').href")
         assert link == f"http://127.0.0.1:{port}{runs_page('1', 's')}"
-        chromium.open(f"http://127.0.0.1:{port}/#/experiments/1/runs")
+        open_in_mlflow(chromium, f"http://127.0.0.1:{port}/#/experiments/1/runs", f"{_NAMES}.startsWith('s')")
         wait_until(lambda: unfolded(chromium), 120, what="six runs")
-        chromium.open(link)
-        chromium.until(f"{_NAMES} == '001 ours,000 ours,002 ours,baseline,003 ours,s'")
-        shown = chromium.run(f"return {text}").split("\n")
+        open_in_mlflow(chromium, link, f"{_NAMES} == '001 ours,000 ours,002 ours,baseline,003 ours,s'")
+        shown = chromium.run(f"return {_TEXT}").split("\n")
         assert {"pareto", "tpot_ms", "ppl_vs_strict_percent", "backend.used", "n_sink", "Dataset"} <= set(shown)
-        chromium.open(f"http://127.0.0.1:{port}{fronts_page('1')}")
-        chromium.until(f"{text}.includes('tpot_ms vs. ppl_vs_strict_percent')")
+        fronts = f"http://127.0.0.1:{port}{fronts_page('1')}"
+        open_in_mlflow(chromium, fronts, f"{_TEXT}.includes('tpot_ms vs. ppl_vs_strict_percent')")
         chromium.until(f"{_NAMES} == '001 ours,000 ours'")
-        assert "Model metrics" not in chromium.run(f"return {text}"), "a bar chart of each metric"
+        assert "Model metrics" not in chromium.run(f"return {_TEXT}"), "a bar chart of each metric"
+
+
+def open_in_mlflow(chromium, address, condition):
+    """Waits until the page there is as it is to be. It is loaded anew: MLflow's pages break where one is left for
+    another while it loads, and say that something went wrong; then it is opened again."""
+
+    def there():
+        if chromium.run(f"return {_TEXT}.includes('Something went wrong')"):
+            load()
+        return chromium.run(f"return {condition}")
+
+    def load():
+        chromium.open("about:blank")
+        chromium.until("location.href == 'about:blank'")
+        chromium.open(address)
+        chromium.until("location.href != 'about:blank'")
+
+    load()
+    wait_until(there, 120, pause=0.1, what=condition)
 
 
 def unfolded(chromium):
@@ -350,6 +366,7 @@ def test_the_study_notes_where_its_runs_are_for_the_report_to_link_to(study):
     assert runs_address(load_study("s")) is None
 
 
+_TEXT = "(document.body?.innerText ?? '')"
 _NAMES = (
     "[...document.querySelectorAll('.ag-pinned-left-cols-container [role=row]')]"
     ".sort((one, other) => one.getAttribute('row-index') - other.getAttribute('row-index'))"
