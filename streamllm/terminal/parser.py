@@ -10,10 +10,13 @@ from itertools import groupby
 from textwrap import wrap
 from typing import Any, NoReturn
 
-from ..errors import shown
+from ..errors import plain, shown
 
 _LONG = 24
 """Characters of choices that stand in the usage; longer ones stand in their option's help."""
+_MOST = 500
+"""Characters of what is wrong: some of argparse's messages repeat all that was given."""
+_NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 _COLUMNS = re.compile(r" {2,}(?=\S)")
 
 
@@ -36,6 +39,15 @@ class CommandParser(argparse.ArgumentParser):
         near = get_close_matches(option, self._option_string_actions, 1)
         return f"{shown(option)[1:-1]}: no such option{f'; did you mean {near[0]}?' if near else ''}"
 
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        """Raises argparse.ArgumentError."""
+        if action.type not in _NUMBERS:
+            return super()._get_value(action, arg_string)
+        try:
+            return action.type(arg_string)
+        except ValueError:
+            raise argparse.ArgumentError(action, f"{shown(arg_string)}: must be {_NUMBERS[action.type]}") from None
+
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Raises argparse.ArgumentError."""
         if action.choices is not None and value not in action.choices:
@@ -43,7 +55,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the process, with exit code 2."""
-        said = " ".join(message.removeprefix("argument ").split())
+        said = plain(" ".join(message.removeprefix("argument ").split()), _MOST)
         self.exit(2, f"error: {said}{'' if said.endswith('?') else ';'} see {self.prog} --help\n")
 
 
