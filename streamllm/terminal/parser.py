@@ -41,12 +41,13 @@ class CommandParser(argparse.ArgumentParser):
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
         """Raises argparse.ArgumentError."""
-        if action.type not in _NUMBERS:
+        convert: Any = action.type
+        if convert not in _NUMBERS:
             return super()._get_value(action, arg_string)
         try:
-            return action.type(arg_string)
+            return convert(arg_string)
         except ValueError:
-            raise argparse.ArgumentError(action, f"{shown(arg_string)}: must be {_NUMBERS[action.type]}") from None
+            raise argparse.ArgumentError(action, f"{shown(arg_string)}: must be {_NUMBERS[convert]}") from None
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """Raises argparse.ArgumentError."""
