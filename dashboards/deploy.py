@@ -10,6 +10,7 @@ from pathlib import Path
 from streamllm.errors import UsageError, shown
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults
+from streamllm.terminal.parser import CommandParser
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
@@ -59,11 +60,10 @@ def _row(study: StudyResults, trial: str | None) -> AnyRow:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("dashboards.deploy"),
         description="The recommended trial of a study as what runs elsewhere, with what that does not do of it.",
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("study", metavar="STUDY", help="a name under sweeps/, or the path of an output folder")
     parser.add_argument("--trial", metavar="N", help="another trial than the recommended one")

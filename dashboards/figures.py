@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from streamllm.results.front import hypervolume
 from streamllm.results.schema import AnyRow, knobs_in_short, number
 from streamllm.results.study import StudyResults, is_study
+from streamllm.terminal.parser import CommandParser
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
@@ -261,7 +262,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("dashboards.figures"),
         description="Draw the figures of studies, and of folders of JSON results of `streamllm evaluate`.",
     )

@@ -14,6 +14,7 @@ from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults
 from streamllm.terminal.arguments import percent
+from streamllm.terminal.parser import CommandParser
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
@@ -127,11 +128,10 @@ def parse_formats(names: str) -> list[str]:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("dashboards.pareto"),
         description="Export the Pareto tables of studies.",
         epilog="\n\n".join((_EXAMPLES.rstrip(), *(textwrap.fill(text, 100) for text in GRAMMAR))),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "study", nargs="+", metavar="STUDY", help="a name under sweeps/, or the path of an output folder"

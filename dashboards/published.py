@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +10,7 @@ from pathlib import Path
 from streamllm.errors import UsageError
 from streamllm.results.schema import AnyRow
 from streamllm.results.study import StudyResults
+from streamllm.terminal.parser import CommandParser
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
@@ -116,7 +116,7 @@ def _row(study: StudyResults, entry: Entry, dataset: str) -> AnyRow:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("dashboards.published"),
         description="The source documents' tables as a study measured them, beside the figures that they published: "
         f"the main one (--space paper has all of it), and of the matrices {' and '.join(TABLES)} theirs.",

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import hashlib
 import string
+import struct
 import sys
 import tempfile
 import time
@@ -16,6 +16,7 @@ from pathlib import Path
 from streamllm.errors import UsageError
 from streamllm.files import write_atomically
 from streamllm.results.study import StudyResults
+from streamllm.terminal.parser import CommandParser
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
@@ -35,6 +36,8 @@ _SCRIPTS = ("conditions", "scales", "study", "chart", "origins", "table", "start
 """In the order in which they use one another."""
 _SUMMED_UP = ("main_comparison", "fixed_eval_speedup", "fixed_eval_ppl_comparison", "fixed_eval_ppl_increase",
               "fixed_eval_runtime")  # fmt: skip
+_PANORAMA = 2
+"""Width over height from which a picture is of several side by side, and too small to read in a narrow window."""
 FIGURES = tuple(name for name in (*STUDY_FIGURES, *ROW_FIGURES) if name not in _SUMMED_UP)
 """All but what `results_summary` shows as well."""
 
@@ -120,14 +123,19 @@ def _figures(study: StudyResults, drawn: Sequence[Path] | None) -> str:
 
 
 def _figure(path: Path) -> str:
-    source = f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
+    """A picture of several side by side is as wide as it needs, in a narrow window wider than that."""
+    png = path.read_bytes()
+    width, height = struct.unpack(">II", png[16:24])
+    kind = ' class="panorama"' if width > _PANORAMA * height else ""
+    source = f"data:image/png;base64,{base64.b64encode(png).decode()}"
     name, said = escape(path.stem.replace("_", " ")), escape(caption(path.stem))
-    return f'<figure><img src="{source}" alt="{name}"><figcaption>{said}</figcaption></figure>'
+    picture = f'<div class="wide"><img{kind} src="{source}" alt="{name}"></div>'
+    return f"<figure>{picture}<figcaption>{said}</figcaption></figure>"
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("dashboards.report"),
         description="Write the report of a study: one HTML file, which opens offline.",
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
@@ -40,6 +39,7 @@ from streamllm.results.mlflow_address import (
 )
 from streamllm.results.study import VIEW, StudyResults, load_study, view_of
 from streamllm.results.study_folder import StudyFolder
+from streamllm.terminal.parser import CommandParser
 from streamllm.terminal.program import command, program
 
 from . import read_only_journals
@@ -90,13 +90,23 @@ class Reports(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, port: int, studies: Sequence[StudyResults], said: Sequence[str] = ()) -> None:
-        """said: sentences about what is not served."""
+    def __init__(
+        self,
+        port: int,
+        studies: Sequence[StudyResults],
+        said: Sequence[str] = (),
+        more: Callable[[], Sequence[str]] = tuple,
+    ) -> None:
+        """said: sentences about what is not served; more: gives the folders of studies, of which those that have begun
+        since are served too."""
         self.others: dict[str, str] = {}
         """Addresses of other servers, by their names."""
         self._said = said
-        self._folders = {study.name: study.folder for study in studies}
+        self._more = more
+        self._journals = [study.name for study in studies if study.files.journal.is_file()]
+        """Of the studies that optuna-dashboard has, which learns of no others, in its order."""
         self._known = {study.name: (_newest(study.folder), study) for study in studies}
+        self._folders = {study.folder.resolve() for study in studies}
         self._writing = threading.Lock()
         super().__init__((_HOST, port), _Handler)
 
@@ -104,15 +114,28 @@ class Reports(ThreadingHTTPServer):
         """Anew where its study has gone on since; None if there is no such page."""
         if path == "/":
             with self._writing:
-                return landing([self._current(name) for name in self._folders], self._links, self._said).encode()
-        folder = self._folders.get(path.removeprefix("/").removesuffix(".html")) if path.endswith(".html") else None
-        if folder is None:
+                self._find_more()
+                return landing([self._current(name) for name in self._known], self._links, self._said).encode()
+        known = self._known.get(path.removeprefix("/").removesuffix(".html")) if path.endswith(".html") else None
+        if known is None:
             return None
         with self._writing:
             try:
-                return self._linked(up_to_date_report(folder).read_bytes())
+                return self._linked(up_to_date_report(known[1].folder).read_bytes())
             except UsageError as error:  # damaged since
                 return f'<!doctype html><meta charset="utf-8"><title>Damaged</title><p>{escape(str(error))}'.encode()
+
+    def _find_more(self) -> None:
+        """The studies that have begun since, first; one that cannot be read yet is looked at again, one with a name
+        that another has is not."""
+        for folder in self._more():
+            if (path := Path(folder).resolve()) in self._folders:
+                continue
+            with suppress(UsageError, OSError):
+                study = load_study(folder)
+                self._folders.add(path)
+                if study.name not in self._known:
+                    self._known = {study.name: (_newest(study.folder), study), **self._known}
 
     def _linked(self, report: bytes) -> bytes:
         """With links to runs where MLflow is served now, in place of where it usually is."""
@@ -123,12 +146,11 @@ class Reports(ThreadingHTTPServer):
         """The address that a path `/SERVER/STUDY` leads to; None if there is none."""
         server, _, name = path.removeprefix("/").partition("/")
         address = self.others.get(server)
-        if address is None or name not in self._folders:
+        if address is None or name not in self._known:
             return None
         if server == _MLFLOW:
             return address + mlflow_view(name, address)
-        with_journal = [name for name, folder in self._folders.items() if StudyFolder(folder).journal.is_file()]
-        return f"{address}/dashboard/studies/{with_journal.index(name)}" if name in with_journal else None
+        return f"{address}/dashboard/studies/{self._journals.index(name)}" if name in self._journals else None
 
     def _current(self, name: str) -> StudyResults:
         """As its files say by now; as they said before, where they are damaged since."""
@@ -140,8 +162,8 @@ class Reports(ThreadingHTTPServer):
         return study
 
     def _links(self, study: StudyResults) -> dict[str, str]:
-        """optuna-dashboard has no matrices."""
-        servers = [name for name in self.others if name == _MLFLOW or study.files.journal.is_file()]
+        """optuna-dashboard has no matrices, and nothing that has begun since."""
+        servers = [name for name in self.others if name == _MLFLOW or study.name in self._journals]
         name = quote(study.name, safe="")
         return {"report": f"/{name}.html"} | {server: f"/{server}/{name}" for server in servers}
 
@@ -352,12 +374,18 @@ def watch(
             starting.clear()
 
 
-def serve(studies: Sequence[StudyResults], first_port: int, tracking_uri: str | None = None) -> None:
+def serve(
+    studies: Sequence[StudyResults],
+    first_port: int,
+    tracking_uri: str | None = None,
+    more: Callable[[], Sequence[str]] = tuple,
+) -> None:
+    """more: as of `Reports`."""
     start, said = commands(studies, store_uri(tracking_uri))
     children: list[Child] = []
     with tempfile.TemporaryDirectory() as logs, asked_to_end() as stop:
         port = _next_port("reports", first_port)
-        reports = Reports(port, studies, said)
+        reports = Reports(port, studies, said, more)
         threading.Thread(target=reports.serve_forever, name="reports", daemon=True).start()
         try:
             say(f"reports           http://{_HOST}:{port}/")
@@ -387,7 +415,7 @@ def say(text: str) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("dashboards.serve"),
         description="Serve a page that leads to reports, MLflow and (read-only) optuna-dashboard, here only.",
     )
@@ -401,7 +429,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if not 1 <= arguments.port <= 65535:
         raise UsageError(f"port {arguments.port}: must be from 1 to 65535")
-    serve(chosen_studies(arguments.studies), arguments.port, arguments.tracking_uri)
+    more = tuple if arguments.studies else studies_here
+    serve(chosen_studies(arguments.studies), arguments.port, arguments.tracking_uri, more)
     return 0
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from streamllm.errors import UsageError
 from streamllm.results.schema import POLICY_WORDS, AnyRow
+from streamllm.terminal.parser import CommandParser
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
@@ -70,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("dashboards.summarize"),
         description="One table of the JSON results of `streamllm evaluate --output-file`, or of the source documents.",
     )

@@ -22,6 +22,7 @@ from streamllm.terminal.arguments import (
     sample_size,
     text_source,
 )
+from streamllm.terminal.parser import CommandParser
 from streamllm.terminal.program import program
 
 from .copies import bring_back
@@ -63,11 +64,10 @@ _OF_SEARCHES = (
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("orchestrator.sweep"),
         description="Search the knobs of StreamingLLM for the best trade-offs of speed and perplexity on this machine.",
         epilog=_EXAMPLES + HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"streamllm-sweep {__version__}")
     what = parser.add_argument_group("what is swept")

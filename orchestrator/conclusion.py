@@ -17,6 +17,7 @@ from dashboards.pareto import export, print_table
 from dashboards.published import write_published
 from dashboards.recommendation import recommended, record
 from dashboards.report import FIGURES, write_report
+from streamllm.errors import one_line
 from streamllm.files import explained
 from streamllm.results.checks import checked_front
 from streamllm.results.damaged import read_lines
@@ -44,8 +45,6 @@ def conclude(
     """Tables, figures, the recommendation, MLflow, and what to type next.
 
     tracking_uri: of MLflow, as far as the command line gave one."""
-    from .tracking.client import one_line
-
     results = load_study(str(configuration.output))
     files = [configuration.folder.configuration]
     if results.trials:

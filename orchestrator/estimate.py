@@ -15,7 +15,7 @@ from streamllm.measuring.first_token import WARMUP
 from streamllm.measuring.pairing import FEWEST_PAIRS, seconds_of_pairs
 from streamllm.measuring.plans import more_for
 from streamllm.measuring.sample import LEAST_TOKENS, MOST_TOKENS
-from streamllm.measuring.timing import WARMUP_TOKENS, segment_tokens
+from streamllm.measuring.timing import LONGEST_SEGMENT_SEC, WARMUP_TOKENS, segment_tokens
 from streamllm.policy import EvictionPolicy, steady_state, strict_policy
 from streamllm.results.schema import Row
 from streamllm.terminal.progress import spoken
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
     from .configuration import SweepConfiguration
 
-_CANDIDATES = 6
-"""Candidates on a front and near it."""
+_CANDIDATES = 7
+"""Candidates in a round of confirming, on average: on a front and near it."""
+_AGAIN = 0.9
+"""Time of a round's timing over the search's, which has the attention's share besides."""
 _START_SEC, _END_SEC = 25.0, 15.0
 """Ray and its workers, the model, the checks; tables, figures, MLflow."""
 _SLOWER = 1.2
@@ -61,7 +63,8 @@ class Estimate:
         return (
             f"about {spoken(self.seconds)}: {self.trials} trials of {spoken(self.losses)} for their losses, "
             f"{self.workers} at a time, and {spoken(self.timing)} of timing, one at a time; "
-            f"{spoken(self.baseline)} for the baseline, {spoken(self.confirming)} for confirming ({self.source})"
+            f"{spoken(self.baseline)} for the baseline, {spoken(self.confirming)} for confirming, if it is of "
+            f"{_CANDIDATES} candidates ({self.source})"
         )
 
 
@@ -84,12 +87,12 @@ def estimate(
         source = f"medians of {len(like)} trials"
     window = pace.window()
     sample = _sample_sec(configuration, n_tokens, window, trials * (timing + losses / workers))
-    baseline_timing = 6 * window + seconds_of_pairs(window)
+    baseline_timing = _baseline_timing_sec(window)
     return Estimate(
         losses=losses,
         timing=timing,
         baseline=baseline_timing + (pace.losses(n_tokens) + sample) / workers,
-        confirming=configuration.confirm.rounds * (_CANDIDATES * 0.7 * timing + baseline_timing),
+        confirming=configuration.confirm.rounds * (_CANDIDATES * _AGAIN * timing + baseline_timing),
         trials=trials,
         workers=workers,
         source=source,
@@ -103,10 +106,16 @@ def timing_sec(pace: Pace, policy: EvictionPolicy) -> float:
     steady = steady_state(policy)
     cycle, start = (steady.cycle, steady.start) if steady is not None else (1, policy.kept)
     growing = max(start - policy.kept + 1, 0)
-    warm = cycle * math.ceil(min(WARMUP_TOKENS, max(0.25 / token, 1)) / cycle)
+    warm = cycle * math.ceil(min(WARMUP_TOKENS, max(LONGEST_SEGMENT_SEC / token, 1)) / cycle)
     tokens = 3 * growing + min(cycle, 256) + 3 * warm + cycle
     segment = segment_tokens(token, cycle) * token
     return 3 * pace.losses(policy.kept) + tokens * token + seconds_of_pairs(segment)
+
+
+def _baseline_timing_sec(window: float) -> float:
+    """Seconds for re-computation beside the reference, a window a token: finding its kernel, warming it, pairs."""
+    warm = math.ceil(min(WARMUP_TOKENS, max(LONGEST_SEGMENT_SEC / window, 1)))
+    return (1 + 3 * warm) * window + seconds_of_pairs(segment_tokens(window, 1) * window)
 
 
 def _more_sec(pace: Pace, configuration: SweepConfiguration) -> float:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from streamllm.files import is_file
+from streamllm.terminal.parser import CommandParser
 from streamllm.terminal.printing import say
 from streamllm.terminal.program import command, program
 
@@ -17,7 +18,7 @@ _PATIENCE_SEC = 60.0
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("orchestrator.sync"),
         description="Bring MLflow up to date with a study. What is there already stays as it is.",
     )
@@ -54,7 +55,7 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
     from streamllm.results.study_folder import rows_and_damage
 
     from .conclusion import report_of, write_outputs
-    from .tracking.client import one_line
+    from .tracking.client import told
     from .tracking.mlflow_runs import Projection
 
     results = load_study(folder)
@@ -70,7 +71,7 @@ def _sync(folder: str, tracking_uri: str | None) -> int:
         files = [*write_outputs(results), results.files.configuration]
         projection.close(results, report_of(results, [path for path in files if is_file(path)]))  # it may be lost
     except Exception as error:  # MLflow raises anything
-        print(f"error: MLflow cannot be brought up to date: {one_line(error)}", file=sys.stderr)
+        print(f"error: MLflow cannot be brought up to date: {told(error)}", file=sys.stderr)
         return 1
     for reason in projection.refused:
         print(f"error: MLflow refuses {reason}", file=sys.stderr)

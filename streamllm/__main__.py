@@ -1,7 +1,6 @@
 """`streamllm COMMAND`, also `python -m streamllm COMMAND`: every file in `commands/` is one, and the sweep's and the
 dashboards' commands are."""
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from . import __version__
 from .environment import HELP, read_env_file
 from .terminal.arguments import check_values
+from .terminal.parser import CommandParser
 from .terminal.program import COMMANDS, command, program
 
 
@@ -31,11 +31,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 @command
 def _run(argv: Sequence[str] | None) -> int:
     read_env_file()
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog=program("streamllm"),
         description="StreamingLLM on any rotary language model.",
         epilog=HELP,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"streamllm-sweep {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -46,7 +45,6 @@ def _run(argv: Sequence[str] | None) -> int:
             help=module.HELP,
             description=module.HELP,
             epilog=module.__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         module.add_arguments(subparser)
         subparser.set_defaults(run=module.run)

@@ -31,9 +31,16 @@ def shown(value: object, most: int = 100) -> str:
 
 
 def reason_of(error: BaseException, most: int = 200) -> str:
-    """The first line that a library's error says anything in, or its kind."""
-    lines = (plain(line, most) for line in str(error).splitlines())
-    return next(filter(None, lines), type(error).__name__)
+    """The first line that a library's error says anything in, the next one too if that is announced, or its kind."""
+    lines = [said for line in str(error).splitlines() if (said := plain(line, most))]
+    first = lines[: 2 if lines and lines[0].endswith(":") else 1]
+    return " ".join(first)[:most] or type(error).__name__
+
+
+def one_line(error: BaseException, most: int = 200) -> str:
+    """Its kind, which may say more than its text, and its reason."""
+    kind, reason = type(error).__name__, reason_of(error, most)
+    return kind if reason == kind else f"{kind}: {reason}"
 
 
 def plain(text: str, most: int = 100) -> str:

@@ -223,7 +223,8 @@ def _measured_now(measurements: Measurements, what: Configuration, how: Measurin
         for kind in how.more:
             record = with_found(record, measurements.bench.measure(Job(kind, what), how.strict).record)
     asked = {"backend_requested": what.backend, "reference_total": measurements.total}
-    return with_bytes(Row.of(measurements.keys.identity(what, how.protocol) | record)) | asked, losses
+    row = Row.of(measurements.keys.identity(what, how.protocol) | record)
+    return with_bytes(row, what, measurements.keys.conditions) | asked, losses
 
 
 def compare_quality(

@@ -1,8 +1,8 @@
 """A pool whose one worker is real and measures in this process, without Ray."""
 
-from orchestrator.workers.pool import Finished, one_line
+from orchestrator.workers.pool import Finished
 from orchestrator.workers.worker import Worker
-from streamllm.errors import UnavailableError, UnsupportedModelError
+from streamllm.errors import UnavailableError, UnsupportedModelError, one_line
 
 
 class LocalPool:

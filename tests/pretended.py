@@ -22,6 +22,7 @@ CONDITIONS = Conditions(
     weights=None,
     dtype="float32",
     kv_bytes_per_token=8,
+    layers=((None, 8),),
     trained_length=None,
     kind=KIND,
     cpu_capability=None,

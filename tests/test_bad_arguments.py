@@ -10,7 +10,7 @@ import pytest
 from orchestrator.workers.temporary import check_temporary_folder
 from streamllm.engine.methods import check_execution
 from streamllm.environment import read_env_file
-from streamllm.errors import UsageError
+from streamllm.errors import UsageError, one_line, reason_of
 
 from .refusals import command, dry_run, refusal
 
@@ -60,16 +60,19 @@ HUGE, LONG = "1" + "0" * 30, "x" * 300
         (("--text", "a/" * 3000), "no such file"),
         (("--text", "a\0b"), "--text 'a\\x00b': has a NUL character"),
         (("--text", "caf\udce9.txt"), "--text 'caf\\udce9.txt': not UTF-8"),
-        (("--text", "."), "text '.': not a file"),
+        (("--text", "."), "text '.': not a file, but a folder"),
+        (("--text", "/dev/null"), "text '/dev/null': not a file, but a device"),
         (("--text", ""), "text '.': not a file"),
         (("--token-ids", LONG), "no such file"),
         (("--token-ids", "."), "text '.': not a file"),
         (("--model", LONG), "not a usable"),
-        (("--model", "a/" * 3000), "not a usable"),
+        (("--model", "a/" * 3000), "no such folder"),
+        (("--model", "./nothing"), "model './nothing': no such folder"),
+        (("--model", "~/nothing"), "model '~/nothing': no such folder; leave out the quotes"),
         (("--model", "a\0b"), "--model 'a\\x00b': has a NUL character"),
         (("--model", "\udcff"), "--model '\\udcff': not UTF-8"),
         (("--model", LONG + ".gguf"), "no such file"),
-        (("--model", ""), "model ''"),
+        (("--model", ""), "model '': no name; give 'testbed'"),
         (("--model", "a\nb"), "model 'a\\nb'"),
         (("--space", LONG), "neither a file nor one of"),
         (("--space", "a\0"), "neither a file nor one of"),
@@ -250,3 +253,18 @@ def test_letters_of_other_languages_in_a_name(locale, said, tmp_path):
     command = [sys.executable, "-m", "orchestrator.sweep", "--text", "b\u00f6k.txt", "--workers", "9999"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, timeout=100)
     assert done.returncode == 2 and done.stderr.count(b"\n") == 1 and said in done.stderr.decode(), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "ValueError"),
+        ("\n  \nThe first\nthe second", "ValueError: The first"),
+        ("backend raised:\n\nno compiler\nat all", "ValueError: backend raised: no compiler"),
+        ("only this:", "ValueError: only this:"),
+        ("x\ty" + "z" * 500, "ValueError: x y" + "z" * 197),
+    ],
+)
+def test_what_a_librarys_error_says_in_a_line(text, said):
+    assert one_line(ValueError(text)) == said
+    assert reason_of(ValueError(text)) == said.removeprefix("ValueError: ")

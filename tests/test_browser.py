@@ -4,7 +4,7 @@ import pytest
 
 from dashboards.pareto import write
 from dashboards.recommendation import reproduce_command
-from dashboards.report import write_report
+from dashboards.report import report, write_report
 from dashboards.tables.table import pareto_table
 from tests.browser import browser, needs_browser
 from tests.test_attainment import made
@@ -210,6 +210,28 @@ def test_nothing_is_wider_than_the_page(chromium, tmp_path, width):
     hollow = "return [...document.querySelectorAll('#plot .front.hollow')].length"
     assert chromium.run(hollow) == 0
     assert chromium.run("return document.querySelector('#plot .once').getAttribute('d').split('M').length - 1") == 6
+
+
+@pytest.mark.parametrize("width", [400, 1280])
+def test_pictures_of_several_side_by_side_can_be_read(chromium, tmp_path, width):
+    """In a narrow window they scroll by themselves: a point of their text is a pixel at least; others fit."""
+    import matplotlib.figure
+
+    paths = [tmp_path / "planes.png", tmp_path / "pareto.png"]
+    for path, size in zip(paths, ((11, 4.4), (7, 5)), strict=True):
+        matplotlib.figure.Figure(figsize=size, dpi=150).savefig(path)
+    page = tmp_path / "report.html"
+    page.write_text(report(study(tmp_path / "s", [BASELINE, *THREE], objectives=OBJECTIVES), paths))
+    chromium.width(width)
+    chromium.open(page.as_uri())
+    chromium.until("document.images.length == 2 && [...document.images].every((image) => image.complete)")
+    wide, usual = chromium.run("return [...document.images].map((image) => image.getBoundingClientRect().width)")
+    assert wide >= 11 * 72 and usual <= width
+    cut = chromium.run(
+        "return [...document.querySelectorAll('figure .wide')].map((e) => e.scrollWidth > e.clientWidth)"
+    )
+    assert cut == [width < 800, False]
+    assert chromium.run("return document.documentElement.scrollWidth <= window.innerWidth")
 
 
 def test_labels_do_not_collide(chromium, tmp_path):

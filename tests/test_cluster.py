@@ -12,7 +12,7 @@ import pytest
 from orchestrator import command_line
 from orchestrator.configuration import WorkerSettings
 from orchestrator.workers import cluster as cluster_module
-from orchestrator.workers.cluster import Cluster
+from orchestrator.workers.cluster import Cluster, check_answers
 from orchestrator.workers.messages import SweepError
 from orchestrator.workers.room import Room
 from streamllm.errors import UsageError
@@ -63,7 +63,7 @@ def test_an_address_without_ray(place, problem, named, monkeypatch):
             monkeypatch.setenv("RAY_ADDRESS", address)
         started = time.monotonic()
         with pytest.raises(UsageError) as raised:
-            Cluster.join(address if named == "--address" else None)
+            check_answers(address)
     said = str(raised.value)
     assert said.startswith(f"{named}{' ' if named == '--address' else '='}{address}: {problem}"), said
     assert "\n" not in said and time.monotonic() - started < 10
@@ -72,7 +72,7 @@ def test_an_address_without_ray(place, problem, named, monkeypatch):
 @pytest.mark.parametrize("address", ["here", "host:", ":6379", "host:port", "host:99999"])
 def test_what_is_no_address(address):
     with pytest.raises(UsageError, match=r"must be HOST:PORT, ray://HOST:PORT or auto"):
-        Cluster.join(address)
+        check_answers(address)
 
 
 def test_auto_without_ray(monkeypatch):
@@ -81,11 +81,11 @@ def test_auto_without_ray(monkeypatch):
 
     monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", none)
     with pytest.raises(UsageError, match=r"--address auto: no Ray runs on this machine; start one"):
-        Cluster.join("auto")
+        check_answers("auto")
     with deserted() as address:  # of a cluster that was there last
         monkeypatch.setattr("ray._private.services.canonicalize_bootstrap_address", lambda _: address)
         with pytest.raises(UsageError, match=rf"--address auto \({address}\): nothing listens there"):
-            Cluster.join("auto")
+            check_answers("auto")
 
 
 def test_the_real_one_is_told_from_others(cluster):
@@ -129,6 +129,23 @@ def test_what_there_is_no_room_for_is_found_before_ray_starts(options, message, 
         command_line.resolve(command_line.parser().parse_args(options))
 
 
+@pytest.mark.parametrize("space", ["default", "comprehensive"])
+def test_a_cluster_is_probed_once_before_it_is_joined(space, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.txt").write_text("words and words " * 100)
+    probed, joined = [], []
+    monkeypatch.setattr(cluster_module, "check_answers", probed.append)
+    monkeypatch.setattr(cluster_module, "_vital", lambda ray: {})
+    monkeypatch.setattr("ray.init", lambda **options: joined.append(options["address"]))
+    monkeypatch.setattr("ray.shutdown", lambda: None)
+    monkeypatch.setattr("ray.nodes", list)
+    arguments = command_line.parser().parse_args(["--address", "a:1", "--space", space, "--text", "t.txt"])
+    request = command_line.matrix_request if space == "comprehensive" else command_line.resolve
+    assert request(arguments).workers.address == "a:1"
+    Cluster.join("a:1")
+    assert probed == ["a:1"] and set(joined) == {"a:1"}
+
+
 @pytest.mark.parametrize("has_token", [True, False])
 def test_a_token_is_shown_where_there_is_one(has_token, monkeypatch, tmp_path):
     """A cluster of `ray start` asks for it, and `ray.init` does not show it by itself."""
@@ -138,12 +155,11 @@ def test_a_token_is_shown_where_there_is_one(has_token, monkeypatch, tmp_path):
     if has_token:
         (tmp_path / ".ray").mkdir()
         (tmp_path / ".ray/auth_token").write_text("x")
-    cluster_module.check_answers("local")
+    check_answers("local")
     assert os.environ.get("RAY_AUTH_MODE") == ("token" if has_token else None)
 
 
 def test_one_that_never_lets_this_process_join(monkeypatch):
-    monkeypatch.setattr(cluster_module, "check_answers", lambda address: None)
     monkeypatch.setattr(cluster_module, "_JOIN_SEC", 0.3)
     monkeypatch.setattr("ray.init", lambda **_: time.sleep(2))
     with pytest.raises(UsageError, match=r"--address a:1 cannot be used: TimeoutError: not ready within 0\.3 s"):

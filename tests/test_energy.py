@@ -13,6 +13,8 @@ from streamllm.measuring import energy
 from streamllm.measuring.timing import Reference
 from streamllm.policy import EvictionPolicy
 
+from .refusals import command, refusal
+
 WATTS = 40.0
 
 
@@ -114,6 +116,20 @@ def test_without_a_counter_there_is_no_energy(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     with pytest.raises(UnavailableError, match="pip install nvidia-ml-py"):
         GpuCounter.of("1")
+
+
+def test_a_command_says_so_before_anything_is_loaded(monkeypatch):
+    def none(device):
+        raise UnavailableError(f"energy: no counter of {device.type}")
+
+    def loaded(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("streamllm.engine.energy.energy_counter", none)
+    monkeypatch.setattr("streamllm.evaluating.load_model_and_texts", loaded)
+    assert refusal(command("evaluate", "--energy")).startswith("energy: no counter of ")
+    with pytest.raises(AssertionError, match="was loaded"):
+        command("evaluate")
 
 
 class NVMLError(Exception):

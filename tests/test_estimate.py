@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.estimate import estimate, timing_sec
+from orchestrator.estimate import _baseline_timing_sec, estimate, timing_sec
 from orchestrator.sweep import parser, resolve
 from streamllm.engine.loading import configuration_of
 from streamllm.measuring import pairing
@@ -46,6 +46,12 @@ def test_longer_cycles_take_longer_to_time():
     assert times == sorted(times) and times[-1] > 2 * times[0]
 
 
+def test_a_round_takes_the_baseline_about_as_long_as_others():
+    """A window a token; of 20 ms, a segment is of several, and twelve pairs are longer than three seconds."""
+    assert _baseline_timing_sec(0.02) == pytest.approx((1 + 3 * 13) * 0.02 + 12 * 2 * 8 * 0.02)
+    assert _baseline_timing_sec(2.0) == pytest.approx(4 * 2 + 7 * 3)
+
+
 def configuration(*more):
     what = ("--model", str(GOLDEN / "llama-tiny"), "--token-ids", str(GOLDEN / "tokens.json"), "--cap", "128")
     return resolve(parser().parse_args([*what, *more]))
@@ -58,6 +64,8 @@ def test_the_parts_of_an_estimate():
     assert found.seconds > 4 * (found.timing + found.losses / 2) + found.baseline
     more = estimate(PACE, 8192, configuration("--trials", "4"), workers=2, like=())
     assert more.seconds - found.seconds == pytest.approx(more.confirming) and more.confirming > 0
+    assert more.confirming > 3 * 6 * more.timing, "three rounds of seven, and the baseline"
+    assert "if it is of 7 candidates" in str(more)
     few, many = (
         estimate(PACE, 8192, configuration("--trials", "4", "--baseline-tokens", n), 2, ()) for n in ("8", "1008")
     )

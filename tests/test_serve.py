@@ -26,6 +26,7 @@ from dashboards.read_only_journals import ReadOnlyJournals
 from dashboards.study_state import state
 from orchestrator.workers.lease import study_lease
 from streamllm.results.mlflow_address import store_uri
+from streamllm.results.study import load_study
 from tests.browser import browser, needs_browser
 from tests.test_report import BASELINE, EVIL, ROWS, Page, failed, row, study
 from tests.waiting import wait_until
@@ -87,6 +88,30 @@ def test_reports_and_nothing_else_are_served(reports):
     assert status(f"{address}/", host="evil.example:5000") == 403
     assert status(f"{address}/", host="localhost:5000") == 200
     assert socket.gethostbyname("localhost") and not (folder.parent / "s.html").exists()
+
+
+def test_a_study_that_begins_later_is_served_too(tmp_path):
+    """First, with its report; not where its name is taken; optuna-dashboard does not know it."""
+    folders = [study(tmp_path / "s", study="s").folder]
+    server = serve.Reports(0, [load_study(str(folders[0]))], more=lambda: [str(folder) for folder in folders])
+    server.others = {"MLflow": "http://m", "optuna-dashboard": "http://o"}
+    server._journals = ["s"]
+    try:
+        assert server.page("/t.html") is None and "1 study" in server.page("/").decode()
+        torn = tmp_path / "t"
+        torn.mkdir()
+        (torn / "trials.jsonl").write_text("{")
+        folders += [torn, study(tmp_path / "u", study="s").folder]
+        assert "1 study" in server.page("/").decode(), "one cannot be read yet, one has a name that is taken"
+        study(torn, study="t")
+        page = server.page("/").decode()
+        assert "2 studies" in page and page.index("/t.html") < page.index("/s.html")
+        assert "<title>t</title>" in server.page("/t.html").decode()
+        assert "/optuna-dashboard/s" in page and "/optuna-dashboard/t" not in page and "/MLflow/t" in page
+        assert server.elsewhere("/optuna-dashboard/t") is None
+        assert server.elsewhere("/optuna-dashboard/s") == "http://o/dashboard/studies/0"
+    finally:
+        server.server_close()
 
 
 def test_a_report_follows_its_study(reports):

@@ -104,7 +104,10 @@ def test_fewer_than_were_found_not_to_disturb_one_another_do_not_either(tmp_path
     assert not of.side_by_side(NODE[1:], 8), "of another kind"
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"nodes": [{"timing": "maybe"}]}'])
+_NO_KIND = json.dumps({"nodes": [calibrated([1.0] * 6).to_json() | {"software": ["x"]}]})
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"nodes": [{"timing": "maybe"}]}', _NO_KIND])
 def test_what_was_found_out_and_is_damaged_is_found_out_anew(content, tmp_path, capsys):
     folder = StudyFolder(tmp_path)
     folder.timing.write_text(content)

@@ -84,6 +84,20 @@ def test_the_table_names_what_it_left_out_and_leaves_unknown_fields_blank(result
     assert output.err.count("warning: left out ") == 4 and "warning: left out torn.json: " in output.err
 
 
+def test_what_other_commands_write_is_no_row(results, capsys):
+    """They have a perplexity or a time as well."""
+    measured = {"model": "m", "perplexity": 5.0, "tpot_ms": 2.0}
+    keys = {"profile": "parts_ms", "profile --fusion": "fused", "diagnose": "jump_nats", "recall": "policies"}
+    for number, key in enumerate(keys.values()):
+        (results / f"other{number}.json").write_text(json.dumps(measured | {key: {}}))
+    assert main(["results"]) == 0
+    told = capsys.readouterr()
+    for number, command in enumerate(keys):
+        line = f"warning: left out other{number}.json: of another kind, what `streamllm {command}` writes\n"
+        assert line in told.err
+    assert "other" not in told.out and told.err.count("\n") == 8
+
+
 def test_the_documents_flags_and_every_format(results, capsys):
     assert main(["--results-dir", "results", "--output-file", "deep/paper_results.md"]) == 0
     assert main(["results", "--output-file", "all.csv"]) == main(["results", "--output-file", "all.tex"]) == 0

@@ -15,7 +15,7 @@ from mlflow import MlflowClient
 
 from dashboards import pareto
 from dashboards.tables.columns import shown_columns
-from orchestrator.sweep import main, parser, resolve
+from orchestrator.sweep import _takes, main, parser, resolve
 from orchestrator.tracking.follower import Tracker
 from streamllm.errors import UsageError
 from streamllm.results.study_folder import StudyFolder
@@ -343,6 +343,21 @@ def test_files_changed_under_a_study_are_seen_and_threads_stay(prepared, cluster
     (folder / "ids.json").write_text((GOLDEN / "tokens.json").read_text())
     shutil.copyfile(GOLDEN / "llama-tiny/model.safetensors", folder / "m/model.safetensors")
     assert "model_digest: " in refused("1")
+
+
+def test_whether_the_folder_could_be_told_how_the_sweep_ended(tmp_path):
+    """It cannot where a folder has the file's name; with room for it, it can."""
+    folder, notes = StudyFolder(tmp_path), []
+    folder.outcome.mkdir()
+    (folder.outcome / "x").touch()
+    assert _takes(folder, "FINISHED", notes.append) is False
+    (said,) = notes
+    assert said.startswith("error: the study cannot be written: ") and "what is finished is kept" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["outcome.json"], "nothing torn is left"
+    (folder.outcome / "x").unlink()
+    folder.outcome.rmdir()
+    assert _takes(folder, "KILLED", notes.append) is True
+    assert folder.read_outcome()[0] == "KILLED" and len(notes) == 1
 
 
 def test_a_second_driver_is_told_who_has_the_study(folder):

@@ -137,8 +137,14 @@ def shown_columns(rows: Sequence[AnyRow], objectives: Collection[str] = ()) -> t
 
 
 def bytes_differ(rows: Sequence[AnyRow]) -> bool:
-    """Whether a token of one row's cache takes other memory than one of another's."""
-    return len({row["kv_bytes_per_token"] for row in rows if row.get("kv_bytes_per_token") is not None}) > 1
+    """Whether a token of one row's cache takes other memory than one of another's: by the model, its dtype, or the
+    method, where layers have windows of their own."""
+    per_token = [
+        row["kv_bytes_per_token"] if not row.get("peak_kv_mib") else round(row["peak_kv_mib"] * 2**20 / row["peak_kv"])
+        for row in rows
+        if row.get("kv_bytes_per_token") is not None
+    ]
+    return len(set(per_token)) > 1
 
 
 def unsaid_settings(rows: Sequence[AnyRow]) -> set[str]:

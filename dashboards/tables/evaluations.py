@@ -48,6 +48,8 @@ _LISTED = "results"
 
 _MEASURES = ("perplexity", "runtime_sec", "tpot_ms")
 """An object with one of them is a result."""
+_OTHER_KINDS = {"parts_ms": "profile", "fused": "profile --fusion", "jump_nats": "diagnose", "policies": "recall"}
+"""Keys of documents that are no results of evaluations, whatever measures they have: the command that writes them."""
 _NOT_THE_BASELINES = ("method", "speedup", "ppl_increase_percent", "compress_every", "cache_slack", "max_drop")
 """Values beside the results in a file that are not the baseline's."""
 _IN_NAMES = {
@@ -72,14 +74,23 @@ def read_results(folder: Path) -> tuple[list[dict[str, Scalar]], list[str]]:
             continue
         name = str(within)
         try:
-            found = [{"file": name, **row} for row in _results(parsed(path.read_bytes()), path.stem)]
+            document = parsed(path.read_bytes())
+            found = [{"file": name, **row} for row in _results(document, path.stem)]
         except (OSError, ValueError, RecursionError) as error:
             problems.append(f"{name}: {' '.join(str(error).split())}")
+            continue
+        if (writer := _of_another_kind(document)) is not None:
+            problems.append(f"{name}: of another kind, what `streamllm {writer}` writes")
             continue
         rows += found
         if not found:
             problems.append(f"{name}: no object with {' or '.join(_MEASURES)}")
     return rows, problems
+
+
+def _of_another_kind(document: Json) -> str | None:
+    """The command that writes such documents."""
+    return next((name for key, name in _OTHER_KINDS.items() if isinstance(document, dict) and key in document), None)
 
 
 def _results(document: Json, name: str) -> Iterator[dict[str, Scalar]]:

@@ -23,7 +23,7 @@ from streamllm.measuring.store import MeasurementStore
 from streamllm.results.mlflow_address import is_databricks
 from streamllm.results.schema import FORMAT, AnyRow, Row
 
-from .client import WriterError, is_refusal, mlflow_client, one_line
+from .client import WriterError, is_refusal, mlflow_client, told
 from .remedies import with_remedy
 from .row_in_mlflow import dataset_of, metrics_of, params_of, run_name, tags_of
 
@@ -69,6 +69,11 @@ class Writer(Protocol):
     def close(self) -> None: ...
 
 
+def started_at(row: AnyRow) -> int:
+    """When its measuring began, in milliseconds since 1970; where nothing was measured, when it was found."""
+    return int(1000 * row["finished_at"]) - (0 if row.get("reused") else int(1000 * row.get("measuring_sec", 0)))
+
+
 class RunWriter:
     """Writes in this process."""
 
@@ -83,9 +88,8 @@ class RunWriter:
         ended = int(1000 * row["finished_at"])
         tags, files = {**self._to.tags, **tags_of(row), **_UNFOLDED, DIGEST: digest}, ""
         if run is None:
-            started = ended - (0 if row.get("reused") else int(1000 * row.get("measuring_sec", 0)))
             tags |= {PARENT: self._to.parent, "pareto": "False"}
-            created = self._client.create_run(self._to.experiment, started, tags, run_name(row)).info
+            created = self._client.create_run(self._to.experiment, started_at(row), tags, run_name(row)).info
             run, files = str(created.run_id), created.artifact_uri
             tags = {}
         self._client.log_batch(
@@ -198,7 +202,7 @@ def _write_all(lines: SimpleQueue[str], answers: IO[str], to: Destination) -> No
                 _answer(answers, run=None)
         except Exception as error:  # MLflow raises anything
             with_remedy(error, to.uri, to.experiment)
-            _answer(answers, error=one_line(error), is_refusal=is_refusal(error))
+            _answer(answers, error=told(error), is_refusal=is_refusal(error))
 
 
 def _answer(answers: IO[str], **what: object) -> None:

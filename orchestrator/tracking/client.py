@@ -62,8 +62,8 @@ def is_refusal(error: Exception) -> bool:
     return "must be in the 'active' state" not in str(error)
 
 
-def one_line(error: Exception) -> str:
-    """What went wrong and, where that is known, what to do about it."""
+def told(error: Exception) -> str:
+    """What went wrong with MLflow and, where that is known, what to do about it."""
     if isinstance(error, WriterError):
         return str(error)
     text = " ".join(str(error).split())

@@ -25,7 +25,7 @@ from streamllm.results.schema import Row
 from streamllm.results.study import load_study
 
 from ..trials_file import TrialsFile
-from .client import one_line
+from .client import told
 from .mlflow_runs import Projection, Report
 
 _FIRST_PAUSE_SEC, _LONGEST_PAUSE_SEC = 1.0, 60.0
@@ -175,7 +175,7 @@ class _Follower:
             raise
         except Exception as error:  # whatever it is, the sweep goes on, and MLflow is asked again
             self._failed = True
-            self._say(one_line(error))
+            self._say(told(error))
             return False
         return True
 

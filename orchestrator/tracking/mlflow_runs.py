@@ -27,10 +27,10 @@ from streamllm.results.mlflow_address import (
 )
 from streamllm.results.schema import FIELDS, AnyRow, Row
 from streamllm.results.study import STRICT, StudyResults
-from streamllm.results.study_folder import StudyFolder
+from streamllm.results.study_folder import StudyFolder, read_rows
 
-from .child_runs import DIGEST, PARENT, Destination, RunWriter, Writer
-from .client import find_experiment, is_refusal, mlflow_client, one_line
+from .child_runs import DIGEST, PARENT, Destination, RunWriter, Writer, started_at
+from .client import find_experiment, is_refusal, mlflow_client, told
 from .locks import opening, writing
 from .remedies import ExperimentDeletedError, with_remedy
 from .row_in_mlflow import PARAMS, digest_of, is_number
@@ -241,7 +241,7 @@ class Projection:
         except Exception as error:
             if not is_refusal(error):
                 raise
-            self.refused.append(f"trial {row['trial']}: {one_line(error)}")
+            self.refused.append(f"trial {row['trial']}: {told(error)}")
 
     def _log(self, writer: Writer, row: Row, timed: Row) -> None:
         """timed: the row with its milliseconds, which are no part of its digest: they move with every trial."""
@@ -330,6 +330,12 @@ class Projection:
             if not token:
                 return
 
+    def _began_at(self) -> int:
+        """Milliseconds since 1970: now, or where the study has been at it without MLflow, not after what it has."""
+        _, ended_at = self._folder.read_outcome()
+        known = [started_at(row) for row in read_rows(self._folder.trials) if row.finished_at is not None]
+        return min(int(1000 * time.time()), *known, *([int(1000 * ended_at)] if ended_at else []))
+
     def _create_parent(self) -> str:
         from mlflow.entities import Param
 
@@ -339,7 +345,7 @@ class Projection:
         tags |= {COLOR: self._color}
         if versions := settings.get("versions"):
             tags["versions"] = ", ".join(f"{name} {version}" for name, version in versions.items())
-        run = self._client.create_run(self._experiment, tags=tags, run_name=settings["study"]).info.run_id
+        run = self._client.create_run(self._experiment, self._began_at(), tags, settings["study"]).info.run_id
         params = [Param(name, str(settings[name])) for name in PARENT_PARAMS]
         self._client.log_batch(run, params=[*params, Param("space", str(settings["space"]["name"]))])
         return str(run)

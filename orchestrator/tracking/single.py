@@ -18,7 +18,7 @@ from streamllm.terminal.tracking import Result
 
 from ..configuration import commit
 from .child_runs import PARENT
-from .client import find_experiment, mlflow_client, one_line
+from .client import find_experiment, mlflow_client, told
 from .locks import opening
 from .mlflow_runs import NOTE, shortened
 from .remedies import ExperimentDeletedError, with_remedy
@@ -27,8 +27,7 @@ from .row_in_mlflow import dataset_of, is_number, params_of, tags_of
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-told = one_line
-"""What went wrong, and what to do about it."""
+__all__ = ["log", "told"]
 
 
 def log(results: Sequence[Result], tracking_uri: str | None, waiting: Callable[[str], None]) -> list[str]:
@@ -68,7 +67,7 @@ class _Logger:
             self._fill(run, result, program)
         except Exception as error:
             with suppress(Exception):  # the server may be away by now
-                self._client.set_tag(run, "reason", one_line(error))
+                self._client.set_tag(run, "reason", told(error))
                 self._client.set_terminated(run, "FAILED")
             raise
         return str(run)

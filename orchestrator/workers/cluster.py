@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from streamllm.errors import UsageError
+from streamllm.errors import UsageError, one_line
 
 from .messages import SweepError
 
@@ -42,8 +42,9 @@ class Cluster:
 
     @classmethod
     def join(cls, address: str | None) -> Self:
-        """Joins the cluster at that address, or at Ray's own variable for it, or starts one here. Raises UsageError
-        where it cannot be joined, SweepError where it cannot be started."""
+        """Joins the cluster at that address, or at Ray's own variable for it, which `check_answers` has found to
+        answer, or starts one here. Raises UsageError where it cannot be joined, SweepError where it cannot be
+        started."""
         import ray
 
         was_there = ray.is_initialized()
@@ -111,8 +112,6 @@ def _init(ray: Any, address: str | None) -> None:
         options["num_cpus"] = usable_cores()
         if default_device().type not in ("cpu", "cuda"):  # which Ray counts only with dpctl (Intel's), or of late
             options["num_gpus"] = torch.accelerator.device_count()
-    else:
-        check_answers(address)
     before = _handlers()
     try:
         # workers look for modules where the driver is then: not in the working directory, among other people's files
@@ -255,8 +254,3 @@ def _host_and_port(address: str | None) -> tuple[str, int] | None:
 def _named(address: str) -> str:
     """The address, and where it was given."""
     return f"RAY_ADDRESS={address}" if os.environ.get("RAY_ADDRESS") == address else f"--address {address}"
-
-
-def one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text[:300]}"

@@ -19,13 +19,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol, cast
 
-from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
+from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError, one_line
 from streamllm.measuring.conditions import Conditions
 from streamllm.measuring.store import Arrays, Measurement
 
 from ..configuration import WorkerSettings
 from .accelerators import ONE_EACH
-from .cluster import Cluster, one_line
+from .cluster import Cluster
 from .lease import this_process
 from .messages import (
     Assignment,

@@ -128,11 +128,15 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"per_token_losses {shown(str(file))}: must end in .npy or .parquet")
     make_room(file, arguments.output_file)
 
+    from ..engine.device import default_device
+    from ..engine.energy import energy_counter
     from ..engine.methods import check_execution, check_protocol
     from ..measuring.quality import NonFiniteLossError
 
     check_protocol(method, arguments.protocol, arguments.dtype)
     check_execution(method, arguments.execution)
+    if arguments.energy:
+        energy_counter(default_device())
     loaded, stream = load_asked(arguments)
     policy = _policy(arguments, complete_policy(arguments, loaded))
     what = Configuration(method, policy, arguments.attn_backend, arguments.execution)

@@ -150,6 +150,7 @@ def _measured(
     """A policy's part of the result, and a record for each of its questions."""
     from ..explain.recall import after_prunes, answers, by_octave, by_position, prunes_apart, summary
     from ..measuring import plans
+    from ..measuring.cache_size import peak_bytes
 
     what, name = Configuration("ring", policy), _name(policy)
     tasks, lines = {}, []
@@ -162,7 +163,8 @@ def _measured(
         parts = {f"by_{of}": by_octave(records, of) for of in ("distance", "place")}
         tasks[one.task] = summary(records) | parts
         lines += [{"task": one.task, "policy": name, **record} for record in records]
-    peak = peak_kv(policy, max(len(one.stream.tokens) for one in asked) - 1)
+    n_queries = max(len(one.stream.tokens) for one in asked) - 1
+    peak = peak_kv(policy, n_queries)
     losses = _losses(policy, loaded, text, store)
     pruned = []
     if prunes_apart(policy, len(losses)):
@@ -172,7 +174,7 @@ def _measured(
         "name": name,
         **asdict(policy),
         "peak_kv": peak,
-        "peak_kv_mib": peak * loaded.kept_bytes(policy) / 2**20,
+        "peak_kv_mib": peak_bytes(what, loaded.kv_layers, loaded.dtype_name, peak, policy, n_queries) / 2**20,
         "tasks": tasks,
         "perplexity_by_position": by_position(losses),
         "after_prunes": pruned,

@@ -48,7 +48,20 @@ def resolve_model(name: str) -> str:
     if name == "testbed":
         return str(MODEL_FOLDER)
     file = gguf_file(name)
+    if file is None:
+        _check_name(name)
     return name if file is None else str(converted(file))
+
+
+def _check_name(name: str) -> None:
+    """Raises ModelNotFoundError for what can only be a folder, and is none."""
+    if not name.strip():
+        raise ModelNotFoundError(f"model {name!r}: no name; give 'testbed', a folder or a hub id")
+    is_path = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if not is_path or is_folder(Path(name)):
+        return
+    fix = "leave out the quotes, in which ~ is no home" if name[0] == "~" else "give 'testbed', a folder or a hub id"
+    raise ModelNotFoundError(f"model {shown(name)}: no such folder; {fix}")
 
 
 def load_model(

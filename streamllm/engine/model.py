@@ -99,6 +99,11 @@ class LoadedModel:
         """Of each layer, numbers in the keys and values of one token."""
         return [layer.kv_size for layer in self.layers]
 
+    @property
+    def kv_layers(self) -> tuple[tuple[int | None, int], ...]:
+        """Of each layer, its sliding window and the bytes of one token's keys and values."""
+        return tuple((layer.window, self.dtype.itemsize * layer.kv_size) for layer in self.layers)
+
     def kept_bytes(self, policy: EvictionPolicy) -> int:
         """Bytes of one token's keys and values, as the policy keeps them."""
         return policy.kept_bytes(self.kv_bytes, self.dtype_name)

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..policy import TOTAL_KV_CAP, EvictionPolicy
+from ..policy import TOTAL_KV_CAP, EvictionPolicy, for_chunks
 from ..results.schema import AnyRow, Row
+from .cache_size import peak_bytes
 from .reference_time import speedup
 
 if TYPE_CHECKING:
     import numpy as np
 
     from ..configuration import Configuration
+    from .conditions import Conditions
     from .plans import Evaluated
     from .quality import QualityComparison
 
@@ -40,12 +42,17 @@ def row_of(what: Configuration, protocol: str, evaluated: Evaluated) -> Row:
     if what.quantization is not None:  # one of several, beside one reference
         digest = keys.reference_digest or keys.conditions.model_digest
         more |= {"quantization": what.quantization, "reference_digest": digest}
-    return with_bytes(Row.of(keys.identity(what, protocol) | evaluated.record | more))
+    return with_bytes(Row.of(keys.identity(what, protocol) | evaluated.record | more), what, keys.conditions)
 
 
-def with_bytes(row: Row) -> Row:
-    """The row with its largest cache in bytes too: tokens of different models and dtypes do not compare."""
-    return row | {"peak_kv_mib": row["peak_kv"] * row["kv_bytes_per_token"] / 2**20}
+def with_bytes(row: Row, what: Configuration, conditions: Conditions) -> Row:
+    """The row with its largest cache in bytes too: tokens of different models, dtypes and methods do not compare."""
+    stream, n = what.effective, row["n_tokens"] - 1
+    if row["protocol"] == "chunked":
+        n = row["prefill_tokens"] + row["continuation_tokens"]
+        stream = for_chunks(stream, row["prefill_tokens"])
+    held = peak_bytes(what, conditions.layers, conditions.dtype, row["peak_kv"], stream, n)
+    return row | {"peak_kv_mib": held / 2**20}
 
 
 def baseline_policy(policy: EvictionPolicy, protocol: str, trained_length: int | None) -> EvictionPolicy:

@@ -56,6 +56,8 @@ class Conditions:
     """How they were quantized before, as Q4_1 of a GGUF file."""
     dtype: str
     kv_bytes_per_token: int
+    layers: tuple[tuple[int | None, int], ...]
+    """Of each: its sliding window, and the bytes of a token's keys and values in `dtype`."""
     trained_length: int | None
     kind: KindOfWorker
     cpu_capability: str | None
@@ -78,6 +80,7 @@ class Conditions:
             weights=loaded.weights,
             dtype=loaded.dtype_name,
             kv_bytes_per_token=loaded.kv_bytes,
+            layers=loaded.kv_layers,
             trained_length=loaded.trained_length,
             kind=kind_of_worker(device),
             cpu_capability=cpu_capability() if device.type == "cpu" else None,

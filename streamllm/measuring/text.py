@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -89,7 +90,7 @@ class TextSource:
             raise TextError("text, token_ids, dataset_name: several are given; give one of them")
         for path in (self.text, self.token_ids):
             if path is not None and not is_file(path):
-                raise TextError(f"text {shown(str(path))}: {'not a file' if is_folder(path) else 'no such file'}")
+                raise TextError(f"text {shown(str(path))}: {_why_no_file(path)}")
         self._check_rows()
         if self.offset < 0:
             raise TextError(f"offset {shown(self.offset)}: must be a whole number >= 0")
@@ -213,6 +214,15 @@ def _stream(source: TextSource, ids: list[int], lead: int, vocabulary: int) -> T
         )
     tokens = np.array(chosen, dtype=np.int64)
     return TokenStream(tokens, source.label, hashlib.sha256(tokens.astype("<i8").tobytes()).hexdigest(), lead > 0)
+
+
+def _why_no_file(path: Path) -> str:
+    if is_folder(path):
+        return "not a file, but a folder; give a file in it"
+    with suppress(OSError, ValueError):
+        if path.exists():
+            return "not a file, but a device or a pipe, which cannot be read again; copy what is in it to one"
+    return "no such file; give one, or leave it out for the embedded text"
 
 
 def _lead(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> int:

@@ -109,8 +109,10 @@ def checked_timing(values: object) -> list[dict[str, Any]]:
     """What was found out about accelerators that are timed at once. Raises ValueError."""
     nodes = _object(values, "a calibration", nodes=list)["nodes"]
     numbers = dict.fromkeys(("alone", "beside", "quotient", "quotient_low", "quotient_high"), (int, float))
+    kind: dict[str, type | tuple[type, ...]] = {"device": str, "software": (str, type(None))}
+    kind["threads"] = (int, type(None))
     for one in nodes:
-        _object(one, "a calibration", device=str, workers=int, repetitions=int, timing=str, **numbers)
+        _object(one, "a calibration", workers=int, repetitions=int, timing=str, **kind, **numbers)
         if one["timing"] not in ("exclusive", "concurrent"):
             raise ValueError(f"timing {one['timing']!r}: must be exclusive or concurrent")
     return list(nodes)

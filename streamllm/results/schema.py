@@ -221,8 +221,8 @@ class Row(Mapping[str, Any]):
         "KV per token", "bytes", None, label="keys and values of a token in all layers, bytes"
     )
     peak_kv_mib: float | None = measure(
-        "KV cache", "MiB", label="keys and values attended to at most, MiB", objective="minimize",
-        about="in bytes, models and dtypes compare",
+        "KV cache", "MiB", label="keys and values held at most, MiB", objective="minimize",
+        about="as the method keeps them; in bytes, models and dtypes compare",
     )  # fmt: skip
 
     # The outcome of the measurement.

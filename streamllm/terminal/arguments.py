@@ -21,6 +21,7 @@ from ..measuring.text import TextSource
 from ..options import DTYPES, PROTOCOLS, QUANTIZATIONS
 from ..policy import FORMS, TOTAL_KV_CAP, WORDS, EvictionPolicy, for_chunks, with_derived_window
 from ..results.schema import POLICY_KNOBS, POLICY_WORDS
+from .parser import not_among
 
 if TYPE_CHECKING:
     from ..engine.model import LoadedModel
@@ -97,7 +98,7 @@ def add_method_argument(group: argparse._ArgumentGroup, *spellings: str, default
 def _method(name: str) -> str:
     name = _SPELLINGS.get(name, name)
     if name not in METHODS:
-        raise argparse.ArgumentTypeError(f"invalid choice: {name!r} (choose from {', '.join(OFFERED)})")
+        raise argparse.ArgumentTypeError(not_among(name, OFFERED))
     return name
 
 

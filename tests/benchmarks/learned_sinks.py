@@ -149,7 +149,7 @@ def shown(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
 def draw(rows: Sequence[dict[str, Any]], models: Sequence[dict[str, Any]], path: Path, total: int = TOTALS[0]) -> None:
     """What evicting the first tokens costs at one total, and where attention goes."""
     with style():
-        figure = new_figure(6.4, 2.6)
+        figure = new_figure(7, 2.6)
         left, right = figure.subplots(1, 2)
         width = 0.8 / len(models)
         for number, (model, color) in enumerate(zip(models, COLORS, strict=True)):

@@ -29,16 +29,22 @@ from dashboards.tables import frames
 from orchestrator.conclusion import keep_front, keep_recommendation
 from orchestrator.search.confirm import candidates
 from orchestrator.search.rounds import read_rounds
+from orchestrator.timing import Calibration, Timing
+from orchestrator.workers.kinds import kind_of
 from streamllm.errors import UsageError
 from streamllm.results.study import load_study
 
 from ..finished_study import TRIALS, configuration_in, go_on, write_finished
 from ..made_studies import row
 
+KIND = kind_of({"device": "a GPU", "threads": None, "software": "torch 2"})
+
 FILES = ("trials.jsonl", "journal.log", "sweep.json", "outcome.json", "confirmed.jsonl", "increases.jsonl",
-         "rounds.jsonl", "fronts.jsonl", "driver.lock", "../../results/one.json")  # fmt: skip
+         "rounds.jsonl", "fronts.jsonl", "timing.json", "driver.lock", "../../results/one.json")  # fmt: skip
 _VALUES = (None, True, False, 0, -1, 1, 7, 1 << 40, 1 << 70, 0.5, -0.0, 1e-300, 1e300, float("nan"), float("inf"), "",
            "x", "0", "é", "\ud800", "\0", "a\nb", [], [0], ["x"], [[]], {}, {"trial": 0}, {"": None})  # fmt: skip
+_BESIDE = ((2, 1.0), (8, 1.5))
+"""Accelerators of a node, and what a timing beside the others takes over one alone."""
 _FIGURES_EVERY = 100
 """Cases: drawing takes a hundred times as long as all else."""
 
@@ -53,8 +59,12 @@ class Failure:
 
 
 def write_base(folder: Path) -> None:
-    """A finished study, and the file of an evaluation."""
-    write_finished(folder)
+    """A finished study, with what was found out of its accelerators, and the file of an evaluation."""
+    files = write_finished(folder).folder
+    ratios = [1.0, 1.01, 0.99, 1.0, 1.02, 0.98]
+    found = [Calibration.of(KIND, workers, ratios, [beside * one for one in ratios]) for workers, beside in _BESIDE]
+    files.timing.write_text(json.dumps({"nodes": [one.to_json() for one in found if one is not None]}))
+    assert len(found) == len(json.loads(files.timing.read_text())["nodes"])
     (folder / "results").mkdir()
     document = {"baseline": row("", 40.0, 0.0), "streaming": row("", 4.0, 2.0), "config": {"n_sink": 4}}
     (folder / "results/one.json").write_text(json.dumps(document))
@@ -109,6 +119,7 @@ def _go_on(only_one: bool) -> None:
     configuration = configuration_in(Path())
     with _one_line():
         study, _ = go_on(configuration)
+        Timing("auto", configuration.folder, lambda _: None).side_by_side(KIND, 2)
         numbers = sorted(one.trial for one in study.rows)
         if only_one and numbers != list(range(TRIALS)):
             raise AssertionError(f"it goes on with the trials {numbers}")

@@ -45,6 +45,10 @@ def _all_of_it(policy: EvictionPolicy) -> EvictionPolicy:
     return policy
 
 
+def _no_window(policy: EvictionPolicy, window: int) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """A way to keep the cache, or to do without one."""
@@ -65,6 +69,9 @@ class Method:
     by_layer: bool = False
     """Whether layers can hold different numbers of tokens (`layer_budgets`): it has the model turn what is new in all
     layers alike, not at its place in a layer's cache."""
+    holds_window: Callable[[EvictionPolicy, int], bool] = _no_window
+    """Whether a layer with so long a sliding window of its own holds that many tokens and no more, by its policy; else
+    it holds what the policy leaves, and a mask hides some of it."""
     losses_at: SampledLosses | None = None
     """If no eviction schedule says what it sees: its quality is then sampled instead of computed block-parallel."""
     library: str | None = None

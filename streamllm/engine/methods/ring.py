@@ -33,6 +33,12 @@ from ..slots import RingSlots
 from . import Method
 
 
+def holds_window(policy: EvictionPolicy, window: int) -> bool:
+    """Whether a layer's window is a ring of its own: a prune leaves W tokens behind the sinks, and the next query is
+    there as well."""
+    return policy.compress_every == 0 or window <= policy.window_size + 1
+
+
 class RingCache(KVCache):
     def __init__(self, loaded: LoadedModel, policy: EvictionPolicy, backend: Backend) -> None:
         super().__init__(loaded, backend, policy.kv_dtype)
@@ -40,10 +46,8 @@ class RingCache(KVCache):
         self.grows = steady is None
         """A policy that never evicts."""
         self.slots = RingSlots(policy.n_sink, policy.kept if steady is None else steady.peak_kv)
-        self.own_rings = {
-            window: RingSlots(0, window) for window in self.windows if self.grows or window <= policy.window_size + 1
-        }
-        """By the window of a layer: a prune leaves W tokens behind the sinks, and the next query is there as well."""
+        self.own_rings = {window: RingSlots(0, window) for window in self.windows if holds_window(policy, window)}
+        """By the window of a layer."""
         self.farthest = None if steady is None or policy.keeps_positions else steady.peak_kv
         """Where distances are those in the cache, no key is farther away: such a window leaves out none."""
         self.keeps_positions = policy.keeps_positions
@@ -219,4 +223,4 @@ def decoder(loaded: LoadedModel, policy: EvictionPolicy, backend: Backend, execu
     return CachedDecoder(loaded, policy, cache, execution)
 
 
-METHOD = Method(decoder, executions=tuple(EXECUTIONS), keys="stream", by_layer=True)
+METHOD = Method(decoder, executions=tuple(EXECUTIONS), keys="stream", by_layer=True, holds_window=holds_window)
