@@ -53,9 +53,11 @@ def _run(argv: Sequence[str] | None, started: float, ending: Ending) -> int:
         from .matrix.run import run_matrix
 
         return run_matrix(matrix_request(arguments), arguments.dry_run, ending, arguments.tracking_uri)
+    from .workers.importing import lasting_imports
     from .workers.lease import study_lease
 
-    configuration = resolve(arguments)
+    with lasting_imports():  # torch and transformers, by which the model's files are checked
+        configuration = resolve(arguments)
     if arguments.dry_run:
         from .dry_run import describe
 
