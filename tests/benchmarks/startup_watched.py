@@ -8,8 +8,11 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 MOMENTS = (
     "Ray runs",
@@ -23,6 +26,19 @@ MOMENTS = (
     "reference and baseline",
     "end",
 )
+PROCESSOR = "processor time"
+"""Until a moment, of the sweep and all that it started: what other people's processes change less than the clock."""
+
+
+def processor_seconds() -> float:
+    """Of this process and all those under it, as far as they still run."""
+    own = psutil.Process()
+    found = 0.0
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.Error):
+            times = process.cpu_times()
+            found += times.user + times.system
+    return found
 
 
 class Watch:
@@ -34,6 +50,7 @@ class Watch:
         """again: the last time counts, else the first."""
         if again or name not in self.moments:
             self.moments[name] = time.time() - self._begun
+            self.moments[f"{name}: {PROCESSOR}"] = processor_seconds()
 
     def after(self, owner: Any, name: str, moment: str) -> None:
         """Notes the moment when that function of a module or a class has returned."""
