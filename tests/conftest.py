@@ -16,9 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from streamllm.engine.model import LoadedModel
+
+settings.register_profile("any machine", deadline=None)  # or each case would be a timed assertion
+settings.load_profile("any machine")
 
 GOLDEN = Path(__file__).parent / "golden"
 FAMILIES = ("neox-tiny", "llama-tiny")

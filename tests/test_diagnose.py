@@ -37,14 +37,14 @@ def test_a_prune_that_goes_on_starts_once():
 
 
 @given(policies)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_without_a_limit_every_eviction_is_a_start(policy):
     policy = EvictionPolicy(n_sink=policy.n_sink, window_size=policy.window_size, compress_every=policy.compress_every)
     assert prune_starts(policy, 80) == [*np.flatnonzero(np.diff(evicted_before(policy, 80))) + 1]
 
 
 @given(policies)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_reference_sees_all_that_the_policy_sees(policy):
     reference = reference_policy(policy, 100, None)
     assert reference.compress_every == 1 and reference.n_sink == policy.n_sink

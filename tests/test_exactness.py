@@ -40,7 +40,7 @@ def loop_losses(method, loaded, policy, tokens):
     return decode_loop(make_decoder(loaded, Configuration(method, policy)), tokens, loaded.device).losses
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(random_models(), policies, st.sampled_from(SAME_FUNCTION), st.integers(1, 64))
 def test_block_parallel_is_the_loop(loaded, policy, method, block):
     tokens = random_tokens(70)

@@ -57,7 +57,7 @@ def test_what_dominates_a_row_is_the_fronts_best_in_the_first_objective():
     assert dominators(others, [], OBJECTIVES) == [None] * len(others)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.tuples(*[st.integers(0, 5)] * 3), max_size=30), st.integers(1, 3))
 def test_front_and_dominators_are_what_their_definition_says(points, n_objectives):
     """Small integers, so that ties and duplicates are many."""

@@ -162,7 +162,7 @@ def test_the_two_references_are_one_where_all_layers_are_alike(architecture):
         torch.testing.assert_close(layered_logits(model, stream, [policy] * count, keep), expected, rtol=0, atol=1e-12)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     random_models(),
     words,
