@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from streamllm.errors import UsageError, one_line, reason_of, shown
+from streamllm.errors import UsageError, reason_of, shown
 from streamllm.files import write_atomically
 
 _FIX = "give s3://, gs://, abfs://, sftp:// or file://"
@@ -52,7 +52,7 @@ class Place:
         return cls(name, fs, root.rstrip("/"), _secrets(url))
 
     def reason(self, error: Exception) -> str:
-        return _hiding(one_line(error), self._secrets)
+        return _hiding(f"{type(error).__name__}: {reason_of(error)}", self._secrets)
 
     def names(self) -> set[str]:
         """Of all files in it, those of the store too, relative to it."""

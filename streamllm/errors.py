@@ -37,10 +37,10 @@ def reason_of(error: BaseException, most: int = 200) -> str:
     return " ".join(first)[:most] or type(error).__name__
 
 
-def one_line(error: BaseException, most: int = 200) -> str:
-    """Its kind, which may say more than its text, and its reason."""
-    kind, reason = type(error).__name__, reason_of(error, most)
-    return kind if reason == kind else f"{kind}: {reason}"
+def one_line(error: BaseException, most: int = 300) -> str:
+    """Its kind, which may say more than its text, and all of its lines as far as there is room."""
+    kind, said = type(error).__name__, plain(" ".join(str(error).split()), most)
+    return f"{kind}: {said}" if said else kind
 
 
 def plain(text: str, most: int = 100) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..errors import UnsupportedModelError, UsageError, one_line, reason_of, shown
+from ..errors import UnsupportedModelError, UsageError, reason_of, shown
 from ..files import is_file
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def _empty_model(name: str, config: PretrainedConfig) -> PreTrainedModel:
             )
             vocabulary_of(model)
     except Exception as error:  # of a value of the wrong kind, a model's code raises anything
-        raise _unusable(name, f"config.json describes no model: {one_line(error)}") from error
+        raise _unusable(name, f"config.json describes no model: {type(error).__name__}: {reason_of(error)}") from error
     return model
 
 
