@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from streamllm.configuration import Configuration
-from streamllm.engine import cpu_kernels, execution
+from streamllm.engine import cpu_kernels, execution, probing
 from streamllm.engine.attention import Softmax, eager_attention
 from streamllm.engine.backends import BACKENDS
 from streamllm.engine.cpu_kernels import decode_attention, has_kernels, matrix_vector
@@ -17,6 +17,7 @@ from streamllm.engine.loading import load_model
 from streamllm.engine.methods import make_decoder
 from streamllm.engine.probing import probe_backend
 from streamllm.engine.quantization import Int8Linear
+from streamllm.measuring.timing import used_backend
 from streamllm.policy import EvictionPolicy
 
 pytestmark = pytest.mark.skipif(not has_kernels(), reason="no C++ compiler")
@@ -150,8 +151,20 @@ def test_a_compiled_step_computes_with_them_what_an_eager_one_does(quantization,
         assert abs(found - expected).max() < (2e-5 if quantization == "none" else 0.1)
 
 
-def test_without_a_compiler_steps_are_compiled_as_before(monkeypatch, tmp_path, capsys):
-    """And why, `streamllm backends` says."""
+def test_where_they_cannot_be_had_steps_are_compiled_as_before(monkeypatch, golden_model, golden_tokens):
+    monkeypatch.setattr(probing, "_probed", lambda *_: False)
+    what = Configuration("ring", EvictionPolicy(n_sink=2, window_size=30), execution="compile")
+    assert used_backend(golden_model("llama-tiny"), what, golden_tokens) == "fused"
+
+
+def test_a_library_that_is_not_one_is_named_with_the_fix(monkeypatch, tmp_path):
+    (tmp_path / "x.so").write_text("nothing to run")
+    monkeypatch.setattr(cpu_kernels, "_library", lambda: tmp_path / "x.so")
+    with pytest.raises(RuntimeError, match=r"x\.so.*; set STREAMLLM_CACHE to another folder"):
+        cpu_kernels._loaded.__wrapped__()
+
+
+def test_a_missing_compiler_is_said_with_the_fix(monkeypatch, tmp_path):
     monkeypatch.setenv("STREAMLLM_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu_kernels.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match=r"no C\+\+ compiler; install g\+\+"):

@@ -88,7 +88,11 @@ def load_kernels() -> None:
 
 @cache
 def _loaded() -> None:
-    torch.ops.load_library(str(_library()))
+    library = _library()
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:  # a folder from which nothing may be run
+        raise RuntimeError(f"{library}: {reason_of(error)}; set STREAMLLM_CACHE to another folder") from error
 
 
 def _library() -> Path:
