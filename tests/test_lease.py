@@ -136,7 +136,9 @@ def test_the_workers_of_a_killed_sweep_are_waited_for(own_folder, tmp_path):
         time.sleep(1)
         assert not claimed.done(), "has to wait"
         os.kill(holder.pid, signal.SIGKILL)
-        assert (claimed.result(60).names, claimed.result().shared_with) == (THINGS[:2], None)
+        mine = claimed.result(60)
+        # Any two: a process that dies lets go of its locks one by one, and a look may come between.
+        assert len(set(mine.names) & set(THINGS)) == 2 and mine.shared_with is None
     holder.join(60)
 
 
