@@ -106,17 +106,14 @@ def test_a_key_far_above_the_rest_takes_all():
 
 
 @pytest.mark.parametrize("kept", [torch.float32, torch.float16, torch.bfloat16, torch.int8])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (64, 64), (129, 576), (24, 1536)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 33), (64, 64), (131, 576), (24, 1536)])
 def test_a_matrix_times_a_vector(shape, kept, threads):
     random = torch.Generator().manual_seed(1)
     weight = (torch.randn(shape, generator=random) * (50 if kept == torch.int8 else 1)).to(kept)
-    vector, scale = torch.randn(shape[1], generator=random), torch.rand(shape[0], generator=random)
+    vector = torch.randn(shape[1], generator=random)
     exact = weight.double() @ vector.double()
-    for of_rows in (None, scale):
-        expected = exact if of_rows is None else exact * of_rows.double()
-        torch.testing.assert_close(
-            matrix_vector(weight, vector, of_rows).double(), expected, rtol=0, atol=1e-6 * float(expected.abs().max())
-        )
+    atol = 1e-6 * float(exact.abs().max())
+    torch.testing.assert_close(matrix_vector(weight, vector).double(), exact, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("softmax", [Softmax(), Softmax(cap=20.0), Softmax(sinks=torch.ones(4))])

@@ -34,7 +34,7 @@ _OPERATORS.define(
     "decode_attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? sinks, float scaling, float cap) "
     "-> Tensor"
 )
-_OPERATORS.define("matrix_vector(Tensor weight, Tensor vector, Tensor? scale) -> Tensor")
+_OPERATORS.define("matrix_vector(Tensor weight, Tensor vector) -> Tensor")
 
 
 def decode_attention(
@@ -52,12 +52,12 @@ def decode_attention(
     return output.to(query.dtype)
 
 
-def matrix_vector(weight: Tensor, vector: Tensor, scale: Tensor | None = None) -> Tensor:
-    """weight (out, in) in float32, float16, bfloat16 or int8, vector (in), scale (out) -> scale * (weight @ vector),
-    computed in float32, in the vector's dtype. Raises RuntimeError as `decode_attention`."""
+def matrix_vector(weight: Tensor, vector: Tensor) -> Tensor:
+    """weight (out, in) in float32, float16, bfloat16 or int8, vector (in) -> weight @ vector (out) in float32.
+    Raises RuntimeError as `decode_attention`."""
     load_kernels()
-    scale = None if scale is None else scale.float()
-    return torch.ops.streamllm.matrix_vector(weight, vector.float(), scale).to(vector.dtype)
+    output: Tensor = torch.ops.streamllm.matrix_vector(weight, vector.float())
+    return output
 
 
 @torch.library.register_fake("streamllm::decode_attention", lib=_OPERATORS)
@@ -66,7 +66,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
 
 
 @torch.library.register_fake("streamllm::matrix_vector", lib=_OPERATORS)
-def _(weight: Tensor, vector: Tensor, scale: Tensor | None) -> Tensor:
+def _(weight: Tensor, vector: Tensor) -> Tensor:
     return vector.new_empty(weight.shape[0])
 
 

@@ -167,7 +167,7 @@ class MatrixVectorLinear(nn.Linear):
             output = (self.weight * input.reshape(-1)).sum(-1)
         if self.bias is not None:
             output = output + self.bias
-        return output.view(*input.shape[:-1], self.out_features)
+        return output.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
 
 _WORTH_A_CALL = {torch.float32: 2**22, torch.float16: 2**17, torch.bfloat16: 2**17, torch.int8: 2**17}

@@ -63,13 +63,13 @@ class Int8Linear(QuantizedLinear):
     def product(self, input: Tensor) -> Tensor:
         if torch.compiler.is_compiling() and input.numel() == self.in_features:
             if self.has_kernel:
-                output = matrix_vector(self.weight, input.reshape(-1), self.scale)
-                return output.view(*input.shape[:-1], self.out_features)
-            # For one token a sum of products, into which inductor puts the conversion: weights are read once, as bytes.
-            # On a CPU in float32 at least: there bytes become bfloat16 at a quarter of that speed.
-            dtype = torch.promote_types(input.dtype, torch.float32) if input.is_cpu else input.dtype
-            output = (self.weight.to(dtype) * input.reshape(-1).to(dtype)).sum(-1) * self.scale
-            return output.to(input.dtype).view(*input.shape[:-1], self.out_features)
+                output = matrix_vector(self.weight, input.reshape(-1))
+            else:
+                # A sum of products, into which inductor puts the conversion: weights are read once, as bytes. On a CPU
+                # in float32 at least: there bytes become bfloat16 at a quarter of that speed.
+                dtype = torch.promote_types(input.dtype, torch.float32) if input.is_cpu else input.dtype
+                output = (self.weight.to(dtype) * input.reshape(-1).to(dtype)).sum(-1)
+            return (output * self.scale).to(input.dtype).view(*input.shape[:-1], self.out_features)
         if input.is_cpu:
             # The kernel of CPUs is fast in bfloat16 only; rounding the input to it adds a tenth to the error of int8.
             rows = input.reshape(-1, self.in_features).to(torch.bfloat16)

@@ -6,19 +6,28 @@
 
 namespace streamllm {
 
-constexpr int rows_at_once = 4;  // whose sums hide what an addition takes
+// How rows are gone through together: so many that their sums hide what an addition takes.
+template <Kept kept>
+struct Rows {
+  // Eight far apart, each followed by the hardware on its own, a tenth faster than neighbours; bytes, which have to be
+  // converted and are not waited for, as neighbours, which are asked for a block ahead.
+  static constexpr bool far = bytes_of(kept) > 1;
+  static constexpr int count = far ? 8 : 4;
+};
 
-// found[i] = weights[first + i] . vector, of `rows` rows of `columns` numbers.
+// output[i apart] = weights[first + i apart] . vector, of `rows` rows of `columns` numbers, those to come being
+// `ahead` numbers away.
 template <Kept kept, int rows>
-inline void products_of_rows(const char* weights, const float* vector, int64_t first, int64_t columns, float* found) {
+inline void products_of_rows(const char* weights, const float* vector, int64_t first, int64_t apart, int64_t columns,
+                             int64_t ahead, float* output) {
   Floats sum[rows] = {};
   const auto add = [&](int64_t i, const Floats& numbers, auto loaded) {
-    for (int row = 0; row < rows; row++) sum[row] += loaded((first + row) * columns + i) * numbers;
+    for (int row = 0; row < rows; row++) sum[row] += loaded((first + row * apart) * columns + i) * numbers;
   };
   int64_t i = 0;
   for (; i + lanes <= columns; i += lanes) {
     if (i * bytes_of(kept) % 64 == 0)
-      for (int row = 0; row < rows; row++) prefetch<kept>(weights, (first + rows + row) * columns + i, 1);
+      for (int row = 0; row < rows; row++) prefetch<kept>(weights, (first + row * apart) * columns + i + ahead, 1);
     add(i, at<Floats>(vector + i), [&](int64_t place) { return load<kept>(weights, place); });
   }
   if (i < columns) {
@@ -27,24 +36,25 @@ inline void products_of_rows(const char* weights, const float* vector, int64_t f
         [&](int64_t place) { return load_some<kept>(weights, place, rest); });
   }
   for (int row = 0; row < rows; row++) {
-    found[row] = 0;
-    for (int j = 0; j < lanes; j++) found[row] += sum[row][j];
+    float found = 0;
+    for (int j = 0; j < lanes; j++) found += sum[row][j];
+    output[row * apart] = found;
   }
 }
 
-// weights (rows, columns), vector (columns), scale (rows) or null -> output (rows)
+// weights (rows, columns), vector (columns) -> output (rows)
 template <Kept kept, typename InParallel>
-void multiply(const char* weights, const float* vector, const float* scale, float* output, int64_t rows,
-                   int64_t columns, const InParallel& in_parallel) {
-  in_parallel((rows + rows_at_once - 1) / rows_at_once, [&](int64_t block) {
-    const int64_t first = block * rows_at_once, count = std::min<int64_t>(rows_at_once, rows - first);
-    float* found = output + first;
-    if (count == rows_at_once)
-      products_of_rows<kept, rows_at_once>(weights, vector, first, columns, found);
-    else
-      for (int64_t i = 0; i < count; i++) products_of_rows<kept, 1>(weights, vector, first + i, columns, found + i);
-    for (int64_t i = 0; scale != nullptr && i < count; i++) found[i] *= scale[first + i];
+void multiply(const char* weights, const float* vector, float* output, int64_t rows, int64_t columns,
+              const InParallel& in_parallel) {
+  constexpr int together = Rows<kept>::count;
+  const int64_t blocks = rows / together, apart = Rows<kept>::far ? blocks : 1;
+  const int64_t ahead = Rows<kept>::far ? 2048 / bytes_of(kept) : together * columns;
+  in_parallel(blocks, [&](int64_t block) {
+    const int64_t first = Rows<kept>::far ? block : block * together;
+    products_of_rows<kept, together>(weights, vector, first, apart, columns, ahead, output + first);
   });
+  for (int64_t row = blocks * together; row < rows; row++)
+    products_of_rows<kept, 1>(weights, vector, row, 1, columns, 0, output + row);
 }
 
 }  // namespace streamllm

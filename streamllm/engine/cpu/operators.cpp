@@ -58,12 +58,12 @@ Tensor decode_attention(const Tensor& query, const Tensor& key, const Tensor& va
   return output;
 }
 
-Tensor matrix_vector(const Tensor& weight, const Tensor& vector, const std::optional<Tensor>& scale) {
+Tensor matrix_vector(const Tensor& weight, const Tensor& vector) {
   for (const Tensor& tensor : {weight, vector}) check_contiguous(tensor);
   Tensor output = at::empty({weight.size(0)}, vector.options());
   with_kept<at::kChar, INT8>(weight, [&](auto kept) {
-    multiply<kept>(bytes(weight), vector.const_data_ptr<float>(), data_or_null<float>(scale),
-                   output.mutable_data_ptr<float>(), weight.size(0), weight.size(1), in_parallel);
+    multiply<kept>(bytes(weight), vector.const_data_ptr<float>(), output.mutable_data_ptr<float>(), weight.size(0),
+                   weight.size(1), in_parallel);
   });
   return output;
 }
