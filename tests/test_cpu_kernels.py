@@ -131,7 +131,7 @@ def test_another_number_format_is_an_error_that_says_so():
 @pytest.mark.parametrize("quantization", ["none", "int8_weight_only"])
 def test_a_compiled_step_computes_with_them_what_an_eager_one_does(quantization, monkeypatch):
     """In every matrix; a full ring, and one with a mask."""
-    monkeypatch.setattr(execution, "_WORTH_A_CALL", dict.fromkeys(execution._WORTH_A_CALL, 0))
+    monkeypatch.setattr(execution, "_WORTH_A_CALL", 0)
     loaded = load_model("testbed", "float32", quantization=quantization)
     linear = [
         x for x in _for_one_token(loaded.model, True).modules() if isinstance(x, (MatrixVectorLinear, Int8Linear))

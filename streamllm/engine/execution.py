@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from functools import lru_cache
@@ -170,13 +169,13 @@ class MatrixVectorLinear(nn.Linear):
         return output.to(input.dtype).view(*input.shape[:-1], self.out_features)
 
 
-_WORTH_A_CALL = {torch.float32: 2**22, torch.float16: 2**17, torch.bfloat16: 2**17, torch.int8: 2**17}
-"""Bytes of a matrix from which on our own kernel pays, whose call takes 5 us. Inductor streams float32 nearly as fast;
-what it has to convert, at half to three quarters of memory's pace."""
+_READ_BY_OURS = (torch.float32, torch.float16, torch.bfloat16, torch.int8)
+_WORTH_A_CALL = 2**17
+"""Bytes of a matrix from which on our own kernel pays, whose call takes 5 us; twice and half as many give the same."""
 
 
 def _is_worth_a_call(weight: Tensor) -> bool:
-    return weight.is_cpu and weight.nbytes >= _WORTH_A_CALL.get(weight.dtype, math.inf)
+    return weight.is_cpu and weight.dtype in _READ_BY_OURS and weight.nbytes >= _WORTH_A_CALL
 
 
 _COPIES: WeakKeyDictionary[nn.Module, dict[bool, Any]] = WeakKeyDictionary()
