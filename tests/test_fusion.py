@@ -57,6 +57,7 @@ def test_names_of_kernels_are_the_operators_in_them():
         "add", "native_layer_norm",
     )  # fmt: skip
     assert operators_in("novel_add") == ["novel", "add"]
+    assert operators_in("gelu_matrix_vector_view") == ["gelu", "matrix_vector", "view"]
 
 
 def test_shares_and_what_would_be_gained():

@@ -103,9 +103,9 @@ def operators_in(name: str) -> list[str]:
 
 @cache
 def _operators() -> frozenset[str]:
-    """Names of ATen's operators, without their overloads."""
+    """Names of all operators, ours too, without their libraries and overloads."""
     names = torch._C._dispatch_get_all_op_names()
-    return frozenset(name.removeprefix("aten::").partition(".")[0] for name in names if name.startswith("aten::"))
+    return frozenset(name.rpartition("::")[2].partition(".")[0] for name in names)
 
 
 @dataclass(frozen=True, slots=True)
