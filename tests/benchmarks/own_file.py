@@ -1,6 +1,6 @@
 """A real model's own GGUF file, in llama.cpp and here, in one interleaved run, at equal bits a weight, a cache of 16
-bits: time per token, and perplexity by the same policy (four sinks, 64 tokens pruned at once). Other bits than the
-file's are made of it by llama.cpp, and of its numbers here; the timed `ring` prunes a token at a time.
+bits: time per token, and losses by the same policy (four sinks, 64 tokens pruned at once). Other bits than the file's
+are made of it by llama.cpp, and of its numbers here; the timed `ring` prunes a token at a time.
 
 python -m tests.benchmarks.own_file [--model smollm2] [--caches 512,2048] [--threads 1] [--text FILE] [--json FILE]
 
@@ -67,7 +67,8 @@ def converted(file: Path, file_type: str, folder: Path) -> Path:
     return out
 
 
-def their_perplexity(model: Any, tokens: np.ndarray, threads: int) -> float:
+def their_losses(model: Any, tokens: np.ndarray, threads: int) -> np.ndarray:
+    """tokens (n) -> nats (n - 1)"""
     run = ContextShift(model, LOSSES, EVERY, threads)
     losses = []
     for token, target in pairwise(tokens):
@@ -75,12 +76,17 @@ def their_perplexity(model: Any, tokens: np.ndarray, threads: int) -> float:
         logits = run.logits().astype(np.float64)
         top = logits.max()
         losses.append(top + math.log(np.exp(logits - top).sum()) - logits[target])
-    return float(np.exp(np.mean(losses)))
+    return np.array(losses)
 
 
-def our_perplexity(loaded: LoadedModel, tokens: np.ndarray) -> float:
+def of_losses(loaded: LoadedModel, model: Any, tokens: np.ndarray, threads: int) -> dict[str, dict[str, float]]:
+    """Perplexities, and how far the losses of a token are apart: on average, and at one in a hundred or less."""
     policy = EvictionPolicy(n_sink=4, window_size=LOSSES - 4, compress_every=EVERY)
-    return float(np.exp(block_parallel_losses(loaded, tokens, policy).mean()))
+    losses = {"ring": block_parallel_losses(loaded, tokens, policy), "llama.cpp": their_losses(model, tokens, threads)}
+    found = {who: {"perplexity": float(np.exp(x.mean()))} for who, x in losses.items()}
+    apart = np.abs(losses["ring"] - losses["llama.cpp"])
+    found["ring"] |= {"nats apart": float(apart.mean()), "99%": float(np.quantile(apart, 0.99))}
+    return found
 
 
 def theirs(model: Any, cache: int, threads: int) -> Callable[[], float]:
@@ -95,7 +101,7 @@ def main() -> None:
     options = parser(str(__doc__))
     options.add_argument("--model", default="smollm2")
     options.add_argument("--caches", default="512,2048", help="sinks and window (512,2048)")
-    options.add_argument("--text", type=Path, help=f"for perplexities at {LOSSES}; none are taken without")
+    options.add_argument("--text", type=Path, help=f"for losses at {LOSSES}; none are taken without")
     options.add_argument("--tokens", type=int, default=1200)
     arguments = options.parse_args()
     limit_threads(arguments.threads)
@@ -113,10 +119,9 @@ def main() -> None:
         for bits in BITS:
             loaded = load_model(arguments.model, bits.dtype, quantization=bits.quantization)
             model = load_gguf(file if bits.file_type is None else converted(file, bits.file_type, Path(folder)))
-            known = {"ring": {}, "llama.cpp": {}}
+            known: dict[str, dict[str, float]] = {"ring": {}, "llama.cpp": {}}
             if tokens is not None:
-                known["ring"] = {"perplexity": our_perplexity(loaded, tokens)}
-                known["llama.cpp"] = {"perplexity": their_perplexity(model, tokens, arguments.threads)}
+                known = of_losses(loaded, model, tokens, arguments.threads)
             for cache in caches:
                 policy = EvictionPolicy(n_sink=4, window_size=cache - 4, kv_dtype=bits.kv_dtype)
                 names = {who: f"{bits.name} bits, {cache}: {who}" for who in known}
