@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from search_spaces import SHIPPED, load_space
-from streamllm import __version__
 from streamllm.environment import HELP
 from streamllm.errors import UsageError, shown
 from streamllm.results.study_folder import StudyFolder
@@ -24,6 +23,7 @@ from streamllm.terminal.arguments import (
 )
 from streamllm.terminal.parser import CommandParser
 from streamllm.terminal.program import program
+from streamllm.version import __version__
 
 from .copies import bring_back
 from .options import SAMPLERS, TIMINGS

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     import numpy as np
 
     from streamllm.configuration import Configuration
-    from streamllm.measuring.jobs import Done, More, Plan, TaskAsked
+    from streamllm.measuring.done import Done
+    from streamllm.measuring.jobs import More, Plan, TaskAsked
     from streamllm.measuring.plans import Evaluated
     from streamllm.measuring.quality import QualityComparison
     from streamllm.measuring.text import TokenStream

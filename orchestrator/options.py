@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from streamllm.options import Lazy
 
-if TYPE_CHECKING:
-    from .search.samplers import SamplerMaker
-
-SAMPLERS: dict[str, Lazy[SamplerMaker] | None] = {
+SAMPLERS: dict[str, Lazy | None] = {
     "auto": None,
     "front": None,
     "tpe": Lazy("orchestrator.search.samplers:tpe"),

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 from streamllm.engine.methods import METHODS
 from streamllm.errors import UnavailableError, UsageError
 from streamllm.measuring.conditions import Conditions
-from streamllm.measuring.jobs import Done, Job, Plan
+from streamllm.measuring.done import Done
+from streamllm.measuring.jobs import Job, Plan
 from streamllm.measuring.keys import Keys
 from streamllm.measuring.store import Arrays, Measurement, MeasurementStore, StoreError, code_digest, entry_name
 from streamllm.measuring.text import TokenStream

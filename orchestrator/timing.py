@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from streamllm.configuration import Configuration
 from streamllm.files import write_atomically
-from streamllm.measuring.jobs import Done, Job, Plan
+from streamllm.measuring.done import Done
+from streamllm.measuring.jobs import Job, Plan
 from streamllm.policy import EvictionPolicy
 from streamllm.results.checks import checked_timing
 from streamllm.results.damaged import DamagedError, keep_aside, read_json

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from streamllm.measuring.jobs import Done, Job, Plan
+from streamllm.measuring.done import Done
+from streamllm.measuring.jobs import Job, Plan
 
 from .workers.kinds import Kind
 from .workers.messages import Assignment, Subject

@@ -4,19 +4,17 @@ syntax of the one, `comprehensive.yaml` with that of the other."""
 from .loader import load_space
 from .matrix_space import MEASURES, Cell, Matrix, is_matrix, load_matrix
 from .reader import SHIPPED, SpaceError
-from .space import Constraint, SearchSpace, Value, judged
+from .space import SearchSpace, Value
 
 __all__ = [
     "MEASURES",
     "SHIPPED",
     "Cell",
-    "Constraint",
     "Matrix",
     "SearchSpace",
     "SpaceError",
     "Value",
     "is_matrix",
-    "judged",
     "load_matrix",
     "load_space",
 ]

@@ -13,11 +13,12 @@ import yaml
 
 from streamllm.errors import shown
 from streamllm.policy import CAP_ACCOUNTINGS, TOTAL_KV_CAP, CapAccounting, PolicyError, keys_in_16_bits
+from streamllm.results.constraint import Constraint
 from streamllm.results.schema import OBJECTIVES, POLICY_WORDS, SCORE, can_be_objective, is_score
 
 from .knobs import CHECKS, LEAST, USUAL, WORDS
 from .reader import Reader, SpaceError, compose
-from .space import Constraint, SearchSpace, Value
+from .space import SearchSpace, Value
 
 _PARAMETERS = (*WORDS, *(name for name in LEAST if name != "window_size"))
 """The window is what the total leaves."""

@@ -4,39 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 from streamllm.policy import CapAccounting, keys_in_16_bits
-from streamllm.results.schema import AnyRow, is_score, number
+from streamllm.results.constraint import Constraint
+from streamllm.results.schema import is_score
 
 Value = str | int
-
-
-@dataclass(frozen=True, slots=True)
-class Constraint:
-    """A limit on something measured."""
-
-    metric: str
-    relation: Literal["<=", ">="]
-    limit: float
-
-    def __str__(self) -> str:
-        return f"{self.metric} {self.relation} {self.limit:g}"
-
-    def excess(self, row: AnyRow) -> float:
-        """How far the row violates it: above 0 if it does, infinite where the metric is missing or not finite."""
-        value = number(row, self.metric)
-        if value is None:
-            return math.inf
-        return value - self.limit if self.relation == "<=" else self.limit - value
-
-
-def judged(row: AnyRow, constraints: Iterable[Constraint]) -> dict[str, bool | str]:
-    """Whether the measured row is `feasible`; if not, what is `violated`."""
-    violated = [str(constraint) for constraint in constraints if constraint.excess(row) > 0]
-    return {"feasible": False, "violated": ", ".join(violated)} if violated else {"feasible": True}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ if _is_command and Path(sys.path[0]).resolve() != Path(__file__).resolve().paren
     os.environ["PYTHONSAFEPATH"] = "1"  # for the processes that are started
 
 from .environment import wait_passively  # noqa: E402
+from .version import __version__ as __version__  # noqa: E402
 
 if TYPE_CHECKING:
     from .configuration import Configuration
@@ -36,7 +37,6 @@ __all__ = [
     "evaluate",
     "load_model",
 ]
-__version__ = "0.2.0.dev0"
 
 _HOME = {
     "Configuration": "configuration",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from .engine.model import LoadedModel
     from .measuring.baseline import Measured
+    from .measuring.evaluation import Evaluator
     from .measuring.jobs import More
     from .measuring.measurements import Measurements
     from .measuring.quality import QualityComparison
@@ -216,7 +217,7 @@ def _measured_now(measurements: Measurements, what: Configuration, how: Measurin
             prepared = runnable(what, loaded, how.strict)
             if how.protocol == "decode-loop":
                 compile_step(loaded, prepared, stream.tokens)
-            evaluator = PROTOCOLS[how.protocol].get()
+            evaluator: Evaluator = PROTOCOLS[how.protocol].get()
             beside = [partial(measurements.compared_with, batches)] if batches is not None else []
             quality, record = evaluator(loaded, prepared, stream, measurements.bench.reference, progress, *beside)
             losses = quality.table

@@ -8,42 +8,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Generic, TypeVar, cast
-
-if TYPE_CHECKING:
-    from .engine.execution import StepMaker
-    from .engine.quantization import Quantizer
-    from .harness.jobs import TaskMeasurer
-    from .measuring.evaluation import Evaluator
-
-T = TypeVar("T")
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
-class Lazy(Generic[T]):
-    """A function or value that is imported when it is asked for."""
+class Lazy:
+    """A function or value that is imported when it is asked for; of which type, says who asks."""
 
     where: str
     """module:name"""
 
-    def get(self) -> T:
-        return cast(T, resolve_name(self.where))
+    def get(self) -> Any:
+        return resolve_name(self.where)
 
 
 DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
-EXECUTIONS: dict[str, Lazy[StepMaker] | None] = {
+EXECUTIONS: dict[str, Lazy | None] = {
     "eager": None,
     "compile": Lazy("streamllm.engine.execution:compiled_step"),
     "cudagraph": Lazy("streamllm.engine.execution:graphed_step"),
 }
-QUANTIZATIONS: dict[str, Lazy[Quantizer] | None] = {
+QUANTIZATIONS: dict[str, Lazy | None] = {
     "none": None,
     "int8_weight_only": Lazy("streamllm.engine.quantization:INT8"),
     "int4_weight_only": Lazy("streamllm.engine.quantization:INT4"),
 }
-TASK: Lazy[TaskMeasurer] = Lazy("streamllm.harness.jobs:measured_task")
-"""Measures a task of lm-evaluation-harness."""
-PROTOCOLS: dict[str, Lazy[Evaluator]] = {
+TASK = Lazy("streamllm.harness.jobs:measured_task")
+"""Measures a task of lm-evaluation-harness: (model, configuration, `jobs.TaskAsked`) -> the record."""
+PROTOCOLS: dict[str, Lazy] = {
     "fast": Lazy("streamllm.measuring.evaluation:evaluate_fast"),
     "decode-loop": Lazy("streamllm.measuring.evaluation:evaluate_decode_loop"),
     "chunked": Lazy("streamllm.measuring.evaluation:evaluate_chunked"),

@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from streamllm.configuration import Configuration
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import Decoder, negative_log_likelihood
-from streamllm.engine.methods import METHODS, make_decoder
+from streamllm.engine.methods import METHODS
 from streamllm.engine.model import LoadedModel
 from streamllm.engine.rotary import RotaryEmbedding
 from streamllm.policy import EvictionPolicy, RefreshPolicy

@@ -17,9 +17,9 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from streamllm.configuration import Configuration
 from streamllm.engine.backends import BACKENDS
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.device import default_device, float64_device, unverified
-from streamllm.engine.methods import make_decoder
 from streamllm.engine.methods.recompute import losses_at
 from streamllm.engine.model import LoadedModel
 from streamllm.errors import UsageError

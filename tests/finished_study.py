@@ -13,10 +13,10 @@ from orchestrator.search.study import Study
 from orchestrator.trials_file import TrialsFile
 from orchestrator.workers.lease import study_lease
 from search_spaces import SearchSpace
-from search_spaces.space import Constraint
 from streamllm.configuration import Configuration
 from streamllm.measuring.text import TextSource
 from streamllm.policy import strict_policy
+from streamllm.results.constraint import Constraint
 from streamllm.results.schema import Row
 from streamllm.results.study import load_study
 from streamllm.results.study_folder import append_line, append_row, write_rows

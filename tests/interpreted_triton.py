@@ -13,9 +13,9 @@ import torch
 from streamllm.configuration import Configuration
 from streamllm.engine.attention import attention, eager_attention, recorded_kernel
 from streamllm.engine.backends import BACKENDS
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import negative_log_likelihood
 from streamllm.engine.loading import load_model
-from streamllm.engine.methods import make_decoder
 from streamllm.engine.probing import probe_backend
 from streamllm.engine.slots import RingSlots
 from streamllm.policy import EvictionPolicy

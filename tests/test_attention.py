@@ -10,9 +10,9 @@ from streamllm.engine.attention import attention, eager_attention, fused_attenti
 from streamllm.engine.backends import BACKENDS, default_backend
 from streamllm.engine.block_parallel import block_parallel_losses
 from streamllm.engine.cpu_kernels import has_kernels
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.loading import load_model
-from streamllm.engine.methods import make_decoder
 from streamllm.engine.probing import BackendError, probe_backend, runnable, why_not
 from streamllm.measuring.timing import Reference, measure_speed
 from streamllm.policy import EvictionPolicy

@@ -8,8 +8,8 @@ import torch
 
 from streamllm.configuration import Configuration
 from streamllm.engine import decoding
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.loading import prepare
-from streamllm.engine.methods import make_decoder
 from streamllm.measuring.cache_size import peak_bytes
 from streamllm.measuring.conditions import Conditions
 from streamllm.policy import EvictionPolicy, for_chunks, peak_kv

@@ -13,7 +13,7 @@ from torch._inductor.utils import run_and_get_code
 from streamllm.configuration import Configuration
 from streamllm.engine import execution
 from streamllm.engine.backends import BACKENDS
-from streamllm.engine.methods import make_decoder
+from streamllm.engine.decoder import make_decoder
 from streamllm.policy import EvictionPolicy
 
 from .tiny_models import tiny_model

@@ -8,15 +8,16 @@ import torch
 
 from streamllm.configuration import Configuration
 from streamllm.engine import cpu_kernels, execution, probing
-from streamllm.engine.attention import Softmax, eager_attention
+from streamllm.engine.attention import eager_attention
 from streamllm.engine.backends import BACKENDS
 from streamllm.engine.cpu_kernels import decode_attention, has_kernels, matrix_vector
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.execution import MatrixVectorLinear, _for_one_token
 from streamllm.engine.loading import load_model
-from streamllm.engine.methods import make_decoder
 from streamllm.engine.probing import probe_backend
 from streamllm.engine.quantization import Int8Linear
+from streamllm.engine.softmax import Softmax
 from streamllm.measuring.timing import used_backend
 from streamllm.policy import EvictionPolicy
 

@@ -11,8 +11,8 @@ import torch
 
 from streamllm.configuration import Configuration
 from streamllm.engine.backends import BACKENDS
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
-from streamllm.engine.methods import make_decoder
 from streamllm.policy import EvictionPolicy
 
 from .pretended_cuda import RecordedGraph, pretended_cuda

@@ -10,8 +10,8 @@ import torch
 from streamllm.configuration import Configuration
 from streamllm.engine.backends import BACKENDS
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
-from streamllm.engine.methods import make_decoder
 from streamllm.engine.methods.recompute import losses_at
 from streamllm.policy import EvictionPolicy
 

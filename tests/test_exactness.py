@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
-from streamllm.engine.methods import make_decoder
 from streamllm.errors import UnsupportedModelError
 from streamllm.policy import KV_DTYPES, POSITIONS, EvictionPolicy
 

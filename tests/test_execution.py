@@ -13,8 +13,9 @@ from streamllm.configuration import Configuration
 from streamllm.engine import execution
 from streamllm.engine.backends import BACKENDS
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
-from streamllm.engine.methods import check_execution, make_decoder
+from streamllm.engine.methods import check_execution
 from streamllm.engine.quantization import Int4Linear, Int8Linear, quantize
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy

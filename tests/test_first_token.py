@@ -3,7 +3,7 @@ import itertools
 import pytest
 
 from streamllm.configuration import Configuration
-from streamllm.engine.methods import make_decoder
+from streamllm.engine.decoder import make_decoder
 from streamllm.measuring import first_token
 from streamllm.measuring.first_token import measure_first_token, pieces
 from streamllm.policy import EvictionPolicy, Schedule

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 
 from streamllm.configuration import Configuration
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.loading import load_model, load_tokenizer
-from streamllm.engine.methods import make_decoder
 from streamllm.errors import UsageError
 from streamllm.explain.writing import Sampler, Sampling, Writer
 from streamllm.policy import EvictionPolicy

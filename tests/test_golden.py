@@ -6,8 +6,8 @@ import pytest
 from streamllm.configuration import Configuration
 from streamllm.engine.backends import BACKENDS
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
-from streamllm.engine.methods import make_decoder
 from streamllm.policy import EvictionPolicy, peak_kv
 
 from .conftest import golden_cases

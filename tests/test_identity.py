@@ -24,8 +24,8 @@ from streamllm.policy import EvictionPolicy
 PACKAGE = Path(store.__file__).parent.parent
 ROOTS = {"measuring.bench", "measuring.plans", "engine.loading", "engine.methods.ring"}
 """What measures, what is asked for, what loads, and the method of the reference that everything is timed beside."""
-WORDS = {"results", "results.field", "results.schema"}
-"""How a configuration is shown."""
+WORDS = {"results", "results.field", "results.schema", "version"}
+"""How a configuration is shown, and what a row says of who measured it."""
 POLICY = EvictionPolicy(n_sink=4, window_size=20)
 
 
@@ -55,7 +55,7 @@ def imported(module):
 
 
 def reached(roots):
-    found, ahead = set(), set(roots)
+    found, ahead = set(), roots - WORDS
     while ahead:
         found |= ahead
         ahead = {name for module in ahead for name in imported(module)} - found - WORDS

@@ -16,8 +16,8 @@ from search_spaces import load_space
 from streamllm.__main__ import main
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
-from streamllm.engine.methods import make_decoder
 from streamllm.errors import UsageError
 from streamllm.harness.scoring import Request, scored
 from streamllm.harness.writing import EvaluatingDecoder

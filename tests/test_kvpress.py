@@ -10,8 +10,9 @@ import torch
 
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
-from streamllm.engine.methods import exactness, is_evaluated, make_decoder
+from streamllm.engine.methods import exactness, is_evaluated
 from streamllm.errors import UnavailableError, UnsupportedModelError, UsageError
 from streamllm.evaluating import Measuring, evaluate
 from streamllm.measuring import plans

@@ -12,7 +12,7 @@ import torch
 
 from streamllm.configuration import Configuration
 from streamllm.engine.backends import BACKENDS
-from streamllm.engine.methods import make_decoder
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.methods.recompute import WholeWindow
 from streamllm.engine.model import LoadedModel
 from streamllm.policy import EvictionPolicy

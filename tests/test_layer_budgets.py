@@ -15,9 +15,10 @@ from search_spaces import SpaceError, load_matrix, load_space
 from streamllm import __main__ as commands
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_logits
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.loading import prepare
-from streamllm.engine.methods import OFFERED, make_decoder
+from streamllm.engine.methods import OFFERED
 from streamllm.engine.methods.ring import RingCache
 from streamllm.errors import UsageError
 from streamllm.harness.scoring import Request, feed, scored

@@ -17,9 +17,9 @@ import torch
 
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_logits
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.experts import experts_for
 from streamllm.engine.loading import prepare
-from streamllm.engine.methods import make_decoder
 from streamllm.errors import UsageError
 from streamllm.policy import EvictionPolicy
 

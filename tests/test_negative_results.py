@@ -12,9 +12,9 @@ import transformers
 from streamllm.__main__ import main
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop, negative_log_likelihood
 from streamllm.engine.loading import load_model, load_tokenizer
-from streamllm.engine.methods import make_decoder
 from streamllm.engine.methods.negative.refresh import thinned
 from streamllm.measuring.text import TextSource, load_tokens
 from streamllm.policy import EvictionPolicy, RefreshPolicy, Schedule, evicted_before, peak_kv, with_derived_window

@@ -18,9 +18,9 @@ from search_spaces.matrix_space import load_matrix
 from streamllm.__main__ import main
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.loading import prepare
-from streamllm.engine.methods import make_decoder
 from streamllm.errors import UsageError
 from streamllm.measuring.conditions import Conditions
 from streamllm.measuring.evaluation import evaluate_chunked, measure_quality

@@ -13,7 +13,7 @@ from torch.autograd import DeviceType
 from streamllm.commands import profile
 from streamllm.configuration import Configuration
 from streamllm.engine import attention
-from streamllm.engine.methods import make_decoder
+from streamllm.engine.decoder import make_decoder
 from streamllm.errors import UsageError
 from streamllm.explain.profiling import (
     ATTENTION,

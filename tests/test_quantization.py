@@ -7,10 +7,10 @@ import transformers
 
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.device import cpu_capability
 from streamllm.engine.loading import load_model, load_tokenizer, prepare
-from streamllm.engine.methods import make_decoder
 from streamllm.engine.quantization import Int4Linear, Int8Linear, _int4_weights, quantize
 from streamllm.errors import UsageError
 from streamllm.measuring.text import TextSource, load_tokens

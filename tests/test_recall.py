@@ -12,8 +12,8 @@ import torch
 from streamllm import __main__ as program
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.loading import load_model, load_tokenizer
-from streamllm.engine.methods import make_decoder
 from streamllm.explain.recall import AskedStream, Question, answers, asked_stream, by_octave, summary, wilson
 from streamllm.measuring.bench import Bench
 from streamllm.measuring.hits import losses_and_hits

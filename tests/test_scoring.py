@@ -6,7 +6,7 @@ import torch
 
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_logits
-from streamllm.engine.methods import make_decoder
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.methods.recompute import losses_at
 from streamllm.errors import UsageError
 from streamllm.harness import scoring

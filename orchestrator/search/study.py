@@ -19,10 +19,11 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from search_spaces import SearchSpace, Value, judged
+from search_spaces import SearchSpace, Value
 from streamllm.configuration import Configuration
 from streamllm.errors import UsageError
 from streamllm.measuring.reference_time import ReferencePool
+from streamllm.results.constraint import judged
 from streamllm.results.schema import Row, told_name
 from streamllm.results.study_folder import SETTINGS
 

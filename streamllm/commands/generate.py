@@ -111,9 +111,9 @@ def _writers(arguments: argparse.Namespace) -> "dict[str, Writer]":
 
     sampling = Sampling(arguments.temperature, arguments.top_k, arguments.top_p)
 
+    from ..engine.decoder import make_decoder
     from ..engine.device import limit_threads
     from ..engine.loading import load_model, load_tokenizer
-    from ..engine.methods import make_decoder
 
     limit_threads(arguments.threads)
     with messages_on_stderr(), working(f"loading {arguments.model}"):

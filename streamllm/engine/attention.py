@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 from functools import reduce
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import UnsupportedModelError, UsageError
 from .backends import BACKENDS, Backend
+from .cpu_kernels import decode_attention
+from .softmax import PLAIN, Softmax
 
 ATTENTION_NAME = "streamllm"
 
@@ -29,33 +31,6 @@ class UnseenAttentionError(UnsupportedModelError):
 
 class StateDroppedError(UnseenAttentionError):
     """The layers above it do not hand on what the model is called with."""
-
-
-class Softmax(NamedTuple):
-    """What the softmax of a layer has besides products of queries and keys."""
-
-    cap: float | None = None
-    """A logit x becomes cap tanh(x / cap) (Gemma 2)."""
-    sinks: Tensor | None = None
-    """(heads): one more logit for each head, learned, without a value (gpt-oss)."""
-
-    @property
-    def is_plain(self) -> bool:
-        return self.cap is None and self.sinks is None
-
-    def weights(self, logits: Tensor) -> Tensor:
-        """Scaled logits (batch, heads, new, held), masked ones -inf -> weights, in float32 at least."""
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        if self.sinks is None:
-            return logits.softmax(-1)
-        sinks = self.sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1)
-        return torch.cat((logits, sinks), -1).softmax(-1)[..., :-1]
-
-    def capped(self, logits: Tensor) -> Tensor:
-        return logits if self.cap is None else (logits / self.cap).tanh() * self.cap
-
-
-PLAIN = Softmax()
 
 
 class AttentionState(Protocol):
@@ -123,8 +98,6 @@ def attention(
             mask = causal_mask(query.shape[-2], key.shape[-2], query.device, window)
     new, held = query.shape[-2], key.shape[-2]
     if new == 1 and backend.library == "cpp":
-        from .cpu_kernels import decode_attention
-
         return decode_attention(query, key, value, mask, scaling, softmax)
     if new == 1 and torch.compiler.is_compiling() and fuses(backend, query.device):
         return fused_attention(query, key, value, scaling, mask, softmax)

@@ -19,10 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..policy import EvictionPolicy, evicted_before
-from .attention import PLAIN, attention, for_each_head
+from .attention import attention, for_each_head
 from .backends import BACKENDS
 from .decoding import KVCache
 from .model import LoadedModel
+from .softmax import PLAIN
 
 
 class BlockState(KVCache):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..environment import cache_folder
 from ..errors import reason_of
-from .attention import Softmax
+from .softmax import Softmax
 
 SOURCES = Path(__file__).with_name("cpu")
 _FLAGS = ("-O3", "-std=c++20", "-march=native", "-fopenmp", "-shared", "-fPIC")

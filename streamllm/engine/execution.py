@@ -47,8 +47,11 @@ execution."""
 def static_step(execution: str, step: Step, loaded: LoadedModel, cache: StaticCache) -> StaticStep | None:
     """`step` on this model and cache, for one token at a time; None for `eager`, which wants no static shapes. Raises
     UsageError for an execution that the device does not have."""
-    maker = EXECUTIONS[execution]
-    return None if maker is None else maker.get()(step, loaded, cache)
+    entry = EXECUTIONS[execution]
+    if entry is None:
+        return None
+    make: StepMaker = entry.get()
+    return make(step, loaded, cache)
 
 
 def graphed_step(step: Step, loaded: LoadedModel, cache: StaticCache) -> StaticStep:

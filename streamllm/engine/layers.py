@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UnsupportedModelError
-from .attention import Softmax, StateDroppedError, for_each_head
+from .attention import StateDroppedError, for_each_head
 from .plain_forward import run
 from .rotary import Rotary, text_config
+from .softmax import Softmax
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

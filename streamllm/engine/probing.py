@@ -14,9 +14,10 @@ import torch
 
 from ..configuration import Configuration
 from ..errors import UsageError
-from .attention import PLAIN, Softmax, attention, eager_attention, recorded_kernel
+from .attention import attention, eager_attention, recorded_kernel
 from .backends import BACKENDS, Backend
 from .model import LoadedModel
+from .softmax import PLAIN, Softmax
 
 
 class BackendError(UsageError):

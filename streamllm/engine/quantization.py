@@ -152,6 +152,7 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
     entry = QUANTIZATIONS[quantization]
     if entry is None:
         return
+    usual: Quantizer = entry.get()
     output = model.get_output_embeddings()
     tied = output is not None and output.weight is model.get_input_embeddings().weight
     dtype, tried = model.dtype, set()
@@ -160,7 +161,7 @@ def quantize(model: PreTrainedModel, quantization: str) -> None:
             if type(layer) is not nn.Linear:
                 continue
             shape = layer.in_features, layer.out_features
-            quantizer = INT8 if tied and layer is output else entry.get()
+            quantizer = INT8 if tied and layer is output else usual
             if layer.in_features % GROUP or layer.out_features % quantizer.outputs:
                 continue
             try:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ..configuration import Configuration
-from ..engine.methods import make_decoder
+from ..engine.decoder import make_decoder
 from ..policy import EvictionPolicy
 
 if TYPE_CHECKING:

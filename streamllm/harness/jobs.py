@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from .model import Conventions, StreamingLM
 from .results import asked, results_of
 from .tasks import PreparedTask, TaskOptions, Tasks
 
-TaskMeasurer = Callable[[LoadedModel, Configuration, TaskAsked], dict[str, Any]]
 _CONVENTIONS = Conventions(decoder="evaluator")
 """Scores are of policies, as perplexities are: the evaluator writes, where it computes the same as the method."""
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
 from ..measuring.conditions import Conditions
 from ..measuring.keys import task_key
 from ..measuring.store import Measurement, MeasurementStore, digest_of_modules
 from ..results.schema import STDERR, knobs_in_short
+from ..version import __version__
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

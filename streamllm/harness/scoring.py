@@ -14,9 +14,10 @@ from torch import Tensor
 
 from ..configuration import Configuration
 from ..engine.block_parallel import default_block
+from ..engine.decoder import make_decoder
 from ..engine.decoding import Decoder, Progress
 from ..engine.device import float64_device
-from ..engine.methods import Keys, is_evaluated, make_decoder, method_named, sampled_losses
+from ..engine.methods import Keys, is_evaluated, method_named, sampled_losses
 from ..engine.model import LoadedModel
 from ..engine.rounded_blocks import Blocks, block_state
 from ..policy import EvictionPolicy, evicted_before

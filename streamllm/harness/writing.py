@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..configuration import Configuration
+from ..engine.decoder import make_decoder
 from ..engine.decoding import Decoder
-from ..engine.methods import is_evaluated, make_decoder, sampled_losses
+from ..engine.methods import is_evaluated, sampled_losses
 from ..engine.model import LoadedModel
 from ..engine.rounded_blocks import block_state
 from ..errors import UsageError, shown

@@ -22,7 +22,7 @@ from ..options import PROTOCOLS, TASK
 from .conditions import Conditions
 from .divergence import Comparing, Distributions, Keeping, comparing, fixed_positions
 from .energy import measure_energy
-from .evaluation import measure_quality, speed_summary, times_summary
+from .evaluation import Evaluator, measure_quality, speed_summary, times_summary
 from .first_token import measure_first_token
 from .hits import losses_and_hits
 from .jobs import Job
@@ -158,7 +158,7 @@ class Bench:
         ahead = what.execution if job.protocol == "decode-loop" else "eager"  # chunks have one that does not count
         prepared = replace(self._prepared(replace(what, execution=ahead), strict), execution=what.execution)
         with self.leases.timing():
-            evaluate = PROTOCOLS[job.protocol].get()
+            evaluate: Evaluator = PROTOCOLS[job.protocol].get()
             quality, record = evaluate(self.loaded, prepared, self.stream, self.reference, progress)
         record["peak_memory_mb"] -= self.neighbours()
         return Measurement(record | {"backend_requested": what.backend}, quality.table)

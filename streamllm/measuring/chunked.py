@@ -12,9 +12,9 @@ import torch
 
 from ..configuration import Configuration
 from ..engine.attention import fuses, recorded_kernel
+from ..engine.decoder import make_decoder
 from ..engine.decoding import Progress, negative_log_likelihood
 from ..engine.device import synchronize
-from ..engine.methods import make_decoder
 from ..engine.model import LoadedModel
 from ..engine.probing import replayed
 from ..errors import UsageError

@@ -13,9 +13,10 @@ from torch import Tensor
 from ..configuration import Configuration
 from ..engine.backends import BACKENDS
 from ..engine.block_parallel import block_parallel_losses
+from ..engine.decoder import make_decoder
 from ..engine.decoding import Progress, decode_loop
 from ..engine.device import peak_memory
-from ..engine.methods import make_decoder, sampled_losses
+from ..engine.methods import sampled_losses
 from ..engine.model import LoadedModel
 from ..policy import EvictionPolicy, longest_kv, peak_kv, steady_state
 from .chunked import chunk_losses

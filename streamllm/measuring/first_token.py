@@ -17,8 +17,8 @@ import numpy as np
 import torch
 
 from ..configuration import Configuration
+from ..engine.decoder import make_decoder
 from ..engine.device import synchronize
-from ..engine.methods import make_decoder
 from ..engine.model import LoadedModel
 from ..policy import EvictionPolicy, Schedule, strict_policy
 from .pairing import PairedTimes, take_pairs

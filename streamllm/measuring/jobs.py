@@ -8,13 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from ..configuration import Configuration
-
-if TYPE_CHECKING:
-    from .keys import Keys
-    from .store import Measurement
 
 T = TypeVar("T")
 
@@ -78,22 +74,6 @@ class Job:
         if self.run < 0:
             again = ", to see whether workers disturb one another"
         return f"{kind}{self.what}{again}"
-
-
-@dataclass(frozen=True, slots=True)
-class Done:
-    """A job's result."""
-
-    measurement: Measurement
-    keys: Keys
-    """Of the conditions that it was measured under."""
-    entry: str
-    """Its name in the store."""
-    is_fresh: bool
-    """False where the store had it."""
-    seconds: float = 0.0
-    """That somebody measured it just now."""
-    worker: int | None = None
 
 
 Plan = Generator[Sequence[Job], Sequence[Any], T]

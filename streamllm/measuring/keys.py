@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .. import __version__
 from ..configuration import Configuration
 from ..engine.methods import check_protocol, exactness, is_evaluated, sampled_losses
+from ..version import __version__
 from .conditions import Conditions
 from .jobs import Job
 from .text import TokenStream

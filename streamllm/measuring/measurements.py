@@ -13,7 +13,8 @@ from ..engine.model import LoadedModel
 from . import plans
 from .bench import Bench
 from .divergence import Comparing, comparing
-from .jobs import Done, Job, Plan
+from .done import Done
+from .jobs import Job, Plan
 from .keys import Keys
 from .plans import Evaluated
 from .sample import AsItIs, SampleSize

@@ -14,8 +14,9 @@ from ..engine.methods import method_named, sampled_losses
 from ..errors import UsageError
 from ..policy import EvictionPolicy, strict_policy
 from .divergence import MOST_POSITIONS
+from .done import Done
 from .evaluation import Quality, fast_record
-from .jobs import Done, Job, More, Plan
+from .jobs import Job, More, Plan
 from .keys import Keys
 from .sample import BATCH, FixedSize, SampleSize
 from .store import Measurement, MeasurementStore, entry_name

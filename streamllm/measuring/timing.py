@@ -22,9 +22,9 @@ from torch.profiler import ProfilerActivity, profile, record_function, supported
 
 from ..configuration import Configuration
 from ..engine.attention import AttentionState, fuses, recorded_kernel
+from ..engine.decoder import make_decoder
 from ..engine.decoding import Decoder
 from ..engine.device import copy_bandwidth, peak_memory, synchronize
-from ..engine.methods import make_decoder
 from ..engine.model import LoadedModel
 from ..engine.probing import replayed
 from ..policy import EvictionPolicy, steady_state, strict_policy

@@ -9,11 +9,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import cast
 
-from search_spaces import Constraint, judged
-
 from ..errors import UsageError
 from ..measuring.reference_time import WORKER, ReferencePool, ReferenceTime, speedup
 from .checks import measured_row
+from .constraint import Constraint, judged
 from .damaged import AGAIN, DamagedError, all_told
 from .front import study_front
 from .schema import Row

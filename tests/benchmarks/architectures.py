@@ -29,8 +29,8 @@ import torch
 from streamllm.configuration import Configuration
 from streamllm.engine import architecture
 from streamllm.engine import loading as models
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.generation import StreamingCache
-from streamllm.engine.methods import make_decoder
 from streamllm.errors import UnsupportedModelError
 from streamllm.policy import EvictionPolicy
 from tests.plain import streamed_each, surviving_logits

@@ -19,8 +19,8 @@ from torch import Tensor
 from streamllm.configuration import Configuration
 from streamllm.engine.backends import BACKENDS
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import CachedDecoder, Decoder, negative_log_likelihood, without
-from streamllm.engine.methods import make_decoder
 from streamllm.engine.methods.ours import RerotatedCache
 from streamllm.engine.model import LoadedModel
 from streamllm.measuring.quality import paired_increase

@@ -19,9 +19,10 @@ import transformers
 
 from streamllm.configuration import Configuration
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.loading import load_model, load_tokenizer
-from streamllm.engine.methods import check_execution, make_decoder
+from streamllm.engine.methods import check_execution
 from streamllm.engine.model import LoadedModel
 from streamllm.errors import UsageError
 from streamllm.measuring.quality import Estimate, paired_increase, perplexity

@@ -15,10 +15,10 @@ import transformers
 from streamllm.configuration import Configuration
 from streamllm.engine.backends import BACKENDS
 from streamllm.engine.block_parallel import block_parallel_losses
+from streamllm.engine.decoder import make_decoder
 from streamllm.engine.decoding import decode_loop
 from streamllm.engine.device import empty_cache
 from streamllm.engine.loading import prepare
-from streamllm.engine.methods import make_decoder
 from streamllm.engine.model import LoadedModel
 from streamllm.engine.probing import probe_backend
 from streamllm.policy import KV_DTYPES, EvictionPolicy, Positions

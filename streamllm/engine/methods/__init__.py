@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ...configuration import Configuration
     from ..backends import Backend
     from ..decoding import Decoder, Progress
     from ..model import LoadedModel
@@ -89,12 +88,6 @@ def method_named(name: str) -> Method:
 def module_of(name: str) -> str:
     """The module of the method's file, from `streamllm` on: `engine.methods.ring`."""
     return ".".join(("engine", "methods", *_FILES[name].with_suffix("").parts))
-
-
-def make_decoder(loaded: LoadedModel, what: Configuration) -> Decoder:
-    """A decoder with an empty cache. Raises UsageError as `check_execution`, and for what the device lacks."""
-    check_execution(what.method, what.execution)
-    return method_named(what.method).decoder(loaded, what.effective, what.kernel, what.execution)
 
 
 def sampled_losses(method: str) -> SampledLosses | None:
