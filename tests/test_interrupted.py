@@ -155,7 +155,6 @@ def test_a_study_that_is_removed_meanwhile_is_one_line(start, tmp_path):
         ("search", "all, terminated", [143, 0]),
         ("search", "a worker", [0]),
         ("matrix", "driver", [-9, 0]),
-        ("matrix", "a worker", [0]),
     ],
 )
 def test_on_a_ray_of_its_own(kind, target, codes, tmp_path, empty_mlflow):

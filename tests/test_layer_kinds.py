@@ -84,7 +84,7 @@ def assert_exact(model, loaded, policy, positions, tokens, within=IDENTITY):
 
 @pytest.mark.parametrize("architecture", known(KINDS))
 def test_every_way_is_the_model_over_the_survivors(architecture):
-    changed, tokens = KINDS[architecture], tokens_of(50)
+    changed, tokens = KINDS[architecture], tokens_of(38)
     model = tiny(architecture, **changed)
     if not model._can_set_attn_implementation():
         pytest.skip("in this transformers its attention is code of its own")
