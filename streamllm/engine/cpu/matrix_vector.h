@@ -9,8 +9,8 @@ namespace streamllm {
 // How rows are gone through together: so many that their sums hide what an addition takes.
 template <Kept kept>
 struct Rows {
-  // Eight far apart, each followed by the hardware on its own, a tenth faster than neighbours; bytes, which have to be
-  // converted and are not waited for, as neighbours, which are asked for a block ahead.
+  // Eight far apart, each of which the hardware follows by itself, are a tenth faster than neighbours. Bytes are slower
+  // so: of them, four neighbours, the block to come being asked for.
   static constexpr bool far = bytes_of(kept) > 1;
   static constexpr int count = far ? 8 : 4;
 };
